@@ -1,0 +1,299 @@
+"""AlexNet and its relatives: a table of numbers, and the one builder that reads it.
+
+P is the paper (Krizhevsky, Sutskever, Hinton 2012), S the authors' own source of 2012, whose
+numbers name the variants (layers-145.cfg and so on). Kernels are counted over both towers; a
+layer that reads its "own" tower is a grouped convolution.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from alexnet_dist.model.dropout import Dropout, Form
+from alexnet_dist.model.normalization import LocalResponseNorm, SpatialResponseNorm
+from alexnet_dist.model.stem import StemConv2d
+
+Init = Literal["source", "paper", "torch"]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A row of the table: a layer with weights, and what follows it, in order.
+
+    Attributes:
+        out: outputs over all towers; 0 stands for the number of classes.
+        reads: the towers whose outputs it reads.
+        std: standard deviation of S's initial weights (P has 0.01 everywhere).
+        bias: initial bias.
+        then: names of the layers behind it: relu, lrn, spatial, pool, average, dropout.
+    """
+
+    name: str
+    out: int
+    kernel: int = 0
+    stride: int = 1
+    pad: int = 0
+    reads: Literal["own", "both"] = "both"
+    std: float = 0.01
+    bias: float = 0.0
+    then: str = ""
+
+    @property
+    def number(self) -> str:
+        """The layer's number in the paper, "1" of "conv1"."""
+        return self.name.lstrip("abcdefghijklmnopqrstuvwxyz")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A network: its layers, and the constants they share.
+
+    Attributes:
+        towers: groups of kernels that meet only in layers that read both.
+        lrn_alpha: alpha of the response normalisation in torch's meaning.
+        pool: kernel and stride of the max pooling.
+        pixels: what the network reads; "centred" is 0..255 less the training set's channel means,
+            "imagenet" 0..1 less ImageNet's means and over its deviations.
+        init, dropout: initialisation and form of dropout when none is asked for.
+    """
+
+    source: str
+    layers: tuple[Layer, ...]
+    towers: int = 2
+    lrn_alpha: float = 1e-4
+    pool: tuple[int, int] = (3, 2)
+    pixels: Literal["centred", "imagenet"] = "centred"
+    init: Init = "source"
+    dropout: Form = "2012"
+
+
+def _with(layers: tuple[Layer, ...], **changes: dict[str, object]) -> tuple[Layer, ...]:
+    """The table with some rows changed, as S describes a net by its difference from net 145."""
+    return tuple(replace(row, **changes.get(row.name, {})) for row in layers)  # type: ignore[arg-type]
+
+
+def _without(layers: tuple[Layer, ...], *kinds: str) -> tuple[Layer, ...]:
+    def rest(then: str) -> str:
+        return " ".join(kind for kind in then.split() if kind not in kinds)
+
+    return tuple(replace(row, then=rest(row.then)) for row in layers)
+
+
+# fmt: off
+_145 = (  # S, layers-145.cfg
+    Layer("conv1",   96, 11, 4, 0, "both", 0.01, 0, "lrn pool relu"),
+    Layer("conv2",  256,  5, 1, 2, "own",  0.01, 1, "relu lrn spatial pool"),
+    Layer("conv3",  384,  3, 1, 1, "both", 0.03, 0, "relu"),
+    Layer("conv4",  384,  3, 1, 1, "own",  0.03, 1, "relu"),
+    Layer("conv5",  256,  3, 1, 1, "own",  0.03, 1, "pool relu"),
+    Layer("fc6",   4096, reads="both", std=0.01, bias=1, then="relu dropout"),
+    Layer("fc7",   4096, reads="both", std=0.01, bias=1, then="relu dropout"),
+    Layer("fc8",      0, reads="both", std=0.01, bias=0),
+)
+_PAPER = _with(  # P puts ReLU first and knows no spatial normalisation
+    _145,
+    conv1={"then": "relu lrn pool"}, conv2={"then": "relu lrn pool"}, conv5={"then": "relu pool"},
+)
+_OWT = (  # cuda-convnet2, layers-imagenet-1gpu.cfg
+    Layer("conv1",   64, 11, 4, 0, std=0.01, bias=0, then="lrn pool relu"),
+    Layer("conv2",  192,  5, 1, 2, std=0.01, bias=1, then="relu lrn pool"),
+    Layer("conv3",  384,  3, 1, 1, std=0.03, bias=0, then="relu"),
+    Layer("conv4",  256,  3, 1, 1, std=0.03, bias=1, then="relu"),
+    Layer("conv5",  256,  3, 1, 1, std=0.03, bias=1, then="relu pool"),
+    Layer("fc6",   4096, std=0.01, bias=1, then="relu dropout"),
+    Layer("fc7",   4096, std=0.01, bias=1, then="relu dropout"),
+    Layer("fc8",      0, std=0.01, bias=-7),
+)
+_CONV6 = Layer("conv6", 256, 3, 1, 1, "both", 0.03, 1, "relu")
+
+VARIANTS: dict[str, Variant] = {
+    "paper": Variant("P, figure 2 and section 3", _PAPER, lrn_alpha=5e-4),
+    "original145": Variant("S, layers-145.cfg: the paper's '1 CNN'", _145),
+    "original146": Variant("S, layers-146.cfg: conv6 behind pool5",
+                           (*_145[:5], _CONV6, *_145[5:])),
+    "original147": Variant("S, layers-147.cfg: pooling without overlap",
+                           _with(_145, conv2={"pad": 1}), pool=(2, 2)),
+    "original148": Variant("S, layers-148.cfg: no normalisation",
+                           _without(_145, "lrn", "spatial")),
+    "original150": Variant("S, layers-150.cfg: towers meet only in fc8",
+                           _with(_145, conv2={"out": 320}, conv3={"reads": "own"},
+                                 fc6={"out": 8192, "reads": "own"}, fc7={"reads": "own"})),
+    "half_column": Variant("S, layers-145-half.cfg: one of the towers, conv5 as wide as both",
+                           _with(_145, conv1={"out": 48}, conv2={"out": 128}, conv3={"out": 192},
+                                 conv4={"out": 192}), towers=1),
+    "one_column": Variant("a review's single column, with adaptive average pooling to 6 x 6",
+                          _with(_PAPER, conv5={"then": "relu pool average"}), towers=1),
+    "owt": Variant("Krizhevsky 2014; cuda-convnet2, layers-imagenet-1gpu.cfg", _OWT, towers=1),
+    "torchvision": Variant("torchvision.models.AlexNet", (), towers=1,
+                           pixels="imagenet", init="torch", dropout="torch"),
+}
+# fmt: on
+
+
+class TowerLinear(nn.Module):
+    """A fully connected layer of which each tower reads only its own half (net 150).
+
+    Weight [out, in / towers], bias [out]; input [B, in], output [B, out].
+    """
+
+    def __init__(self, inputs: int, outputs: int, towers: int) -> None:
+        super().__init__()
+        self.towers = towers
+        self.weight = nn.Parameter(torch.empty(outputs, inputs // towers))
+        self.bias = nn.Parameter(torch.empty(outputs))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.Linear.reset_parameters(self)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = zip(
+            x.chunk(self.towers, 1),
+            self.weight.chunk(self.towers),
+            self.bias.chunk(self.towers),
+            strict=True,
+        )
+        return torch.cat([F.linear(*part) for part in parts], 1)
+
+
+class AlexNet(nn.Sequential):
+    """A network of the table. Input [B, 3, H, W], sides 224 or 227; output [B, classes]."""
+
+    variant: Variant
+
+    def forward(self, input: Tensor, masks: Iterable[Tensor] = ()) -> Tensor:
+        """``masks``: those of ``draw_masks(self.dropouts(), ...)``; see Dropout for none."""
+        remaining = iter(masks)
+        x = input
+        for layer in self:
+            x = layer(x, next(remaining, None)) if isinstance(layer, Dropout) else layer(x)
+        return x
+
+    def dropouts(self) -> list[Dropout]:
+        """The layers that want a mask, in the order of ``masks``."""
+        return [layer for layer in self if isinstance(layer, Dropout)]
+
+
+class TorchvisionAlexNet(torchvision.models.AlexNet):
+    """torchvision's own class and parameters, fed with masks as the others are."""
+
+    variant: Variant
+
+    def __init__(self, num_classes: int, dropout: float, form: Form) -> None:
+        super().__init__(num_classes=num_classes, dropout=dropout)
+        self.classifier[0] = Dropout(256 * 6 * 6, dropout, form)
+        self.classifier[3] = Dropout(4096, dropout, form)
+
+    def forward(self, x: Tensor, masks: Iterable[Tensor] = ()) -> Tensor:
+        remaining = iter(masks)
+        x = self.avgpool(self.features(x)).flatten(1)
+        for layer in self.classifier:
+            x = layer(x, next(remaining, None)) if isinstance(layer, Dropout) else layer(x)
+        return x
+
+    def dropouts(self) -> list[Dropout]:
+        """The layers that want a mask, in the order of ``masks``."""
+        return [layer for layer in self.classifier if isinstance(layer, Dropout)]
+
+
+def build_model(
+    variant: str,
+    *,
+    num_classes: int = 1000,
+    dropout: float = 0.5,
+    init: Init | None = None,
+    image_size: int = 224,
+) -> AlexNet | TorchvisionAlexNet:
+    """Build a network of the table, on torch's default device, its weights drawn from torch's
+    global generator.
+
+    Args:
+        variant: a key of VARIANTS.
+        num_classes: outputs of the last layer.
+        dropout: probability with which a unit is dropped, 0 for none.
+        init: "source" (S's deviations and biases), "paper" (P, section 5: 0.01 everywhere) or
+            "torch"; the variant's own where None.
+        image_size: side of the images in pixels, from which fc6 gets its inputs.
+
+    Raises:
+        ValueError: an unknown variant, sides that leave nothing to pool, or an initialisation
+            that the variant does not have.
+    """
+    if variant not in VARIANTS:
+        raise ValueError(f"there is no variant '{variant}'; there are {', '.join(VARIANTS)}")
+    spec = VARIANTS[variant]
+    init = init or spec.init
+    if variant == "torchvision":
+        if init != "torch":
+            raise ValueError(f"torchvision's network has torch's initialisation, not '{init}'")
+        net = TorchvisionAlexNet(num_classes, dropout, spec.dropout)
+        net.variant = spec
+        return net
+    model = AlexNet()
+    model.variant = spec
+    channels, side = 3, image_size
+    for row in spec.layers:
+        if row.kernel:
+            side = _add_convolution(model, spec, row, channels, side)
+            if side < 1:
+                raise ValueError(
+                    f"images of {image_size} pixels are too small for '{variant}': nothing is left "
+                    f"behind {row.name}; take 224 or 227"
+                )
+            channels = row.out
+        else:
+            if not hasattr(model, "flatten"):
+                model.add_module("flatten", nn.Flatten())
+                channels = channels * side * side
+            outputs = row.out or num_classes
+            own = spec.towers if row.reads == "own" else 1
+            linear = (
+                nn.Linear(channels, outputs) if own == 1 else TowerLinear(channels, outputs, own)
+            )
+            model.add_module(row.name, linear)
+            channels = outputs
+            for kind in row.then.split():
+                layer = nn.ReLU() if kind == "relu" else Dropout(outputs, dropout, spec.dropout)
+                model.add_module(f"{kind}{row.number}", layer)
+    if init != "torch":
+        _initialise(model, spec, init)
+    return model
+
+
+def _add_convolution(model: AlexNet, spec: Variant, row: Layer, channels: int, side: int) -> int:
+    """Add a convolution and what follows it; the side of its maps in pixels."""
+    groups = spec.towers if row.reads == "own" else 1
+    kind = StemConv2d if row.name == "conv1" else nn.Conv2d
+    conv = kind(channels, row.out, row.kernel, row.stride, row.pad, groups=groups)
+    model.add_module(row.name, conv)
+    side = -((row.kernel - side - 2 * row.pad) // row.stride) + 1
+    for name in row.then.split():
+        layer: nn.Module
+        if name == "relu":
+            layer = nn.ReLU()
+        elif name == "lrn":
+            layer = LocalResponseNorm(5, spec.lrn_alpha, 0.75, 2.0, groups=spec.towers)
+        elif name == "spatial":
+            layer = SpatialResponseNorm()
+        elif name == "average":
+            layer, side = nn.AdaptiveAvgPool2d(6), 6
+        else:  # pool; S's program counts positions with ceil, as everywhere
+            size, stride = spec.pool
+            layer = nn.MaxPool2d(size, stride, ceil_mode=True)
+            side = -((size - side) // stride) + 1
+        model.add_module(f"{name}{row.number}", layer)
+    return side
+
+
+def _initialise(model: AlexNet, spec: Variant, init: Init) -> None:
+    """Gaussian weights and constant biases, as P (section 5) and S have them."""
+    for row in spec.layers:
+        layer = model.get_submodule(row.name)
+        std = row.std if init == "source" else 0.01
+        nn.init.normal_(layer.weight, std=std)  # type: ignore[arg-type]
+        nn.init.constant_(layer.bias, row.bias)  # type: ignore[arg-type]

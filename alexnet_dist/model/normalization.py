@@ -1,0 +1,128 @@
+"""Response normalisation over neighbouring kernels, and over neighbouring places.
+
+Both divide an activation by a power of the sum of squares around it:
+
+    y = x * s ** -beta        s = k + alpha * mean of x ** 2 over the window
+
+with the window n channels wide (Krizhevsky et al. 2012, section 3.3) or n by n pixels (layer
+"cnorm2" of layers-145.cfg). The mean counts what hangs over the edge as zeros, so alpha means
+what it means in torch.nn.LocalResponseNorm; the paper's formula does not divide by n, so its
+alpha of 1e-4 at n = 5 is 5e-4 here.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class _ResponseNorm(torch.autograd.Function):
+    """y = x * s ** -beta for any window whose mean is a symmetric linear map.
+
+    A backward of its own, because autograd's keeps five tensors of the largest activations of the
+    network, and because the window, being symmetric, serves forward and backward alike.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, mean: Callable[[Tensor], Tensor], k: float, alpha: float, beta: float
+    ) -> Tensor:
+        s = mean(x * x).mul_(alpha).add_(k)
+        if beta == 0.75:  # two roots cost a tenth of a power
+            factor = s.rsqrt()
+            factor = factor * factor.sqrt()
+        else:
+            factor = s.pow(-beta)
+        ctx.save_for_backward(x, s, factor)
+        ctx.mean, ctx.scale = mean, 2 * alpha * beta
+        return x * factor
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (grad,) = grads
+        x, s, factor = ctx.saved_tensors
+        scaled = grad * factor
+        return scaled - ctx.mean(scaled * x / s).mul_(ctx.scale).mul_(x), None, None, None, None
+
+
+class LocalResponseNorm(nn.Module):
+    """Normalise each activation by its neighbours among the kernels, within each group.
+
+    Args:
+        size: kernels in the window, n; odd.
+        alpha, beta, k: as in torch.nn.LocalResponseNorm (alpha is divided by ``size``).
+        groups: towers; a window never reaches across two of them.
+
+    Input and output: [B, C, H, W], C a multiple of ``groups``; the output has the input's type.
+    Source: Krizhevsky et al. 2012, section 3.3.
+    """
+
+    def __init__(
+        self,
+        size: int = 5,
+        alpha: float = 1e-4,
+        beta: float = 0.75,
+        k: float = 2.0,
+        groups: int = 1,
+    ) -> None:
+        super().__init__()
+        if size % 2 == 0:
+            raise ValueError(f"the window must be odd to have a middle, not {size}")
+        self.size, self.alpha, self.beta, self.k, self.groups = size, alpha, beta, k, groups
+        self._bands: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
+
+    def _band(self, x: Tensor) -> Tensor:
+        """The window as the 0/1 band of a 1 x 1 convolution: a matrix product, which processors
+        are good at, where five shifted sums are bound by memory."""
+        channels = x.shape[1] // self.groups
+        key = (channels, x.device, x.dtype)
+        if key not in self._bands:
+            place = torch.arange(channels, device=x.device)
+            band = (place[:, None] - place[None, :]).abs() <= self.size // 2
+            self._bands[key] = band.to(x.dtype).repeat(self.groups, 1)[:, :, None, None]
+        return self._bands[key]
+
+    def forward(self, x: Tensor) -> Tensor:
+        band = self._band(x)
+
+        def mean(squares: Tensor) -> Tensor:
+            return F.conv2d(squares, band, groups=self.groups).div_(self.size)
+
+        with torch.autocast(x.device.type, enabled=False):
+            y: Tensor = _ResponseNorm.apply(x, mean, self.k, self.alpha, self.beta)
+        return y
+
+    def extra_repr(self) -> str:
+        return (
+            f"size={self.size}, alpha={self.alpha:g}, beta={self.beta:g}, k={self.k:g}, "
+            f"groups={self.groups}"
+        )
+
+
+class SpatialResponseNorm(nn.Module):
+    """Normalise each activation by the ``size`` x ``size`` pixels around it in its own map.
+
+    Input and output: [B, C, H, W]. Source: "cnorm2" in layers-145.cfg (type rnorm, scale 0.001
+    divided by the size squared, power 0.75, minDiv 1); the paper does not mention it.
+    """
+
+    def __init__(
+        self, size: int = 5, alpha: float = 1e-3, beta: float = 0.75, k: float = 1.0
+    ) -> None:
+        super().__init__()
+        if size % 2 == 0:
+            raise ValueError(f"the window must be odd to have a middle, not {size}")
+        self.size, self.alpha, self.beta, self.k = size, alpha, beta, k
+
+    def forward(self, x: Tensor) -> Tensor:
+        def mean(squares: Tensor) -> Tensor:
+            return F.avg_pool2d(squares, self.size, stride=1, padding=self.size // 2)
+
+        with torch.autocast(x.device.type, enabled=False):
+            y: Tensor = _ResponseNorm.apply(x, mean, self.k, self.alpha, self.beta)
+        return y
+
+    def extra_repr(self) -> str:
+        return f"size={self.size}, alpha={self.alpha:g}, beta={self.beta:g}, k={self.k:g}"
