@@ -1,0 +1,480 @@
+"""Every option there is, with its default and its meaning; nothing else decides a default.
+
+Options are given as YAML (--config) and as dotted words on the command line (--optim.lr 0.02).
+"""
+
+import dataclasses
+import difflib
+import re
+import sys
+from argparse import ArgumentError
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+
+from alexnet_dist.errors import Failure
+
+Table = dict[str, list[tuple[float, float]]]
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+@dataclass
+class DataConfig:
+    """The images."""
+
+    root: str | None = None
+    """Folder with train/ and val/ (or test/), a folder a class in each; "digits" is the embedded
+    set. With neither --config nor --data.root the run is configs/quickstart.yaml."""
+    cache: str = "~/.cache/alexnet_dist"
+    """Where the digits lie, and the indexes of data folders that cannot be written."""
+    batch_size: int = 128
+    """Images in a step, over all processes (the paper, section 5)."""
+    eval_batch_size: int = 256
+    """Images in a step of an evaluation, over all processes."""
+    engine: Literal["auto", "dali", "dataloader"] = "auto"
+    """What decodes; auto is DALI where it is installed."""
+    decoder: Literal["auto", "region", "full", "cpu"] = "auto"
+    """What DALI decodes on a GPU: the crop only, the whole image, or the crop on the CPU; auto
+    tries them in this order, in a process of their own."""
+    image_size: int = 224
+    """Side of the images that the network sees, in pixels."""
+    resize: int = 256
+    """Shorter side to which image_size refers: a crop covers image_size / resize of the stored
+    image's shorter side (the paper, section 2)."""
+    crop: Literal["paper", "random_resized"] = "paper"
+    """Training crop: a square of fixed size somewhere in the central square (the paper, section
+    4.1), or a box of random area and shape as torchvision draws it."""
+    scale: tuple[float, float] = (0.08, 1.0)
+    """random_resized: bounds of the box's area, as a part of the image's."""
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """random_resized: bounds of the box's width over its height."""
+    flip: bool = True
+    """Flip every other training image, left to right, at random."""
+    colour: Literal["none", "source", "paper"] = "none"
+    """Colour noise: as the authors' program has it, or as the paper prints it."""
+    colour_strength: float = 0.1
+    """Standard deviation of the colour noise's coefficients."""
+    on_bad_image: Literal["stop", "skip"] = "stop"
+    """An image that cannot be decoded: stop, or take the next one and record it."""
+    threads: int = 0
+    """Threads that decode, per process; 0: as many as the process has processors."""
+    ahead: int = 2
+    """Batches prepared ahead of the training step."""
+
+
+@dataclass
+class ModelConfig:
+    """The network."""
+
+    variant: str = "paper"
+    """A network of the table that `python -m alexnet_dist.summary` lists."""
+    init: Literal["source", "paper", "torch"] | None = None
+    """Initial weights: the authors' program's, the paper's (0.01 everywhere) or torch's; null is
+    the variant's own."""
+    dropout: float = 0.5
+    """Probability with which fc6 and fc7 (torchvision: their inputs) drop a unit."""
+    num_classes: int | None = None
+    """Outputs; null: as many as the data has classes."""
+    weights: str | None = None
+    """Start from this run's or checkpoint's weights; a last layer for other classes is made
+    anew."""
+
+
+@dataclass
+class ScheduleConfig:
+    """How the learning rate moves. A pass is an epoch; passes are real numbers."""
+
+    name: Literal["constant", "plateau", "one_cycle", "table"] = "plateau"
+    """plateau: divided by ten when the validation error stops improving, three times, as the
+    paper did; table: values at given passes."""
+    warmup: float = 0.0
+    """Passes over which the rate rises from nothing, before any other schedule."""
+    patience: int = 3
+    """plateau: evaluations without a better error that are waited for."""
+    drops: int = 3
+    """plateau: how often the rate is divided by ten."""
+    rise: float = 0.3
+    """one_cycle: part of the run in which the rate rises; optim.lr is the peak."""
+    table: Table = field(default_factory=dict)
+    """table: for "weights" and "biases" (or a parameter's own name) the passes done and the rate
+    that holds from there: {weights: [[0, 0.01], [24, 0.001]]}."""
+
+
+@dataclass
+class OptimConfig:
+    """The optimizer."""
+
+    name: Literal["paper", "sgd"] = "paper"
+    """The paper's update, with the rate inside the velocity, or torch's SGD."""
+    lr: float = 0.01
+    """Learning rate."""
+    bias_lr: float = 1.0
+    """Learning rate of biases, as a multiple of lr (2 in the authors' program)."""
+    momentum: float = 0.9
+    """Momentum."""
+    weight_decay: float = 0.0005
+    """Weight decay; never on biases."""
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+
+
+@dataclass
+class TrainConfig:
+    """The run's length."""
+
+    epochs: int = 90
+    """Passes over the training images (the paper: roughly 90)."""
+    max_steps: int | None = None
+    """Stop early, as at a normal end; schedules keep to train.epochs, and the run can go on."""
+    log_every: int = 20
+    """Steps between two records."""
+    seed: int = 2012
+    """Of weights, order, crops and dropout."""
+
+
+@dataclass
+class CheckpointConfig:
+    """Checkpoints."""
+
+    every_steps: int | None = None
+    """Steps between checkpoints, besides those at the end of each epoch."""
+    keep: int = 1
+    """Newest ones kept, besides the best."""
+
+
+@dataclass
+class RunConfig:
+    """The run's folder."""
+
+    root: str = "runs"
+    """Where run folders lie."""
+    name: str | None = None
+    """The folder's name; null: the config file's, with -2, -3 once a run of that name has ended."""
+    resume: str = "auto"
+    """auto: an unfinished run of this name goes on; never; or a run's folder."""
+
+
+@dataclass
+class RuntimeConfig:
+    """How it is computed."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: GPUs where there are any."""
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
+    """auto: bf16 where the device is good at it, else fp32. Weights stay in fp32."""
+    compile: bool = False
+    """Compile the network with torch.compile."""
+    deterministic: bool = False
+    """The same bits on a GPU in each run, more slowly; CPUs give them anyway."""
+    threads: int = 0
+    """Threads that compute, per process; 0: as many as it has processors."""
+
+
+@dataclass
+class TrackConfig:
+    """Where records go, besides the run folder."""
+
+    wandb: Literal["auto", "online", "offline", "off"] = "auto"
+    """Weights & Biases; auto: online where a key is found, else offline."""
+    project: str = "alexnet_dist"
+    """Its project."""
+    images: bool = True
+    """Pictures of kernels and of labelled predictions."""
+
+
+@dataclass
+class Config:
+    """A run."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    track: TrackConfig = field(default_factory=TrackConfig)
+
+
+MEANING = (
+    "data.batch_size",
+    "data.image_size",
+    "data.resize",
+    "data.crop",
+    "data.scale",
+    "data.ratio",
+    "data.flip",
+    "data.colour",
+    "data.colour_strength",
+    "model",
+    "optim.name",
+    "train.seed",
+)
+"""What a run means: options that cannot change while it goes on."""
+
+_BOUNDS: tuple[tuple[str, float, float], ...] = (
+    ("data.batch_size", 1, float("inf")),
+    ("data.eval_batch_size", 1, float("inf")),
+    ("data.image_size", 64, 4096),
+    ("data.resize", 64, 8192),
+    ("data.threads", 0, 1024),
+    ("data.ahead", 1, 64),
+    ("model.dropout", 0, 0.99),
+    ("optim.momentum", 0, 0.9999),
+    ("optim.weight_decay", 0, float("inf")),
+    ("train.epochs", 1, float("inf")),
+    ("train.log_every", 1, float("inf")),
+    ("train.seed", 0, 2**63),
+    ("checkpoint.keep", 1, float("inf")),
+    ("runtime.threads", 0, 1024),
+)
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """A command line, understood.
+
+    Attributes:
+        config: what it means in full.
+        said: the dotted options that it, or its config file, names.
+        recipe: the config file's name without ending, the default of run.name.
+    """
+
+    config: Config
+    said: dict[str, Any]
+    recipe: str
+    debug: bool = False
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The config as plain values, tuples as lists."""
+    plain = dataclasses.asdict(config)
+
+    def lists(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: lists(inner) for key, inner in value.items()}
+        return [lists(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+    result: dict[str, Any] = lists(plain)
+    return result
+
+
+def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"optim.lr": 0.01, ...} of {"optim": {"lr": 0.01}}; tables stay whole."""
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict) and not name.endswith(".table"):
+            flat |= flatten(value, f"{name}.")
+        else:
+            flat[name] = value
+    return flat
+
+
+def nest(flat: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of ``flatten``."""
+    nested: dict[str, Any] = {}
+    for name, value in flat.items():
+        *path, last = name.split(".")
+        inner = nested
+        for key in path:
+            inner = inner.setdefault(key, {})
+        inner[last] = value
+    return nested
+
+
+def recipes() -> Path:
+    """The folder of the configs that come with the package."""
+    inside = Path(__file__).parent / "recipes"
+    return inside if inside.is_dir() else Path(__file__).parents[1] / "configs"
+
+
+def parse(
+    arguments: list[str],
+    *,
+    program: str,
+    description: str,
+    extra: Any = None,
+    underneath: dict[str, Any] | None = None,
+) -> tuple[Parsed, Namespace]:
+    """Understand a command line.
+
+    Args:
+        extra: is called with the parser, to add a command's own options.
+        underneath: a resolved config that lies below what the command line says, as when a run
+            goes on.
+
+    Raises:
+        Failure: an unknown option, a wrong type, a missing or unreadable config.
+        SystemExit: --help or --print_config was asked for.
+    """
+    parser = ArgumentParser(
+        prog=program, description=description, exit_on_error=False, allow_abbrev=False
+    )
+    parser.add_argument("--config", type=str | None, help="A YAML file of options.")
+    parser.add_argument("--print_config", action="store_true", help="Print all options, and stop.")
+    parser.add_argument("--debug", action="store_true", help="Show where an error came from.")
+    if extra is not None:
+        extra(parser)
+    own = {action.dest for action in parser._actions}
+    parser.add_class_arguments(Config, None)
+    known = [name for name in flatten(to_dict(Config()))]
+    command_line = _named(arguments, known + [f"{name}" for name in own])
+
+    path = command_line.get("config")
+    if path is None and "data.root" not in command_line and underneath is None and extra is None:
+        path = str(recipes() / "quickstart.yaml")
+    from_file = _read_yaml(path, known) if path else {}
+    try:
+        if underneath is not None:
+            parser.set_defaults(flatten(underneath))
+        if from_file:
+            parser.set_defaults(from_file)
+        parsed = parser.parse_args(arguments)
+        values = parser.instantiate(parsed)
+    except (ArgumentError, TypeError, ValueError, KeyError) as error:
+        raise Failure(_first_words(str(error)), everywhere=True) from None
+    config = Config(**{f.name: values[f.name] for f in dataclasses.fields(Config)})
+    _check(config)
+    if parsed.print_config:
+        print(yaml.safe_dump(to_dict(config), sort_keys=False), end="")
+        raise SystemExit(0)
+    said = from_file | {name: None for name in command_line if name in known}
+    flat = flatten(to_dict(config))
+    recipe = Path(path).stem if path else "run"
+    return Parsed(config, {name: flat[name] for name in said}, recipe, parsed.debug), values
+
+
+def from_dict(record: dict[str, Any]) -> Config:
+    """A config from plain values, as a run folder keeps them.
+
+    Raises:
+        Failure: a key or a type that this version does not know.
+    """
+    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False)
+    parser.add_class_arguments(Config, None)
+    try:
+        values = parser.instantiate(parser.parse_object(record))
+    except (ArgumentError, TypeError, ValueError, KeyError) as error:
+        raise Failure(f"the run's config.yaml: {_first_words(str(error))}") from None
+    return Config(**{f.name: values[f.name] for f in dataclasses.fields(Config)})
+
+
+def _named(arguments: list[str], known: list[str]) -> dict[str, str | None]:
+    """The options that the words name, each checked to exist."""
+    named: dict[str, str | None] = {}
+    for at, word in enumerate(arguments):
+        if not word.startswith("--"):
+            if word.startswith("-") and re.match(r"-[a-zA-Z]", word) and word != "-h":
+                raise Failure(f"there is no option {word}; options begin with --", everywhere=True)
+            continue
+        name, has_value, value = word[2:].partition("=")
+        if name != "help":
+            _known(name, known, "option --")
+        following = arguments[at + 1] if at + 1 < len(arguments) else None
+        named[name] = value if has_value else following
+    return named
+
+
+def _known(name: str, known: list[str], what: str) -> None:
+    if name in known:
+        return
+    near = difflib.get_close_matches(name, known, 1, 0.5)
+    same_end = [k for k in known if k.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]
+    best = same_end[0] if same_end else (near[0] if near else None)
+    mend = f"; did you mean {best}?" if best else "; --help lists them all"
+    raise Failure(f"there is no {what}{name}{mend}", everywhere=True)
+
+
+def _read_yaml(path: str, known: list[str]) -> dict[str, Any]:
+    """The options that a file gives, by dotted name."""
+    file = Path(path)
+    if not file.is_file():
+        there = sorted(recipe.stem for recipe in recipes().glob("*.yaml"))
+        raise Failure(
+            f"there is no config {path}; the package brings {', '.join(there)} in configs/",
+            everywhere=True,
+        )
+    try:
+        content = yaml.safe_load(file.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise Failure(f"{path} is not YAML ({reason}): mend it", everywhere=True) from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise Failure(f"{path} holds no options: it wants lines like 'optim: {{lr: 0.01}}'")
+    flat = flatten(content)
+    for name in flat:
+        _known(name, known, f"option in {path} named ")
+    for name, value in flat.items():
+        if name.endswith(("name", "variant")) and isinstance(value, (int, float)):
+            flat[name] = str(value)  # YAML reads 150 as a number
+        elif isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
+            flat[name] = float(value)  # and 1e-3 as a word
+    return flat
+
+
+def _check(config: Config) -> None:
+    flat = flatten(to_dict(config))
+    for name, low, high in _BOUNDS:
+        value = flat[name]
+        if value is not None and not low <= value <= high:
+            bound = f"at least {low:g}" if value < low else f"at most {high:g}"
+            raise Failure(f"{name} is {value}; it must be {bound}", everywhere=True)
+    if config.data.image_size > config.data.resize:
+        raise Failure(
+            f"data.image_size {config.data.image_size} is more than data.resize "
+            f"{config.data.resize}, the side it is cut from: raise data.resize",
+            everywhere=True,
+        )
+    for name in ("train.max_steps", "checkpoint.every_steps", "model.num_classes"):
+        if flat[name] is not None and flat[name] < 1:
+            raise Failure(f"{name} is {flat[name]}; it must be at least 1", everywhere=True)
+    if config.optim.lr < 0 or config.optim.lr != config.optim.lr:
+        raise Failure(f"optim.lr is {config.optim.lr}; it must not be negative", everywhere=True)
+    schedule = config.optim.schedule
+    if schedule.name == "table" and "weights" not in schedule.table:
+        raise Failure(
+            "optim.schedule.name is table, but optim.schedule.table has no row 'weights': give "
+            "{weights: [[0, 0.01], ...]}",
+            everywhere=True,
+        )
+
+
+def _first_words(message: str) -> str:
+    """jsonargparse's several lines as one sentence."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    key = re.match(r'Parser key "([^"]+)"', lines[0])
+    if key:
+        name = key.group(1)
+        given = re.search(r"(?:Got value|Given value): (.*)", message)
+        wants = re.search(r"Expected an? (.*?)(?:\.|$)", message)
+        kinds = re.findall(r"<class '(\w+)'>", message)
+        kinds = [kind for kind in dict.fromkeys(kinds) if kind not in ("NoneType",)]
+        choices = re.search(r"Literal\[(.*?)\]", message)
+        if choices:
+            want = f"one of {choices.group(1)}".replace("'", "")
+        elif kinds:
+            names = {"int": "a whole number", "float": "a number", "bool": "true or false"}
+            want = names.get(kinds[0], kinds[0])
+        else:
+            want = wants.group(1) if wants else "something else"
+        value = given.group(1).strip() if given else "what was given"
+        return f"option {name} wants {want}, not {value}"
+    return " ".join(lines)
+
+
+def speaks() -> bool:
+    """Whether this process speaks for all of them before they have met."""
+    import os
+
+    return os.environ.get("RANK", "0") == "0"
+
+
+def stderr(sentence: str) -> None:
+    """One line to people, past any progress bar."""
+    print(f"alexnet_dist: {sentence}", file=sys.stderr, flush=True)

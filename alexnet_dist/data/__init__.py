@@ -1,0 +1,1 @@
+"""From files to finished batches: sources, the plan, and the engines that carry it out."""

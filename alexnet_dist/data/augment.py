@@ -1,0 +1,86 @@
+"""The arithmetic on pixels: what every engine does, and the reference that each is held to."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torchvision.transforms.v2 import functional as TF
+
+from alexnet_dist.data.statistics import Statistics
+
+Colour = Literal["none", "source", "paper"]
+
+# of ImageNet's training set on pixels of 0..1, as torchvision's weights expect them
+IMAGENET_MEAN = np.array([0.485, 0.456, 0.406])
+IMAGENET_STD = np.array([0.229, 0.224, 0.225])
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """How pixels of 0..255 become the network's input: (x + basis @ coefficients - mean) / std.
+
+    Attributes:
+        mean, std: [3].
+        basis: [3, 3], a column each for the colour coefficients; zeros where there is no noise.
+        side: side of the finished image in pixels.
+    """
+
+    mean: NDArray[np.float64]
+    std: NDArray[np.float64]
+    basis: NDArray[np.float64]
+    side: int
+
+    def means(self, colours: NDArray[np.float64]) -> NDArray[np.float32]:
+        """[b, 3]: the mean to subtract from each image; a colour shift is but another mean."""
+        return np.asarray(self.mean - colours @ self.basis.T, np.float32)
+
+
+def pixels_for(
+    reads: Literal["centred", "imagenet"],
+    statistics: Statistics,
+    *,
+    side: int,
+    colour: Colour = "none",
+    strength: float = 0.1,
+) -> Pixels:
+    """The arithmetic for a network that ``reads`` centred or ImageNet's pixels.
+
+    Args:
+        colour: noise along the colours' principal directions. "source": coefficients of standard
+            deviation ``strength`` times the standard deviations of the colours, and the image
+            divided by 1 + ``strength`` (the authors' program). "paper": times the eigenvalues, as
+            Krizhevsky et al. 2012, section 4.1 prints it, on pixels of 0..1.
+    """
+    mean, std = (
+        (statistics.mean, np.ones(3))
+        if reads == "centred"
+        else (255 * IMAGENET_MEAN, 255 * IMAGENET_STD)
+    )
+    basis = np.zeros((3, 3))
+    if colour == "source":
+        basis = strength * statistics.eigenvectors * np.sqrt(statistics.eigenvalues)
+        std = std * (1 + strength)
+    elif colour == "paper":
+        basis = strength * 255 * statistics.eigenvectors * (statistics.eigenvalues / 255**2)
+    return Pixels(mean, std, basis, side)
+
+
+def crop_resize_flip(image: Tensor, box: NDArray[np.int64], flip: bool, side: int) -> Tensor:
+    """An uint8 image [3, H, W], cut to ``box``, resized to [3, side, side] and perhaps flipped.
+
+    Bilinear with antialiasing, rounded to whole values, in every engine.
+    """
+    top, left, height, width = (int(x) for x in box)
+    image = image[:, top : top + height, left : left + width]
+    if (height, width) != (side, side):
+        image = TF.resize(image, [side, side], antialias=True)
+    return image.flip(-1) if flip else image
+
+
+def normalise(images: Tensor, means: Tensor, std: Tensor) -> Tensor:
+    """uint8 [b, 3, H, W] to float32, channels last; ``means`` [b, 3], ``std`` [3]."""
+    result = images.to(torch.float32, memory_format=torch.channels_last)
+    return result.sub_(means[:, :, None, None]).mul_((1 / std)[None, :, None, None])

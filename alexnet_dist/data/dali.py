@@ -1,0 +1,345 @@
+"""The DALI engine: decoding, crop, resize, flip, colours and mean in one pipeline, on the GPU where
+there is one, a batch or more ahead of the training step.
+
+DALI draws nothing: bytes, boxes, flips and means come from the plan through external sources. The
+samples' numbers travel with them, so that what comes out says itself what it is.
+"""
+
+import functools
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+from queue import Empty, Full, Queue
+from threading import Event, Thread
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from alexnet_dist.data.augment import Pixels
+from alexnet_dist.data.engine import BadImages, Batch, OnBadImage
+from alexnet_dist.data.plan import Draws
+from alexnet_dist.data.sources import Source
+from alexnet_dist.errors import Failure
+
+Decoder = Literal["region", "full", "cpu"]
+
+
+def available() -> bool:
+    """Whether DALI is installed here."""
+    try:
+        import nvidia.dali  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def build_pipeline(
+    *,
+    max_batch: int,
+    threads: int,
+    device: torch.device,
+    decoder: Decoder,
+    resize: bool,
+    pixels: Pixels,
+    hw_decoder_load: float = 0.65,
+) -> Any:
+    """A pipeline that is fed by name: encoded, start, shape, mirror, mean, number.
+
+    Outputs: images [b, side, side, 3], float32, and the samples' numbers, int64.
+    """
+    from nvidia.dali import Pipeline, fn, types
+
+    gpu = device.type == "cuda"
+    pipeline = Pipeline(
+        batch_size=max_batch,
+        num_threads=threads,
+        device_id=(device.index or 0) if gpu else None,
+        prefetch_queue_depth=1,
+        exec_dynamic=True,
+    )
+    with pipeline:
+
+        def feed(name: str, dtype: Any, ndim: int, **options: Any) -> Any:
+            return fn.external_source(name=name, dtype=dtype, ndim=ndim, batch=True, **options)
+
+        encoded = feed("encoded", types.UINT8, 1, no_copy=True)
+        start = feed("start", types.INT32, 1)
+        shape = feed("shape", types.INT32, 1)
+        mirror = feed("mirror", types.INT32, 0)
+        mean = feed("mean", types.FLOAT, 1)
+        number = feed("number", types.INT64, 0)
+        mixed = gpu and decoder != "cpu"
+        options: dict[str, Any] = {
+            "device": "mixed" if mixed else "cpu",
+            "output_type": types.RGB,
+            "adjust_orientation": False,  # the index and the boxes know the stored orientation
+        }
+        if mixed:
+            options |= {"jpeg_fancy_upsampling": True, "hw_decoder_load": hw_decoder_load}
+        if decoder == "full":
+            images = fn.decoders.image(encoded, **options)
+            images = fn.slice(images, start=start, shape=shape, axis_names="HW")
+        else:
+            images = fn.decoders.image_slice(
+                encoded, start=start, shape=shape, axis_names="HW", **options
+            )
+            if gpu and not mixed:
+                images = images.gpu()
+        if resize:
+            images = fn.resize(images, size=[pixels.side, pixels.side], antialias=True)
+        images = fn.crop_mirror_normalize(
+            images,
+            mean=mean,
+            std=pixels.std.tolist(),
+            mirror=mirror,
+            dtype=types.FLOAT,
+            output_layout="HWC",
+        )
+        pipeline.set_outputs(images, number)
+    pipeline.build()
+    return pipeline
+
+
+def feed(
+    pipeline: Any, encoded: list[NDArray[np.uint8]], draws: Draws, means: NDArray[np.float32]
+) -> None:
+    """Feed one batch to a pipeline of ``build_pipeline``."""
+    pipeline.feed_input("encoded", encoded)
+    pipeline.feed_input("start", draws.boxes[:, :2].astype(np.int32))
+    pipeline.feed_input("shape", draws.boxes[:, 2:].astype(np.int32))
+    pipeline.feed_input("mirror", draws.flips.astype(np.int32))
+    pipeline.feed_input("mean", means)
+    pipeline.feed_input("number", draws.numbers)
+
+
+@functools.cache
+def choose_decoder(device: torch.device) -> Decoder:
+    """The best decoder that works here: region, full or cpu.
+
+    Decoding a region on a GPU ends some machines' processes by a fault that no exception can
+    catch (NVIDIA/nvImageCodec issue 55), so each is tried in a process of its own first.
+    """
+    if device.type != "cuda":
+        return "region"
+    options: tuple[Decoder, ...] = ("region", "full")
+    for decoder in options:
+        command = [sys.executable, "-m", "alexnet_dist.data.dali", decoder, str(device.index or 0)]
+        try:
+            if subprocess.run(command, capture_output=True, timeout=120).returncode == 0:
+                return decoder
+        except subprocess.TimeoutExpired:
+            continue
+    return "cpu"
+
+
+def _probe(decoder: Decoder, device: torch.device) -> None:
+    """Decode a few images of several kinds as the engine would; for ``choose_decoder``."""
+    pixels = Pixels(np.zeros(3), np.ones(3), np.zeros((3, 3)), 224)
+    noise = np.random.default_rng(0).integers(0, 255, (300, 400, 3), np.uint8)
+    encoded = []
+    for mode, options in (("RGB", {}), ("RGB", {"progressive": True}), ("L", {})):
+        buffer = BytesIO()
+        Image.fromarray(noise).convert(mode).save(buffer, "JPEG", **options)
+        encoded.append(np.frombuffer(buffer.getvalue(), np.uint8))
+    encoded = encoded * 8
+    count = len(encoded)
+    boxes = np.tile([20, 30, 224, 224], (count, 1))
+    draws = Draws(
+        np.arange(count), boxes, np.zeros(count, bool), np.zeros((count, 3)), lambda n: boxes
+    )
+    pipeline = build_pipeline(
+        max_batch=count, threads=2, device=device, decoder=decoder, resize=True, pixels=pixels
+    )
+    for _ in range(4):
+        feed(pipeline, encoded, draws, pixels.means(draws.colours))
+        images = torch.from_dlpack(pipeline.run()[0].as_tensor())
+        if not bool(torch.isfinite(images).all()):
+            raise RuntimeError("the decoded images are not finite")
+
+
+class DaliEngine:
+    """Carries out draws with DALI, in a thread that stays ahead of the training step.
+
+    Args:
+        max_batch: the most images that draws may have.
+        decoder: as ``choose_decoder`` gives it.
+        resize: whether any box may have another size than the finished image.
+        threads: of DALI's own, and as many that read files.
+        ahead: finished batches that may wait.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        pixels: Pixels,
+        *,
+        max_batch: int,
+        device: torch.device,
+        decoder: Decoder,
+        resize: bool,
+        threads: int,
+        ahead: int = 2,
+        policy: OnBadImage = "stop",
+    ) -> None:
+        self.source, self.pixels, self.device = source, pixels, device
+        self.bad = BadImages(source, policy)
+        self.ahead = ahead
+        self._build = functools.partial(
+            build_pipeline,
+            max_batch=max_batch,
+            threads=threads,
+            device=device,
+            decoder=decoder,
+            resize=resize,
+            pixels=pixels,
+        )
+        self._pipeline = self._build()
+        self._readers = ThreadPoolExecutor(max(threads, 2), thread_name_prefix="read")
+        self._labels = torch.from_numpy(source.index.labels)
+        where = {"region": "the region", "full": "the whole image", "cpu": "the region on the CPU"}
+        self.description = f"DALI on {device.type}, decoding {where[decoder]}, {threads} threads"
+
+    def batches(self, draws: Iterable[Draws]) -> Iterator[Batch]:
+        """One finished batch for each of ``draws``, in order.
+
+        Raises:
+            Failure: an image cannot be decoded and the policy is to stop.
+        """
+        ready: Queue[Batch | BaseException | None] = Queue(self.ahead)
+        stop = Event()
+
+        def offer(item: Batch | BaseException | None) -> bool:
+            while not stop.is_set():
+                try:
+                    ready.put(item, timeout=0.1)
+                    return True
+                except Full:
+                    continue
+            return False
+
+        def produce() -> None:
+            try:
+                for item, encoded in self._read_ahead(draws):
+                    if not offer(self._finish(item, encoded)):
+                        return
+                offer(None)
+            except BaseException as error:  # handed on to the thread that trains
+                offer(error)
+
+        producer = Thread(target=produce, name="dali", daemon=True)
+        producer.start()
+        try:
+            while (item := ready.get()) is not None:
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            stop.set()
+            while producer.is_alive():
+                with_room = _drain(ready)
+                producer.join(0.1 if with_room else 1.0)
+
+    def close(self) -> None:
+        self._readers.shutdown(cancel_futures=True)
+
+    def _read(self, number: int) -> NDArray[np.uint8] | OSError:
+        try:
+            return self.source.read(number)
+        except OSError as error:
+            return error
+
+    def _read_ahead(
+        self, draws: Iterable[Draws]
+    ) -> Iterator[tuple[Draws, Callable[[], list[NDArray[np.uint8] | OSError]]]]:
+        """Each of ``draws`` with its bytes, which are read while the one before is decoded."""
+
+        def ask(item: Draws) -> tuple[Draws, Callable[[], list[NDArray[np.uint8] | OSError]]]:
+            item = self.bad.apply(item)
+            answers = self._readers.map(self._read, item.numbers.tolist())
+            return item, lambda: list(answers)
+
+        before = None
+        for item in draws:
+            asked = ask(item)
+            if before is not None:
+                yield before
+            before = asked
+        if before is not None:
+            yield before
+
+    def _finish(
+        self, draws: Draws, answers: Callable[[], list[NDArray[np.uint8] | OSError]]
+    ) -> Batch:
+        read = answers()
+        while True:
+            for number, answer in zip(draws.numbers.tolist(), read, strict=True):
+                if isinstance(answer, OSError):
+                    self.bad.found(number, answer.strerror or str(answer))
+                elif len(answer) == 0:
+                    self.bad.found(number, "the file is empty")
+            if not any(n in self.bad.reasons for n in draws.numbers.tolist()):
+                try:
+                    return self._run(draws, read)  # type: ignore[arg-type]
+                except RuntimeError as error:
+                    self._find_bad(draws, read, error)  # type: ignore[arg-type]
+            draws = self.bad.apply(draws)
+            read = [self._read(number) for number in draws.numbers.tolist()]
+
+    def _run(self, draws: Draws, encoded: list[NDArray[np.uint8]]) -> Batch:
+        side = self.pixels.side
+        if len(draws.numbers) == 0:
+            images = torch.empty(0, 3, side, side, device=self.device)
+            return Batch(images, self._labels[:0].to(self.device), draws.numbers)
+        feed(self._pipeline, encoded, draws, self.pixels.means(draws.colours))
+        images, numbers = self._pipeline.run()
+        came = torch.from_dlpack(numbers.as_tensor())
+        labels = self._labels[came]
+        if self.device.type == "cuda":
+            labels = labels.pin_memory().to(self.device, non_blocking=True)
+        # DALI's own memory, seen as [b, 3, H, W]; it is given back when torch lets go of it
+        finished = torch.from_dlpack(images.as_tensor()).permute(0, 3, 1, 2)
+        return Batch(finished, labels, came.numpy().copy())
+
+    def _find_bad(
+        self, draws: Draws, encoded: list[NDArray[np.uint8]], error: RuntimeError
+    ) -> None:
+        """Decode the images of a failed batch one by one, each in a pipeline of one on the CPU."""
+        self._pipeline = self._build()  # a failed pipeline is not to be trusted with the order
+        before = len(self.bad.reasons)
+        alone: Any = None
+        for row, number in enumerate(draws.numbers.tolist()):
+            alone = alone or build_pipeline(
+                max_batch=1,
+                threads=1,
+                device=torch.device("cpu"),
+                decoder="region",
+                resize=True,
+                pixels=self.pixels,
+            )
+            one = draws.only(np.arange(len(encoded)) == row)
+            feed(alone, [encoded[row]], one, self.pixels.means(one.colours))
+            try:
+                alone.run()
+            except RuntimeError:
+                alone = None
+                self.bad.found(number, "the decoder gives up on it")
+        if len(self.bad.reasons) == before:
+            lines = [line for line in str(error).splitlines() if line.strip()]
+            raise Failure(f"DALI failed on a batch whose images decode one by one: {lines[0]}")
+
+
+def _drain(queue: "Queue[Any]") -> bool:
+    try:
+        queue.get_nowait()
+        return True
+    except Empty:
+        return False
+
+
+if __name__ == "__main__":
+    _probe(sys.argv[1], torch.device("cuda", int(sys.argv[2])))  # type: ignore[arg-type]

@@ -1,0 +1,116 @@
+"""The plain engine: torch's DataLoader and torchvision's decoding.
+
+For machines without DALI, and the reference that DALI is tested against.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.io import ImageReadMode, decode_image
+
+from alexnet_dist.data.augment import Pixels, crop_resize_flip, normalise
+from alexnet_dist.data.engine import BadImages, Batch, OnBadImage
+from alexnet_dist.data.plan import Draws
+from alexnet_dist.data.sources import Source
+
+Order = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]
+
+
+class _Decoded(Dataset[tuple[Tensor, dict[int, str]]]):
+    """A whole batch for each order, decoded in one worker process."""
+
+    def __init__(self, source: Source, side: int) -> None:
+        self.source, self.side = source, side
+
+    def __getitem__(self, order: Order) -> tuple[Tensor, dict[int, str]]:
+        numbers, boxes, flips = order
+        images = torch.empty(len(numbers), 3, self.side, self.side, dtype=torch.uint8)
+        bad: dict[int, str] = {}
+        for row, number in enumerate(numbers.tolist()):
+            try:
+                images[row] = self._image(number, boxes[row], bool(flips[row]))
+            except OSError as error:
+                bad[number] = error.strerror or str(error)
+            except (RuntimeError, ValueError):
+                bad[number] = "the decoder gives up on it"
+        return images, bad
+
+    def _image(self, number: int, box: NDArray[np.int64], flip: bool) -> Tensor:
+        encoded = self.source.read(number)
+        if len(encoded) == 0:
+            raise OSError(0, "the file is empty")
+        image = decode_image(torch.from_numpy(encoded), ImageReadMode.RGB)
+        return crop_resize_flip(image, box, flip, self.side)
+
+
+class _Orders:
+    """Draws as what a worker needs of them, remembering the draws that are under way."""
+
+    def __init__(self, draws: Iterable[Draws], bad: BadImages) -> None:
+        self.draws, self.bad = draws, bad
+        self.under_way: list[Draws] = []
+
+    def __iter__(self) -> Iterator[Order]:
+        for draws in self.draws:
+            known = self.bad.apply(draws)
+            self.under_way.append(known)
+            yield known.numbers, known.boxes, known.flips
+
+
+class DataLoaderEngine:
+    """Carries out draws in ``threads`` worker processes (0: in this one)."""
+
+    def __init__(
+        self,
+        source: Source,
+        pixels: Pixels,
+        *,
+        device: torch.device,
+        threads: int,
+        ahead: int = 2,
+        policy: OnBadImage = "stop",
+    ) -> None:
+        self.source, self.pixels, self.device = source, pixels, device
+        self.threads, self.ahead = threads, ahead
+        self.bad = BadImages(source, policy)
+        self._decoded = _Decoded(source, pixels.side)
+        self._labels = torch.from_numpy(source.index.labels)
+        self._std = torch.tensor(pixels.std, dtype=torch.float32, device=device)
+        self.description = f"DataLoader, {threads} worker processes"
+
+    def batches(self, draws: Iterable[Draws]) -> Iterator[Batch]:
+        """One finished batch for each of ``draws``, in order.
+
+        Raises:
+            Failure: an image cannot be decoded and the policy is to stop.
+        """
+        orders = _Orders(draws, self.bad)
+        options: dict[str, Any] = {"prefetch_factor": self.ahead} if self.threads else {}
+        loader = DataLoader(
+            self._decoded,
+            batch_size=None,
+            sampler=orders,
+            num_workers=self.threads,
+            pin_memory=self.device.type == "cuda",
+            **options,
+        )
+        for images, bad in loader:
+            yield self._finish(orders.under_way.pop(0), images, bad)
+
+    def close(self) -> None:
+        pass
+
+    def _finish(self, draws: Draws, images: Tensor, bad: dict[int, str]) -> Batch:
+        while bad:
+            for number, reason in bad.items():
+                self.bad.found(number, reason)
+            draws = self.bad.apply(draws)
+            images, bad = self._decoded[draws.numbers, draws.boxes, draws.flips]
+        means = torch.from_numpy(self.pixels.means(draws.colours)).to(self.device)
+        images = normalise(images.to(self.device, non_blocking=True), means, self._std)
+        return Batch(images, self._labels[draws.numbers].to(self.device), draws.numbers)

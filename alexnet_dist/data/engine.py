@@ -1,0 +1,107 @@
+"""What every engine hands over, and what all do alike when an image cannot be decoded."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from alexnet_dist.data.plan import Draws
+from alexnet_dist.data.sources import Source
+from alexnet_dist.errors import Failure
+
+OnBadImage = Literal["stop", "substitute", "omit"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A finished batch.
+
+    Attributes:
+        images: float32 [b, 3, side, side], channels last, on the training device.
+        labels: int64 [b], there too.
+        numbers: [b], the samples' numbers as they came out of the engine, on the host.
+    """
+
+    images: Tensor
+    labels: Tensor
+    numbers: NDArray[np.int64]
+
+
+class Engine(Protocol):
+    """Carries out draws: one batch for each, in order, prepared ahead of need."""
+
+    bad: "BadImages"
+    description: str
+
+    def batches(self, draws: Iterable[Draws]) -> Iterator[Batch]: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass
+class BadImages:
+    """Images that cannot be decoded, and what stands in for them.
+
+    ``policy``: "stop" raises; "substitute" takes the next image that is good, whatever its class,
+    so that it is the same one in every epoch and on any number of processes; "omit" leaves the
+    image out (of an evaluation, which must not count another one twice).
+    """
+
+    source: Source
+    policy: OnBadImage
+    reasons: dict[int, str] = field(default_factory=dict)
+    news: list[dict[str, object]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        unreadable = self.source.index.unreadable()
+        for number in unreadable:
+            self.reasons[number] = "its header cannot be read"
+        if unreadable and self.policy == "stop":
+            raise Failure(self._sentence(unreadable[0], len(unreadable)), everywhere=True)
+
+    def found(self, number: int, reason: str) -> None:
+        """Note that an image turned out bad; raises Failure where the policy is to stop."""
+        self.reasons[number] = reason
+        if self.policy == "stop":
+            raise Failure(self._sentence(number, 1))
+
+    def apply(self, draws: Draws) -> Draws:
+        """The draws without the images known to be bad."""
+        bad = np.array([number in self.reasons for number in draws.numbers.tolist()], np.bool_)
+        if not bad.any():
+            return draws
+        numbers = draws.numbers.copy()
+        for row in np.flatnonzero(bad):
+            number = int(numbers[row])
+            event: dict[str, object] = {
+                "number": number,
+                "path": self.source.path(number),
+                "reason": self.reasons[number],
+            }
+            if self.policy == "substitute":
+                numbers[row] = self._next_good(number)
+                event["substitute"] = self.source.path(int(numbers[row]))
+            self.news.append(event)
+        return draws.only(~bad) if self.policy == "omit" else draws.substituted(numbers)
+
+    def take_news(self) -> list[dict[str, object]]:
+        """What was replaced or left out since the last call."""
+        news, self.news = self.news, []
+        return news
+
+    def _next_good(self, number: int) -> int:
+        count = len(self.source.index)
+        for away in range(1, count):
+            if (number + away) % count not in self.reasons:
+                return (number + away) % count
+        raise Failure(f"no image of {self.source.index.folder} can be decoded", everywhere=True)
+
+    def _sentence(self, number: int, count: int) -> str:
+        others = f" and {count - 1} other images" if count > 1 else ""
+        return (
+            f"{self.source.path(number)}{others} cannot be decoded ({self.reasons[number]}): mend "
+            "or remove it, or go on without it by --data.on_bad_image skip"
+        )

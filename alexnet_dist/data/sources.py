@@ -1,0 +1,305 @@
+"""Where images come from: folders in ImageNet's layout, CIFAR-10's files, the embedded digits.
+
+A split is an index, made once and kept: names, labels and sizes of its images. From there on an
+image is a number, and a source gives its encoded bytes.
+"""
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from alexnet_dist.data.digits import write_digits
+from alexnet_dist.data.statistics import Statistics, measure
+from alexnet_dist.errors import Failure
+
+IMAGES = frozenset({".jpeg", ".jpg", ".png", ".webp", ".bmp"})
+VALIDATION_NAMES = ("val", "test")
+DIGITS = "digits"
+_KEPT_IN = ".alexnet_dist"
+_FORMAT = 1  # of the kept index; raise it when its meaning changes
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Index:
+    """The images of one split.
+
+    Attributes:
+        folder: where they lie.
+        names: paths below ``folder``; for files that hold many images, their own numbers.
+        labels: [N], numbers of classes.
+        sizes: [N, 2], stored height and width in pixels; 0 where the header cannot be read.
+        classes: names, in the order of their numbers.
+    """
+
+    folder: str
+    names: list[str]
+    labels: NDArray[np.int64]
+    sizes: NDArray[np.int64]
+    classes: list[str]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def unreadable(self) -> list[int]:
+        """Numbers of the images whose header cannot be read."""
+        return np.flatnonzero(self.sizes.min(1) == 0).tolist()
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """All that is known of a data set without its pixels: sent from the process that made it to
+    all others, and enough to open it."""
+
+    kind: str
+    train: Index
+    val: Index
+    statistics: Statistics
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of which images there are, wherever they lie."""
+        digest = hashlib.sha256()
+        for index in (self.train, self.val):
+            digest.update("\n".join(index.names).encode())
+            digest.update(index.labels.tobytes())
+            digest.update(index.sizes.tobytes())
+        return digest.hexdigest()[:16]
+
+
+class Source(Protocol):
+    """Encoded images by number."""
+
+    index: Index
+
+    def read(self, number: int) -> NDArray[np.uint8]:
+        """The encoded bytes of an image. Raises OSError where they cannot be had."""
+        ...
+
+    def path(self, number: int) -> str:
+        """What to call the image when speaking to people."""
+        ...
+
+
+class FolderSource:
+    """Files below a folder."""
+
+    def __init__(self, index: Index) -> None:
+        self.index = index
+
+    def read(self, number: int) -> NDArray[np.uint8]:
+        return np.fromfile(self.path(number), np.uint8)
+
+    def path(self, number: int) -> str:
+        return f"{self.index.folder}/{self.index.names[number]}"
+
+
+class MemorySource:
+    """Images of a small set in memory, handed out as PNG, so that every engine takes them as it
+    takes files."""
+
+    def __init__(self, index: Index, pixels: NDArray[np.uint8]) -> None:
+        self.index, self._pixels = index, pixels
+
+    def read(self, number: int) -> NDArray[np.uint8]:
+        buffer = BytesIO()
+        Image.fromarray(self._pixels[number]).save(buffer, "PNG", compress_level=0)
+        return np.frombuffer(buffer.getvalue(), np.uint8)
+
+    def path(self, number: int) -> str:
+        return f"{self.index.folder} (image {self.index.names[number]})"
+
+
+def make_catalogue(root: str | None, cache: str, progress: Progress) -> Catalogue:
+    """Find out what lies at ``root``, and keep the answer.
+
+    Args:
+        root: a folder with train/ and val/ (or test/), each with a folder a class; or one with
+            CIFAR-10's own files; None or "digits" for the embedded digits.
+        cache: the folder for what is kept, where ``root`` cannot be written.
+        progress: is called with what is being done, images done, images in all.
+
+    Raises:
+        Failure: there is no such folder, or it is not laid out so.
+    """
+    kept = Path(cache).expanduser()
+    folder = write_digits(kept / DIGITS) if root in (None, DIGITS) else Path(str(root)).absolute()
+    if not folder.is_dir():
+        raise Failure(
+            f"there is no folder {folder}: give --data.root the folder that holds train/ and val/"
+        )
+    if (folder / "cifar-10-batches-py").is_dir():
+        train, val = (_cifar10(folder, split)[0] for split in (True, False))
+        kind, source = "cifar10", _open("cifar10", train)
+    else:
+        kind = "folders"
+        train = _index(folder, _split(folder, ("train",)), kept, progress)
+        val = _index(folder, _split(folder, VALIDATION_NAMES), kept, progress)
+        source = FolderSource(train)
+    if train.classes != val.classes:
+        odd = sorted(set(train.classes) ^ set(val.classes))
+        raise Failure(
+            f"the classes of {train.folder} and {val.folder} differ ({', '.join(odd[:5])}"
+            f"{', ...' if len(odd) > 5 else ''}): give both the same class folders"
+        )
+    return Catalogue(kind, train, val, _statistics(folder, train, source, kept, progress))
+
+
+def open_sources(catalogue: Catalogue) -> tuple[Source, Source]:
+    """Training and validation images, in whichever process."""
+    return _open(catalogue.kind, catalogue.train), _open(catalogue.kind, catalogue.val)
+
+
+def _open(kind: str, index: Index) -> Source:
+    if kind == "cifar10":
+        folder, split = index.folder.rsplit(":", 1)
+        return MemorySource(index, _cifar10(Path(folder), split == "train")[1])
+    return FolderSource(index)
+
+
+def _cifar10(folder: Path, train: bool) -> tuple[Index, NDArray[np.uint8]]:
+    from torchvision.datasets import CIFAR10
+
+    try:
+        data = CIFAR10(str(folder), train=train)
+    except RuntimeError:
+        raise Failure(f"CIFAR-10 below {folder} is damaged: unpack its archive there again") from None
+    pixels: NDArray[np.uint8] = data.data
+    names = [str(number) for number in range(len(pixels))]
+    sizes = np.full((len(pixels), 2), pixels.shape[1], np.int64)
+    where = f"{folder}:{'train' if train else 'test'}"
+    return Index(where, names, np.asarray(data.targets, np.int64), sizes, data.classes), pixels
+
+
+def _split(folder: Path, names: tuple[str, ...]) -> Path:
+    for name in names:
+        if (folder / name).is_dir():
+            return folder / name
+    raise Failure(
+        f"{folder} has no folder {' or '.join(f'{name}/' for name in names)}: data.root is the "
+        "folder that holds train/ and val/, each with a folder a class"
+    )
+
+
+def _class_folders(split: Path) -> dict[str, int]:
+    """Names of the class folders, sorted, with the time each was changed last."""
+    with os.scandir(split) as entries:
+        found = {
+            entry.name: entry.stat().st_mtime_ns
+            for entry in entries
+            if entry.is_dir() and not entry.name.startswith(".")
+        }
+    return dict(sorted(found.items()))
+
+
+def _index(root: Path, split: Path, cache: Path, progress: Progress) -> Index:
+    """The index of a split: the kept one, unless a class folder has changed since."""
+    folders = _class_folders(split)
+    if not folders:
+        raise Failure(f"{split} has no folders in it: it wants one for each class, full of images")
+    times = np.array(list(folders.values()), np.int64)
+    places = _places(root, cache, f"{split.name}.npz")
+    for place in places:
+        kept = _load(place)
+        if (
+            kept is not None
+            and kept["format"] == _FORMAT
+            and kept["classes"].tolist() == list(folders)
+            and np.array_equal(kept["times"], times)
+        ):
+            names = kept["names"].tobytes().decode().split("\n")
+            return Index(str(split), names, kept["labels"], kept["sizes"], list(folders))
+    index = _scan(split, list(folders), progress)
+    _keep(
+        places,
+        format=np.array(_FORMAT),
+        classes=np.array(index.classes),
+        times=times,
+        names=np.frombuffer("\n".join(index.names).encode(), np.uint8),
+        labels=index.labels,
+        sizes=index.sizes,
+    )
+    return index
+
+
+def _scan(split: Path, classes: list[str], progress: Progress) -> Index:
+    names: list[str] = []
+    labels: list[int] = []
+    for label, name in enumerate(classes):
+        with os.scandir(split / name) as entries:
+            images = sorted(e.name for e in entries if Path(e.name).suffix.lower() in IMAGES)
+        names += [f"{name}/{image}" for image in images]
+        labels += [label] * len(images)
+    if not names:
+        raise Failure(f"{split} has class folders but no images ({', '.join(sorted(IMAGES))})")
+    sizes = np.zeros((len(names), 2), np.int64)
+    with ThreadPoolExecutor(16) as pool:  # network storage answers slowly, but many at once
+        paths = (split / name for name in names)
+        for number, size in enumerate(pool.map(_header_size, paths)):
+            sizes[number] = size
+            progress(f"indexing {split}", number + 1, len(names))
+    return Index(str(split), names, np.array(labels, np.int64), sizes, classes)
+
+
+def _header_size(path: Path) -> tuple[int, int]:
+    """Stored height and width, from the header alone; (0, 0) where there is none."""
+    try:
+        with Image.open(path) as image:
+            return image.height, image.width
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return 0, 0
+
+
+def _statistics(
+    root: Path, train: Index, source: Source, cache: Path, progress: Progress
+) -> Statistics:
+    digest = hashlib.sha256("\n".join(train.names).encode() + train.sizes.tobytes()).hexdigest()
+    places = _places(root, cache, "statistics.npz")
+    for place in places:
+        kept = _load(place)
+        if kept is not None and kept["format"] == _FORMAT and str(kept["of"]) == digest:
+            return Statistics(kept["mean"], kept["eigenvalues"], kept["eigenvectors"])
+    result = measure(
+        len(train), source.read, progress=lambda *at: progress("measuring colours", *at)
+    )
+    _keep(places, format=np.array(_FORMAT), of=np.array(digest), **vars(result))
+    return result
+
+
+def _places(root: Path, cache: Path, name: str) -> tuple[Path, Path]:
+    """Where an index may lie: in the data folder, and in the cache for those that are read-only."""
+    key = hashlib.sha256(str(root).encode()).hexdigest()[:16]
+    return root / _KEPT_IN / name, cache / "indexes" / key / name
+
+
+def _load(place: Path) -> dict[str, Any] | None:
+    try:
+        with np.load(place, allow_pickle=False) as arrays:
+            return dict(arrays)
+    except (OSError, ValueError, KeyError, EOFError):
+        return None
+
+
+def _keep(places: tuple[Path, Path], **arrays: NDArray[Any]) -> None:
+    """Keep the arrays in the first place that can be written; without any they are made anew."""
+    for place in places:
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            handle, partial = tempfile.mkstemp(prefix=".partial-", dir=place.parent)
+            with os.fdopen(handle, "wb") as file:
+                np.savez(file, **arrays)  # type: ignore[arg-type]
+            os.replace(partial, place)
+            return
+        except OSError:
+            continue

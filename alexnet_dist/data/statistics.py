@@ -1,0 +1,78 @@
+"""What the training images are like: channel means, and the directions in which colours vary."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+SAMPLE = 1024
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Of RGB values of 0..255 over the training images.
+
+    Attributes:
+        mean: [3], channel means.
+        eigenvalues: [3], of the covariance of RGB values, largest first.
+        eigenvectors: [3, 3], a column each (Krizhevsky et al. 2012, section 4.1).
+    """
+
+    mean: NDArray[np.float64]
+    eigenvalues: NDArray[np.float64]
+    eigenvectors: NDArray[np.float64]
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: array.tolist() for name, array in vars(self).items()}
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> "Statistics":
+        return cls(**{name: np.array(record[name]) for name in cls.__annotations__})
+
+
+def measure(
+    count: int,
+    read: Callable[[int], NDArray[np.uint8]],
+    *,
+    sample: int = SAMPLE,
+    threads: int = 8,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Statistics:
+    """Measure a seeded sample of ``count`` images, each by the pixels of its central square.
+
+    Each image counts alike, whatever its size. ``read(number)`` gives encoded bytes; images that
+    cannot be decoded are passed over. With no image at all the statistics are those of grey.
+    """
+    chosen = np.random.Generator(np.random.Philox(145)).permutation(count)[:sample]
+
+    def moments(number: int) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
+        try:
+            image = Image.open(BytesIO(read(number).tobytes()))
+            image.draft("RGB", (256, 256))
+            rgb = image.convert("RGB")
+        except (OSError, ValueError, SyntaxError):
+            return None
+        side = min(rgb.size)
+        left, top = (rgb.width - side) // 2, (rgb.height - side) // 2
+        pixels = np.asarray(rgb.crop((left, top, left + side, top + side)), np.float64)
+        pixels = pixels.reshape(-1, 3)
+        return pixels.mean(0), pixels.T @ pixels / len(pixels)
+
+    first, second, used = np.zeros(3), np.zeros((3, 3)), 0
+    with ThreadPoolExecutor(threads) as pool:  # map keeps the order, so the sums are repeatable
+        for done, result in enumerate(pool.map(moments, chosen.tolist()), 1):
+            progress(done, len(chosen))
+            if result is not None:
+                first, second, used = first + result[0], second + result[1], used + 1
+    if used == 0:
+        return Statistics(np.full(3, 127.5), np.zeros(3), np.eye(3))
+    mean = first / used
+    values, vectors = np.linalg.eigh(second / used - np.outer(mean, mean))
+    # largest first, and a sign that does not depend on the linear algebra library
+    vectors = vectors[:, ::-1] * np.where(vectors.sum(0)[::-1] < 0, -1.0, 1.0)
+    return Statistics(mean, np.maximum(values[::-1], 0.0), vectors)

@@ -1,0 +1,1 @@
+"""Processes and layouts: how one network is computed by many."""

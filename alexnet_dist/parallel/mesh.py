@@ -1,0 +1,160 @@
+"""The processes of a run: who they are, what they compute on, and how they speak."""
+
+import atexit
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from alexnet_dist.errors import Failure
+
+T = TypeVar("T")
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+
+PATIENCE = timedelta(days=7)
+"""For waiting on work that only rank 0 does: listing 1.28 million files may take hours. A rank
+that dies is noticed by its closed connection, not by this."""
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """This process among the others. A replica holds the whole network; all of them together
+    compute a global batch.
+
+    Attributes:
+        threads: processors that this process may use.
+        patient: a group over the host's network for work that may take long.
+    """
+
+    rank: int
+    world: int
+    local_rank: int
+    local_world: int
+    device: torch.device
+    threads: int
+    patient: dist.ProcessGroup
+
+    @property
+    def replica(self) -> int:
+        return self.rank
+
+    @property
+    def replicas(self) -> int:
+        return self.world
+
+    @property
+    def rows(self) -> slice:
+        """The positions of each global batch that are this replica's."""
+        return slice(self.replica, None, self.replicas)
+
+    def local_batch(self, batch: int) -> int:
+        """Images of a global batch that fall to this replica."""
+        return len(range(batch)[self.rows])
+
+    def from_first(self, work: Callable[[], T]) -> T:
+        """What ``work`` gives on rank 0, in every process; its Failure, too, is everyone's."""
+        answer: list[T | Failure | None] = [None]
+        if self.rank == 0:
+            try:
+                answer[0] = work()
+            except Failure as failure:
+                answer[0] = failure
+        dist.broadcast_object_list(answer, group=self.patient)
+        if isinstance(answer[0], Failure):
+            raise Failure(str(answer[0]), everywhere=True)
+        return answer[0]  # type: ignore[return-value]
+
+
+def start(device: Literal["auto", "cpu", "cuda"] = "auto", threads: int = 0) -> Mesh:
+    """Join the processes that torchrun started, or be the only one.
+
+    Raises:
+        Failure: GPUs are asked for and there are none, or fewer than local processes.
+    """
+    launched = "RANK" in os.environ
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if launched:
+        _end_with_launcher()
+    gpus = torch.cuda.device_count() if device != "cpu" else 0
+    if device == "cuda" and gpus == 0:
+        raise Failure(
+            "runtime.device is cuda, but torch sees no GPU here: take --runtime.device cpu",
+            everywhere=True,
+        )
+    if gpus and local_world > gpus:
+        raise Failure(
+            f"{local_world} processes on this machine, but {gpus} GPU{'s' if gpus > 1 else ''}: "
+            f"take --nproc_per_node={gpus}, or --runtime.device cpu",
+            everywhere=True,
+        )
+    where = torch.device("cuda", local_rank) if gpus else torch.device("cpu")
+    if gpus:
+        torch.cuda.set_device(where)
+    backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
+    if launched:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    atexit.register(leave)
+    threads = threads or max(usable_processors() // local_world, 1)
+    torch.set_num_threads(threads)
+    patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+    assert patient is not None
+    return Mesh(rank, world, local_rank, local_world, where, threads, patient)
+
+
+def leave() -> None:
+    """Leave the group, if this process is in one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def usable_processors() -> int:
+    """Processors that this process may use: those it is bound to, less a container's limit."""
+    bound = getattr(os, "sched_getaffinity", None)
+    count = len(bound(0)) if bound else (os.cpu_count() or 1)
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        if quota != "max":
+            count = min(count, max(int(quota) // int(period), 1))
+    except (OSError, ValueError):
+        pass
+    return count
+
+
+def choose_precision(
+    wanted: Literal["auto", "fp32", "tf32", "bf16", "fp16"], device: torch.device
+) -> Precision:
+    """bf16 where the device has instructions for it, unless something is asked for."""
+    if wanted != "auto":
+        return wanted
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return "fp32"
+    return "bf16" if "avx512_bf16" in flags or "amx_bf16" in flags else "fp32"
+
+
+def _end_with_launcher() -> None:
+    """End this process once its launcher has died: a torchrun that is killed outright leaves its
+    workers behind, which would train on, or wait for each other, for ever."""
+    launcher = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == launcher:
+            time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, name="watch-launcher", daemon=True).start()

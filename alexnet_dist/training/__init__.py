@@ -1,0 +1,1 @@
+"""A step, an evaluation, the optimizer and its rates, checkpoints."""

@@ -1,0 +1,193 @@
+"""A step, and an evaluation: tensors and meters, no files."""
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
+from torchmetrics import Metric
+
+from alexnet_dist.training.schedules import Schedule
+
+
+class Layout(Protocol):
+    """What a layout gives the loop; see parallel/ddp.py for the meaning of each."""
+
+    parameters: dict[str, nn.Parameter]
+    scaler: GradScaler
+
+    def forward_backward(
+        self, images: Tensor, labels: Tensor, masks: Iterable[Tensor] = ()
+    ) -> Tensor: ...
+
+    def hits(self, images: Tensor, labels: Tensor) -> Tensor: ...
+
+
+class Batch(Protocol):
+    """What a step needs of an engine's batch."""
+
+    @property
+    def images(self) -> Tensor: ...
+
+    @property
+    def labels(self) -> Tensor: ...
+
+
+def set_rates(optimizer: torch.optim.Optimizer, schedule: Schedule, passes: float) -> float:
+    """Give each group its rate for the step that begins after ``passes``; that of the weights."""
+    for group in optimizer.param_groups:
+        group["lr"] = schedule.rate(group["name"], passes, bias=group["bias"])
+    return schedule.rate("weights", passes)
+
+
+def train_step(
+    layout: Layout, optimizer: torch.optim.Optimizer, batch: Batch, masks: Iterable[Tensor]
+) -> Tensor:
+    """One update of the parameters; what ``layout.forward_backward`` returns."""
+    result = layout.forward_backward(batch.images, batch.labels, masks)
+    layout.scaler.step(optimizer)
+    layout.scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return result
+
+
+@dataclass
+class Meters:
+    """What training has done so far: losses and hits by step, and the order of the images.
+
+    Steps add tensors of the device and are not waited for; ``collect`` reads them, over all
+    replicas. What it leaves behind is the same on every process, and plain numbers, so that a
+    checkpoint can keep it, and its sums do not depend on when it was called: shares are float64,
+    which sums a few float32 without rounding.
+
+    Attributes:
+        losses, hits: of the steps since the last record, the global batch's.
+        epoch_loss: summed over the epoch's steps.
+        epoch_hits, images: of the epoch so far.
+        digest: of the samples' numbers of the epoch so far, in their global order.
+    """
+
+    batch: int
+    replicas: int
+    losses: list[float] = field(default_factory=list)
+    hits: list[float] = field(default_factory=list)
+    epoch_loss: float = 0.0
+    epoch_steps: int = 0
+    epoch_hits: int = 0
+    images: int = 0
+    digest: str = ""
+    _results: list[Tensor] = field(default_factory=list)
+    _numbers: list[NDArray[np.int64]] = field(default_factory=list)
+
+    def add(self, result: Tensor, numbers: NDArray[np.int64]) -> None:
+        """Note a step: what ``train_step`` gave, and the samples that this replica had in it."""
+        self._results.append(result)
+        self._numbers.append(numbers)
+
+    def collect(self) -> None:
+        """Read what was added; all processes call it together."""
+        if not self._results:
+            return
+        results = torch.stack(self._results)
+        dist.all_reduce(results)
+        for loss, hits in results.tolist():
+            self.losses.append(loss)
+            self.hits.append(hits)
+            self.epoch_loss += loss
+            self.epoch_hits += int(hits)
+            self.epoch_steps += 1
+        for numbers in self._in_global_order():
+            self.digest = chain(self.digest, numbers)
+            self.images += len(numbers)
+        self._results, self._numbers = [], []
+
+    def _in_global_order(self) -> Iterable[NDArray[np.int64]]:
+        """Position p of a batch is image p // R of replica p mod R."""
+        most = -(-self.batch // self.replicas)
+        mine = torch.full((len(self._numbers), most), -1, dtype=torch.int64)
+        for row, numbers in enumerate(self._numbers):
+            mine[row, : len(numbers)] = torch.from_numpy(numbers)
+        everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+        dist.all_gather(everyone, mine)
+        together = torch.stack(everyone, 2).flatten(1).numpy()
+        return (row[row >= 0] for row in together)
+
+    def take(self) -> tuple[float, float]:
+        """Mean loss and top-1 error in percent since the last call; after ``collect``."""
+        steps = max(len(self.losses), 1)
+        loss = sum(self.losses) / steps
+        error = 100.0 * (1.0 - sum(self.hits) / (steps * self.batch))
+        self.losses, self.hits = [], []
+        return loss, error
+
+    def next_epoch(self) -> None:
+        """Begin the counts of an epoch."""
+        self.epoch_loss, self.epoch_steps, self.epoch_hits = 0.0, 0, 0
+        self.images, self.digest = 0, ""
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps; after ``collect``."""
+        return {k: v for k, v in vars(self).items() if not k.startswith("_") and k != "replicas"}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)
+
+
+def chain(digest: str, numbers: NDArray[np.int64]) -> str:
+    """The digest of an order of samples, one more batch long."""
+    link = bytes.fromhex(digest) + np.ascontiguousarray(numbers, "<i8").tobytes()
+    return hashlib.sha256(link).hexdigest()
+
+
+class Errors(Metric):
+    """Loss and classification errors over a data set, counted exactly.
+
+    Whole numbers, summed over processes: no padding, no mean of means.
+    """
+
+    full_state_update = False
+    loss: Tensor
+    top1: Tensor
+    top5: Tensor
+    images: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.set_dtype(torch.float64)
+        zero = torch.zeros((), dtype=torch.int64)
+        self.add_state("loss", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        for name in ("top1", "top5", "images"):
+            self.add_state(name, zero.clone(), dist_reduce_fx="sum")
+
+    def update(self, hits: Tensor, images: int) -> None:
+        """``hits``: what ``layout.hits`` gives for ``images`` images."""
+        self.loss += hits[0]
+        self.top1 += hits[1].long()
+        self.top5 += hits[2].long()
+        self.images += images
+
+    def compute(self) -> dict[str, float]:
+        """Errors in percent, mean loss, and images, over all processes."""
+        images = int(self.images)
+        return {
+            "top1_error": 100.0 * (images - int(self.top1)) / max(images, 1),
+            "top5_error": 100.0 * (images - int(self.top5)) / max(images, 1),
+            "loss": float(self.loss) / max(images, 1),
+            "images": images,
+        }
+
+
+def evaluate(layout: Layout, batches: Iterable[Batch], device: torch.device) -> dict[str, float]:
+    """Errors over all batches of all processes, each of which may have another number of images."""
+    errors = Errors().to(device)
+    for batch in batches:
+        errors.update(layout.hits(batch.images, batch.labels), len(batch.images))
+    result: dict[str, float] = errors.compute()
+    return result

@@ -1,0 +1,83 @@
+"""Learning rates as functions of passes, a pass being an epoch as a real number."""
+
+import math
+from bisect import bisect_right
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Table = dict[str, list[tuple[float, float]]]
+
+
+@dataclass
+class Schedule:
+    """The rate of each group of parameters after so many passes.
+
+    Attributes: those of config.ScheduleConfig, and
+        lr: the rate; the peak of one_cycle.
+        bias_lr: rate of biases as a multiple of that of weights.
+        epochs: passes of the whole run.
+    """
+
+    name: Literal["constant", "plateau", "one_cycle", "table"]
+    lr: float
+    epochs: float
+    bias_lr: float = 1.0
+    warmup: float = 0.0
+    patience: int = 3
+    drops: int = 3
+    rise: float = 0.3
+    table: Table = field(default_factory=dict)
+    dropped: int = 0
+    best: float = math.inf
+    waited: int = 0
+
+    def rate(self, group: str, passes: float, *, bias: bool = False) -> float:
+        """The rate of ``group`` in the step that begins after ``passes``."""
+        if group in self.table and self.name == "table":
+            value = _at(self.table[group], passes)
+        else:
+            value = self._shape(passes) * (self.bias_lr if bias else 1.0)
+        return value * min(1.0, passes / self.warmup) if self.warmup > 0 else value
+
+    def _shape(self, passes: float) -> float:
+        if self.name == "plateau":
+            return self.lr * 0.1**self.dropped
+        if self.name == "one_cycle":
+            return self.lr * _one_cycle(passes / self.epochs, self.rise)
+        if self.name == "table":
+            return _at(self.table["weights"], passes)
+        return self.lr
+
+    def observe(self, error: float) -> None:
+        """Take note of an epoch's validation error; plateau divides the rate by ten after
+        ``patience`` of them without a better one, at most ``drops`` times."""
+        if error < self.best:
+            self.best, self.waited = error, 0
+            return
+        self.waited += 1
+        if self.waited >= self.patience and self.dropped < self.drops:
+            self.dropped, self.waited = self.dropped + 1, 0
+
+    def state(self) -> dict[str, Any]:
+        """What cannot be told from the passes alone."""
+        best = None if math.isinf(self.best) else self.best
+        return {"dropped": self.dropped, "best": best, "waited": self.waited}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.dropped, self.waited = state["dropped"], state["waited"]
+        self.best = math.inf if state["best"] is None else state["best"]
+
+
+def _at(rows: list[tuple[float, float]], passes: float) -> float:
+    """The value of the last row that begins at or before ``passes``."""
+    begins = [row[0] for row in rows]
+    # a step's share of a pass is a rounded fraction; a change at a pass is of its first step
+    return rows[max(bisect_right(begins, passes + 1e-9) - 1, 0)][1]
+
+
+def _one_cycle(done: float, rise: float) -> float:
+    """From 1/25 of the peak up to it over ``rise`` of the run, and down to nothing, as cosines
+    (Smith and Topin 2017)."""
+    if done < rise:
+        return 1 / 25 + (1 - 1 / 25) * (1 - math.cos(math.pi * done / rise)) / 2
+    return (1 + math.cos(math.pi * min((done - rise) / (1 - rise), 1.0))) / 2
