@@ -1,0 +1,112 @@
+"""Weights & Biases, at arm's length: in a thread of its own, so that it cannot stop a run."""
+
+import os
+import threading
+from pathlib import Path
+from queue import Queue
+from typing import Any, Literal
+
+from alexnet_dist.tracking.events import Event
+
+Mode = Literal["auto", "online", "offline", "off"]
+
+INIT_SECONDS = 60
+CLOSE_SECONDS = 60
+
+_CURVES = {
+    "train": ("loss", "top1_error", "lr", "images_per_second", "data_wait"),
+    "eval": ("loss", "top1_error", "top5_error"),
+}
+
+
+class Wandb:
+    """Sends events to one W&B run, which goes on when the training run does.
+
+    Everything that touches W&B happens in one daemon thread, fed by a queue: what fails there, or
+    hangs, ends the tracking and is told to ``warn``; the run's records are in metrics.jsonl.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        run_id: str,
+        config: dict[str, Any],
+        *,
+        mode: Mode,
+        project: str,
+        warn: Any,
+    ) -> None:
+        self._options = {
+            "project": project,
+            "name": folder.name,
+            "id": run_id,
+            "resume": "allow",
+            "config": config,
+            "dir": str(folder),
+            "mode": _mode(mode),
+        }
+        self._warn = warn
+        self._queue: Queue[Event | None] = Queue()
+        self._failed = False
+        self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
+        self._thread.start()
+
+    def take(self, event: Event) -> None:
+        if not self._failed:
+            self._queue.put(event)
+
+    def close(self) -> None:
+        self._queue.put(None)
+        self._thread.join(CLOSE_SECONDS)
+        if self._thread.is_alive():
+            self._warn("Weights & Biases does not answer; the records are in metrics.jsonl")
+
+    def _work(self) -> None:
+        try:
+            os.environ.setdefault("WANDB_SILENT", "true")
+            import wandb
+
+            settings = wandb.Settings(init_timeout=INIT_SECONDS, console="off")
+            try:
+                run = wandb.init(settings=settings, **self._options)
+            except Exception as error:  # no network is no reason to lose the run's curves
+                if self._options["mode"] != "online":
+                    raise
+                self._warn(f"Weights & Biases: {error}; tracking goes on offline")
+                run = wandb.init(settings=settings, **(self._options | {"mode": "offline"}))
+            run.define_metric("global_step")
+            run.define_metric("*", step_metric="global_step")
+            while (event := self._queue.get()) is not None:
+                self._send(wandb, run, event)
+            run.finish()
+        except BaseException as error:
+            self._failed = True
+            self._warn(
+                f"Weights & Biases failed ({type(error).__name__}: {error}); training goes on, "
+                "the records are in metrics.jsonl"
+            )
+
+    def _send(self, wandb: Any, run: Any, event: Event) -> None:
+        kind = event["event"]
+        if kind in _CURVES:
+            values = {f"{kind}/{name}": event[name] for name in _CURVES[kind]}
+            run.log({**values, "epoch": event["epoch"], "global_step": event["step"]})
+        elif kind == "picture":
+            image = wandb.Image(event["path"], caption=event["caption"])
+            run.log({event["name"]: image, "global_step": event["step"]})
+        elif kind in ("best", "end"):
+            for name in ("top1_error", "top5_error", "step"):
+                if event.get(name) is not None:
+                    run.summary[f"{kind}/{name}"] = event[name]
+
+
+def _mode(mode: Mode) -> str:
+    """auto: online where there is a key, else offline."""
+    if mode != "auto":
+        return mode
+    netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    try:
+        key = bool(os.environ.get("WANDB_API_KEY")) or "wandb" in netrc.read_text()
+    except OSError:
+        key = bool(os.environ.get("WANDB_API_KEY"))
+    return os.environ.get("WANDB_MODE") or ("online" if key else "offline")
