@@ -6,7 +6,6 @@ Options are given as YAML (--config) and as dotted words on the command line (--
 import dataclasses
 import difflib
 import re
-import sys
 from argparse import ArgumentError
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -467,14 +466,3 @@ def _first_words(message: str) -> str:
         return f"option {name} wants {want}, not {value}"
     return " ".join(lines)
 
-
-def speaks() -> bool:
-    """Whether this process speaks for all of them before they have met."""
-    import os
-
-    return os.environ.get("RANK", "0") == "0"
-
-
-def stderr(sentence: str) -> None:
-    """One line to people, past any progress bar."""
-    print(f"alexnet_dist: {sentence}", file=sys.stderr, flush=True)

@@ -1,4 +1,11 @@
-"""The one exception that people are meant to read."""
+"""Failures that people can mend, and how a command ends on one."""
+
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import NoReturn
 
 
 class Failure(Exception):  # noqa: N818 (it is shown to people by its text, never by its name)
@@ -11,3 +18,57 @@ class Failure(Exception):  # noqa: N818 (it is shown to people by its text, neve
     def __init__(self, sentence: str, *, everywhere: bool = False) -> None:
         super().__init__(sentence)
         self.everywhere = everywhere
+
+    def __reduce__(self) -> tuple[type["Failure"], tuple[str]]:
+        return Failure, (str(self),)
+
+
+def stderr(sentence: str) -> None:
+    """One line to people."""
+    print(f"alexnet_dist: {sentence}", file=sys.stderr, flush=True)
+
+
+def run_command(main: Callable[[list[str]], None]) -> NoReturn:
+    """Run a command; a Failure ends it with its sentence, exit code 1 and no traceback."""
+    arguments = sys.argv[1:]
+    first = os.environ.get("RANK", "0") == "0"
+    try:
+        main(arguments)
+    except Failure as failure:
+        if "--debug" in arguments:
+            traceback.print_exc()
+        if first or not failure.everywhere:
+            stderr(str(failure))
+        else:
+            time.sleep(2)  # torchrun ends the others once one has ended: let the first one speak
+        _end(1)
+    except KeyboardInterrupt:
+        if first:
+            stderr("interrupted; the same command goes on from the last checkpoint")
+        _end(130)
+    except RuntimeError as error:
+        if "--debug" not in arguments and _lost_peer(error):
+            time.sleep(1)
+            stderr(
+                f"process {os.environ.get('RANK', '0')} lost another process of this run, and "
+                "ends; the message of the one that ended first says why"
+            )
+            _end(1)
+        traceback.print_exc()
+        _end(1)
+    except Exception:
+        traceback.print_exc()
+        _end(1)
+    sys.exit(0)
+
+
+def _lost_peer(error: RuntimeError) -> bool:
+    words = ("closed by peer", "reset by peer", "Broken pipe", "NCCL", "Connection refused")
+    return any(word in str(error) for word in words)
+
+
+def _end(code: int) -> NoReturn:
+    """Leave at once: a normal exit would wait for threads, and for processes that are gone."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

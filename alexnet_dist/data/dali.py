@@ -114,7 +114,7 @@ def feed(
     pipeline.feed_input("shape", draws.boxes[:, 2:].astype(np.int32))
     pipeline.feed_input("mirror", draws.flips.astype(np.int32))
     pipeline.feed_input("mean", means)
-    pipeline.feed_input("number", draws.numbers)
+    pipeline.feed_input("number", np.ascontiguousarray(draws.numbers))
 
 
 @functools.cache

@@ -44,7 +44,6 @@ class DataParallel:
                 device_ids=[mesh.device] if mesh.device.type == "cuda" else None,
                 gradient_as_bucket_view=True,
                 bucket_cap_mb=32,
-                broadcast_buffers=False,
             )
 
     def _autocast(self) -> AbstractContextManager[None]:

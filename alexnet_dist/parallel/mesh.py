@@ -72,6 +72,12 @@ class Mesh:
             raise Failure(str(answer[0]), everywhere=True)
         return answer[0]  # type: ignore[return-value]
 
+    def gather(self, thing: T) -> list[T]:
+        """The ``thing`` of each process, by rank, in every process."""
+        things: list[T | None] = [None] * self.world
+        dist.all_gather_object(things, thing, group=self.patient)
+        return things  # type: ignore[return-value]
+
 
 def start(device: Literal["auto", "cpu", "cuda"] = "auto", threads: int = 0) -> Mesh:
     """Join the processes that torchrun started, or be the only one.

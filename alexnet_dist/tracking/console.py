@@ -1,5 +1,6 @@
 """What a run says in a terminal: a progress bar, or plain lines where there is none."""
 
+import math
 import sys
 from typing import Any
 
@@ -68,7 +69,7 @@ class Console:
             f"loss {event['loss']:.4f}  lr {event['lr']:.2g}  "
             f"{event['images_per_second']:.0f} img/s  wait {100 * event['data_wait']:.0f} %"
         )
-        where = f"epoch {min(int(event['epoch']) + 1, self._epochs)}/{self._epochs}"
+        where = f"epoch {max(math.ceil(event["epoch"] - 1e-9), 1)}/{self._epochs}"
         if self._bar is None:
             self.say(f"{where}  step {event['step']}/{self._total}  {numbers}")
             return

@@ -22,6 +22,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
 
 from alexnet_dist.errors import Failure
 
@@ -51,11 +52,14 @@ def save(
         shutil.rmtree(partial, ignore_errors=True)
     _together(lambda: partial.mkdir(parents=True) if rank == 0 else None)
 
+    # safetensors wants rows packed as they are numbered, which channels-last kernels are not
+    packed = {name: tensor.contiguous() for name, tensor in tensors.items()}
+
     def write() -> None:
         with warnings.catch_warnings(), _quiet():
             warnings.simplefilter("ignore")  # about torch's own internals
             writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
-            dcp.save(dict(tensors), storage_writer=writer)
+            dcp.save(packed, storage_writer=writer)
 
     def finish() -> None:
         if rank != 0:
@@ -150,7 +154,7 @@ def load(checkpoint: Path, tensors: Mapping[str, Tensor]) -> None:
         with warnings.catch_warnings(), _quiet(), torch.no_grad():
             warnings.simplefilter("ignore")
             dcp.load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(checkpoint)))
-    except Exception as error:  # torch wraps whatever went wrong on any process
+    except (Exception, CheckpointException) as error:  # torch wraps what went wrong anywhere
         raise Failure(
             f"the checkpoint {checkpoint} is damaged ({_cause(error)}): take another one",
             everywhere=True,
@@ -162,7 +166,7 @@ def _together(work: Any) -> None:
     cause = ""
     try:
         work()
-    except Exception as error:  # a full disk has many names: OSError, RuntimeError, torch's own
+    except (Exception, CheckpointException) as error:  # a full disk has many names
         cause = _cause(error) or type(error).__name__
     causes: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(causes, cause)

@@ -1,0 +1,679 @@
+"""Train AlexNet: alone, or as one of the processes that torchrun starts.
+
+torchrun --nproc_per_node=2 -m alexnet_dist.train --config configs/imagenette.yaml --data.root DIR
+"""
+
+import math
+import os
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from alexnet_dist import __version__
+from alexnet_dist.config import MEANING, Config, Parsed, flatten, parse, to_dict
+from alexnet_dist.data import build_engine
+from alexnet_dist.data.augment import pixels_for
+from alexnet_dist.data.engine import Batch, Engine
+from alexnet_dist.data.plan import EvaluationPlan, Plan
+from alexnet_dist.data.sources import Catalogue, make_catalogue, open_sources
+from alexnet_dist.errors import Failure, run_command, stderr
+from alexnet_dist.model import VARIANTS, build_model, draw_masks
+from alexnet_dist.parallel.ddp import DataParallel
+from alexnet_dist.parallel.mesh import Mesh, choose_precision, start
+from alexnet_dist.tracking import plots
+from alexnet_dist.tracking.console import Console, IndexProgress
+from alexnet_dist.tracking.events import JsonLines, Stream, read, surviving
+from alexnet_dist.tracking.run import RunFolder, choose_folder, read_config, read_status
+from alexnet_dist.tracking.wandb import Wandb
+from alexnet_dist.training import checkpoint
+from alexnet_dist.training.loop import Meters, evaluate, set_rates, train_step
+from alexnet_dist.training.optim import build_optimizer, velocities
+from alexnet_dist.training.schedules import Schedule
+
+
+def main(arguments: list[str]) -> None:
+    """Train as the command line says."""
+    program = "python -m alexnet_dist.train"
+    parsed, _ = parse(arguments, program=program, description=__doc__)
+    mesh = start(parsed.config.runtime.device, parsed.config.runtime.threads)
+    folder, path, kept = _open_run(mesh, parsed)
+    if kept:
+        parsed, _ = parse(arguments, program=program, description=__doc__, underneath=kept)
+    try:
+        Run(parsed.config, mesh, folder, path).train()
+    except BaseException:
+        if folder is not None and folder.status().get("status") == "running":
+            folder.set_status("failed")
+        raise
+
+
+class Run:
+    """One life of a training run: everything it needs, built in the order it is needed."""
+
+    def __init__(self, config: Config, mesh: Mesh, folder: RunFolder | None, path: Path) -> None:
+        self.config, self.mesh, self.folder, self.path = config, mesh, folder, path
+        data, runtime = config.data, config.runtime
+        if config.model.variant not in VARIANTS:
+            raise Failure(
+                f"there is no model.variant {config.model.variant}; there are "
+                f"{', '.join(VARIANTS)}",
+                everywhere=True,
+            )
+        self.precision = choose_precision(runtime.precision, mesh.device)
+        _set_arithmetic(self.precision, runtime.deterministic)
+        self.threads = data.threads or mesh.threads
+
+        # the images
+        self.catalogue = mesh.from_first(
+            lambda: make_catalogue(data.root, data.cache, IndexProgress())
+        )
+        _check_batch(config, mesh, self.catalogue)
+        train_source, val_source = open_sources(self.catalogue)
+        fraction = data.image_size / data.resize
+        self.plan = Plan(
+            self.catalogue.train.sizes,
+            data.batch_size,
+            config.train.seed,
+            crop=data.crop,
+            fraction=fraction,
+            scale=data.scale,
+            ratio=data.ratio,
+            flip=data.flip,
+        )
+        self.evaluation = EvaluationPlan(self.catalogue.val.sizes, data.eval_batch_size, fraction)
+        reads, statistics = VARIANTS[config.model.variant].pixels, self.catalogue.statistics
+        self.pixels = pixels_for(
+            reads,
+            statistics,
+            side=data.image_size,
+            colour=data.colour,
+            strength=data.colour_strength,
+        )
+        plain = pixels_for(reads, statistics, side=data.image_size)
+        skip = data.on_bad_image == "skip"
+
+        def engine(source: Any, pixels: Any, plan: Plan | None, batch: int, policy: Any) -> Engine:
+            return build_engine(
+                data.engine,
+                source,
+                pixels,
+                plan=plan,
+                fraction=fraction,
+                max_batch=mesh.local_batch(batch),
+                device=mesh.device,
+                decoder=data.decoder,
+                threads=self.threads,
+                ahead=data.ahead,
+                policy=policy if skip else "stop",
+            )
+
+        self.engine = engine(train_source, self.pixels, self.plan, data.batch_size, "substitute")
+        self.val_engine = engine(val_source, plain, None, data.eval_batch_size, "omit")
+
+        # the network, its layout and its optimizer
+        torch.manual_seed(config.train.seed)
+        try:
+            self.model = build_model(
+                config.model.variant,
+                num_classes=config.model.num_classes or len(self.catalogue.train.classes),
+                dropout=config.model.dropout,
+                init=config.model.init,
+                image_size=data.image_size,
+            )
+        except ValueError as error:
+            raise Failure(str(error), everywhere=True) from None
+        self.layout = DataParallel(
+            self.model,
+            mesh,
+            batch=data.batch_size,
+            precision=self.precision,
+            compile_model=runtime.compile,
+        )
+        optim = config.optim
+        self.schedule = Schedule(
+            lr=optim.lr, bias_lr=optim.bias_lr, epochs=config.train.epochs, **vars(optim.schedule)
+        )
+        self.optimizer = build_optimizer(
+            optim.name,
+            self.layout.parameters,
+            lr=optim.lr,
+            momentum=optim.momentum,
+            weight_decay=optim.weight_decay,
+            own=optim.schedule.table,
+        )
+
+        # where the run stands
+        self.step = 0
+        self.meters = Meters(data.batch_size, mesh.replicas)
+        self.best: dict[str, Any] | None = None
+        self.resumed = self._restore()
+        self.console = Console(config.train.epochs, self.plan.steps)
+        self.stream = self._open_stream()
+        self.clock = Clock()
+
+    @property
+    def steps(self) -> int:
+        """Steps of the whole run."""
+        return self.config.train.epochs * self.plan.steps
+
+    @property
+    def passes(self) -> float:
+        """Passes over the training images so far."""
+        return self.step / self.plan.steps
+
+    def train(self) -> None:
+        """Train to the end of the run, or to train.max_steps of it."""
+        last = min(self.config.train.max_steps or self.steps, self.steps)
+        if self.step >= last:
+            self._already_there(last)
+            return
+        self._announce()
+        if self.mesh.replicas > 1:
+            self._warm_up()
+        result: dict[str, float] = {}
+        while self.step < last:
+            self._train_to(min(last, (self._epoch + 1) * self.plan.steps))
+            whole = self.step % self.plan.steps == 0
+            self._record_epoch()
+            result = self.evaluate()
+            if whole:
+                self.schedule.observe(result["top1_error"])
+                self.meters.next_epoch()
+            better = whole and (
+                self.best is None or result["top1_error"] < self.best["top1_error"]
+            )
+            if better:
+                self.best = {**result, "step": self.step}
+                self.stream.emit("best", **self.best)
+            self.save(best=better)
+        self._finish(result)
+
+    @property
+    def _epoch(self) -> int:
+        return self.step // self.plan.steps
+
+    def _train_to(self, end: int) -> None:
+        """Steps up to ``end``, which lies in this epoch or is its last."""
+        config, device = self.config, self.mesh.device
+        draws = self.plan.epoch(self._epoch, self.step % self.plan.steps, self.mesh.rows)
+        batches = self.engine.batches(draws)
+        self.clock.start()
+        while self.step < end:
+            batch = next(batches)
+            self.clock.waited()
+            if self.step == 0:
+                self._show_first(batch)
+            lr = set_rates(self.optimizer, self.schedule, self.passes)
+            result = train_step(self.layout, self.optimizer, batch, self._masks(self.step))
+            self.meters.add(result, batch.numbers)
+            self.step += 1
+            self.clock.stepped()
+            if self.step % config.train.log_every == 0:
+                self._record(lr)
+            every = config.checkpoint.every_steps
+            if every and self.step % every == 0 and self.step < end:
+                self.save(best=False)
+            if device.type == "cpu" and self.step == end:
+                break
+        batches.close()  # type: ignore[attr-defined]
+
+    def _masks(self, step: int) -> tuple[torch.Tensor, ...]:
+        return draw_masks(
+            self.model.dropouts(),
+            seed=self.config.train.seed,
+            step=step,
+            batch=self.config.data.batch_size,
+            rows=self.mesh.rows,
+            device=self.mesh.device,
+        )
+
+    def _warm_up(self) -> None:
+        count = self.mesh.local_batch(self.config.data.batch_size)
+        side, device = self.config.data.image_size, self.mesh.device
+        images = torch.zeros(count, 3, side, side, device=device)
+        images = images.to(memory_format=torch.channels_last)
+        labels = torch.zeros(count, dtype=torch.int64, device=device)
+        self.layout.warm_up(images, labels, self._masks(0))
+
+    def _record(self, lr: float) -> None:
+        """A line of the records: the steps since the last one."""
+        self._report_bad(self.engine)
+        self.meters.collect()
+        steps = len(self.meters.losses)
+        loss, error = self.meters.take()
+        if not math.isfinite(loss):
+            raise Failure(
+                f"the loss is {loss} by step {self.step}: take a smaller --optim.lr (it is "
+                f"{lr:g}), or a warm-up by --optim.schedule.warmup 1; the last checkpoint is intact",
+                everywhere=True,
+            )
+        seconds, waited = self.clock.take()
+        timed = self.clock.steps_of_last * self.config.data.batch_size
+        self.stream.emit(
+            "train",
+            step=self.step,
+            epoch=self.passes,
+            loss=loss,
+            top1_error=error,
+            lr=lr,
+            steps=steps,
+            images_per_second=timed / max(seconds, 1e-9),
+            data_wait=waited / max(seconds, 1e-9),
+            seconds=seconds,
+        )
+
+    def _record_epoch(self) -> None:
+        """What the epoch so far was made of."""
+        self._report_bad(self.engine)
+        self.meters.collect()
+        steps = max(self.meters.epoch_steps, 1)
+        self.stream.emit(
+            "epoch",
+            step=self.step,
+            epoch=self.passes,
+            images=self.meters.images,
+            order_digest=self.meters.digest,
+            loss=self.meters.epoch_loss / steps,
+            top1_error=100.0 * (1 - self.meters.epoch_hits / max(self.meters.images, 1)),
+        )
+
+    def evaluate(self) -> dict[str, float]:
+        """Exact errors over the validation images, recorded."""
+        begin = time.perf_counter()
+        batches = self.val_engine.batches(self.evaluation.draws(self.mesh.rows))
+        result = evaluate(self.layout, batches, self.mesh.device)
+        left_out = self._report_bad(self.val_engine)
+        if result["images"] + left_out != len(self.catalogue.val):
+            raise Failure(
+                f"evaluation counted {result['images']} images and left out {left_out}, but there "
+                f"are {len(self.catalogue.val)}: this is a defect, please report it",
+                everywhere=True,
+            )
+        if left_out:
+            result["left_out"] = left_out
+        seconds = time.perf_counter() - begin
+        self.stream.emit("eval", step=self.step, epoch=self.passes, **result, seconds=seconds)
+        return result
+
+    def _report_bad(self, engine: Engine) -> int:
+        """Record the images that were replaced or left out, of all processes; how many."""
+        news = [event for each in self.mesh.gather(engine.bad.take_news()) for event in each]
+        for event in news:
+            self.stream.emit("bad_image", step=self.step, **event)
+        return len(news)
+
+    # checkpoints
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        parameters = self.layout.parameters
+        moving = velocities(self.optimizer, parameters)
+        return {f"model.{name}": p.detach() for name, p in parameters.items()} | {
+            f"velocity.{name}": velocity for name, velocity in moving.items()
+        }
+
+    def save(self, *, best: bool) -> None:
+        """Write a checkpoint; where that fails the run goes on, and says so."""
+        begin = time.perf_counter()
+        self.meters.collect()
+        state = {
+            "run": self.path.name,
+            "schedule": self.schedule.state(),
+            "meters": self.meters.state(),
+            "scaler": self.layout.scaler.state_dict(),
+            "best": self.best,
+            "config": to_dict(self.config),
+            "classes": self.catalogue.train.classes,
+            "statistics": self.catalogue.statistics.to_json(),
+            "fingerprint": self.catalogue.fingerprint,
+            "wandb_id": self.folder.status().get("wandb_id") if self.folder else None,
+            "versions": _versions(),
+        }
+        place = self.path / "checkpoints"
+        try:
+            made = checkpoint.save(place, self.step, self._tensors(), state, best=best)
+        except checkpoint.SaveFailed as failure:
+            self.stream.emit(
+                "checkpoint_failed",
+                step=self.step,
+                message=f"the checkpoint of step {self.step} could not be written ({failure}); "
+                "training goes on, the one before it is intact: make room below "
+                f"{place}",
+            )
+        else:
+            if self.mesh.rank == 0:
+                checkpoint.remove_old(place, self.config.checkpoint.keep)
+            seconds = time.perf_counter() - begin
+            self.stream.emit("checkpoint", step=self.step, path=made.name, seconds=seconds)
+        self.clock.start(keep=True)
+
+    def _restore(self) -> bool:
+        """Go on from the run's last checkpoint, or begin with the weights asked for."""
+        last = self.path / "checkpoints" / "last"
+        there = self.mesh.from_first(lambda: (last / "state.json").is_file())
+        if not there:
+            if self.config.model.weights:
+                self._start_from(self.config.model.weights)
+            return False
+        found = last.resolve()
+        state = checkpoint.read_state(found)
+        _same_meaning(self.config, state, self.catalogue, self.path)
+        checkpoint.load(found, self._tensors())
+        self.step = state["step"]
+        self.schedule.load(state["schedule"])
+        self.meters.load(state["meters"])
+        self.layout.scaler.load_state_dict(state["scaler"])
+        self.best = state["best"]
+        return True
+
+    def _start_from(self, weights: str) -> None:
+        """The weights of another run; a last layer for other classes stays as it was drawn."""
+        found = checkpoint.find(weights)
+        shapes = checkpoint.read_state(found)["tensors"]
+        tensors = {f"model.{name}": p.detach() for name, p in self.layout.parameters.items()}
+        final = list(tensors)[-2:]
+        anew = [n for n in final if n in shapes and shapes[n] != list(tensors[n].shape)]
+        checkpoint.load(found, {n: t for n, t in tensors.items() if n not in anew})
+
+    # what people see
+
+    def _open_stream(self) -> Stream:
+        if self.folder is None:
+            return Stream()
+        config, run_id = to_dict(self.config), self._begin_life(self.folder)
+        sinks: list[Any] = [JsonLines(self.path / "metrics.jsonl"), self.console]
+        if self.config.track.wandb != "off":
+            sinks.append(
+                Wandb(
+                    self.path,
+                    run_id,
+                    config,
+                    mode=self.config.track.wandb,
+                    project=self.config.track.project,
+                    warn=stderr,
+                )
+            )
+        return Stream(*sinks)
+
+    def _begin_life(self, folder: RunFolder) -> str:
+        """Mark the folder as that of a live run; its W&B id."""
+        folder.keep_config(to_dict(self.config))
+        folder.set_status("running")
+        return str(folder.status()["wandb_id"])
+
+    def _announce(self) -> None:
+        config, mesh = self.config, self.mesh
+        facts = {
+            "world_size": mesh.world,
+            "device": _device_name(mesh.device),
+            "precision": self.precision,
+            "threads": mesh.threads,
+            "engine": self.engine.description,
+            "parameters": sum(p.numel() for p in self.layout.parameters.values()),
+            "train_images": len(self.catalogue.train),
+            "val_images": len(self.catalogue.val),
+            "fingerprint": self.catalogue.fingerprint,
+            "versions": _versions(),
+        }
+        if self.folder is not None:
+            many = "processes" if mesh.world > 1 else "process"
+            self.console.say(
+                f"{config.model.variant}: {facts['parameters']:,} parameters, "
+                f"{len(self.catalogue.train.classes)} classes, {facts['train_images']:,} training "
+                f"and {facts['val_images']:,} validation images\n"
+                f"{mesh.world} {many} on {facts['device']}, {mesh.threads} threads each, "
+                f"{self.precision}; {self.engine.description}\n"
+                f"the run is in {self.path}"
+            )
+        if self.resumed:
+            before = checkpoint.read_state((self.path / "checkpoints" / "last").resolve())
+            self.stream.emit(
+                "resume",
+                step=self.step,
+                epoch=self.passes,
+                changed=_changes(before["config"], to_dict(config)),
+                **facts,
+            )
+        else:
+            self.stream.emit("start", step=0, epoch=0.0, config=to_dict(config), **facts)
+
+    def _show_first(self, batch: Batch) -> None:
+        """What the network really sees, as a picture."""
+        if self.folder is None:
+            return
+        path = self.path / "first_batch.png"
+        images, classes = batch.images[:32].cpu().numpy(), self.catalogue.train.classes
+        seen = images.transpose(0, 2, 3, 1) * self.pixels.std + self.pixels.mean
+        captions = [classes[label] for label in batch.labels[:32].tolist()]
+        pixels = seen.clip(0, 255).astype(np.uint8)
+        plots.images(path, pixels, captions, "the first training batch, as the network sees it")
+        self._picture("first_batch", path)
+
+    def _picture(self, name: str, path: Path) -> None:
+        if self.config.track.images:
+            self.stream.emit(
+                "picture", step=self.step, name=name, path=str(path), caption=self.path.name
+            )
+
+    def _predictions(self) -> None:
+        """A few validation images with what the network takes them for."""
+        draws = next(iter(self.evaluation.draws(self.mesh.rows)))
+        spread = np.linspace(0, len(self.catalogue.val) - 1, min(16, self.mesh.replicas * 16))
+        numbers = np.unique(spread.astype(np.int64))[: len(draws.numbers)]
+        rows = np.arange(len(draws.numbers)) < len(numbers)
+        batch = next(
+            iter(self.val_engine.batches([draws.only(rows).substituted(numbers[: rows.sum()])]))
+        )
+        chances = self.layout.logits(batch.images).softmax(1).max(1)
+        if self.folder is None:
+            return
+        classes = self.catalogue.train.classes
+        captions = [
+            f"{classes[best]} {100 * chance:.0f} %{'' if best == label else f' (is {classes[label]})'}"
+            for best, chance, label in zip(
+                chances.indices.tolist(),
+                chances.values.tolist(),
+                batch.labels.tolist(),
+                strict=True,
+            )
+        ]
+        plain = pixels_for(
+            VARIANTS[self.config.model.variant].pixels,
+            self.catalogue.statistics,
+            side=self.config.data.image_size,
+        )
+        seen = batch.images.cpu().numpy().transpose(0, 2, 3, 1) * plain.std + plain.mean
+        path = self.path / "predictions.png"
+        plots.images(path, seen.clip(0, 255).astype(np.uint8), captions, "validation images")
+        self._picture("predictions", path)
+
+    def _finish(self, result: dict[str, float]) -> None:
+        ended = self.step >= self.steps
+        self._predictions()
+        if self.folder is not None:
+            events = surviving(read(self.path / "metrics.jsonl"))
+            plots.curves(self.path / "curves.png", events, self.path.name)
+            first = next(p for p in self.layout.parameters.values() if p.dim() == 4)
+            plots.kernels(
+                self.path / "kernels.png",
+                first.detach().float().cpu().numpy(),
+                VARIANTS[self.config.model.variant].towers,
+                f"first-layer kernels after {self.passes:.4g} passes",
+            )
+            for name in ("curves", "kernels"):
+                self._picture(name, self.path / f"{name}.png")
+        self.stream.emit(
+            "end", step=self.step, epoch=self.passes, ended=ended, **result, best=self.best
+        )
+        if self.folder is not None:
+            self.folder.set_status("ended" if ended else "stopped")
+        self.stream.close()
+        self.engine.close()
+        self.val_engine.close()
+        if self.folder is not None:
+            self._last_words(result, ended)
+
+    def _last_words(self, result: dict[str, float], ended: bool) -> None:
+        say = self.console.say
+        say(
+            f"top-1 accuracy {100 - result['top1_error']:.2f} %  (error {result['top1_error']:.2f} "
+            f"%, top-5 {result['top5_error']:.2f} %) on {result['images']} validation images"
+        )
+        say(f"records, curves and kernels: {self.path}")
+        if not ended:
+            say(f"stopped at step {self.step} of {self.steps}; the same command goes on from here")
+        if self.catalogue.train.folder.endswith("digits/train"):
+            say(
+                "next: Imagenette  --config configs/imagenette.yaml --data.root DIR\n"
+                "      CIFAR-10    --data.root DIR (its own files, or folders of images)\n"
+                "      ImageNet    --config configs/paper2012.yaml --data.root IMAGENET"
+            )
+
+    def _already_there(self, last: int) -> None:
+        if self.folder is not None:
+            self.folder.set_status("ended" if self.step >= self.steps else "stopped")
+            self.console.say(
+                f"{self.path} is at step {self.step} already, and was asked for {last}: raise "
+                "--train.max_steps or --train.epochs, or begin anew by --run.resume never"
+            )
+        self.stream.close()
+
+
+class Clock:
+    """Where the time between two records went; evaluations and checkpoints do not count."""
+
+    def __init__(self) -> None:
+        self.seconds = self.wait = 0.0
+        self.steps = self.steps_of_last = 0
+        self._mark = time.perf_counter()
+
+    def start(self, *, keep: bool = True) -> None:
+        """Begin to count here; what lies between is left out."""
+        self._mark = time.perf_counter()
+
+    def waited(self) -> None:
+        """The wait for images has ended."""
+        self.wait += self._lap()
+
+    def stepped(self) -> None:
+        """A step has ended."""
+        self._lap()
+        self.steps += 1
+
+    def take(self) -> tuple[float, float]:
+        """Seconds, and those spent waiting for images, since the last call."""
+        self._lap()
+        taken = self.seconds, self.wait
+        self.steps_of_last, self.steps = self.steps, 0
+        self.seconds = self.wait = 0.0
+        return taken
+
+    def _lap(self) -> float:
+        now = time.perf_counter()
+        lap, self._mark = now - self._mark, now
+        self.seconds += lap
+        return lap
+
+
+def _open_run(mesh: Mesh, parsed: Parsed) -> tuple[RunFolder | None, Path, dict[str, Any]]:
+    """The run's folder (on rank 0), its path, and the options it keeps if the run goes on."""
+    config = parsed.config
+    opened: list[RunFolder] = []
+
+    def choose() -> tuple[str, dict[str, Any]]:
+        name = config.run.name or parsed.recipe
+        path, resumed = choose_folder(config.run.root, name, config.run.resume)
+        folder = RunFolder(path)
+        folder.take()
+        opened.append(folder)
+        return str(path), read_config(path) if resumed else {}
+
+    path, kept = mesh.from_first(choose)
+    return (opened[0] if opened else None), Path(path), kept
+
+
+def _check_batch(config: Config, mesh: Mesh, catalogue: Catalogue) -> None:
+    batch, images = config.data.batch_size, len(catalogue.train)
+    classes, asked = len(catalogue.train.classes), config.model.num_classes
+    if batch < mesh.replicas:
+        raise Failure(
+            f"data.batch_size {batch} is the global batch, and has no image for some of the "
+            f"{mesh.replicas} processes: raise it, or take fewer processes",
+            everywhere=True,
+        )
+    if images < batch:
+        raise Failure(
+            f"data.batch_size {batch} is more than the {images} images of "
+            f"{catalogue.train.folder}: take a smaller one",
+            everywhere=True,
+        )
+    if classes < 2:
+        raise Failure(
+            f"{catalogue.train.folder} has one class only, of which nothing can be learned: it "
+            "wants a folder for each class",
+            everywhere=True,
+        )
+    if asked is not None and asked < classes:
+        raise Failure(
+            f"model.num_classes is {asked}, but {catalogue.train.folder} has {classes} classes: "
+            "leave it out, and the data decides",
+            everywhere=True,
+        )
+
+
+def _same_meaning(
+    config: Config, state: dict[str, Any], catalogue: Catalogue, path: Path
+) -> None:
+    """Refuse to go on with a run that would become another."""
+    way_out = (
+        f"the run in {path} has trained for {state['step']} steps otherwise; leave the option "
+        "out to go on, or begin another run by --run.name NAME or --run.resume never"
+    )
+    before, now = flatten(state["config"]), flatten(to_dict(config))
+    for name, value in now.items():
+        if any(name == word or name.startswith(f"{word}.") for word in MEANING) and (
+            before.get(name, value) != value
+        ):
+            raise Failure(
+                f"{name} cannot change from {before[name]} to {value}: {way_out}", everywhere=True
+            )
+    if state["fingerprint"] != catalogue.fingerprint:
+        raise Failure(
+            f"the images below {catalogue.train.folder} are others than before: {way_out}",
+            everywhere=True,
+        )
+
+
+def _changes(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    old, new = flatten(before), flatten(now)
+    return {name: [old.get(name), new[name]] for name in new if old.get(name) != new[name]}
+
+
+def _set_arithmetic(precision: str, deterministic: bool) -> None:
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    torch.backends.cudnn.benchmark = not deterministic
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu ({torch.backends.cpu.get_cpu_capability()})"
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "alexnet_dist": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+if __name__ == "__main__":
+    run_command(main)
