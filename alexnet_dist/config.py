@@ -465,4 +465,3 @@ def _first_words(message: str) -> str:
         value = given.group(1).strip() if given else "what was given"
         return f"option {name} wants {want}, not {value}"
     return " ".join(lines)
-

@@ -27,7 +27,7 @@ from alexnet_dist.parallel.mesh import Mesh, choose_precision, start
 from alexnet_dist.tracking import plots
 from alexnet_dist.tracking.console import Console, IndexProgress
 from alexnet_dist.tracking.events import JsonLines, Stream, read, surviving
-from alexnet_dist.tracking.run import RunFolder, choose_folder, read_config, read_status
+from alexnet_dist.tracking.run import RunFolder, choose_folder, read_config
 from alexnet_dist.tracking.wandb import Wandb
 from alexnet_dist.training import checkpoint
 from alexnet_dist.training.loop import Meters, evaluate, set_rates, train_step
@@ -183,9 +183,7 @@ class Run:
             if whole:
                 self.schedule.observe(result["top1_error"])
                 self.meters.next_epoch()
-            better = whole and (
-                self.best is None or result["top1_error"] < self.best["top1_error"]
-            )
+            better = whole and (self.best is None or result["top1_error"] < self.best["top1_error"])
             if better:
                 self.best = {**result, "step": self.step}
                 self.stream.emit("best", **self.best)
@@ -624,9 +622,7 @@ def _check_batch(config: Config, mesh: Mesh, catalogue: Catalogue) -> None:
         )
 
 
-def _same_meaning(
-    config: Config, state: dict[str, Any], catalogue: Catalogue, path: Path
-) -> None:
+def _same_meaning(config: Config, state: dict[str, Any], catalogue: Catalogue, path: Path) -> None:
     """Refuse to go on with a run that would become another."""
     way_out = (
         f"the run in {path} has trained for {state['step']} steps otherwise; leave the option "

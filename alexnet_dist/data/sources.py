@@ -174,7 +174,9 @@ def _cifar10(folder: Path, train: bool) -> tuple[Index, NDArray[np.uint8]]:
     try:
         data = CIFAR10(str(folder), train=train)
     except RuntimeError:
-        raise Failure(f"CIFAR-10 below {folder} is damaged: unpack its archive there again") from None
+        raise Failure(
+            f"CIFAR-10 below {folder} is damaged: unpack its archive there again"
+        ) from None
     pixels: NDArray[np.uint8] = data.data
     names = [str(number) for number in range(len(pixels))]
     sizes = np.full((len(pixels), 2), pixels.shape[1], np.int64)

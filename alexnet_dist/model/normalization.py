@@ -11,6 +11,7 @@ alpha of 1e-4 at n = 5 is 5e-4 here.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -45,6 +46,16 @@ class _ResponseNorm(torch.autograd.Function):
         x, s, factor = ctx.saved_tensors
         scaled = grad * factor
         return scaled - ctx.mean(scaled * x / s).mul_(ctx.scale).mul_(x), None, None, None, None
+
+
+def _normalise(
+    x: Tensor, mean: Callable[[Tensor], Tensor], k: float, alpha: float, beta: float
+) -> Tensor:
+    """In the type of ``x``, which autocast would lower inside; meta tensors have no autocast."""
+    context = nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+    with context:
+        y: Tensor = _ResponseNorm.apply(x, mean, k, alpha, beta)
+    return y
 
 
 class LocalResponseNorm(nn.Module):
@@ -90,9 +101,7 @@ class LocalResponseNorm(nn.Module):
         def mean(squares: Tensor) -> Tensor:
             return F.conv2d(squares, band, groups=self.groups).div_(self.size)
 
-        with torch.autocast(x.device.type, enabled=False):
-            y: Tensor = _ResponseNorm.apply(x, mean, self.k, self.alpha, self.beta)
-        return y
+        return _normalise(x, mean, self.k, self.alpha, self.beta)
 
     def extra_repr(self) -> str:
         return (
@@ -120,9 +129,7 @@ class SpatialResponseNorm(nn.Module):
         def mean(squares: Tensor) -> Tensor:
             return F.avg_pool2d(squares, self.size, stride=1, padding=self.size // 2)
 
-        with torch.autocast(x.device.type, enabled=False):
-            y: Tensor = _ResponseNorm.apply(x, mean, self.k, self.alpha, self.beta)
-        return y
+        return _normalise(x, mean, self.k, self.alpha, self.beta)
 
     def extra_repr(self) -> str:
         return f"size={self.size}, alpha={self.alpha:g}, beta={self.beta:g}, k={self.k:g}"

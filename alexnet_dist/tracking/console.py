@@ -69,16 +69,15 @@ class Console:
             f"loss {event['loss']:.4f}  lr {event['lr']:.2g}  "
             f"{event['images_per_second']:.0f} img/s  wait {100 * event['data_wait']:.0f} %"
         )
-        where = f"epoch {max(math.ceil(event["epoch"] - 1e-9), 1)}/{self._epochs}"
+        epoch = max(math.ceil(event["epoch"] - 1e-9), 1)
+        where = f"epoch {epoch}/{self._epochs}"
         if self._bar is None:
             self.say(f"{where}  step {event['step']}/{self._total}  {numbers}")
             return
         if self._task is None:
             self._bar.start()
             self._task = self._bar.add_task(where, total=self._total, numbers="")
-        self._bar.update(
-            self._task, completed=event["step"], description=where, numbers=numbers
-        )
+        self._bar.update(self._task, completed=event["step"], description=where, numbers=numbers)
 
     def close(self) -> None:
         if self._bar is not None and self._task is not None:

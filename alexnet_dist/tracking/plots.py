@@ -34,7 +34,7 @@ def images(
     """A sheet of images [n, H, W, 3] with a caption below each."""
     rows = -(-len(pixels) // columns)
     figure = Figure(figsize=(1.35 * columns, 1.6 * rows + 0.4))
-    axes = figure.subplots(rows, columns, squeeze=False).flat
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis in axes:
         axis.axis("off")
     for axis, image, caption in zip(axes, pixels, captions, strict=False):

@@ -1,10 +1,10 @@
 """A run's folder: its name, who may write in it, and how the run stands.
 
-    RUN/config.yaml      the resolved options
-    RUN/status.json      {"status": "running" | "stopped" | "ended" | "failed", "wandb_id": ...}
-    RUN/metrics.jsonl    the records
-    RUN/checkpoints/     the checkpoints
-    RUN/*.png            what the network sees, its curves and kernels
+RUN/config.yaml      the resolved options
+RUN/status.json      {"status": "running" | "stopped" | "ended" | "failed", "wandb_id": ...}
+RUN/metrics.jsonl    the records
+RUN/checkpoints/     the checkpoints
+RUN/*.png            what the network sees, its curves and kernels
 """
 
 import fcntl

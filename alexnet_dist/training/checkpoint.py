@@ -110,7 +110,9 @@ def find(path: str, prefer: str = "best") -> Path:
     for name in (prefer, "last"):
         if (folder / "checkpoints" / name / _STATE).is_file():
             return (folder / "checkpoints" / name).resolve()
-    raise Failure(f"there is no checkpoint at {path}: give a run's folder, or one of its checkpoints")
+    raise Failure(
+        f"there is no checkpoint at {path}: give a run's folder, or one of its checkpoints"
+    )
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
