@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse import ArgumentParser, set_parsing_settings
 
 from alexnet_dist.errors import Failure
 
@@ -214,6 +214,9 @@ MEANING = (
 )
 """What a run means: options that cannot change while it goes on."""
 
+OF_ONE_LIFE = ("train.max_steps", "run.resume", "run.root", "run.name")
+"""Options that hold for one start of a run, and are not kept for the next."""
+
 _BOUNDS: tuple[tuple[str, float, float], ...] = (
     ("data.batch_size", 1, float("inf")),
     ("data.eval_batch_size", 1, float("inf")),
@@ -245,7 +248,6 @@ class Parsed:
     config: Config
     said: dict[str, Any]
     recipe: str
-    debug: bool = False
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -296,13 +298,13 @@ def parse(
     *,
     program: str,
     description: str,
-    extra: Any = None,
+    default: str | None = "quickstart",
     underneath: dict[str, Any] | None = None,
-) -> tuple[Parsed, Namespace]:
+) -> Parsed:
     """Understand a command line.
 
     Args:
-        extra: is called with the parser, to add a command's own options.
+        default: the recipe where the words name neither a config nor a data.root.
         underneath: a resolved config that lies below what the command line says, as when a run
             goes on.
 
@@ -316,20 +318,19 @@ def parse(
     parser.add_argument("--config", type=str | None, help="A YAML file of options.")
     parser.add_argument("--print_config", action="store_true", help="Print all options, and stop.")
     parser.add_argument("--debug", action="store_true", help="Show where an error came from.")
-    if extra is not None:
-        extra(parser)
     own = {action.dest for action in parser._actions}
     parser.add_class_arguments(Config, None)
-    known = [name for name in flatten(to_dict(Config()))]
-    command_line = _named(arguments, known + [f"{name}" for name in own])
+    known = [*flatten(to_dict(Config()))]
+    command_line = _named(arguments, [*known, *own])
 
     path = command_line.get("config")
-    if path is None and "data.root" not in command_line and underneath is None and extra is None:
-        path = str(recipes() / "quickstart.yaml")
+    if path is None and "data.root" not in command_line and underneath is None and default:
+        path = str(recipes() / f"{default}.yaml")
     from_file = _read_yaml(path, known) if path else {}
     try:
         if underneath is not None:
-            parser.set_defaults(flatten(underneath))
+            kept = flatten(underneath)
+            parser.set_defaults({k: v for k, v in kept.items() if k not in OF_ONE_LIFE})
         if from_file:
             parser.set_defaults(from_file)
         parsed = parser.parse_args(arguments)
@@ -344,7 +345,18 @@ def parse(
     said = from_file | {name: None for name in command_line if name in known}
     flat = flatten(to_dict(config))
     recipe = Path(path).stem if path else "run"
-    return Parsed(config, {name: flat[name] for name in said}, recipe, parsed.debug), values
+    return Parsed(config, {name: flat[name] for name in said}, recipe)
+
+
+def take_option(arguments: list[str], name: str) -> tuple[str | None, list[str]]:
+    """The value of an option of a command's own, and the other words."""
+    rest, value = list(arguments), None
+    for at, word in enumerate(arguments):
+        if word == f"--{name}" and at + 1 < len(arguments):
+            value, rest = arguments[at + 1], arguments[:at] + arguments[at + 2 :]
+        elif word.startswith(f"--{name}="):
+            value, rest = word.partition("=")[2], arguments[:at] + arguments[at + 1 :]
+    return value, rest
 
 
 def from_dict(record: dict[str, Any]) -> Config:

@@ -7,7 +7,7 @@ The last line is JSON: top1_error and top5_error in percent, loss, images.
 import json
 from typing import Any
 
-from alexnet_dist.config import Config, parse
+from alexnet_dist.config import Config, parse, take_option
 from alexnet_dist.data import build_engine
 from alexnet_dist.data.augment import pixels_for
 from alexnet_dist.data.plan import EvaluationPlan
@@ -22,32 +22,27 @@ from alexnet_dist.training import checkpoint
 from alexnet_dist.training.loop import evaluate
 
 
-def _options(parser: Any) -> None:
-    parser.add_argument(
-        "--checkpoint",
-        type=str | None,
-        help="A run's folder (its best checkpoint is taken), or one of its checkpoints.",
-    )
-
-
 def main(arguments: list[str]) -> None:
     """Evaluate as the command line says."""
-    options: dict[str, Any] = {
-        "program": "python -m alexnet_dist.evaluate",
-        "description": __doc__,
-        "extra": _options,
-    }
-    _, words = parse(arguments, **options)
-    if words.checkpoint is None:
+    path, rest = take_option(arguments, "checkpoint")
+    if path is None and not {"-h", "--help"} & set(rest):
         raise Failure(
-            "there is nothing to evaluate: give --checkpoint a run's folder", everywhere=True
+            "there is nothing to evaluate: give --checkpoint a run's folder (its best checkpoint "
+            "is taken), or one of its checkpoints",
+            everywhere=True,
         )
     try:
-        found = checkpoint.find(words.checkpoint)
-        state = checkpoint.read_state(found)
+        found = checkpoint.find(path) if path else None
+        state = checkpoint.read_state(found) if found else {"config": None}
     except Failure as failure:
         raise Failure(str(failure), everywhere=True) from None
-    parsed, _ = parse(arguments, **options, underneath=state["config"])
+    parsed = parse(
+        rest,
+        program="python -m alexnet_dist.evaluate",
+        description=__doc__,
+        default=None,
+        underneath=state["config"],
+    )
     mesh = start(parsed.config.runtime.device, parsed.config.runtime.threads)
     result = evaluate_checkpoint(parsed.config, mesh, str(found), state)
     if mesh.rank == 0:

@@ -51,7 +51,7 @@ def rows(variant: str, *, num_classes: int = 1000, image_size: int = 224) -> lis
         model = build_model(variant, num_classes=num_classes, image_size=image_size).eval()
         for name, layer in model.named_modules():
             if not list(layer.children()) and not isinstance(layer, nn.Flatten):
-                layer.register_forward_hook(note(name))  # type: ignore[arg-type]
+                layer.register_forward_hook(note(name))
         model(torch.empty(1, 3, image_size, image_size))
     return found
 

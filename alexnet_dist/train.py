@@ -38,11 +38,11 @@ from alexnet_dist.training.schedules import Schedule
 def main(arguments: list[str]) -> None:
     """Train as the command line says."""
     program = "python -m alexnet_dist.train"
-    parsed, _ = parse(arguments, program=program, description=__doc__)
+    parsed = parse(arguments, program=program, description=__doc__)
     mesh = start(parsed.config.runtime.device, parsed.config.runtime.threads)
     folder, path, kept = _open_run(mesh, parsed)
     if kept:
-        parsed, _ = parse(arguments, program=program, description=__doc__, underneath=kept)
+        parsed = parse(arguments, program=program, description=__doc__, underneath=kept)
     try:
         Run(parsed.config, mesh, folder, path).train()
     except BaseException:
@@ -246,7 +246,8 @@ class Run:
         if not math.isfinite(loss):
             raise Failure(
                 f"the loss is {loss} by step {self.step}: take a smaller --optim.lr (it is "
-                f"{lr:g}), or a warm-up by --optim.schedule.warmup 1; the last checkpoint is intact",
+                f"{lr:g}), or a warm-up by --optim.schedule.warmup 1; the last checkpoint is "
+                "intact",
                 everywhere=True,
             )
         seconds, waited = self.clock.take()
@@ -470,7 +471,7 @@ class Run:
             return
         classes = self.catalogue.train.classes
         captions = [
-            f"{classes[best]} {100 * chance:.0f} %{'' if best == label else f' (is {classes[label]})'}"
+            f"{classes[best]} {chance:.0%}" + ("" if best == label else f"\n(is {classes[label]})")
             for best, chance, label in zip(
                 chances.indices.tolist(),
                 chances.values.tolist(),

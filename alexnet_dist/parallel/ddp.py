@@ -40,7 +40,7 @@ class DataParallel:
             # views, because a second copy of 61 million gradients costs a pass over memory; the
             # two large layers fill a bucket each, whose sums run under the convolutions' backward
             self._compute = DistributedDataParallel(
-                self._compute,  # type: ignore[arg-type]
+                self._compute,
                 device_ids=[mesh.device] if mesh.device.type == "cuda" else None,
                 gradient_as_bucket_view=True,
                 bucket_cap_mb=32,
@@ -64,7 +64,7 @@ class DataParallel:
             logits = self._compute(images, tuple(masks))
         total = F.cross_entropy(logits.float(), labels, reduction="sum")
         # DDP takes the mean over replicas, which may have different numbers of images
-        self.scaler.scale(total * (self.mesh.replicas / self.batch)).backward()  # type: ignore[no-untyped-call]
+        self.scaler.scale(total * (self.mesh.replicas / self.batch)).backward()
         with torch.no_grad():
             right = (logits.argmax(1) == labels).sum()
             return torch.stack([total.detach().double() / self.batch, right.double()])

@@ -115,7 +115,7 @@ def start(device: Literal["auto", "cpu", "cuda"] = "auto", threads: int = 0) -> 
     threads = threads or max(usable_processors() // local_world, 1)
     torch.set_num_threads(threads)
     patient = dist.new_group(backend="gloo", timeout=PATIENCE)
-    assert patient is not None
+    assert isinstance(patient, dist.ProcessGroup)
     return Mesh(rank, world, local_rank, local_world, where, threads, patient)
 
 

@@ -1,5 +1,6 @@
 """One stream of events: the run folder's metrics.jsonl is the truth, all else reads along."""
 
+import contextlib
 import json
 import time
 from pathlib import Path
@@ -19,7 +20,7 @@ class Sink(Protocol):
 
 
 class Stream:
-    """Hands each event to all sinks, in order. Without sinks, as on ranks but the first, to none."""
+    """Hands each event to all sinks, in order; ranks but the first have none."""
 
     def __init__(self, *sinks: Sink) -> None:
         self.sinks = list(sinks)
@@ -43,17 +44,13 @@ class JsonLines:
             self._file.write("\n")  # the last line of a life that was cut off
 
     def take(self, event: Event) -> None:
-        try:
+        with contextlib.suppress(OSError):
             self._file.write(json.dumps(event) + "\n")
             self._file.flush()
-        except OSError:
-            pass
 
     def close(self) -> None:
-        try:
+        with contextlib.suppress(OSError):
             self._file.close()
-        except OSError:
-            pass
 
 
 def read(path: Path) -> list[Event]:

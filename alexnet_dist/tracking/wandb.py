@@ -36,7 +36,7 @@ class Wandb:
         project: str,
         warn: Any,
     ) -> None:
-        self._options = {
+        self._options: dict[str, Any] = {
             "project": project,
             "name": folder.name,
             "id": run_id,

@@ -1,0 +1,41 @@
+# make train: set everything up, and train the embedded default.
+# make test:  set everything up, and run the tests.
+
+PYTHON ?= python3
+PROCESSES ?= 2
+ENV := .venv/.made
+PY := .venv/bin/python
+TORCHRUN := .venv/bin/torchrun --nproc_per_node=$(PROCESSES)
+
+.PHONY: train test test-slow lint bench bench-gpu clean
+
+train: $(ENV)
+	$(TORCHRUN) -m alexnet_dist.train $(ARGS)
+
+test: $(ENV) lint
+	$(PY) -m pytest -q -m "not slow and not slurm" $(ARGS)
+
+test-slow: $(ENV)
+	$(PY) -m pytest -q -m "slow or slurm" $(ARGS)
+
+lint: $(ENV)
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+# The measurement in the README. DATA is a folder of JPEGs in train/CLASS/.
+bench: $(ENV)
+	$(PY) benchmarks/vs_pytorch_example.py --data $(DATA)
+
+# The tests and the measurement that want an NVIDIA GPU.
+bench-gpu: $(ENV)
+	$(PY) -m pytest -q -m gpu
+	$(PY) benchmarks/vs_pytorch_example.py --data $(DATA) --batch 512 --steps 100
+
+$(ENV): pyproject.toml
+	test -x $(PY) || $(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info

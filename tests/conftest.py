@@ -1,0 +1,128 @@
+"""Small data that the tests make themselves, and real torchrun groups."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+SIDE = 76
+TINY = [
+    "--data.image_size=67",
+    f"--data.resize={SIDE}",
+    "--data.batch_size=7",
+    "--data.eval_batch_size=8",
+    "--data.threads=1",
+    "--runtime.precision=fp32",
+    "--runtime.threads=1",
+    "--train.epochs=2",
+    "--train.log_every=1",
+    "--optim.lr=0.001",
+    "--optim.schedule.name=constant",
+    "--track.wandb=off",
+]
+"""Options for a network that is small because its images are: 17 million parameters."""
+
+
+def write_images(root: Path, *, train: int = 31, val: int = 13, side: int = SIDE) -> Path:
+    """A folder of three classes of coloured noise, in ImageNet's layout."""
+    generator = np.random.default_rng(7)
+    colours = {"blue": (40, 60, 200), "green": (40, 190, 60), "red": (200, 50, 40)}
+    for split, count in (("train", train), ("val", val)):
+        for number in range(count):
+            name = list(colours)[number % 3]
+            folder = root / split / name
+            folder.mkdir(parents=True, exist_ok=True)
+            noise = generator.normal(0, 40, (side, side, 3)) + colours[name]
+            image = Image.fromarray(noise.clip(0, 255).astype(np.uint8))
+            image.save(folder / f"{number:03d}.jpg", quality=95)
+    return root
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_images(tmp_path_factory.mktemp("images"))
+
+
+@dataclass
+class Result:
+    """A command that has ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def said(self) -> list[str]:
+        """The sentences of ours in what it wrote to standard error."""
+        return [
+            line.split("alexnet_dist: ", 1)[1]
+            for line in self.err.splitlines()
+            if line.startswith("alexnet_dist: ")
+        ]
+
+    @property
+    def ours_in_traceback(self) -> bool:
+        return "alexnet_dist/" in self.err and "Traceback" in self.err
+
+
+def command(processes: int, module: str, *options: str) -> list[str]:
+    """The command line for so many processes; 0 is without torchrun."""
+    python = [sys.executable, "-m"]
+    if processes == 0:
+        return [*python, module, *options]
+    launcher = [*python, "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return [*launcher, "-m", module, *options]
+
+
+def environment(**more: str) -> dict[str, str]:
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT", "WANDB_API_KEY")
+    return {k: v for k, v in os.environ.items() if k not in names} | more
+
+
+def launch(
+    processes: int,
+    *options: str,
+    module: str = "alexnet_dist.train",
+    timeout: int = 240,
+    **env: str,
+) -> Result:
+    """Run a command of the package to its end."""
+    done = subprocess.run(
+        command(processes, module, *options),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=environment(**env),
+        check=False,
+    )
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
+def train(processes: int, root: Path, runs: Path, *options: str, **env: str) -> Result:
+    """Train the tiny network; fails the test where that fails."""
+    result = launch(processes, *TINY, f"--data.root={root}", f"--run.root={runs}", *options, **env)
+    assert result.code == 0, result.err[-3000:]
+    return result
+
+
+def events(run: Path, *kinds: str) -> list[dict]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [event for event in lines if event["event"] in kinds]
+
+
+def losses(run: Path) -> dict[int, float]:
+    """The loss of each step; of steps taken twice the later."""
+    return {event["step"]: event["loss"] for event in events(run, "train")}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="torch sees no NVIDIA GPU on this machine"))

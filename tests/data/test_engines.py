@@ -1,0 +1,183 @@
+"""Both engines carry out one plan, and agree on what they cannot decode."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from alexnet_dist.data import build_engine
+from alexnet_dist.data.augment import Pixels, pixels_for
+from alexnet_dist.data.engine import Batch, Engine
+from alexnet_dist.data.plan import EvaluationPlan, Plan
+from alexnet_dist.data.sources import Source, make_catalogue, open_sources
+from alexnet_dist.errors import Failure
+from tests.conftest import write_images
+
+CPU = torch.device("cpu")
+
+
+def quiet(*_: object) -> None:
+    pass
+
+
+def open_folder(folder: Path, cache: Path) -> tuple[Source, Source, Pixels]:
+    catalogue = make_catalogue(str(folder), str(cache), quiet)
+    pixels = pixels_for("centred", catalogue.statistics, side=64, colour="source")
+    return *open_sources(catalogue), pixels
+
+
+def engine(name: str, source: Source, pixels: Pixels, plan: Plan, **options: object) -> Engine:
+    return build_engine(
+        name,  # type: ignore[arg-type]
+        source,
+        pixels,
+        plan=plan,
+        fraction=plan.fraction,
+        max_batch=plan.batch,
+        device=CPU,
+        threads=1,
+        **options,  # type: ignore[arg-type]
+    )
+
+
+def epoch(engine: Engine, plan: Plan) -> list[Batch]:
+    batches = list(engine.batches(plan.epoch(0, 0, slice(None))))
+    engine.close()
+    return batches
+
+
+@pytest.mark.parametrize("crop", ["exact", "paper", "random_resized"])
+def test_engines_agree(crop: str, tmp_path: Path) -> None:
+    # 64 of 128 is cut without a resize, everything else is resized
+    source, _, pixels = open_folder(write_images(tmp_path / "i", side=128), tmp_path)
+    fraction = 0.5 if crop == "exact" else 0.8
+    plan = Plan(
+        source.index.sizes,
+        8,
+        1,
+        fraction=fraction,
+        crop="paper" if crop == "exact" else crop,  # type: ignore[arg-type]
+    )
+    pairs = zip(
+        epoch(engine("dali", source, pixels, plan), plan),
+        epoch(engine("dataloader", source, pixels, plan), plan),
+        strict=True,
+    )
+    for step, (dali, plain) in enumerate(pairs):
+        assert dali.numbers.tolist() == plain.numbers.tolist()
+        assert dali.numbers.tolist() == plan.draw(0, step).numbers.tolist()
+        assert torch.equal(dali.labels, plain.labels)
+        difference = (dali.images - plain.images).abs()
+        if crop == "exact":
+            assert difference.max() < 1e-4  # 255 / 1.1, rounded once or twice
+        else:
+            assert difference.mean() < 1.0  # of 255
+        for batch in (dali, plain):
+            assert batch.images.dtype == torch.float32
+            assert batch.images.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("name", ["dali", "dataloader"])
+def test_pixels_are_those_of_the_file(name: str, tmp_path: Path) -> None:
+    source, _, _ = open_folder(write_images(tmp_path / "i", side=128), tmp_path)
+    plan = Plan(source.index.sizes, 4, 5, fraction=0.5)
+    pixels = Pixels(np.array([1.0, 2.0, 3.0]), np.ones(3), np.zeros((3, 3)), 64)
+    (batch, *_) = epoch(engine(name, source, pixels, plan), plan)
+    draws = plan.draw(0, 0)
+    for row, number in enumerate(draws.numbers.tolist()):
+        top, left, height, width = draws.boxes[row]
+        image = np.asarray(Image.open(source.path(number)), np.float32)
+        image = image[top : top + height, left : left + width] - [1, 2, 3]
+        image = image[:, ::-1] if draws.flips[row] else image
+        assert np.array_equal(batch.images[row].numpy().transpose(1, 2, 0), image)
+
+
+@pytest.mark.parametrize("name", ["dali", "dataloader"])
+def test_colour_noise_is_a_shift_of_the_whole_image(name: str, tmp_path: Path) -> None:
+    source, _, pixels = open_folder(write_images(tmp_path / "i", side=128), tmp_path)
+    plan = Plan(source.index.sizes, 4, 5, fraction=0.5)
+    plain = Pixels(pixels.mean, np.ones(3), np.zeros((3, 3)), 64)
+    (noisy, *_) = epoch(engine(name, source, pixels, plan), plan)
+    (clean, *_) = epoch(engine(name, source, plain, plan), plan)
+    shift = (noisy.images * 1.1 - clean.images).numpy()
+    wanted = plan.draw(0, 0).colours @ pixels.basis.T
+    assert np.allclose(shift, wanted[:, :, None, None], atol=1e-3)
+
+
+def damage(folder: Path) -> dict[str, Path]:
+    """Training images spoiled in three ways, by name of the damage."""
+    files = sorted((folder / "train").rglob("*.jpg"))
+    cut, noise, empty = files[3], files[9], files[17]
+    cut.write_bytes(cut.read_bytes()[:400])
+    noise.write_bytes(noise.read_bytes()[:700] + bytes(range(256)) * 20)
+    empty.write_bytes(b"")
+    return {"cut": cut, "noise": noise, "empty": empty}
+
+
+@pytest.mark.parametrize("name", ["dali", "dataloader"])
+def test_bad_images_are_replaced_and_recorded(name: str, tmp_path: Path) -> None:
+    root = write_images(tmp_path / "i", side=128)
+    source, _, pixels = open_folder(root, tmp_path)  # the index knows them as good
+    bad = damage(root)
+    plan = Plan(source.index.sizes, 5, 5, fraction=0.5)
+    used = engine(name, source, pixels, plan, policy="substitute")
+    batches = list(used.batches(plan.epoch(0, 0, slice(None))))
+    news = {event["path"]: event["substitute"] for event in used.bad.take_news()}
+    seen = [n for batch in batches for n in batch.numbers.tolist()]
+    assert len(seen) == plan.steps * 5
+    files = sorted((root / "train").rglob("*.jpg"))
+    drawn = {source.path(n) for n in plan.order(0).tolist()}
+    for path in (bad["cut"], bad["empty"]):
+        if str(path) in drawn:
+            assert news[str(path)] == str(files[files.index(path) + 1])
+            assert files.index(path) not in seen
+    again = list(used.batches(plan.epoch(0, 0, slice(None))))  # known now
+    assert [b.numbers.tolist() for b in again] == [b.numbers.tolist() for b in batches]
+    used.close()
+
+
+@pytest.mark.parametrize("name", ["dali", "dataloader"])
+def test_a_bad_image_stops_by_name(name: str, tmp_path: Path) -> None:
+    root = write_images(tmp_path / "i", side=128)
+    source, _, pixels = open_folder(root, tmp_path)
+    damage(root)
+    plan = Plan(source.index.sizes, 31, 5, fraction=0.5)
+    with pytest.raises(Failure, match=r"\.jpg cannot be decoded .* --data\.on_bad_image skip"):
+        epoch(engine(name, source, pixels, plan), plan)
+
+
+@pytest.mark.parametrize("name", ["dali", "dataloader"])
+def test_evaluation_leaves_bad_images_out(name: str, tmp_path: Path) -> None:
+    root = write_images(tmp_path / "i", side=128)
+    _, source, pixels = open_folder(root, tmp_path)
+    sorted((root / "val").rglob("*.jpg"))[4].write_bytes(b"")
+    used = build_engine(
+        name,  # type: ignore[arg-type]
+        source,
+        pixels,
+        plan=None,
+        fraction=0.5,
+        max_batch=8,
+        device=CPU,
+        threads=1,
+        policy="omit",
+    )
+    plan = EvaluationPlan(source.index.sizes, 8, 0.5)
+    numbers = [n for b in used.batches(plan.draws(slice(None))) for n in b.numbers.tolist()]
+    assert sorted(numbers) == [n for n in range(13) if n != 4]
+    assert [event["number"] for event in used.bad.take_news()] == [4]
+    used.close()
+
+
+@pytest.mark.parametrize("name", ["dali", "dataloader"])
+def test_a_loop_that_leaves_early_is_no_burden(name: str, tmp_path: Path) -> None:
+    source, _, pixels = open_folder(write_images(tmp_path / "i", side=128), tmp_path)
+    plan = Plan(source.index.sizes, 4, 5, fraction=0.5)
+    used = engine(name, source, pixels, plan)
+    for _ in range(3):
+        batches = used.batches(plan.epoch(0, 0, slice(None)))
+        assert next(batches).numbers.tolist() == plan.draw(0, 0).numbers.tolist()
+        batches.close()  # type: ignore[attr-defined]
+    used.close()

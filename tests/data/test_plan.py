@@ -1,0 +1,105 @@
+"""The plan: who sees which crop of which image when."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from alexnet_dist.data.plan import EvaluationPlan, Plan
+
+sizes = st.lists(st.tuples(st.integers(1, 900), st.integers(1, 900)), min_size=5, max_size=60)
+
+
+def plan(sizes: list[tuple[int, int]], batch: int = 4, **options: object) -> Plan:
+    return Plan(np.array(sizes), batch, seed=3, **options)  # type: ignore[arg-type]
+
+
+@given(sizes, st.integers(0, 5), st.sampled_from([1, 2, 3, 4]))
+def test_replicas_partition_each_batch_of_one_order(
+    sizes: list[tuple[int, int]], epoch: int, replicas: int
+) -> None:
+    whole = plan(sizes)
+    order = whole.order(epoch)
+    assert len(set(order.tolist())) == len(order) == whole.steps * 4
+    for step in range(whole.steps):
+        every = whole.draw(epoch, step)
+        assert every.numbers.tolist() == order[step * 4 : step * 4 + 4].tolist()
+        for replica in range(replicas):
+            rows = slice(replica, None, replicas)
+            mine = plan(sizes).draw(epoch, step, rows)
+            for name in ("numbers", "boxes", "flips", "colours"):
+                assert np.array_equal(getattr(mine, name), getattr(every, name)[rows])
+
+
+@given(sizes, st.sampled_from(["paper", "random_resized"]), st.floats(0.3, 1.0))
+def test_boxes_lie_inside(sizes: list[tuple[int, int]], crop: str, fraction: float) -> None:
+    whole = plan(sizes, crop=crop, fraction=fraction)
+    for draws in whole.epoch(0, 0, slice(None)):
+        top, left, height, width = draws.boxes.T
+        limits = whole.sizes[draws.numbers]
+        assert (draws.boxes[:, :2] >= 0).all()
+        assert (height >= 1).all()
+        assert (width >= 1).all()
+        assert (top + height <= limits[:, 0]).all()
+        assert (left + width <= limits[:, 1]).all()
+
+
+def test_the_papers_crop_of_a_stored_256_image() -> None:
+    whole = plan([(256, 256)] * 4000, batch=4000)
+    boxes = whole.draw(0, 0).boxes
+    assert (boxes[:, 2:] == 224).all()
+    for corner in (boxes[:, 0], boxes[:, 1]):  # 0 to 32, each as often
+        counts = np.bincount(corner, minlength=33)
+        assert len(counts) == 33
+        assert ((counts - 4000 / 33) ** 2 / (4000 / 33)).sum() < 64  # chi-square, 32 degrees: 0.1 %
+
+
+def test_the_crop_stays_in_the_central_square() -> None:
+    boxes = plan([(200, 400)] * 500, batch=500).draw(0, 0).boxes
+    assert (boxes[:, 2:] == 175).all()
+    assert boxes[:, 1].min() >= 100
+    assert (boxes[:, 1] + 175).max() <= 300
+
+
+def test_flips_and_colours() -> None:
+    draws = plan([(256, 256)] * 20000, batch=20000).draw(1, 0)
+    assert abs(draws.flips.mean() - 0.5) < 0.015
+    assert np.abs(draws.colours.mean(0)).max() < 0.03
+    assert np.abs(np.cov(draws.colours.T) - np.eye(3)).max() < 0.04
+    assert not plan([(256, 256)] * 8, flip=False).draw(0, 0).flips.any()
+
+
+def test_random_squares_of_half_the_side_and_more() -> None:
+    whole = plan(
+        [(224, 224)] * 5000, 5000, crop="random_resized", scale=(0.25, 1.0), ratio=(1.0, 1.0)
+    )
+    boxes = whole.draw(0, 0).boxes
+    assert (boxes[:, 2] == boxes[:, 3]).all()
+    assert (boxes[:, 2].min(), boxes[:, 2].max()) == (112, 224)
+    assert abs((boxes[:, 2] ** 2).mean() / 224**2 - 0.625) < 0.01
+
+
+@given(st.integers(0, 9), st.integers(0, 9))
+@settings(max_examples=20)
+def test_draws_depend_on_the_position_and_not_on_the_batch(epoch: int, step: int) -> None:
+    small, large = plan([(300, 300)] * 400, 4), plan([(300, 300)] * 400, 40)
+    here, there = small.draw(epoch, step), large.draw(epoch, step * 4 // 40)
+    at = step * 4 % 40
+    assert np.array_equal(here.boxes, there.boxes[at : at + 4])
+    assert np.array_equal(here.colours, there.colours[at : at + 4])
+
+
+def test_seeds_and_epochs_differ() -> None:
+    one, other = plan([(256, 256)] * 100), Plan(np.full((100, 2), 256), 4, seed=4)
+    assert one.order(0).tolist() != one.order(1).tolist()
+    assert one.order(0).tolist() != other.order(0).tolist()
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 3, 7])
+def test_evaluation_has_each_image_once_and_as_many_batches_everywhere(replicas: int) -> None:
+    whole = EvaluationPlan(np.full((13, 2), 256), batch=8)
+    each = [list(whole.draws(slice(r, None, replicas))) for r in range(replicas)]
+    assert {len(batches) for batches in each} == {2}
+    numbers = [n for batches in each for draws in batches for n in draws.numbers.tolist()]
+    assert sorted(numbers) == list(range(13))
+    assert {tuple(box) for b in each for d in b for box in d.boxes} == {(16, 16, 224, 224)}

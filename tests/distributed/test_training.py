@@ -1,0 +1,179 @@
+"""What many processes do together: the same as one, and the same after a stop."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import TINY, command, environment, events, launch, losses, train
+
+
+@pytest.fixture(scope="module")
+def calm(images: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """Runs that nothing happened to, on 0 (no torchrun), 2 and 3 processes."""
+    runs = tmp_path_factory.mktemp("calm")
+    for processes in (0, 2, 3):
+        train(processes, images, runs, f"--run.name=on{processes}")
+    return {processes: runs / f"on{processes}" for processes in (0, 2, 3)}
+
+
+def test_any_number_of_processes_trains_alike(calm: dict[int, Path]) -> None:
+    alone = losses(calm[0])
+    assert sorted(alone) == list(range(1, 9))
+    assert alone[8] < alone[1]
+    for processes in (2, 3):
+        together = losses(calm[processes])
+        assert together == pytest.approx(alone, rel=1e-4)
+        rates = [e["top1_error"] for e in events(calm[processes], "eval")]
+        assert rates == pytest.approx([e["top1_error"] for e in events(calm[0], "eval")])
+
+
+def test_any_number_of_processes_sees_the_same_images_in_the_same_order(
+    calm: dict[int, Path],
+) -> None:
+    digests = {
+        processes: [(e["order_digest"], e["images"]) for e in events(run, "epoch")]
+        for processes, run in calm.items()
+    }
+    assert digests[0] == digests[2] == digests[3]
+    assert digests[0][0][0] != digests[0][1][0]
+    assert [images for _, images in digests[0]] == [28, 28]
+    for run in calm.values():
+        assert [e["images"] for e in events(run, "eval")] == [13, 13]
+
+
+def test_evaluate_counts_what_training_counted(calm: dict[int, Path]) -> None:
+    wanted = events(calm[2], "best")[-1]
+    for processes in (0, 3):
+        result = launch(processes, "--checkpoint", str(calm[2]), module="alexnet_dist.evaluate")
+        assert result.code == 0, result.err
+        counted = json.loads(result.out.splitlines()[-1])
+        assert counted["images"] == 13
+        assert counted["top1_error"] == wanted["top1_error"]
+        assert counted["loss"] == pytest.approx(wanted["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("processes", [0, 2, 3])
+def test_a_run_that_was_stopped_goes_on_bit_for_bit(
+    processes: int, calm: dict[int, Path], images: Path, tmp_path: Path
+) -> None:
+    for stop in ("3", "6"):
+        train(processes, images, tmp_path, "--run.name=run", f"--train.max_steps={stop}")
+    train(processes, images, tmp_path, "--run.name=run")
+    run, whole = tmp_path / "run", calm[processes]
+    assert losses(run) == losses(whole)
+    assert [e["step"] for e in events(run, "resume")] == [3, 6]
+    last = {e["step"]: e["order_digest"] for e in events(run, "epoch")}
+    for event in events(whole, "epoch"):
+        assert last[event["step"]] == event["order_digest"]
+    assert _tensors(run) == _tensors(whole)
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_a_run_that_was_killed_goes_on_bit_for_bit(
+    processes: int, calm: dict[int, Path], images: Path, tmp_path: Path
+) -> None:
+    options = [*TINY, f"--data.root={images}", f"--run.root={tmp_path}", "--run.name=run"]
+    options += ["--checkpoint.every_steps=2", "--train.log_every=1"]
+    with subprocess.Popen(
+        command(processes, "alexnet_dist.train", *options),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        env=environment(),
+    ) as launcher:
+        run = tmp_path / "run"
+        _wait_for(lambda: (run / "checkpoints/last").exists() and len(losses(run)) >= 3)
+        os.killpg(launcher.pid, signal.SIGKILL)
+    train(processes, images, tmp_path, "--run.name=run", "--checkpoint.every_steps=2")
+    assert events(run, "resume")[0]["step"] >= 2
+    assert losses(run) == losses(calm[processes])
+    assert _tensors(run) == _tensors(calm[processes])
+
+
+def test_other_numbers_of_processes_go_on_in_mid_epoch(
+    calm: dict[int, Path], images: Path, tmp_path: Path
+) -> None:
+    for processes, stop in ((2, 3), (3, 6), (0, 99)):
+        train(processes, images, tmp_path, "--run.name=run", f"--train.max_steps={stop}")
+    run = tmp_path / "run"
+    assert losses(run) == pytest.approx(losses(calm[0]), rel=1e-4)
+    last = {e["step"]: e["order_digest"] for e in events(run, "epoch")}
+    assert [last[e["step"]] for e in events(calm[0], "epoch")] == [
+        e["order_digest"] for e in events(calm[0], "epoch")
+    ]
+
+
+def test_a_name_is_taken_again_once_its_run_has_ended(images: Path, tmp_path: Path) -> None:
+    short = ["--train.epochs=1", "--run.name=run"]
+    train(0, images, tmp_path, *short)
+    train(0, images, tmp_path, *short)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run", "run-2"]
+    assert losses(tmp_path / "run") == losses(tmp_path / "run-2")
+
+
+def test_a_rank_that_dies_ends_all(images: Path, tmp_path: Path) -> None:
+    with _running(2, images, tmp_path) as launcher:
+        os.kill(_workers(launcher.pid)[1], signal.SIGKILL)
+        assert launcher.wait(60) != 0
+    _wait_for(lambda: not _alive(str(tmp_path)), 15)
+
+
+def test_a_launcher_that_dies_leaves_no_orphan(images: Path, tmp_path: Path) -> None:
+    with _running(2, images, tmp_path) as launcher:
+        launcher.kill()
+    _wait_for(lambda: not _alive(str(tmp_path)), 15)
+
+
+def _running(processes: int, images: Path, runs: Path) -> subprocess.Popen:
+    """A long run that has taken its first steps."""
+    options = [*TINY, f"--data.root={images}", f"--run.root={runs}", "--train.epochs=10000"]
+    launcher = subprocess.Popen(
+        command(processes, "alexnet_dist.train", *options, "--run.name=run"),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=environment(),
+    )
+    _wait_for(lambda: (runs / "run/metrics.jsonl").exists() and len(losses(runs / "run")) > 1)
+    return launcher
+
+
+def _workers(launcher: int) -> list[int]:
+    text = Path(f"/proc/{launcher}/task/{launcher}/children").read_text()
+    return [int(word) for word in text.split()]
+
+
+def _alive(word: str) -> list[str]:
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            line = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+        except OSError:
+            continue
+        if word in line:
+            found.append(line)
+    return found
+
+
+def _wait_for(condition: object, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.2)
+
+
+def _tensors(run: Path) -> dict[str, bytes]:
+    """Every tensor of the run's last checkpoint, to the bit."""
+    from safetensors import safe_open
+
+    found = {}
+    for file in sorted((run / "checkpoints/last").resolve().glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (no mapping)
+                found[name] = tensors.get_tensor(name).numpy().tobytes()
+    assert any(name.startswith("velocity.") for name in found)
+    return found

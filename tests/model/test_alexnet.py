@@ -1,0 +1,146 @@
+"""The table of variants against the counts of the paper and of its source."""
+
+import pytest
+import torch
+
+from alexnet_dist.model import VARIANTS, build_model
+from alexnet_dist.summary import megabytes, rows, table
+
+
+@pytest.mark.parametrize(
+    ("variant", "classes", "parameters"),
+    [
+        ("paper", 1000, 60_965_224),
+        ("original145", 1000, 60_965_224),
+        ("half_column", 1000, 59_798_312),
+        ("one_column", 1000, 62_378_344),
+        ("one_column", 10, 58_322_314),
+        ("torchvision", 1000, 61_100_840),
+    ],
+)
+def test_parameters(variant: str, classes: int, parameters: int) -> None:
+    assert sum(row.parameters for row in rows(variant, num_classes=classes)) == parameters
+
+
+@pytest.mark.parametrize(("variant", "giga"), [("paper", 0.724), ("one_column", 1.135)])
+def test_multiply_adds(variant: str, giga: float) -> None:
+    assert round(sum(row.multiply_adds for row in rows(variant)) / 1e9, 3) == giga
+
+
+def test_the_table_of_the_review_line_by_line() -> None:
+    conv = [(96, 55, 55), (256, 27, 27), (384, 13, 13), (384, 13, 13), (256, 13, 13)]
+    wanted = [
+        ("Conv2d", conv[0], 34_944), ("ReLU", conv[0], 0), ("LocalResponseNorm", conv[0], 0),
+        ("MaxPool2d", (96, 27, 27), 0),
+        ("Conv2d", conv[1], 614_656), ("ReLU", conv[1], 0), ("LocalResponseNorm", conv[1], 0),
+        ("MaxPool2d", (256, 13, 13), 0),
+        ("Conv2d", conv[2], 885_120), ("ReLU", conv[2], 0),
+        ("Conv2d", conv[3], 1_327_488), ("ReLU", conv[3], 0),
+        ("Conv2d", conv[4], 884_992), ("ReLU", conv[4], 0),
+        ("MaxPool2d", (256, 6, 6), 0), ("AdaptiveAvgPool2d", (256, 6, 6), 0),
+        ("Linear", (4096,), 37_752_832), ("ReLU", (4096,), 0), ("Dropout", (4096,), 0),
+        ("Linear", (4096,), 16_781_312), ("ReLU", (4096,), 0), ("Dropout", (4096,), 0),
+        ("Linear", (10,), 40_970),
+    ]  # fmt: skip
+    layers = rows("one_column", num_classes=10, image_size=227)
+    assert [(row.kind, row.shape, row.parameters) for row in layers] == wanted
+    sizes = {name: round(value, 2) for name, value in megabytes(layers, 227).items()}
+    assert list(sizes.values()) == [0.59, 14.75, 222.48, 237.82]
+    text = table("one_column", num_classes=10, image_size=227)
+    assert "58,322,314" in text
+    assert "237.82" in text
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("side", [224, 227])
+def test_every_variant_reads_both_sizes(variant: str, side: int) -> None:
+    assert rows(variant, num_classes=7, image_size=side)[-1].shape == (7,)
+
+
+def _shapes(variant: str) -> dict[str, tuple[int, ...]]:
+    return {row.name: row.shape for row in rows(variant)}
+
+
+def test_shapes_of_the_authors_nets() -> None:
+    assert _shapes("original145")["pool5"] == (256, 6, 6)
+    sides = _shapes("original147")
+    names = ("pool1", "conv2", "pool2", "conv3", "pool5")
+    assert [sides[n][1] for n in names] == [28, 26, 13, 13, 7]
+    assert _shapes("original146")["conv6"] == (256, 6, 6)
+    assert not [n for n in _shapes("original148") if n.startswith(("lrn", "spatial"))]
+    assert (_shapes("original150")["conv2"][0], _shapes("original150")["fc6"][0]) == (320, 8192)
+
+
+def test_where_norm_and_relu_stand() -> None:
+    assert list(_shapes("paper"))[:4] == ["conv1", "relu1", "lrn1", "pool1"]
+    assert list(_shapes("original145"))[:4] == ["conv1", "lrn1", "pool1", "relu1"]
+    assert list(_shapes("original145"))[4:9] == ["conv2", "relu2", "lrn2", "spatial2", "pool2"]
+
+
+def test_initial_weights() -> None:
+    torch.manual_seed(0)
+    source = build_model("paper", image_size=67).state_dict()
+    assert source["conv3.weight"].std().item() == pytest.approx(0.03, rel=0.02)
+    assert source["conv1.weight"].std().item() == pytest.approx(0.01, rel=0.02)
+    biases = {n.split(".")[0]: float(v[0]) for n, v in source.items() if n.endswith("bias")}
+    assert [n for n, v in biases.items() if v == 1] == ["conv2", "conv4", "conv5", "fc6", "fc7"]
+    paper = build_model("paper", image_size=67, init="paper").state_dict()
+    assert paper["conv3.weight"].std().item() == pytest.approx(0.01, rel=0.02)
+    assert float(build_model("owt", image_size=67).state_dict()["fc8.bias"][0]) == -7
+
+
+def test_towers_meet_where_the_paper_says() -> None:
+    model = build_model("paper", image_size=67, num_classes=3).eval()
+    layers = dict(model.named_children())
+    x = torch.randn(1, 3, 67, 67)
+    for name in ("conv1", "relu1", "lrn1", "pool1"):
+        x = layers[name](x)
+    other = x.clone()
+    other[:, 48:] += 1  # the second tower alone
+    for name in ("conv2", "relu2", "lrn2", "pool2"):
+        x, other = layers[name](x), layers[name](other)
+    assert torch.equal(x[:, :128], other[:, :128])
+    assert not torch.equal(x[:, 128:], other[:, 128:])
+    assert not torch.equal(layers["conv3"](x)[:, :192], layers["conv3"](other)[:, :192])
+
+
+def test_towers_of_net_150_meet_only_in_the_last_layer() -> None:
+    model = build_model("original150", image_size=67, num_classes=3).eval()
+    layers = dict(model.named_children())
+    x = torch.randn(1, 320, 7, 7)
+    other = x.clone()
+    other[:, 160:] += 1
+    names = list(layers)
+    for name in names[names.index("relu2") : names.index("fc8")]:
+        x, other = layers[name](x), layers[name](other)
+    half = x.shape[1] // 2
+    assert torch.equal(x[:, :half], other[:, :half])
+    assert not torch.equal(x[:, half:], other[:, half:])
+
+
+def test_the_stem_reads_three_zeros_beyond_the_edge() -> None:
+    conv = build_model("paper").get_submodule("conv1")
+    x = torch.randn(1, 3, 224, 224)
+    padded = torch.nn.functional.pad(x, (0, 3, 0, 3))
+    plain = torch.nn.functional.conv2d(padded, conv.weight, conv.bias, stride=4)
+    assert torch.equal(conv(x), plain)
+    assert conv(x).shape[-1] == conv(padded).shape[-1] == 55
+
+
+def test_torchvision_is_its_own_class() -> None:
+    import torchvision
+
+    model = build_model("torchvision", num_classes=5).eval()
+    theirs = torchvision.models.alexnet(num_classes=5).eval()
+    theirs.load_state_dict(model.state_dict())
+    x = torch.randn(2, 3, 224, 224)
+    assert torch.equal(model(x), theirs(x))
+
+
+def test_what_cannot_be_built_is_refused() -> None:
+    with pytest.raises(ValueError, match="no variant 'alexnet'"):
+        build_model("alexnet")
+    with pytest.raises(ValueError, match="too small"):
+        build_model("paper", image_size=20)
+    with pytest.raises(ValueError, match="torchvision"):
+        build_model("torchvision", init="paper")

@@ -1,0 +1,115 @@
+"""The command line and the recipes."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from alexnet_dist.config import (
+    MEANING,
+    Config,
+    flatten,
+    from_dict,
+    nest,
+    parse,
+    recipes,
+    take_option,
+    to_dict,
+)
+from alexnet_dist.errors import Failure
+
+
+def read(*words: str, **options: object) -> object:
+    return parse(list(words), program="train", description="", **options)  # type: ignore[arg-type]
+
+
+def refusal(*words: str) -> str:
+    with pytest.raises(Failure) as failure:
+        read(*words)
+    assert failure.value.everywhere
+    return str(failure.value)
+
+
+def test_without_words_the_run_is_the_quickstart() -> None:
+    parsed = read()
+    assert parsed.recipe == "quickstart"
+    assert parsed.config.data.root == "digits"
+
+
+def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("optim: {lr: 1e-3, momentum: 0.8}\nmodel: {variant: owt}\n")
+    config = read("--config", str(file), "--optim.momentum=0.5", "--data.root", "x").config
+    assert (config.optim.lr, config.optim.momentum, config.model.variant) == (0.001, 0.5, "owt")
+
+
+def test_what_a_run_kept_lies_below_what_is_said() -> None:
+    kept = to_dict(read("--optim.lr=0.3", "--train.max_steps=4", "--train.epochs=8").config)
+    config = read("--train.epochs=9", "--data.root=x", underneath=kept).config
+    assert (config.optim.lr, config.train.epochs) == (0.3, 9)
+    assert config.train.max_steps is None  # of one life only
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--optim.lrr=1"], "no option --optim.lrr; did you mean optim.lr?"),
+        (["--lr", "1"], "did you mean optim.lr?"),
+        (["--model.varian=owt"], "did you mean model.variant?"),
+        (["--train.epochs=many"], "option train.epochs wants a whole number, not many"),
+        (["--data.flip=maybe"], "option data.flip wants true or false, not maybe"),
+        (["--data.crop=round"], "wants one of paper, random_resized, not round"),
+        (["--data.batch_size=0"], "data.batch_size is 0; it must be at least 1"),
+        (["--config=nowhere.yaml"], "there is no config nowhere.yaml; the package brings"),
+        (["--data.image_size=300"], "raise data.resize"),
+        (["--optim.schedule.name=table"], "no row 'weights'"),
+    ],
+)
+def test_refusals_name_the_thing_and_the_mend(words: list[str], sentence: str) -> None:
+    assert sentence in refusal(*words)
+
+
+def test_files_are_held_to_the_same_names(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("optim: {learning_rate: 1}\n")
+    assert "mine.yaml named optim.learning_rate; did you mean" in refusal("--config", str(file))
+    file.write_text("optim: [lr\n")
+    assert "is not YAML" in refusal("--config", str(file))
+
+
+def test_tables_and_pairs() -> None:
+    config = read("--optim.schedule.table={weights: [[0, 1e-2], [24, 1e-3]]}").config
+    assert config.optim.schedule.table == {"weights": [(0.0, 0.01), (24.0, 0.001)]}
+    assert read("--data.scale=[0.1, 0.5]").config.data.scale == (0.1, 0.5)
+
+
+def test_flat_and_nested_are_the_same() -> None:
+    record = to_dict(Config())
+    assert nest(flatten(record)) == record
+    assert from_dict(record) == Config()
+    assert all(any(k == m or k.startswith(f"{m}.") for k in flatten(record)) for m in MEANING)
+
+
+def test_print_config_prints_it_resolved(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        read("--optim.lr=0.25", "--print_config")
+    assert yaml.safe_load(capsys.readouterr().out)["optim"]["lr"] == 0.25
+
+
+def test_help_tells_what_options_mean(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        read("--help")
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Images in a step, over all processes" in text
+
+
+@pytest.mark.parametrize("recipe", sorted(p.stem for p in recipes().glob("*.yaml")))
+def test_every_recipe_resolves(recipe: str) -> None:
+    path = str(recipes() / f"{recipe}.yaml")
+    assert read("--config", path, "--data.root", "x").recipe == recipe
+
+
+def test_a_commands_own_option_is_taken_out() -> None:
+    assert take_option(["--checkpoint", "R", "--a=1"], "checkpoint") == ("R", ["--a=1"])
+    assert take_option(["--a=1", "--checkpoint=R"], "checkpoint") == ("R", ["--a=1"])
+    assert take_option(["--checkpoint.keep=2"], "checkpoint") == (None, ["--checkpoint.keep=2"])

@@ -1,0 +1,85 @@
+"""The paper's update against numbers worked out from its formula."""
+
+import pytest
+import torch
+from torch import nn
+
+from alexnet_dist.training.optim import PaperSGD, build_optimizer, velocities
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_against_the_formula(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    w = nn.Parameter(torch.randn(50, dtype=dtype, generator=generator))
+    wanted, v = w.detach().double().clone(), torch.zeros(50, dtype=torch.float64)
+    optimizer = PaperSGD([w], lr=0.0, momentum=0.9, weight_decay=0.0005, fused=True)
+    for rate in (0.01, 0.01, 0.001, 0.02, 1e-5):
+        gradient = torch.randn(50, dtype=dtype, generator=generator)
+        w.grad = gradient
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.step()
+        v = 0.9 * v - 0.0005 * rate * wanted - rate * gradient.double()
+        wanted += v
+        assert optimizer.param_groups[0]["lr"] == rate
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-6
+    assert torch.allclose(w.detach().double(), wanted, rtol=tolerance, atol=tolerance)
+    assert torch.allclose(
+        -optimizer.state[w]["momentum_buffer"].double(), v, rtol=tolerance, atol=tolerance
+    )
+
+
+def test_by_hand() -> None:
+    w = nn.Parameter(torch.tensor([2.0], dtype=torch.float64))
+    optimizer = PaperSGD([w], lr=0.1, momentum=0.9, weight_decay=0.5, fused=True)
+    w.grad = torch.tensor([3.0], dtype=torch.float64)
+    optimizer.step()  # v = -0.5 * 0.1 * 2 - 0.1 * 3 = -0.4
+    assert w.item() == pytest.approx(1.6)
+    optimizer.param_groups[0]["lr"] = 0.01
+    optimizer.step()  # v = 0.9 * -0.4 - 0.5 * 0.01 * 1.6 - 0.01 * 3 = -0.398
+    assert w.item() == pytest.approx(1.202)
+
+
+def test_a_lower_rate_leaves_the_papers_velocity_and_shrinks_torchs() -> None:
+    moved = {}
+    for name in ("paper", "sgd"):
+        w = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+        parameters = {"conv.weight": w}
+        optimizer = build_optimizer(
+            name,  # type: ignore[arg-type]
+            parameters,
+            lr=1.0,
+            momentum=0.9,
+            weight_decay=0.0,
+        )
+        w.grad = torch.ones(1, dtype=torch.float64)
+        optimizer.step()
+        optimizer.param_groups[0]["lr"] = 0.001
+        w.grad = torch.zeros(1, dtype=torch.float64)
+        before = w.item()
+        optimizer.step()
+        moved[name] = w.item() - before
+    assert moved["paper"] == pytest.approx(-0.9)
+    assert moved["sgd"] == pytest.approx(-0.0009)
+
+
+def test_groups_and_their_decay() -> None:
+    net = nn.ModuleDict({"conv1": nn.Linear(2, 2), "fc8": nn.Linear(2, 2)})
+    optimizer = build_optimizer(
+        "paper",
+        dict(net.named_parameters()),
+        lr=0.1,
+        momentum=0.9,
+        weight_decay=0.5,
+        own=["weights", "conv1.weight"],
+    )
+    groups = {g["name"]: (len(g["params"]), g["weight_decay"]) for g in optimizer.param_groups}
+    assert groups == {"conv1.weight": (1, 0.5), "biases": (2, 0.0), "weights": (1, 0.5)}
+
+
+def test_velocities_are_those_of_the_optimizer() -> None:
+    w = nn.Parameter(torch.ones(3))
+    optimizer = build_optimizer("sgd", {"w": w}, lr=0.1, momentum=0.9, weight_decay=0.0)
+    velocities(optimizer, {"w": w})["w"].fill_(2.0)
+    w.grad = torch.zeros(3)
+    optimizer.step()
+    assert w.tolist() == pytest.approx([1 - 0.1 * 0.9 * 2] * 3)

@@ -1,0 +1,52 @@
+"""Rates as functions of passes."""
+
+import pytest
+
+from alexnet_dist.training.schedules import Schedule
+
+
+def test_plateau_divides_by_ten_three_times() -> None:
+    schedule = Schedule("plateau", lr=0.01, epochs=90, patience=2)
+    seen = []
+    for error in (50, 40, 41, 42, 39, 39, 40, 40, 40, 40, 40, 40, 40):
+        seen.append(schedule.rate("weights", 0))
+        schedule.observe(error)
+    wanted = [1e-2] * 4 + [1e-3] * 3 + [1e-4] * 2 + [1e-5] * 4
+    assert seen == pytest.approx(wanted)
+
+
+def test_plateau_goes_on_from_its_state() -> None:
+    first = Schedule("plateau", lr=0.01, epochs=90, patience=2)
+    for error in (50, 51):
+        first.observe(error)
+    second = Schedule("plateau", lr=0.01, epochs=90, patience=2)
+    second.load(first.state())
+    second.observe(52)
+    assert second.rate("weights", 3) == pytest.approx(0.001)
+
+
+def test_tables_hold_from_the_first_step_of_a_pass() -> None:
+    table = {"weights": [(0.0, 0.01), (24.0, 0.001)], "conv1.weight": [(0.0, 0.01), (2.0, 0.0)]}
+    schedule = Schedule("table", lr=9.0, epochs=90, table=table, bias_lr=2.0)
+    steps = 7
+    assert schedule.rate("weights", (24 * steps - 1) / steps) == 0.01
+    assert schedule.rate("weights", (24 * steps) / steps) == 0.001
+    assert schedule.rate("conv1.weight", 2.0) == 0.0
+    assert schedule.rate("biases", 0.0, bias=True) == 0.02
+
+
+def test_one_cycle_rises_to_its_peak_and_falls_to_nothing() -> None:
+    schedule = Schedule("one_cycle", lr=0.005, epochs=10, rise=0.3)
+    rates = [schedule.rate("weights", passes / 10) for passes in range(101)]
+    assert rates[0] == pytest.approx(0.0002)
+    assert max(rates) == pytest.approx(0.005) == rates[30]
+    assert rates[:31] == sorted(rates[:31])
+    assert rates[30:] == sorted(rates[30:], reverse=True)
+    assert rates[100] == pytest.approx(0)
+
+
+def test_warmup_and_biases() -> None:
+    schedule = Schedule("constant", lr=0.01, epochs=5, warmup=2.0, bias_lr=2.0)
+    assert schedule.rate("weights", 0.0) == 0
+    assert schedule.rate("weights", 1.0) == pytest.approx(0.005)
+    assert schedule.rate("biases", 4.0, bias=True) == pytest.approx(0.02)
