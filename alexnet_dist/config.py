@@ -333,13 +333,14 @@ def parse(
             parser.set_defaults({k: v for k, v in kept.items() if k not in OF_ONE_LIFE})
         if from_file:
             parser.set_defaults(from_file)
-        parsed = parser.parse_args(arguments)
+        words = [word for word in arguments if word != "--print_config"]
+        parsed = parser.parse_args(words)  # jsonargparse has a --print_config of its own
         values = parser.instantiate(parsed)
     except (ArgumentError, TypeError, ValueError, KeyError) as error:
         raise Failure(_first_words(str(error)), everywhere=True) from None
     config = Config(**{f.name: values[f.name] for f in dataclasses.fields(Config)})
     _check(config)
-    if parsed.print_config:
+    if "--print_config" in arguments:
         print(yaml.safe_dump(to_dict(config), sort_keys=False), end="")
         raise SystemExit(0)
     said = from_file | {name: None for name in command_line if name in known}
