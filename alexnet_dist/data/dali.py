@@ -259,7 +259,6 @@ class DaliEngine:
         """Each of ``draws`` with its bytes, which are read while the one before is decoded."""
 
         def ask(item: Draws) -> tuple[Draws, Callable[[], list[NDArray[np.uint8] | OSError]]]:
-            item = self.bad.apply(item)
             answers = self._readers.map(self._read, item.numbers.tolist())
             return item, lambda: list(answers)
 
@@ -273,21 +272,25 @@ class DaliEngine:
             yield before
 
     def _finish(
-        self, draws: Draws, answers: Callable[[], list[NDArray[np.uint8] | OSError]]
+        self, planned: Draws, answers: Callable[[], list[NDArray[np.uint8] | OSError]]
     ) -> Batch:
-        read = answers()
+        draws, read = planned, answers()
         while True:
             for number, answer in zip(draws.numbers.tolist(), read, strict=True):
+                if number in self.bad.reasons:
+                    continue
                 if isinstance(answer, OSError):
                     self.bad.found(number, answer.strerror or str(answer))
                 elif len(answer) == 0:
                     self.bad.found(number, "the file is empty")
             if not any(n in self.bad.reasons for n in draws.numbers.tolist()):
                 try:
-                    return self._run(draws, read)  # type: ignore[arg-type]
+                    batch = self._run(draws, read)  # type: ignore[arg-type]
+                    self.bad.note(planned)
+                    return batch
                 except RuntimeError as error:
                     self._find_bad(draws, read, error)  # type: ignore[arg-type]
-            draws = self.bad.apply(draws)
+            draws = self.bad.apply(planned)
             read = [self._read(number) for number in draws.numbers.tolist()]
 
     def _run(self, draws: Draws, encoded: list[NDArray[np.uint8]]) -> Batch:

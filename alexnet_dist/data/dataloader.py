@@ -55,12 +55,12 @@ class _Orders:
 
     def __init__(self, draws: Iterable[Draws], bad: BadImages) -> None:
         self.draws, self.bad = draws, bad
-        self.under_way: list[Draws] = []
+        self.under_way: list[tuple[Draws, Draws]] = []
 
     def __iter__(self) -> Iterator[Order]:
         for draws in self.draws:
             known = self.bad.apply(draws)
-            self.under_way.append(known)
+            self.under_way.append((draws, known))
             yield known.numbers, known.boxes, known.flips
 
 
@@ -102,17 +102,18 @@ class DataLoaderEngine:
             **options,
         )
         for images, bad in loader:
-            yield self._finish(orders.under_way.pop(0), images, bad)
+            yield self._finish(*orders.under_way.pop(0), images, bad)
 
     def close(self) -> None:
         pass
 
-    def _finish(self, draws: Draws, images: Tensor, bad: dict[int, str]) -> Batch:
+    def _finish(self, planned: Draws, draws: Draws, images: Tensor, bad: dict[int, str]) -> Batch:
         while bad:
             for number, reason in bad.items():
                 self.bad.found(number, reason)
-            draws = self.bad.apply(draws)
+            draws = self.bad.apply(planned)
             images, bad = self._decoded[draws.numbers, draws.boxes, draws.flips]
+        self.bad.note(planned)
         means = torch.from_numpy(self.pixels.means(draws.colours)).to(self.device)
         images = normalise(images.to(self.device, non_blocking=True), means, self._std)
         return Batch(images, self._labels[draws.numbers].to(self.device), draws.numbers)

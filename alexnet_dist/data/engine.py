@@ -73,19 +73,25 @@ class BadImages:
         bad = np.array([number in self.reasons for number in draws.numbers.tolist()], np.bool_)
         if not bad.any():
             return draws
+        if self.policy == "omit":
+            return draws.only(~bad)
         numbers = draws.numbers.copy()
         for row in np.flatnonzero(bad):
-            number = int(numbers[row])
-            event: dict[str, object] = {
-                "number": number,
-                "path": self.source.path(number),
-                "reason": self.reasons[number],
-            }
-            if self.policy == "substitute":
-                numbers[row] = self._next_good(number)
-                event["substitute"] = self.source.path(int(numbers[row]))
-            self.news.append(event)
-        return draws.only(~bad) if self.policy == "omit" else draws.substituted(numbers)
+            numbers[row] = self._next_good(int(numbers[row]))
+        return draws.substituted(numbers)
+
+    def note(self, planned: Draws) -> None:
+        """Record what ``apply`` made of a batch, once it is known to be good."""
+        for number in planned.numbers.tolist():
+            if number in self.reasons:
+                event: dict[str, object] = {
+                    "number": number,
+                    "path": self.source.path(number),
+                    "reason": self.reasons[number],
+                }
+                if self.policy == "substitute":
+                    event["substitute"] = self.source.path(self._next_good(number))
+                self.news.append(event)
 
     def take_news(self) -> list[dict[str, object]]:
         """What was replaced or left out since the last call."""

@@ -10,7 +10,7 @@ from alexnet_dist.tracking.events import Event
 
 Mode = Literal["auto", "online", "offline", "off"]
 
-INIT_SECONDS = 60
+INIT_SECONDS = 30
 CLOSE_SECONDS = 60
 
 _CURVES = {

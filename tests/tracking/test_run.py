@@ -1,0 +1,74 @@
+"""Records, run folders and pictures."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from alexnet_dist.errors import Failure
+from alexnet_dist.tracking import plots
+from alexnet_dist.tracking.events import JsonLines, Stream, read, surviving
+from alexnet_dist.tracking.run import RunFolder, choose_folder, read_status
+
+
+def test_records_survive_a_cut_line(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    first = Stream(JsonLines(path))
+    first.emit("train", step=1, loss=0.1 + 0.2)
+    first.close()
+    with path.open("a") as file:
+        file.write('{"event": "train", "st')
+    second = Stream(JsonLines(path))
+    second.emit("train", step=2, loss=1.0)
+    second.close()
+    assert [(e["step"], e["loss"]) for e in read(path)] == [(1, 0.1 + 0.2), (2, 1.0)]
+
+
+def test_steps_behind_the_checkpoint_are_void() -> None:
+    kinds = [("train", 1), ("train", 2), ("train", 3), ("resume", 2), ("train", 3)]
+    events = [{"event": kind, "step": step, "n": n} for n, (kind, step) in enumerate(kinds)]
+    assert [event["n"] for event in surviving(events)] == [0, 1, 3, 4]
+
+
+def test_names_of_runs(tmp_path: Path) -> None:
+    def next_name(resume: str = "auto") -> tuple[str, bool]:
+        path, goes_on = choose_folder(str(tmp_path), "a", resume)
+        return path.name, goes_on
+
+    assert next_name() == ("a", False)
+    folder = RunFolder(tmp_path / "a")
+    folder.take()
+    folder.keep_config({"x": 1})
+    folder.set_status("running")
+    assert next_name() == ("a", True)
+    assert next_name("never") == ("a-2", False)
+    run_id = read_status(folder.path)["wandb_id"]
+    folder.set_status("ended")
+    assert read_status(folder.path)["wandb_id"] == run_id
+    assert next_name() == ("a-2", False)
+    assert choose_folder(str(tmp_path), "b", str(folder.path)) == (folder.path, True)
+    with pytest.raises(Failure, match="no run at"):
+        choose_folder(str(tmp_path), "b", str(tmp_path / "c"))
+
+
+def _ink(path: Path) -> float:
+    """The part of a picture that is not white."""
+    return float((np.asarray(Image.open(path).convert("L")) < 250).mean())
+
+
+def test_pictures_show_something(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    images = generator.integers(0, 255, (10, 32, 32, 3), np.uint8)
+    plots.images(tmp_path / "i.png", images, ["a caption"] * 10, "title")
+    kernels = generator.normal(size=(96, 3, 11, 11)).astype(np.float32)
+    plots.kernels(tmp_path / "k.png", kernels, 2, "title")
+    events = [
+        {"event": kind, "step": s, "epoch": s / 10, "loss": 2 / s, "top1_error": 90 / s}
+        for s in range(1, 20)
+        for kind in ("train", "eval")
+    ]
+    plots.curves(tmp_path / "c.png", events, "title")
+    assert _ink(tmp_path / "i.png") > 0.2
+    assert _ink(tmp_path / "k.png") > 0.4
+    assert 0.01 < _ink(tmp_path / "c.png") < 0.3

@@ -1,0 +1,152 @@
+"""An offline W&B run, read back from its own file; and a W&B that fails or hangs."""
+
+import struct
+import sys
+import time
+import types
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from alexnet_dist.tracking import wandb as tracking
+from tests.conftest import TINY, launch, train
+
+TINY_ONLINE = [*(o for o in TINY if "wandb" not in o), "--track.wandb=online", "--train.epochs=1"]
+
+
+def log_records(content: bytes) -> Iterator[bytes]:
+    """The records of a .wandb file: LevelDB's log format behind a header of seven bytes. Blocks of
+    32 KiB hold pieces with a checksum, a length and a kind: whole, first, middle or last."""
+    at, record = 7, b""
+    while at + 7 <= len(content):
+        if 32768 - at % 32768 < 7:
+            at += 32768 - at % 32768
+            continue
+        length, kind = struct.unpack_from("<HB", content, at + 4)
+        record += content[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):
+            yield record
+            record = b""
+
+
+def read_back(run: Path) -> tuple[list[dict], dict, set[str], dict]:
+    """History rows, summary, run ids and config of all offline runs below a run folder."""
+    from wandb.proto import wandb_internal_pb2
+
+    history, summary, ids, config = [], {}, set(), {}
+    for file in sorted(run.glob("wandb/offline-run-*/*.wandb")):
+        for data in log_records(file.read_bytes()):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(data)
+            kind = record.WhichOneof("record_type")
+            if kind == "history":
+                items = record.history.item
+                history.append({"/".join(i.nested_key) or i.key: i.value_json for i in items})
+            elif kind == "summary":
+                updates = record.summary.update
+                summary |= {"/".join(i.nested_key) or i.key: i.value_json for i in updates}
+            elif kind == "run":
+                ids.add(record.run.run_id)
+                config |= {i.key: i.value_json for i in record.run.config.update}
+    return history, summary, ids, config
+
+
+def test_an_offline_run_goes_on_as_one(images: Path, tmp_path: Path) -> None:
+    options = ["--run.name=run", "--track.wandb=offline", "--train.epochs=1"]
+    train(2, images, tmp_path, *options, "--train.max_steps=2")
+    train(2, images, tmp_path, *options)
+    history, summary, ids, config = read_back(tmp_path / "run")
+    assert len(ids) == 1
+    steps = [int(row["global_step"]) for row in history if "train/loss" in row]
+    assert steps == [1, 2, 3, 4]
+    assert [int(r["global_step"]) for r in history if "eval/top1_error" in r] == [2, 4]
+    pictures = {name for row in history for name in row if row[name].startswith('{"')}
+    pictures |= {name.split("/")[0] for row in history for name in row}
+    assert {"kernels", "predictions", "first_batch", "curves"} <= pictures
+    assert "best/top1_error" in summary
+    assert "optim" in config
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path
+
+
+def fake(monkeypatch: pytest.MonkeyPatch, init: object) -> None:
+    module = types.ModuleType("wandb")
+    module.init = init  # type: ignore[attr-defined]
+    module.Settings = lambda **_: None  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "wandb", module)
+
+
+def test_one_that_fails_says_so_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(**_: object) -> None:
+        raise RuntimeError("no such server")
+
+    fake(monkeypatch, init)
+    said: list[str] = []
+    run = tracking.Wandb(folder, "x", {}, mode="offline", project="p", warn=said.append)
+    for _ in range(5):
+        run.take({"event": "train"})
+    run.close()
+    assert len(said) == 1
+    assert "no such server" in said[0]
+    assert "metrics.jsonl" in said[0]
+
+
+def test_one_that_hangs_is_left_behind(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake(monkeypatch, lambda **_: time.sleep(60))
+    monkeypatch.setattr(tracking, "CLOSE_SECONDS", 0.3)
+    said: list[str] = []
+    run = tracking.Wandb(folder, "x", {}, mode="offline", project="p", warn=said.append)
+    begin = time.monotonic()
+    run.take({"event": "train"})
+    run.close()
+    assert time.monotonic() - begin < 5
+    assert "does not answer" in said[0]
+
+
+def test_without_a_network_it_goes_on_offline(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modes: list[str] = []
+
+    def init(*, mode: str, **_: object) -> object:
+        modes.append(mode)
+        if mode == "online":
+            raise RuntimeError("timed out")
+        return types.SimpleNamespace(
+            define_metric=lambda *_, **__: None, finish=lambda: None, log=lambda _: None
+        )
+
+    fake(monkeypatch, init)
+    said: list[str] = []
+    tracking.Wandb(folder, "x", {}, mode="online", project="p", warn=said.append).close()
+    assert modes == ["online", "offline"]
+    assert "goes on offline" in said[0]
+
+
+def test_auto_is_online_only_with_a_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    assert tracking._mode("auto") == "offline"
+    monkeypatch.setenv("WANDB_API_KEY", "x")
+    assert tracking._mode("auto") == "online"
+
+
+@pytest.mark.slow
+def test_a_server_that_is_not_there_stops_nothing(images: Path, tmp_path: Path) -> None:
+    result = launch(
+        0,
+        *TINY_ONLINE,
+        f"--data.root={images}",
+        f"--run.root={tmp_path}",
+        "--run.name=run",
+        WANDB_API_KEY="0" * 40,
+        WANDB_BASE_URL="http://127.0.0.1:9",
+    )
+    assert result.code == 0, result.err
+    assert (tmp_path / "run/curves.png").is_file()
