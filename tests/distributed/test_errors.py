@@ -197,6 +197,7 @@ def test_interrupt_is_no_traceback(images: Path, tmp_path: Path) -> None:
         stderr=subprocess.PIPE,
         text=True,
         env=environment(),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # shells may ignore it
     ) as process:
         while not (tmp_path / "run/metrics.jsonl").exists():
             time.sleep(0.2)

@@ -1,0 +1,147 @@
+"""What only a GPU can show: mixed decoding, NCCL, bf16, memory that does not grow."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from alexnet_dist.data import dali
+from alexnet_dist.data.augment import pixels_for
+from alexnet_dist.data.dataloader import DataLoaderEngine
+from alexnet_dist.data.plan import Plan
+from alexnet_dist.data.sources import make_catalogue, open_sources
+from alexnet_dist.model import draw_masks
+from alexnet_dist.model.dropout import Dropout
+from alexnet_dist.model.normalization import LocalResponseNorm
+from alexnet_dist.parallel.mesh import choose_precision
+from alexnet_dist.training.optim import PaperSGD
+from tests.conftest import events, losses, train, write_images
+
+pytestmark = pytest.mark.gpu
+GPU = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def opened(tmp_path: Path) -> tuple:
+    root = write_images(tmp_path / "i", train=64, side=160)
+    catalogue = make_catalogue(str(root), str(tmp_path), lambda *_: None)
+    pixels = pixels_for("centred", catalogue.statistics, side=128, colour="source")
+    return open_sources(catalogue)[0], pixels
+
+
+def test_the_decoder_that_is_chosen_works() -> None:
+    pytest.importorskip("nvidia.dali", reason="DALI is not installed here")
+    assert dali.choose_decoder(GPU) in ("region", "full")
+
+
+@pytest.mark.parametrize("decoder", ["region", "full", "cpu"])
+def test_mixed_decoding_is_that_of_the_reference(decoder: str, opened: tuple) -> None:
+    pytest.importorskip("nvidia.dali", reason="DALI is not installed here")
+    if decoder == "region" and dali.choose_decoder(GPU) != "region":
+        pytest.skip("decoding a region ends the process on this GPU (nvImageCodec issue 55)")
+    source, pixels = opened
+    plan = Plan(source.index.sizes, 16, 1, fraction=0.7)
+    ours = dali.DaliEngine(
+        source,
+        pixels,
+        max_batch=16,
+        device=GPU,
+        decoder=decoder,  # type: ignore[arg-type]
+        resize=True,
+        threads=2,
+    )
+    theirs = DataLoaderEngine(source, pixels, device=GPU, threads=0)
+    for mine, other in zip(
+        ours.batches(plan.epoch(0, 0, slice(None))),
+        theirs.batches(plan.epoch(0, 0, slice(None))),
+        strict=True,
+    ):
+        assert mine.images.device == GPU
+        assert mine.numbers.tolist() == other.numbers.tolist()
+        assert torch.equal(mine.labels, other.labels)
+        assert (mine.images - other.images).abs().mean() < 2.0  # of 255
+        assert mine.images.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_memory_does_not_grow(opened: tuple) -> None:
+    pytest.importorskip("nvidia.dali", reason="DALI is not installed here")
+    source, pixels = opened
+    plan = Plan(source.index.sizes, 16, 1, crop="random_resized")
+    engine = dali.DaliEngine(
+        source,
+        pixels,
+        max_batch=16,
+        device=GPU,
+        decoder=dali.choose_decoder(GPU),
+        resize=True,
+        threads=2,
+    )
+
+    def used() -> int:
+        torch.cuda.synchronize()
+        free, total = torch.cuda.mem_get_info()
+        return total - free
+
+    taken = []
+    for epoch in range(30):
+        for batch in engine.batches(plan.epoch(epoch, 0, slice(None))):
+            float(batch.images.sum())
+        taken.append(used())
+    assert taken[-1] - taken[5] < 64 * 2**20
+
+
+def test_training_with_nccl_in_bf16(tmp_path: Path) -> None:
+    root = write_images(tmp_path / "i")
+    on_gpu = ["--runtime.precision=bf16", "--train.epochs=6"]
+    train(1, root, tmp_path, "--run.name=run", *on_gpu)
+    run = losses(tmp_path / "run")
+    assert run[max(run)] < run[1]
+    assert events(tmp_path / "run", "start")[0]["precision"] == "bf16"
+
+
+def test_deterministic_runs_have_the_same_bits(tmp_path: Path) -> None:
+    root = write_images(tmp_path / "i")
+    for name in ("one", "two"):
+        train(1, root, tmp_path, f"--run.name={name}", "--runtime.deterministic=true")
+    assert losses(tmp_path / "one") == losses(tmp_path / "two")
+
+
+def test_a_gpu_trains_as_a_cpu_does(tmp_path: Path) -> None:
+    root = write_images(tmp_path / "i")
+    plain = ["--model.dropout=0", "--data.engine=dataloader"]  # masks differ between devices
+    train(1, root, tmp_path, "--run.name=gpu", *plain)
+    train(1, root, tmp_path, "--run.name=cpu", "--runtime.device=cpu", *plain)
+    assert losses(tmp_path / "gpu") == pytest.approx(losses(tmp_path / "cpu"), rel=1e-3)
+
+
+def test_response_normalisation() -> None:
+    x = torch.randn(2, 96, 9, 9, device=GPU, dtype=torch.float64)
+    ours, cpu = LocalResponseNorm(groups=2)(x), LocalResponseNorm(groups=2)(x.cpu())
+    assert torch.allclose(ours.cpu(), cpu, rtol=1e-12)
+
+
+def test_the_papers_update() -> None:
+    w = torch.nn.Parameter(torch.randn(1000, device=GPU))
+    wanted, v = w.detach().double().clone(), torch.zeros(1000, device=GPU, dtype=torch.float64)
+    optimizer = PaperSGD([w], lr=0.0, momentum=0.9, weight_decay=0.0005, fused=True)
+    for rate in (0.01, 0.001, 1e-5):
+        w.grad = torch.randn_like(w)
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.step()
+        v = 0.9 * v - 0.0005 * rate * wanted - rate * w.grad.double()
+        wanted += v
+    assert torch.allclose(w.detach().double(), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_masks_are_rows_of_one_mask() -> None:
+    options = {"seed": 1, "step": 2, "batch": 9, "device": GPU}
+    (whole,) = draw_masks([Dropout(64)], rows=slice(None), **options)
+    (mine,) = draw_masks([Dropout(64)], rows=slice(1, None, 2), **options)
+    assert torch.equal(mine, whole[1::2])
+    assert np.isclose(whole.float().mean().item(), 0.5, atol=0.1)
+
+
+def test_precision_is_bf16_where_the_gpu_has_it() -> None:
+    wanted = "bf16" if torch.cuda.get_device_capability(GPU) >= (8, 0) else "fp16"
+    assert choose_precision("auto", GPU) == wanted
