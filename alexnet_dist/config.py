@@ -287,6 +287,23 @@ def nest(flat: dict[str, Any]) -> dict[str, Any]:
     return nested
 
 
+def changes(before: dict[str, Any], now: dict[str, Any]) -> dict[str, list[Any]]:
+    """The options that differ between two resolved configs: {name: [before, now]}."""
+    old, new = flatten(before), flatten(now)
+    return {name: [old.get(name), new[name]] for name in new if old.get(name) != new[name]}
+
+
+def refuse_other_meaning(before: dict[str, Any], now: dict[str, Any], way_out: str) -> None:
+    """Refuse to go on with a run that would become another.
+
+    Raises:
+        Failure: an option of MEANING differs; ``way_out`` says what to do.
+    """
+    for name, (old, new) in changes(before, now).items():
+        if any(name == word or name.startswith(f"{word}.") for word in MEANING):
+            raise Failure(f"{name} cannot change from {old} to {new}: {way_out}", everywhere=True)
+
+
 def recipes() -> Path:
     """The folder of the configs that come with the package."""
     inside = Path(__file__).parent / "recipes"

@@ -37,7 +37,7 @@ def rows(variant: str, *, num_classes: int = 1000, image_size: int = 224) -> lis
             per_output = weight[0].numel() if weight is not None else 0
             found.append(
                 Row(
-                    type(layer).__name__.removeprefix("Stem"),
+                    type(layer).__name__.removeprefix("Stem").removeprefix("Padded"),
                     name,
                     tuple(output.shape[1:]),
                     parameters,

@@ -4,7 +4,6 @@ torchrun --nproc_per_node=2 -m alexnet_dist.train --config configs/imagenette.ya
 """
 
 import math
-import os
 import platform
 import time
 from pathlib import Path
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 
 from alexnet_dist import __version__
-from alexnet_dist.config import MEANING, Config, Parsed, flatten, parse, to_dict
+from alexnet_dist.config import Config, Parsed, changes, parse, refuse_other_meaning, to_dict
 from alexnet_dist.data import build_engine
 from alexnet_dist.data.augment import pixels_for
 from alexnet_dist.data.engine import Batch, Engine
@@ -23,14 +22,14 @@ from alexnet_dist.data.sources import Catalogue, make_catalogue, open_sources
 from alexnet_dist.errors import Failure, run_command, stderr
 from alexnet_dist.model import VARIANTS, build_model, draw_masks
 from alexnet_dist.parallel.ddp import DataParallel
-from alexnet_dist.parallel.mesh import Mesh, choose_precision, start
+from alexnet_dist.parallel.mesh import Mesh, choose_precision, device_name, set_arithmetic, start
 from alexnet_dist.tracking import plots
 from alexnet_dist.tracking.console import Console, IndexProgress
 from alexnet_dist.tracking.events import JsonLines, Stream, read, surviving
 from alexnet_dist.tracking.run import RunFolder, choose_folder, read_config
 from alexnet_dist.tracking.wandb import Wandb
 from alexnet_dist.training import checkpoint
-from alexnet_dist.training.loop import Meters, evaluate, set_rates, train_step
+from alexnet_dist.training.loop import Clock, Meters, evaluate, set_rates, train_step
 from alexnet_dist.training.optim import build_optimizer, velocities
 from alexnet_dist.training.schedules import Schedule
 
@@ -64,7 +63,7 @@ class Run:
                 everywhere=True,
             )
         self.precision = choose_precision(runtime.precision, mesh.device)
-        _set_arithmetic(self.precision, runtime.deterministic)
+        set_arithmetic(self.precision, runtime.deterministic)
         self.threads = data.threads or mesh.threads
 
         # the images
@@ -93,7 +92,7 @@ class Run:
             colour=data.colour,
             strength=data.colour_strength,
         )
-        plain = pixels_for(reads, statistics, side=data.image_size)
+        self.val_pixels = pixels_for(reads, statistics, side=data.image_size)
         skip = data.on_bad_image == "skip"
 
         def engine(source: Any, pixels: Any, plan: Plan | None, batch: int, policy: Any) -> Engine:
@@ -112,7 +111,7 @@ class Run:
             )
 
         self.engine = engine(train_source, self.pixels, self.plan, data.batch_size, "substitute")
-        self.val_engine = engine(val_source, plain, None, data.eval_batch_size, "omit")
+        self.val_engine = engine(val_source, self.val_pixels, None, data.eval_batch_size, "omit")
 
         # the network, its layout and its optimizer
         torch.manual_seed(config.train.seed)
@@ -196,7 +195,7 @@ class Run:
 
     def _train_to(self, end: int) -> None:
         """Steps up to ``end``, which lies in this epoch or is its last."""
-        config, device = self.config, self.mesh.device
+        config = self.config
         draws = self.plan.epoch(self._epoch, self.step % self.plan.steps, self.mesh.rows)
         batches = self.engine.batches(draws)
         self.clock.start()
@@ -215,8 +214,6 @@ class Run:
             every = config.checkpoint.every_steps
             if every and self.step % every == 0 and self.step < end:
                 self.save(best=False)
-            if device.type == "cpu" and self.step == end:
-                break
         batches.close()  # type: ignore[attr-defined]
 
     def _masks(self, step: int) -> tuple[torch.Tensor, ...]:
@@ -347,7 +344,7 @@ class Run:
                 checkpoint.remove_old(place, self.config.checkpoint.keep)
             seconds = time.perf_counter() - begin
             self.stream.emit("checkpoint", step=self.step, path=made.name, seconds=seconds)
-        self.clock.start(keep=True)
+        self.clock.start()
 
     def _restore(self) -> bool:
         """Go on from the run's last checkpoint, or begin with the weights asked for."""
@@ -359,7 +356,16 @@ class Run:
             return False
         found = last.resolve()
         state = checkpoint.read_state(found)
-        _same_meaning(self.config, state, self.catalogue, self.path)
+        way_out = (
+            f"the run in {self.path} has trained for {state['step']} steps otherwise; leave the "
+            "option out to go on, or begin another run by --run.name NAME or --run.resume never"
+        )
+        refuse_other_meaning(state["config"], to_dict(self.config), way_out)
+        if state["fingerprint"] != self.catalogue.fingerprint:
+            raise Failure(
+                f"the images below {self.catalogue.train.folder} are others than before: {way_out}",
+                everywhere=True,
+            )
         checkpoint.load(found, self._tensors())
         self.step = state["step"]
         self.schedule.load(state["schedule"])
@@ -407,7 +413,7 @@ class Run:
         config, mesh = self.config, self.mesh
         facts = {
             "world_size": mesh.world,
-            "device": _device_name(mesh.device),
+            "device": device_name(mesh.device),
             "precision": self.precision,
             "threads": mesh.threads,
             "engine": self.engine.description,
@@ -433,7 +439,7 @@ class Run:
                 "resume",
                 step=self.step,
                 epoch=self.passes,
-                changed=_changes(before["config"], to_dict(config)),
+                changed=changes(before["config"], to_dict(config)),
                 **facts,
             )
         else:
@@ -444,11 +450,9 @@ class Run:
         if self.folder is None:
             return
         path = self.path / "first_batch.png"
-        images, classes = batch.images[:32].cpu().numpy(), self.catalogue.train.classes
-        seen = images.transpose(0, 2, 3, 1) * self.pixels.std + self.pixels.mean
+        classes, seen = self.catalogue.train.classes, self.pixels.seen(batch.images[:32])
         captions = [classes[label] for label in batch.labels[:32].tolist()]
-        pixels = seen.clip(0, 255).astype(np.uint8)
-        plots.images(path, pixels, captions, "the first training batch, as the network sees it")
+        plots.images(path, seen, captions, "the first training batch, as the network sees it")
         self._picture("first_batch", path)
 
     def _picture(self, name: str, path: Path) -> None:
@@ -479,14 +483,8 @@ class Run:
                 strict=True,
             )
         ]
-        plain = pixels_for(
-            VARIANTS[self.config.model.variant].pixels,
-            self.catalogue.statistics,
-            side=self.config.data.image_size,
-        )
-        seen = batch.images.cpu().numpy().transpose(0, 2, 3, 1) * plain.std + plain.mean
         path = self.path / "predictions.png"
-        plots.images(path, seen.clip(0, 255).astype(np.uint8), captions, "validation images")
+        plots.images(path, self.val_pixels.seen(batch.images), captions, "validation images")
         self._picture("predictions", path)
 
     def _finish(self, result: dict[str, float]) -> None:
@@ -541,42 +539,6 @@ class Run:
         self.stream.close()
 
 
-class Clock:
-    """Where the time between two records went; evaluations and checkpoints do not count."""
-
-    def __init__(self) -> None:
-        self.seconds = self.wait = 0.0
-        self.steps = self.steps_of_last = 0
-        self._mark = time.perf_counter()
-
-    def start(self, *, keep: bool = True) -> None:
-        """Begin to count here; what lies between is left out."""
-        self._mark = time.perf_counter()
-
-    def waited(self) -> None:
-        """The wait for images has ended."""
-        self.wait += self._lap()
-
-    def stepped(self) -> None:
-        """A step has ended."""
-        self._lap()
-        self.steps += 1
-
-    def take(self) -> tuple[float, float]:
-        """Seconds, and those spent waiting for images, since the last call."""
-        self._lap()
-        taken = self.seconds, self.wait
-        self.steps_of_last, self.steps = self.steps, 0
-        self.seconds = self.wait = 0.0
-        return taken
-
-    def _lap(self) -> float:
-        now = time.perf_counter()
-        lap, self._mark = now - self._mark, now
-        self.seconds += lap
-        return lap
-
-
 def _open_run(mesh: Mesh, parsed: Parsed) -> tuple[RunFolder | None, Path, dict[str, Any]]:
     """The run's folder (on rank 0), its path, and the options it keeps if the run goes on."""
     config = parsed.config
@@ -621,47 +583,6 @@ def _check_batch(config: Config, mesh: Mesh, catalogue: Catalogue) -> None:
             "leave it out, and the data decides",
             everywhere=True,
         )
-
-
-def _same_meaning(config: Config, state: dict[str, Any], catalogue: Catalogue, path: Path) -> None:
-    """Refuse to go on with a run that would become another."""
-    way_out = (
-        f"the run in {path} has trained for {state['step']} steps otherwise; leave the option "
-        "out to go on, or begin another run by --run.name NAME or --run.resume never"
-    )
-    before, now = flatten(state["config"]), flatten(to_dict(config))
-    for name, value in now.items():
-        if any(name == word or name.startswith(f"{word}.") for word in MEANING) and (
-            before.get(name, value) != value
-        ):
-            raise Failure(
-                f"{name} cannot change from {before[name]} to {value}: {way_out}", everywhere=True
-            )
-    if state["fingerprint"] != catalogue.fingerprint:
-        raise Failure(
-            f"the images below {catalogue.train.folder} are others than before: {way_out}",
-            everywhere=True,
-        )
-
-
-def _changes(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
-    old, new = flatten(before), flatten(now)
-    return {name: [old.get(name), new[name]] for name in new if old.get(name) != new[name]}
-
-
-def _set_arithmetic(precision: str, deterministic: bool) -> None:
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    torch.backends.cudnn.allow_tf32 = precision == "tf32"
-    torch.backends.cudnn.benchmark = not deterministic
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"cpu ({torch.backends.cpu.get_cpu_capability()})"
 
 
 def _versions() -> dict[str, str]:

@@ -6,8 +6,9 @@ trainer's own engine, layout and optimizer with `--model.variant torchvision`.
 
 python benchmarks/vs_pytorch_example.py --data DIR [--out FILE.json]
 
-Each figure is the median of several rounds, in which the two take turns, so that what the machine
-does otherwise hits both; the ratios are those of the rounds, pair by pair.
+Each figure is the median of several rounds, in which the two take turns, each in a process of its
+own, so that what the machine does otherwise hits both and nothing that the trainer sets up helps
+the loop; the ratio is the median of the rounds' ratios.
 """
 
 import argparse
@@ -16,8 +17,10 @@ import json
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +34,11 @@ from torchvision.datasets import ImageFolder
 from alexnet_dist.data import build_engine
 from alexnet_dist.data.augment import pixels_for
 from alexnet_dist.data.engine import Engine
-from alexnet_dist.data.plan import Plan, centre_boxes
+from alexnet_dist.data.plan import Plan
 from alexnet_dist.data.sources import FolderSource, make_catalogue
 from alexnet_dist.model import VARIANTS, build_model, draw_masks
 from alexnet_dist.parallel.ddp import DataParallel
-from alexnet_dist.parallel.mesh import Mesh, choose_precision, start
+from alexnet_dist.parallel.mesh import Mesh, choose_precision, start, usable_processors
 from alexnet_dist.training.loop import train_step
 from alexnet_dist.training.optim import build_optimizer
 
@@ -138,35 +141,77 @@ def speed(steps: Iterator[int], count: int, device: torch.device) -> float:
     return images / (time.perf_counter() - begin)
 
 
-def in_turns(
-    ours: Callable[[], Iterator[int]],
-    theirs: Callable[[], Iterator[int]],
-    *,
-    steps: int,
-    rounds: int,
-    device: torch.device,
-    label: str,
-) -> dict[str, Any]:
-    """Both, round by round, each begun anew so that neither works ahead during the other's turn."""
+def turn(words: argparse.Namespace) -> float:
+    """One turn of one of the four, in this process: images a second."""
+    torch.manual_seed(1)
+    theirs = words.turn in ("example", "dataloader")
+    mesh = plain_process() if theirs else start()
+    catalogue = make_catalogue(str(words.data), "~/.cache/alexnet_dist", lambda *_: None)
+    sizes = catalogue.train.sizes
+    side = crop_side(sizes)
+    if words.turn == "example":
+        running = example(words.data, mesh, words.batch)
+    elif words.turn == "dataloader":
+        running = loader_alone(words.data, mesh, words.batch, side)
+    else:
+        training = words.turn == "trainer"
+        plan = (
+            Plan(sizes, words.batch, seed=1, crop="random_resized")
+            if training
+            else Plan(sizes, words.batch, seed=1, fraction=side / int(sizes.min()))
+        )
+        engine = build_engine(
+            "auto",
+            FolderSource(catalogue.train),
+            pixels_for(
+                VARIANTS["torchvision"].pixels, catalogue.statistics, side=224 if training else side
+            ),
+            plan=plan,
+            fraction=plan.fraction,
+            max_batch=words.batch,
+            device=mesh.device,
+            threads=mesh.threads,
+        )
+        running = ours(engine, plan, mesh, words.batch) if training else engine_alone(engine, plan)
+    for _ in range(4):  # processes start, caches and queues fill
+        next(running)
+    return speed(running, words.steps, mesh.device)
+
+
+def plain_process() -> Mesh:
+    """What the plain loop has: torch's own threads and memory, and nothing of ours."""
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    torch.set_num_threads(usable_processors())
+    return Mesh(0, 1, 0, 1, device, usable_processors(), None)  # type: ignore[arg-type]
+
+
+def crop_side(sizes: Any) -> int:
+    """Side of a crop that every image has without a resize."""
+    return int(min(sizes.min(), 224) * 200 / 224)
+
+
+def in_turns(ours: str, theirs: str, steps: int, words: argparse.Namespace) -> dict[str, Any]:
+    """Both, round by round, each turn in a process of its own."""
+
+    def one(name: str) -> float:
+        options = ["--data", str(words.data), "--batch", str(words.batch), "--steps", str(steps)]
+        command = [sys.executable, "-W", "ignore", __file__, *options, "--turn", name]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        return float(done.stdout.split()[-1])
+
     pairs = []
-    for number in range(rounds):
-        pair = []
-        for make in (ours, theirs):
-            running = make()
-            for _ in range(3):  # processes start, caches fill
-                next(running)
-            pair.append(speed(running, steps, device))
-            running.close()  # type: ignore[attr-defined]
+    for number in range(words.rounds):
+        pair = one(ours), one(theirs)
         pairs.append(pair)
         print(
-            f"{label} {number + 1}/{rounds}: ours {pair[0]:,.0f}  theirs {pair[1]:,.0f} images/s  "
-            f"ratio {pair[0] / pair[1]:.2f}",
+            f"{ours} / {theirs} {number + 1}/{words.rounds}: {pair[0]:,.0f} / {pair[1]:,.0f} "
+            f"images/s, ratio {pair[0] / pair[1]:.2f}",
             flush=True,
         )
     ratios = [a / b for a, b in pairs]
     return {
-        "ours_images_per_second": round(statistics.median(a for a, _ in pairs), 1),
-        "theirs_images_per_second": round(statistics.median(b for _, b in pairs), 1),
+        f"{ours}_images_per_second": round(statistics.median(a for a, _ in pairs), 1),
+        f"{theirs}_images_per_second": round(statistics.median(b for _, b in pairs), 1),
         "ratio": round(statistics.median(ratios), 2),
         "ratios": [round(ratio, 2) for ratio in ratios],
         "steps": steps,
@@ -206,59 +251,27 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--steps", type=int, default=8, help="of training, in a round")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--turn", help="for the script itself: trainer, example, ...")
     parser.add_argument("--out", type=Path, help="where the JSON goes")
     words = parser.parse_args()
 
-    mesh = start()
+    if words.turn:
+        print(turn(words))
+        return
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     catalogue = make_catalogue(str(words.data), "~/.cache/alexnet_dist", lambda *_: None)
-    source = FolderSource(catalogue.train)
-    side = int(min(catalogue.train.sizes.min(), 224) * 200 / 224)
-
-    def engine(plan: Plan, image_side: int) -> Engine:
-        return build_engine(
-            "auto",
-            source,
-            pixels_for(VARIANTS["torchvision"].pixels, catalogue.statistics, side=image_side),
-            plan=plan,
-            fraction=plan.fraction,
-            max_batch=words.batch,
-            device=mesh.device,
-            threads=mesh.threads,
-        )
-
-    sizes = catalogue.train.sizes
-    train_plan = Plan(sizes, words.batch, seed=1, crop="random_resized")
-    crop_plan = Plan(sizes, words.batch, seed=1, fraction=side / int(sizes.min()))
-    same = (centre_boxes(sizes, crop_plan.fraction)[:, 2] == side).all()
-    training, loading = engine(train_plan, 224), engine(crop_plan, side)
-    results = {
-        "training": in_turns(
-            lambda: ours(training, train_plan, mesh, words.batch),
-            lambda: example(words.data, mesh, words.batch),
-            steps=words.steps,
-            rounds=words.rounds,
-            device=mesh.device,
-            label="training",
-        ),
-        "loading": in_turns(
-            lambda: engine_alone(loading, crop_plan),
-            lambda: loader_alone(words.data, mesh, words.batch, side),
-            steps=30,
-            rounds=words.rounds,
-            device=mesh.device,
-            label=f"loading crops of {side}",
-        ),
-    }
     record = {
         "what": "benchmarks/vs_pytorch_example.py",
         "date": time.strftime("%Y-%m-%d"),
-        "machine": machine(mesh.device),
+        "machine": machine(device),
         "batch": words.batch,
-        "images": len(sizes),
-        "precision": choose_precision("auto", mesh.device),
-        "engine": training.description,
-        "crops_without_resize": bool(same),
-        **results,
+        "images": len(catalogue.train),
+        "precision": {"trainer": choose_precision("auto", device), "example": "fp32"},
+        "training": in_turns("trainer", "example", words.steps, words),
+        "loading": {
+            "crop": crop_side(catalogue.train.sizes),
+            **in_turns("engine", "dataloader", 30, words),
+        },
     }
     text = json.dumps(record, indent=2)
     print(text)

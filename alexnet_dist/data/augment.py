@@ -37,6 +37,11 @@ class Pixels:
         """[b, 3]: the mean to subtract from each image; a colour shift is but another mean."""
         return np.asarray(self.mean - colours @ self.basis.T, np.float32)
 
+    def seen(self, images: Tensor) -> NDArray[np.uint8]:
+        """Finished images [b, 3, H, W] as people see them, [b, H, W, 3]; colour noise stays."""
+        pixels = images.float().cpu().numpy().transpose(0, 2, 3, 1) * self.std + self.mean
+        return np.rint(pixels.clip(0, 255)).astype(np.uint8)
+
 
 def pixels_for(
     reads: Literal["centred", "imagenet"],

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from alexnet_dist.model.dropout import Dropout, Form
 from alexnet_dist.model.normalization import LocalResponseNorm, SpatialResponseNorm
-from alexnet_dist.model.stem import StemConv2d
+from alexnet_dist.model.stem import PaddedConv2d, StemConv2d
 
 Init = Literal["source", "paper", "torch"]
 
@@ -186,15 +186,32 @@ class TorchvisionAlexNet(torchvision.models.AlexNet):
 
     def __init__(self, num_classes: int, dropout: float, form: Form) -> None:
         super().__init__(num_classes=num_classes, dropout=dropout)
+        self.features[0] = PaddedConv2d(3, 64, 11, 4, 2)
         self.classifier[0] = Dropout(256 * 6 * 6, dropout, form)
         self.classifier[3] = Dropout(4096, dropout, form)
 
     def forward(self, x: Tensor, masks: Iterable[Tensor] = ()) -> Tensor:
         remaining = iter(masks)
-        x = self.avgpool(self.features(x)).flatten(1)
+        x = self._features(x)
+        if x.shape[-2:] != (6, 6):  # else the average of one value is that value
+            x = self.avgpool(x)
+        x = x.flatten(1)
         for layer in self.classifier:
             x = layer(x, next(remaining, None)) if isinstance(layer, Dropout) else layer(x)
         return x
+
+    def _features(self, x: Tensor) -> Tensor:
+        """The convolutions, with each ReLU behind the max pooling that follows it: they commute,
+        and a quarter of the values are left."""
+        due: list[nn.Module] = []
+        for layer in self.features:
+            if isinstance(layer, nn.ReLU):
+                due = [layer]
+                continue
+            if due and not isinstance(layer, nn.MaxPool2d):
+                x = due.pop()(x)
+            x = layer(x)
+        return due.pop()(x) if due else x
 
     def dropouts(self) -> list[Dropout]:
         """The layers that want a mask, in the order of ``masks``."""

@@ -33,13 +33,13 @@ def images(
 ) -> None:
     """A sheet of images [n, H, W, 3] with a caption below each."""
     rows = -(-len(pixels) // columns)
-    figure = Figure(figsize=(1.35 * columns, 1.6 * rows + 0.4))
+    figure = Figure(figsize=(1.35 * columns, 1.6 * rows + 0.4), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis in axes:
         axis.axis("off")
     for axis, image, caption in zip(axes, pixels, captions, strict=False):
         axis.imshow(image)
-        axis.set_title(caption, fontsize=6.5, y=-0.02, va="top")
+        axis.text(0.5, -0.04, caption, fontsize=6, ha="center", va="top", transform=axis.transAxes)
     figure.suptitle(title, fontsize=10)
     _save(figure, path)
 
@@ -106,8 +106,9 @@ def curves(path: Path, events: Sequence[Event], title: str) -> None:
             f"{best['top1_error']:.2f} %",
             (best["epoch"], best["top1_error"]),
             textcoords="offset points",
-            xytext=(-4, 8),
-            ha="right",
+            xytext=(0, -6),
+            ha="center",
+            va="top",
             color=_VALIDATION,
         )
     figure.suptitle(title, fontsize=10)

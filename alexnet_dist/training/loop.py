@@ -1,6 +1,7 @@
 """A step, and an evaluation: tensors and meters, no files."""
 
 import hashlib
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -191,3 +192,39 @@ def evaluate(layout: Layout, batches: Iterable[Batch], device: torch.device) -> 
         errors.update(layout.hits(batch.images, batch.labels), len(batch.images))
     result: dict[str, float] = errors.compute()
     return result
+
+
+class Clock:
+    """Where the time between two records went; evaluations and checkpoints do not count."""
+
+    def __init__(self) -> None:
+        self.seconds = self.wait = 0.0
+        self.steps = self.steps_of_last = 0
+        self._mark = time.perf_counter()
+
+    def start(self) -> None:
+        """Begin to count here; what lies between is left out."""
+        self._mark = time.perf_counter()
+
+    def waited(self) -> None:
+        """The wait for images has ended."""
+        self.wait += self._lap()
+
+    def stepped(self) -> None:
+        """A step has ended."""
+        self._lap()
+        self.steps += 1
+
+    def take(self) -> tuple[float, float]:
+        """Seconds, and those spent waiting for images, since the last call."""
+        self._lap()
+        taken = self.seconds, self.wait
+        self.steps_of_last, self.steps = self.steps, 0
+        self.seconds = self.wait = 0.0
+        return taken
+
+    def _lap(self) -> float:
+        now = time.perf_counter()
+        lap, self._mark = now - self._mark, now
+        self.seconds += lap
+        return lap

@@ -127,6 +127,29 @@ def test_the_stem_reads_three_zeros_beyond_the_edge() -> None:
     assert conv(x).shape[-1] == conv(padded).shape[-1] == 55
 
 
+@pytest.mark.parametrize("side", [224, 227, 67, 70])
+@pytest.mark.parametrize("variant", ["paper", "torchvision"])
+def test_the_folded_stem_is_the_same_function(side: int, variant: str) -> None:
+    model = build_model(variant)
+    name = "conv1" if variant == "paper" else "features.0"
+    conv = model.get_submodule(name).double()
+    x = torch.randn(2, 3, side, side, dtype=torch.float64)
+
+    def compute() -> tuple[torch.Tensor, torch.Tensor]:
+        y = conv(x)
+        conv.weight.grad = None
+        y.pow(2).sum().backward()
+        return y.detach(), conv.weight.grad
+
+    plain, gradient = compute()
+    with pytest.MonkeyPatch.context() as patch:  # folded, but in float64
+        patch.setattr(torch, "is_autocast_enabled", lambda _: True)
+        patch.setattr(torch, "get_autocast_dtype", lambda _: torch.float64)
+        folded, its_gradient = compute()
+    assert torch.allclose(folded, plain, rtol=1e-10, atol=1e-10)
+    assert torch.allclose(its_gradient, gradient, rtol=1e-10, atol=1e-8)
+
+
 def test_torchvision_is_its_own_class() -> None:
     import torchvision
 
@@ -134,7 +157,12 @@ def test_torchvision_is_its_own_class() -> None:
     theirs = torchvision.models.alexnet(num_classes=5).eval()
     theirs.load_state_dict(model.state_dict())
     x = torch.randn(2, 3, 224, 224)
-    assert torch.equal(model(x), theirs(x))
+    ours, other = model(x), theirs(x)
+    assert torch.equal(ours, other)
+    ours.pow(2).sum().backward()
+    other.pow(2).sum().backward()
+    for parameter, its in zip(model.parameters(), theirs.parameters(), strict=True):
+        assert torch.allclose(parameter.grad, its.grad, rtol=1e-4, atol=1e-6)
 
 
 def test_what_cannot_be_built_is_refused() -> None:
