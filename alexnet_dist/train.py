@@ -170,6 +170,7 @@ class Run:
         if self.step >= last:
             self._already_there(last)
             return
+        self._agree()
         self._announce()
         if self.mesh.replicas > 1:
             self._warm_up()
@@ -409,6 +410,18 @@ class Run:
         folder.set_status("running")
         return str(folder.status()["wandb_id"])
 
+    def _agree(self) -> None:
+        """See to it that all processes were given the same run, and share its images out."""
+        mine = (to_dict(self.config), self.catalogue.fingerprint, self.step)
+        everyone = self.mesh.gather((mine, range(self.config.data.batch_size)[self.mesh.rows]))
+        positions = sorted(position for _, rows in everyone for position in rows)
+        if any(one != mine for one, _ in everyone) or positions != list(range(len(positions))):
+            raise Failure(
+                "the processes of this run were started with different options, or do not all "
+                "reach the same run folder: give every machine the same command line",
+                everywhere=True,
+            )
+
     def _announce(self) -> None:
         config, mesh = self.config, self.mesh
         facts = {
@@ -463,16 +476,14 @@ class Run:
 
     def _predictions(self) -> None:
         """A few validation images with what the network takes them for."""
-        draws = next(iter(self.evaluation.draws(self.mesh.rows)))
-        spread = np.linspace(0, len(self.catalogue.val) - 1, min(16, self.mesh.replicas * 16))
-        numbers = np.unique(spread.astype(np.int64))[: len(draws.numbers)]
-        rows = np.arange(len(draws.numbers)) < len(numbers)
-        batch = next(
-            iter(self.val_engine.batches([draws.only(rows).substituted(numbers[: rows.sum()])]))
-        )
-        chances = self.layout.logits(batch.images).softmax(1).max(1)
         if self.folder is None:
             return
+        first = next(iter(self.evaluation.draws(self.mesh.rows)))
+        count = min(16, len(first.numbers))
+        spread = np.linspace(0, len(self.catalogue.val) - 1, count).astype(np.int64)
+        some = first.only(np.arange(len(first.numbers)) < count).substituted(spread)
+        batch = next(iter(self.val_engine.batches([some])))
+        chances = self.layout.logits(batch.images).softmax(1).max(1)
         classes = self.catalogue.train.classes
         captions = [
             f"{classes[best]} {chance:.0%}" + ("" if best == label else f"\n(is {classes[label]})")

@@ -1,0 +1,25 @@
+"""The embedded default, to its result."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import events, launch
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_embedded_default_learns_its_digits(tmp_path: Path) -> None:
+    result = launch(2, f"--run.root={tmp_path}", timeout=800)
+    assert result.code == 0, result.err[-3000:]
+    run = tmp_path / "quickstart"
+    (end,) = events(run, "end")
+    assert end["top1_error"] <= 3.0
+    assert end["images"] == 500
+    assert "next: Imagenette" in result.out
+    for name in ("first_batch", "curves", "kernels", "predictions"):
+        assert (run / f"{name}.png").stat().st_size > 10_000
+    evaluated = launch(0, "--checkpoint", str(run), module="alexnet_dist.evaluate")
+    counted = json.loads(evaluated.out.splitlines()[-1])
+    assert counted["top1_error"] == events(run, "best")[-1]["top1_error"]
