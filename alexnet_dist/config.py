@@ -345,10 +345,13 @@ def parse(
         path = str(recipes() / f"{default}.yaml")
     from_file = _read_yaml(path, known) if path else {}
     try:
+        # set_defaults believes what it is given, so the values are held to their types before it
         if underneath is not None:
-            kept = flatten(underneath)
+            kept = flatten(to_dict(from_dict(underneath)))
             parser.set_defaults({k: v for k, v in kept.items() if k not in OF_ONE_LIFE})
         if from_file:
+            typed = flatten(to_dict(from_dict(nest(from_file), str(path))))
+            from_file = {name: typed[name] for name in from_file}
             parser.set_defaults(from_file)
         words = [word for word in arguments if word != "--print_config"]
         parsed = parser.parse_args(words)  # jsonargparse has a --print_config of its own
@@ -377,18 +380,22 @@ def take_option(arguments: list[str], name: str) -> tuple[str | None, list[str]]
     return value, rest
 
 
-def from_dict(record: dict[str, Any]) -> Config:
-    """A config from plain values, as a run folder keeps them.
+def from_dict(record: dict[str, Any], where: str = "the run's config.yaml") -> Config:
+    """A config from plain values, as a file or a run folder has them.
 
     Raises:
         Failure: a key or a type that this version does not know.
     """
     parser = ArgumentParser(exit_on_error=False, allow_abbrev=False)
     parser.add_class_arguments(Config, None)
+    defaults = flatten(to_dict(Config()))
+    for name, value in flatten(record).items():
+        if value is None and defaults.get(name) is not None:  # jsonargparse lets null pass
+            raise Failure(f"{where}: option {name} wants a value, not null", everywhere=True)
     try:
         values = parser.instantiate(parser.parse_object(record))
     except (ArgumentError, TypeError, ValueError, KeyError) as error:
-        raise Failure(f"the run's config.yaml: {_first_words(str(error))}") from None
+        raise Failure(f"{where}: {_first_words(str(error))}", everywhere=True) from None
     return Config(**{f.name: values[f.name] for f in dataclasses.fields(Config)})
 
 

@@ -16,7 +16,7 @@ from alexnet_dist.data.statistics import Statistics
 from alexnet_dist.errors import Failure, run_command
 from alexnet_dist.model import VARIANTS, build_model
 from alexnet_dist.parallel.ddp import DataParallel
-from alexnet_dist.parallel.mesh import Mesh, choose_precision, start
+from alexnet_dist.parallel.mesh import Mesh, choose_precision, set_arithmetic, start
 from alexnet_dist.tracking.console import IndexProgress
 from alexnet_dist.training import checkpoint
 from alexnet_dist.training.loop import evaluate
@@ -73,7 +73,7 @@ def evaluate_checkpoint(
         ),
         plan=None,
         fraction=fraction,
-        max_batch=mesh.local_batch(data.eval_batch_size),
+        max_batch=max(mesh.local_batch(data.eval_batch_size), 1),
         device=mesh.device,
         decoder=data.decoder,
         threads=data.threads or mesh.threads,
@@ -88,6 +88,7 @@ def evaluate_checkpoint(
         image_size=data.image_size,
     )
     precision = choose_precision(config.runtime.precision, mesh.device)
+    set_arithmetic(precision, config.runtime.deterministic)
     layout = DataParallel(model, mesh, batch=data.eval_batch_size, precision=precision)
     parameters = {f"model.{name}": p.detach() for name, p in layout.parameters.items()}
     checkpoint.load(checkpoint.find(path), parameters)

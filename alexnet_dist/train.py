@@ -102,7 +102,7 @@ class Run:
                 pixels,
                 plan=plan,
                 fraction=fraction,
-                max_batch=mesh.local_batch(batch),
+                max_batch=max(mesh.local_batch(batch), 1),
                 device=mesh.device,
                 decoder=data.decoder,
                 threads=self.threads,
@@ -371,7 +371,8 @@ class Run:
         self.step = state["step"]
         self.schedule.load(state["schedule"])
         self.meters.load(state["meters"])
-        self.layout.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty where the run was not in fp16 before
+            self.layout.scaler.load_state_dict(state["scaler"])
         self.best = state["best"]
         return True
 

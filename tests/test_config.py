@@ -77,6 +77,27 @@ def test_files_are_held_to_the_same_names(tmp_path: Path) -> None:
     assert "is not YAML" in refusal("--config", str(file))
 
 
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("data: {crop: square}", "data.crop wants one of paper, random_resized"),
+        ("data: {on_bad_image: ignore}", "data.on_bad_image wants one of stop, skip"),
+        ("runtime: {precision: bf61}", "runtime.precision wants one of"),
+        ("model: {init: authors}", "model.init wants one of"),
+        ("optim: {lr: fast}", "optim.lr wants a number"),
+        ("optim: {lr: null}", "optim.lr wants a value, not null"),
+        ("train: {epochs: ten}", "train.epochs wants a whole number"),
+        ("data: {batch_size: many}", "data.batch_size wants a whole number"),
+    ],
+)
+def test_files_are_held_to_the_same_types(text: str, sentence: str, tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    said = refusal("--config", str(file))
+    assert sentence in said
+    assert "mine.yaml" in said
+
+
 def test_tables_and_pairs() -> None:
     config = read("--optim.schedule.table={weights: [[0, 1e-2], [24, 1e-3]]}").config
     assert config.optim.schedule.table == {"weights": [(0.0, 0.01), (24.0, 0.001)]}

@@ -56,8 +56,9 @@ class DataParallel:
         """Gradients of the global batch's mean loss, from this replica's rows of it.
 
         Returns:
-            float64 [2], on the device: this replica's share of that loss, and its images whose
-            best label is right. Both sum over the replicas.
+            float64 [2], on the device: the summed (not mean) loss of this replica's images, and
+            how many of them have the best label right. Both sum over the replicas, and the sums
+            do not depend on their order: float32 values, added in float64.
         """
         self.model.train()
         with self._autocast():
@@ -67,7 +68,7 @@ class DataParallel:
         self.scaler.scale(total * (self.mesh.replicas / self.batch)).backward()
         with torch.no_grad():
             right = (logits.argmax(1) == labels).sum()
-            return torch.stack([total.detach().double() / self.batch, right.double()])
+            return torch.stack([total.detach().double(), right.double()])
 
     @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:

@@ -72,7 +72,9 @@ def surviving(events: list[Event]) -> list[Event]:
     """The events that count: where a run went back to a checkpoint, those behind it are void."""
     kept: list[Event] = []
     for event in events:
-        if event["event"] == "resume":
+        if event["event"] == "start":  # a life that ended before its first checkpoint
+            kept = []
+        elif event["event"] == "resume":
             kept = [old for old in kept if old.get("step", 0) <= event["step"]]
         kept.append(event)
     return kept

@@ -97,7 +97,8 @@ class Meters:
             return
         results = torch.stack(self._results)
         dist.all_reduce(results)
-        for loss, hits in results.tolist():
+        for total, hits in results.tolist():
+            loss = total / self.batch
             self.losses.append(loss)
             self.hits.append(hits)
             self.epoch_loss += loss

@@ -33,7 +33,8 @@ class PaperSGD(torch.optim.SGD):
         """Update all parameters by their gradients."""
         rates = [group["lr"] for group in self.param_groups]
         for group, rate in zip(self.param_groups, rates, strict=True):
-            group["lr"], group["dampening"] = 1.0, 1.0 - rate
+            if group["momentum"]:  # without any, torch leaves the dampening out: plain descent
+                group["lr"], group["dampening"] = 1.0, 1.0 - rate
         try:
             return super().step(closure)
         finally:

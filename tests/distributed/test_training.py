@@ -95,6 +95,28 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(
     assert _tensors(run) == _tensors(calm[processes])
 
 
+def test_means_of_several_steps_are_bit_equal_too(images: Path, tmp_path: Path) -> None:
+    """The sums over three processes must not depend on how many steps are read at once."""
+    options = ["--train.log_every=3", "--train.epochs=3"]
+    train(3, images, tmp_path, "--run.name=whole", *options)
+    train(3, images, tmp_path, "--run.name=run", "--checkpoint.every_steps=2", *options[:1],
+          options[1], "--train.max_steps=5")  # fmt: skip
+    train(3, images, tmp_path, "--run.name=run", "--checkpoint.every_steps=2", *options)
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    whole = {e["step"]: e["loss"] for e in events(tmp_path / "whole", "epoch")}
+    again = {e["step"]: e["loss"] for e in events(tmp_path / "run", "epoch")}
+    assert whole == {step: again[step] for step in whole}
+
+
+def test_precision_may_change_and_evaluation_may_be_in_small_batches(
+    images: Path, tmp_path: Path
+) -> None:
+    options = ["--run.name=run", "--data.eval_batch_size=2", "--train.epochs=1"]
+    train(3, images, tmp_path, *options, "--train.max_steps=1")
+    train(3, images, tmp_path, *options, "--train.max_steps=2", "--runtime.precision=fp16")
+    assert [e["images"] for e in events(tmp_path / "run", "eval")] == [13, 13]
+
+
 def test_other_numbers_of_processes_go_on_in_mid_epoch(
     calm: dict[int, Path], images: Path, tmp_path: Path
 ) -> None:

@@ -29,6 +29,8 @@ def test_steps_behind_the_checkpoint_are_void() -> None:
     kinds = [("train", 1), ("train", 2), ("train", 3), ("resume", 2), ("train", 3)]
     events = [{"event": kind, "step": step, "n": n} for n, (kind, step) in enumerate(kinds)]
     assert [event["n"] for event in surviving(events)] == [0, 1, 3, 4]
+    again = [*events, {"event": "start", "step": 0, "n": 5}, {"event": "train", "step": 1, "n": 6}]
+    assert [event["n"] for event in surviving(again)] == [5, 6]
 
 
 def test_names_of_runs(tmp_path: Path) -> None:

@@ -62,6 +62,14 @@ def test_a_lower_rate_leaves_the_papers_velocity_and_shrinks_torchs() -> None:
     assert moved["sgd"] == pytest.approx(-0.0009)
 
 
+def test_without_momentum_it_is_plain_descent() -> None:
+    w = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    optimizer = PaperSGD([w], lr=0.01, momentum=0.0, fused=True)
+    w.grad = torch.ones(1, dtype=torch.float64)
+    optimizer.step()
+    assert w.item() == pytest.approx(-0.01)
+
+
 def test_groups_and_their_decay() -> None:
     net = nn.ModuleDict({"conv1": nn.Linear(2, 2), "fc8": nn.Linear(2, 2)})
     optimizer = build_optimizer(
