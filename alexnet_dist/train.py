@@ -6,8 +6,9 @@ torchrun --nproc_per_node=2 -m alexnet_dist.train --config configs/imagenette.ya
 import math
 import platform
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -42,9 +43,13 @@ def main(arguments: list[str]) -> None:
     folder, path, kept = _open_run(mesh, parsed)
     if kept:
         parsed = parse(arguments, program=program, description=__doc__, underneath=kept)
+    run = None
     try:
-        Run(parsed.config, mesh, folder, path).train()
+        run = Run(parsed.config, mesh, folder, path)
+        run.train()
     except BaseException:
+        if run is not None:
+            run.console.close()  # a terminal whose bar is left standing has no cursor
         if folder is not None and folder.status().get("status") == "running":
             folder.set_status("failed")
         raise
@@ -183,11 +188,15 @@ class Run:
             if whole:
                 self.schedule.observe(result["top1_error"])
                 self.meters.next_epoch()
-            better = whole and (self.best is None or result["top1_error"] < self.best["top1_error"])
+            former = self.best
+            better = whole and (former is None or result["top1_error"] < former["top1_error"])
             if better:
                 self.best = {**result, "step": self.step}
-                self.stream.emit("best", **self.best)
-            self.save(best=better)
+            saved = self.save(best=better)
+            if better and not saved:
+                self.best = former  # the best is one that can be loaded
+            elif better:
+                self.stream.emit("best", **(self.best or {}))
         self._finish(result)
 
     @property
@@ -238,16 +247,9 @@ class Run:
     def _record(self, lr: float) -> None:
         """A line of the records: the steps since the last one."""
         self._report_bad(self.engine)
-        self.meters.collect()
+        self._collect()
         steps = len(self.meters.losses)
         loss, error = self.meters.take()
-        if not math.isfinite(loss):
-            raise Failure(
-                f"the loss is {loss} by step {self.step}: take a smaller --optim.lr (it is "
-                f"{lr:g}), or a warm-up by --optim.schedule.warmup 1; the last checkpoint is "
-                "intact",
-                everywhere=True,
-            )
         seconds, waited = self.clock.take()
         timed = self.clock.steps_of_last * self.config.data.batch_size
         self.stream.emit(
@@ -263,10 +265,26 @@ class Run:
             seconds=seconds,
         )
 
+    def _collect(self) -> None:
+        """Read the meters; a run whose numbers have left the finite ends here, before they can
+        reach a checkpoint."""
+        self.meters.collect()
+        bad = [loss for loss in (*self.meters.losses, self.meters.epoch_loss) if loss - loss != 0]
+        if bad:
+            self._diverged(f"the loss is {bad[0]}")
+
+    def _diverged(self, what: str) -> NoReturn:
+        raise Failure(
+            f"{what} by step {self.step}: take a smaller --optim.lr (it is "
+            f"{self.config.optim.lr:g}), or a warm-up by --optim.schedule.warmup 1; the last "
+            "checkpoint is intact",
+            everywhere=True,
+        )
+
     def _record_epoch(self) -> None:
         """What the epoch so far was made of."""
         self._report_bad(self.engine)
-        self.meters.collect()
+        self._collect()
         steps = max(self.meters.epoch_steps, 1)
         self.stream.emit(
             "epoch",
@@ -312,10 +330,15 @@ class Run:
             f"velocity.{name}": velocity for name, velocity in moving.items()
         }
 
-    def save(self, *, best: bool) -> None:
-        """Write a checkpoint; where that fails the run goes on, and says so."""
+    def save(self, *, best: bool) -> bool:
+        """Write a checkpoint; where that fails the run goes on, and says so. Whether it worked."""
         begin = time.perf_counter()
-        self.meters.collect()
+        self._collect()
+        with torch.no_grad():  # the last losses were finite, but the update after them?
+            total = torch.stack([p.sum().float() for p in self.layout.parameters.values()]).sum()
+        if not math.isfinite(total.item()):
+            self._diverged("a weight is not finite")
+        saved = False
         state = {
             "run": self.path.name,
             "schedule": self.schedule.state(),
@@ -345,7 +368,9 @@ class Run:
                 checkpoint.remove_old(place, self.config.checkpoint.keep)
             seconds = time.perf_counter() - begin
             self.stream.emit("checkpoint", step=self.step, path=made.name, seconds=seconds)
+            saved = True
         self.clock.start()
+        return saved
 
     def _restore(self) -> bool:
         """Go on from the run's last checkpoint, or begin with the weights asked for."""
@@ -408,8 +433,7 @@ class Run:
     def _begin_life(self, folder: RunFolder) -> str:
         """Mark the folder as that of a live run; its W&B id."""
         folder.keep_config(to_dict(self.config))
-        folder.set_status("running")
-        return str(folder.status()["wandb_id"])
+        return str(folder.set_status("running")["wandb_id"])
 
     def _agree(self) -> None:
         """See to it that all processes were given the same run, and share its images out."""
@@ -463,13 +487,20 @@ class Run:
         """What the network really sees, as a picture."""
         if self.folder is None:
             return
-        path = self.path / "first_batch.png"
         classes, seen = self.catalogue.train.classes, self.pixels.seen(batch.images[:32])
         captions = [classes[label] for label in batch.labels[:32].tolist()]
-        plots.images(path, seen, captions, "the first training batch, as the network sees it")
-        self._picture("first_batch", path)
+        title = "the first training batch, as the network sees it"
+        self._picture("first_batch", lambda path: plots.images(path, seen, captions, title))
 
-    def _picture(self, name: str, path: Path) -> None:
+    def _picture(self, name: str, draw: Callable[[Path], None]) -> None:
+        """Draw a picture into the run folder; a disk that is full costs it, and not the run."""
+        path = self.path / f"{name}.png"
+        try:
+            draw(path)
+        except OSError as error:
+            message = f"{path} could not be written ({error.strerror}): make room there"
+            self.stream.emit("warning", step=self.step, message=message)
+            return
         if self.config.track.images:
             self.stream.emit(
                 "picture", step=self.step, name=name, path=str(path), caption=self.path.name
@@ -495,25 +526,22 @@ class Run:
                 strict=True,
             )
         ]
-        path = self.path / "predictions.png"
-        plots.images(path, self.val_pixels.seen(batch.images), captions, "validation images")
-        self._picture("predictions", path)
+        seen = self.val_pixels.seen(batch.images)
+        self._picture(
+            "predictions", lambda path: plots.images(path, seen, captions, "validation images")
+        )
 
     def _finish(self, result: dict[str, float]) -> None:
         ended = self.step >= self.steps
         self._predictions()
         if self.folder is not None:
             events = surviving(read(self.path / "metrics.jsonl"))
-            plots.curves(self.path / "curves.png", events, self.path.name)
+            self._picture("curves", lambda path: plots.curves(path, events, self.path.name))
             first = next(p for p in self.layout.parameters.values() if p.dim() == 4)
-            plots.kernels(
-                self.path / "kernels.png",
-                first.detach().float().cpu().numpy(),
-                VARIANTS[self.config.model.variant].towers,
-                f"first-layer kernels after {self.passes:.4g} passes",
-            )
-            for name in ("curves", "kernels"):
-                self._picture(name, self.path / f"{name}.png")
+            kernels = first.detach().float().cpu().numpy()
+            towers = VARIANTS[self.config.model.variant].towers
+            title = f"first-layer kernels after {self.passes:.4g} passes"
+            self._picture("kernels", lambda path: plots.kernels(path, kernels, towers, title))
         self.stream.emit(
             "end", step=self.step, epoch=self.passes, ended=ended, **result, best=self.best
         )

@@ -59,10 +59,12 @@ class RunFolder:
     def status(self) -> dict[str, Any]:
         return read_status(self.path)
 
-    def set_status(self, status: Status, **more: Any) -> None:
+    def set_status(self, status: Status, **more: Any) -> dict[str, Any]:
+        """Note how the run stands; what is noted, be the disk full or not."""
         record = read_status(self.path) | {"status": status, **more}
         record.setdefault("wandb_id", uuid.uuid4().hex[:8])
         _write(self.path / "status.json", json.dumps(record) + "\n")
+        return record
 
     def keep_config(self, config: dict[str, Any]) -> None:
         _write(self.path / "config.yaml", yaml.safe_dump(config, sort_keys=False))

@@ -174,6 +174,26 @@ def test_a_loss_that_explodes(images: Path, runs: str) -> None:
     assert "take a smaller --optim.lr" in sentence
 
 
+@pytest.mark.parametrize("every", ["1", "100"])
+def test_a_loss_that_explodes_reaches_no_checkpoint(
+    every: str, images: Path, tmp_path: Path
+) -> None:
+    """The weights go with the first update, and no record would fall due before the epoch's end."""
+    options = [f"--checkpoint.every_steps={every}", "--train.log_every=1000", "--run.name=run"]
+    roots = [f"--data.root={images}", f"--run.root={tmp_path}"]
+    sentence = refused(0, *roots, *options, "--optim.lr=1e38")
+    assert "the last checkpoint is intact" in sentence
+    assert not list((tmp_path / "run/checkpoints").iterdir())
+
+
+def test_pictures_that_cannot_be_written_cost_nothing(images: Path, tmp_path: Path) -> None:
+    for name in ("first_batch", "curves", "kernels", "predictions"):
+        (tmp_path / "run" / f"{name}.png").mkdir(parents=True)  # no file can be there
+    train(0, images, tmp_path, "--run.name=run", "--train.epochs=1")
+    assert len(events(tmp_path / "run", "warning")) == 4
+    assert events(tmp_path / "run", "end")
+
+
 def test_nothing_to_evaluate(tmp_path: Path) -> None:
     result = launch(0, module="alexnet_dist.evaluate")
     assert "nothing to evaluate: give --checkpoint" in the_sentence(result)
