@@ -297,11 +297,15 @@ def refuse_other_meaning(before: dict[str, Any], now: dict[str, Any], way_out: s
     """Refuse to go on with a run that would become another.
 
     Raises:
-        Failure: an option of MEANING differs; ``way_out`` says what to do.
+        Failure: an option of MEANING differs; ``way_out`` says what else to do.
     """
     for name, (old, new) in changes(before, now).items():
         if any(name == word or name.startswith(f"{word}.") for word in MEANING):
-            raise Failure(f"{name} cannot change from {old} to {new}: {way_out}", everywhere=True)
+            raise Failure(
+                f"{name} cannot change from {old} to {new}: give --{name} {old} to go on; "
+                f"{way_out}",
+                everywhere=True,
+            )
 
 
 def recipes() -> Path:

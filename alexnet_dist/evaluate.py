@@ -19,7 +19,7 @@ from alexnet_dist.parallel.ddp import DataParallel
 from alexnet_dist.parallel.mesh import Mesh, choose_precision, set_arithmetic, start
 from alexnet_dist.tracking.console import IndexProgress
 from alexnet_dist.training import checkpoint
-from alexnet_dist.training.loop import evaluate
+from alexnet_dist.training.loop import check_count, evaluate
 
 
 def main(arguments: list[str]) -> None:
@@ -94,12 +94,7 @@ def evaluate_checkpoint(
     checkpoint.load(checkpoint.find(path), parameters)
     result = evaluate(layout, engine.batches(plan.draws(mesh.rows)), mesh.device)
     left_out = sum(len(news) for news in mesh.gather(engine.bad.take_news()))
-    if result["images"] + left_out != len(catalogue.val):
-        raise Failure(
-            f"evaluation counted {result['images']} images and left out {left_out}, but there are "
-            f"{len(catalogue.val)}: this is a defect, please report it",
-            everywhere=True,
-        )
+    check_count(result, left_out, len(catalogue.val))
     engine.close()
     return result | ({"left_out": left_out} if left_out else {})
 

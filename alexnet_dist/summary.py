@@ -26,6 +26,14 @@ class Row:
     multiply_adds: int
 
 
+def _kind(layer: nn.Module) -> str:
+    """A layer's name in torch, where it is one of torch's or made from one."""
+    for kind in type(layer).__mro__:
+        if kind.__module__.startswith("torch.nn") and kind is not nn.Module:
+            return kind.__name__
+    return type(layer).__name__
+
+
 def rows(variant: str, *, num_classes: int = 1000, image_size: int = 224) -> list[Row]:
     """The layers of a variant in order; nothing is computed, and no weight takes memory."""
     found: list[Row] = []
@@ -37,7 +45,7 @@ def rows(variant: str, *, num_classes: int = 1000, image_size: int = 224) -> lis
             per_output = weight[0].numel() if weight is not None else 0
             found.append(
                 Row(
-                    type(layer).__name__.removeprefix("Stem").removeprefix("Padded"),
+                    _kind(layer),
                     name,
                     tuple(output.shape[1:]),
                     parameters,

@@ -30,7 +30,7 @@ from alexnet_dist.tracking.events import JsonLines, Stream, read, surviving
 from alexnet_dist.tracking.run import RunFolder, choose_folder, read_config
 from alexnet_dist.tracking.wandb import Wandb
 from alexnet_dist.training import checkpoint
-from alexnet_dist.training.loop import Clock, Meters, evaluate, set_rates, train_step
+from alexnet_dist.training.loop import Clock, Meters, check_count, evaluate, set_rates, train_step
 from alexnet_dist.training.optim import build_optimizer, velocities
 from alexnet_dist.training.schedules import Schedule
 
@@ -224,7 +224,7 @@ class Run:
             every = config.checkpoint.every_steps
             if every and self.step % every == 0 and self.step < end:
                 self.save(best=False)
-        batches.close()  # type: ignore[attr-defined]
+        batches.close()
 
     def _masks(self, step: int) -> tuple[torch.Tensor, ...]:
         return draw_masks(
@@ -302,12 +302,7 @@ class Run:
         batches = self.val_engine.batches(self.evaluation.draws(self.mesh.rows))
         result = evaluate(self.layout, batches, self.mesh.device)
         left_out = self._report_bad(self.val_engine)
-        if result["images"] + left_out != len(self.catalogue.val):
-            raise Failure(
-                f"evaluation counted {result['images']} images and left out {left_out}, but there "
-                f"are {len(self.catalogue.val)}: this is a defect, please report it",
-                everywhere=True,
-            )
+        check_count(result, left_out, len(self.catalogue.val))
         if left_out:
             result["left_out"] = left_out
         seconds = time.perf_counter() - begin
@@ -383,8 +378,8 @@ class Run:
         found = last.resolve()
         state = checkpoint.read_state(found)
         way_out = (
-            f"the run in {self.path} has trained for {state['step']} steps otherwise; leave the "
-            "option out to go on, or begin another run by --run.name NAME or --run.resume never"
+            f"the run in {self.path} has trained for {state['step']} steps otherwise, and another "
+            "one begins by --run.name NAME or --run.resume never"
         )
         refuse_other_meaning(state["config"], to_dict(self.config), way_out)
         if state["fingerprint"] != self.catalogue.fingerprint:

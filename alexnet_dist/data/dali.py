@@ -8,7 +8,7 @@ samples' numbers travel with them, so that what comes out says itself what it is
 import functools
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from queue import Empty, Full, Queue
@@ -207,7 +207,7 @@ class DaliEngine:
         where = {"region": "the region", "full": "the whole image", "cpu": "the region on the CPU"}
         self.description = f"DALI on {device.type}, decoding {where[decoder]}, {threads} threads"
 
-    def batches(self, draws: Iterable[Draws]) -> Iterator[Batch]:
+    def batches(self, draws: Iterable[Draws]) -> Generator[Batch, None, None]:
         """One finished batch for each of ``draws``, in order.
 
         Raises:

@@ -3,7 +3,7 @@
 For machines without DALI, and the reference that DALI is tested against.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from io import BytesIO
 from typing import Any
 
@@ -85,7 +85,7 @@ class DataLoaderEngine:
         self._std = torch.tensor(pixels.std, dtype=torch.float32, device=device)
         self.description = f"DataLoader, {threads} worker processes"
 
-    def batches(self, draws: Iterable[Draws]) -> Iterator[Batch]:
+    def batches(self, draws: Iterable[Draws]) -> Generator[Batch, None, None]:
         """One finished batch for each of ``draws``, in order.
 
         Raises:

@@ -1,6 +1,6 @@
 """What every engine hands over, and what all do alike when an image cannot be decoded."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -36,7 +36,7 @@ class Engine(Protocol):
     bad: "BadImages"
     description: str
 
-    def batches(self, draws: Iterable[Draws]) -> Iterator[Batch]: ...
+    def batches(self, draws: Iterable[Draws]) -> Generator[Batch, None, None]: ...
 
     def close(self) -> None: ...
 

@@ -135,6 +135,16 @@ VARIANTS: dict[str, Variant] = {
 # fmt: on
 
 
+class AveragePool(nn.AdaptiveAvgPool2d):
+    """Adaptive average pooling that passes maps of the size asked for as they are: the mean of one
+    value is that value, and the gradient of the general case has no deterministic kernel on GPUs.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        size = self.output_size
+        return input if input.shape[-2:] == (size, size) else super().forward(input)
+
+
 class TowerLinear(nn.Module):
     """A fully connected layer of which each tower reads only its own half (net 150).
 
@@ -186,16 +196,14 @@ class TorchvisionAlexNet(torchvision.models.AlexNet):
 
     def __init__(self, num_classes: int, dropout: float, form: Form) -> None:
         super().__init__(num_classes=num_classes, dropout=dropout)
+        self.avgpool = AveragePool(6)
         self.features[0] = PaddedConv2d(3, 64, 11, 4, 2)
         self.classifier[0] = Dropout(256 * 6 * 6, dropout, form)
         self.classifier[3] = Dropout(4096, dropout, form)
 
     def forward(self, x: Tensor, masks: Iterable[Tensor] = ()) -> Tensor:
         remaining = iter(masks)
-        x = self._features(x)
-        if x.shape[-2:] != (6, 6):  # else the average of one value is that value
-            x = self.avgpool(x)
-        x = x.flatten(1)
+        x = self.avgpool(self._features(x)).flatten(1)
         for layer in self.classifier:
             x = layer(x, next(remaining, None)) if isinstance(layer, Dropout) else layer(x)
         return x
@@ -298,7 +306,7 @@ def _add_convolution(model: AlexNet, spec: Variant, row: Layer, channels: int, s
         elif name == "spatial":
             layer = SpatialResponseNorm()
         elif name == "average":
-            layer, side = nn.AdaptiveAvgPool2d(6), 6
+            layer, side = AveragePool(6), 6
         else:  # pool; S's program counts positions with ceil, as everywhere
             size, stride = spec.pool
             layer = nn.MaxPool2d(size, stride, ceil_mode=True)

@@ -1,5 +1,6 @@
 """Weights & Biases, at arm's length: in a thread of its own, so that it cannot stop a run."""
 
+import atexit
 import os
 import threading
 from pathlib import Path
@@ -60,6 +61,9 @@ class Wandb:
         self._thread.join(CLOSE_SECONDS)
         if self._thread.is_alive():
             self._warn("Weights & Biases does not answer; the records are in metrics.jsonl")
+            # its own farewell at the end of the process would wait for it for ever; what is
+            # registered last runs first, and everything of ours is written by now
+            atexit.register(os._exit, 0)
 
     def _work(self) -> None:
         try:

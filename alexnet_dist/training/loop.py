@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torchmetrics import Metric
 
+from alexnet_dist.errors import Failure
 from alexnet_dist.training.schedules import Schedule
 
 
@@ -184,6 +185,20 @@ class Errors(Metric):
             "loss": float(self.loss) / max(images, 1),
             "images": images,
         }
+
+
+def check_count(result: Mapping[str, float], left_out: int, images: int) -> None:
+    """See that an evaluation has counted every image once.
+
+    Raises:
+        Failure: it has not.
+    """
+    if result["images"] + left_out != images:
+        raise Failure(
+            f"evaluation counted {result['images']} images and left out {left_out}, but there are "
+            f"{images}: this is a defect, please report it",
+            everywhere=True,
+        )
 
 
 def evaluate(layout: Layout, batches: Iterable[Batch], device: torch.device) -> dict[str, float]:

@@ -179,5 +179,5 @@ def test_a_loop_that_leaves_early_is_no_burden(name: str, tmp_path: Path) -> Non
     for _ in range(3):
         batches = used.batches(plan.epoch(0, 0, slice(None)))
         assert next(batches).numbers.tolist() == plan.draw(0, 0).numbers.tolist()
-        batches.close()  # type: ignore[attr-defined]
+        batches.close()
     used.close()

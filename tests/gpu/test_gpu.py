@@ -1,5 +1,6 @@
 """What only a GPU can show: mixed decoding, NCCL, bf16, memory that does not grow."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from alexnet_dist.model.dropout import Dropout
 from alexnet_dist.model.normalization import LocalResponseNorm
 from alexnet_dist.parallel.mesh import choose_precision
 from alexnet_dist.training.optim import PaperSGD
-from tests.conftest import events, losses, train, write_images
+from tests.conftest import TINY, events, launch, losses, train, write_images
 
 pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda", 0)
@@ -91,19 +92,42 @@ def test_memory_does_not_grow(opened: tuple) -> None:
     assert taken[-1] - taken[5] < 64 * 2**20
 
 
-def test_training_with_nccl_in_bf16(tmp_path: Path) -> None:
+@pytest.mark.parametrize("option", ["", "--runtime.compile=true"])
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "tf32"])
+def test_training_with_nccl(precision: str, option: str, tmp_path: Path) -> None:
     root = write_images(tmp_path / "i")
-    on_gpu = ["--runtime.precision=bf16", "--train.epochs=6"]
+    on_gpu = [f"--runtime.precision={precision}", "--train.epochs=6", *filter(None, [option])]
     train(1, root, tmp_path, "--run.name=run", *on_gpu)
     run = losses(tmp_path / "run")
     assert run[max(run)] < run[1]
-    assert events(tmp_path / "run", "start")[0]["precision"] == "bf16"
+    assert events(tmp_path / "run", "start")[0]["precision"] == precision
 
 
-def test_deterministic_runs_have_the_same_bits(tmp_path: Path) -> None:
+def test_evaluate_computes_as_training_did(tmp_path: Path) -> None:
     root = write_images(tmp_path / "i")
+    train(1, root, tmp_path, "--run.name=run")
+    result = launch(0, f"--checkpoint={tmp_path / 'run'}", module="alexnet_dist.evaluate")
+    assert result.code == 0, result.err
+    counted, wanted = json.loads(result.out.splitlines()[-1]), events(tmp_path / "run", "best")[-1]
+    assert counted["top1_error"] == wanted["top1_error"]
+    assert counted["loss"] == pytest.approx(wanted["loss"], rel=1e-5)
+
+
+def test_more_processes_than_gpus(tmp_path: Path) -> None:
+    root = write_images(tmp_path / "i")
+    count = torch.cuda.device_count() + 1
+    result = launch(count, *TINY, f"--data.root={root}", f"--run.root={tmp_path}")
+    assert result.code != 0
+    assert f"{count} processes on this machine, but" in result.said[0]
+
+
+@pytest.mark.parametrize("variant", ["paper", "original145", "one_column", "torchvision"])
+def test_deterministic_runs_have_the_same_bits(variant: str, tmp_path: Path) -> None:
+    root = write_images(tmp_path / "i", side=256)
+    options = ["--runtime.deterministic=true", f"--model.variant={variant}", "--train.epochs=1"]
+    options += ["--data.image_size=224", "--data.resize=256"]
     for name in ("one", "two"):
-        train(1, root, tmp_path, f"--run.name={name}", "--runtime.deterministic=true")
+        train(1, root, tmp_path, f"--run.name={name}", *options)
     assert losses(tmp_path / "one") == losses(tmp_path / "two")
 
 

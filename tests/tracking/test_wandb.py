@@ -1,6 +1,7 @@
 """An offline W&B run, read back from its own file; and a W&B that fails or hangs."""
 
 import struct
+import subprocess
 import sys
 import time
 import types
@@ -96,6 +97,26 @@ def test_one_that_fails_says_so_once(folder: Path, monkeypatch: pytest.MonkeyPat
     assert "metrics.jsonl" in said[0]
 
 
+def test_one_that_hangs_does_not_hold_the_process(tmp_path: Path) -> None:
+    script = (
+        "import atexit, sys, time, types; from pathlib import Path\n"
+        "from alexnet_dist.tracking import wandb as tracking\n"
+        "def init(**_):\n"
+        "    atexit.register(time.sleep, 600)\n"
+        "    time.sleep(600)\n"
+        "sys.modules['wandb'] = types.SimpleNamespace(init=init, Settings=lambda **_: None)\n"
+        "tracking.CLOSE_SECONDS = 0.5\n"
+        "options = {'mode': 'offline', 'project': 'p', 'warn': print}\n"
+        "run = tracking.Wandb(Path(sys.argv[1]), 'x', {}, **options)\n"
+        "time.sleep(0.5); run.close(); print('written'); sys.exit(0)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0
+    assert "written" in done.stdout
+
+
 def test_one_that_hangs_is_left_behind(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake(monkeypatch, lambda **_: time.sleep(60))
     monkeypatch.setattr(tracking, "CLOSE_SECONDS", 0.3)
@@ -104,6 +125,7 @@ def test_one_that_hangs_is_left_behind(folder: Path, monkeypatch: pytest.MonkeyP
     begin = time.monotonic()
     run.take({"event": "train"})
     run.close()
+    tracking.atexit.unregister(tracking.os._exit)  # of the process that runs the tests
     assert time.monotonic() - begin < 5
     assert "does not answer" in said[0]
 
