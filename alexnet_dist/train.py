@@ -6,7 +6,6 @@ torchrun --nproc_per_node=2 -m alexnet_dist.train --config configs/imagenette.ya
 import math
 import platform
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,15 +19,13 @@ from alexnet_dist.data.augment import pixels_for
 from alexnet_dist.data.engine import Batch, Engine
 from alexnet_dist.data.plan import EvaluationPlan, Plan
 from alexnet_dist.data.sources import Catalogue, make_catalogue, open_sources
-from alexnet_dist.errors import Failure, run_command, stderr
+from alexnet_dist.errors import Failure, run_command
 from alexnet_dist.model import VARIANTS, build_model, draw_masks
 from alexnet_dist.parallel.ddp import DataParallel
 from alexnet_dist.parallel.mesh import Mesh, choose_precision, device_name, set_arithmetic, start
-from alexnet_dist.tracking import plots
-from alexnet_dist.tracking.console import Console, IndexProgress
-from alexnet_dist.tracking.events import JsonLines, Stream, read, surviving
+from alexnet_dist.tracking.console import IndexProgress
+from alexnet_dist.tracking.reporter import Reporter
 from alexnet_dist.tracking.run import RunFolder, choose_folder, read_config
-from alexnet_dist.tracking.wandb import Wandb
 from alexnet_dist.training import checkpoint
 from alexnet_dist.training.loop import Clock, Meters, check_count, evaluate, set_rates, train_step
 from alexnet_dist.training.optim import build_optimizer, velocities
@@ -43,15 +40,11 @@ def main(arguments: list[str]) -> None:
     folder, path, kept = _open_run(mesh, parsed)
     if kept:
         parsed = parse(arguments, program=program, description=__doc__, underneath=kept)
-    run = None
+    run = Run(parsed.config, mesh, folder, path)
     try:
-        run = Run(parsed.config, mesh, folder, path)
         run.train()
     except BaseException:
-        if run is not None:
-            run.console.close()  # a terminal whose bar is left standing has no cursor
-        if folder is not None and folder.status().get("status") == "running":
-            folder.set_status("failed")
+        run.report.abandon()
         raise
 
 
@@ -59,7 +52,7 @@ class Run:
     """One life of a training run: everything it needs, built in the order it is needed."""
 
     def __init__(self, config: Config, mesh: Mesh, folder: RunFolder | None, path: Path) -> None:
-        self.config, self.mesh, self.folder, self.path = config, mesh, folder, path
+        self.config, self.mesh, self.path = config, mesh, path
         data, runtime = config.data, config.runtime
         if config.model.variant not in VARIANTS:
             raise Failure(
@@ -155,9 +148,16 @@ class Run:
         self.meters = Meters(data.batch_size, mesh.replicas)
         self.best: dict[str, Any] | None = None
         self.resumed = self._restore()
-        self.console = Console(config.train.epochs, self.plan.steps)
-        self.stream = self._open_stream()
         self.clock = Clock()
+        self.report = Reporter(
+            folder,
+            to_dict(config),
+            epochs=config.train.epochs,
+            steps_per_epoch=self.plan.steps,
+            wandb=config.track.wandb,
+            project=config.track.project,
+            images=config.track.images,
+        )
 
     @property
     def steps(self) -> int:
@@ -196,7 +196,7 @@ class Run:
             if better and not saved:
                 self.best = former  # the best is one that can be loaded
             elif better:
-                self.stream.emit("best", **(self.best or {}))
+                self.report.emit("best", **(self.best or {}))
         self._finish(result)
 
     @property
@@ -252,7 +252,7 @@ class Run:
         loss, error = self.meters.take()
         seconds, waited = self.clock.take()
         timed = self.clock.steps_of_last * self.config.data.batch_size
-        self.stream.emit(
+        self.report.emit(
             "train",
             step=self.step,
             epoch=self.passes,
@@ -286,7 +286,7 @@ class Run:
         self._report_bad(self.engine)
         self._collect()
         steps = max(self.meters.epoch_steps, 1)
-        self.stream.emit(
+        self.report.emit(
             "epoch",
             step=self.step,
             epoch=self.passes,
@@ -306,14 +306,14 @@ class Run:
         if left_out:
             result["left_out"] = left_out
         seconds = time.perf_counter() - begin
-        self.stream.emit("eval", step=self.step, epoch=self.passes, **result, seconds=seconds)
+        self.report.emit("eval", step=self.step, epoch=self.passes, **result, seconds=seconds)
         return result
 
     def _report_bad(self, engine: Engine) -> int:
         """Record the images that were replaced or left out, of all processes; how many."""
         news = [event for each in self.mesh.gather(engine.bad.take_news()) for event in each]
         for event in news:
-            self.stream.emit("bad_image", step=self.step, **event)
+            self.report.emit("bad_image", step=self.step, **event)
         return len(news)
 
     # checkpoints
@@ -344,14 +344,14 @@ class Run:
             "classes": self.catalogue.train.classes,
             "statistics": self.catalogue.statistics.to_json(),
             "fingerprint": self.catalogue.fingerprint,
-            "wandb_id": self.folder.status().get("wandb_id") if self.folder else None,
+            "wandb_id": self.report.wandb_id,
             "versions": _versions(),
         }
         place = self.path / "checkpoints"
         try:
             made = checkpoint.save(place, self.step, self._tensors(), state, best=best)
         except checkpoint.SaveFailed as failure:
-            self.stream.emit(
+            self.report.emit(
                 "checkpoint_failed",
                 step=self.step,
                 message=f"the checkpoint of step {self.step} could not be written ({failure}); "
@@ -362,7 +362,7 @@ class Run:
             if self.mesh.rank == 0:
                 checkpoint.remove_old(place, self.config.checkpoint.keep)
             seconds = time.perf_counter() - begin
-            self.stream.emit("checkpoint", step=self.step, path=made.name, seconds=seconds)
+            self.report.emit("checkpoint", step=self.step, path=made.name, seconds=seconds)
             saved = True
         self.clock.start()
         return saved
@@ -407,29 +407,6 @@ class Run:
 
     # what people see
 
-    def _open_stream(self) -> Stream:
-        if self.folder is None:
-            return Stream()
-        config, run_id = to_dict(self.config), self._begin_life(self.folder)
-        sinks: list[Any] = [JsonLines(self.path / "metrics.jsonl"), self.console]
-        if self.config.track.wandb != "off":
-            sinks.append(
-                Wandb(
-                    self.path,
-                    run_id,
-                    config,
-                    mode=self.config.track.wandb,
-                    project=self.config.track.project,
-                    warn=stderr,
-                )
-            )
-        return Stream(*sinks)
-
-    def _begin_life(self, folder: RunFolder) -> str:
-        """Mark the folder as that of a live run; its W&B id."""
-        folder.keep_config(to_dict(self.config))
-        return str(folder.set_status("running")["wandb_id"])
-
     def _agree(self) -> None:
         """See to it that all processes were given the same run, and share its images out."""
         mine = (to_dict(self.config), self.catalogue.fingerprint, self.step)
@@ -456,19 +433,18 @@ class Run:
             "fingerprint": self.catalogue.fingerprint,
             "versions": _versions(),
         }
-        if self.folder is not None:
-            many = "processes" if mesh.world > 1 else "process"
-            self.console.say(
-                f"{config.model.variant}: {facts['parameters']:,} parameters, "
-                f"{len(self.catalogue.train.classes)} classes, {facts['train_images']:,} training "
-                f"and {facts['val_images']:,} validation images\n"
-                f"{mesh.world} {many} on {facts['device']}, {mesh.threads} threads each, "
-                f"{self.precision}; {self.engine.description}\n"
-                f"the run is in {self.path}"
-            )
+        many = "processes" if mesh.world > 1 else "process"
+        self.report.say(
+            f"{config.model.variant}: {facts['parameters']:,} parameters, "
+            f"{len(self.catalogue.train.classes)} classes, {facts['train_images']:,} training "
+            f"and {facts['val_images']:,} validation images\n"
+            f"{mesh.world} {many} on {facts['device']}, {mesh.threads} threads each, "
+            f"{self.precision}; {self.engine.description}\n"
+            f"the run is in {self.path}"
+        )
         if self.resumed:
             before = checkpoint.read_state((self.path / "checkpoints" / "last").resolve())
-            self.stream.emit(
+            self.report.emit(
                 "resume",
                 step=self.step,
                 epoch=self.passes,
@@ -476,34 +452,20 @@ class Run:
                 **facts,
             )
         else:
-            self.stream.emit("start", step=0, epoch=0.0, config=to_dict(config), **facts)
+            self.report.emit("start", step=0, epoch=0.0, config=to_dict(config), **facts)
 
     def _show_first(self, batch: Batch) -> None:
         """What the network really sees, as a picture."""
-        if self.folder is None:
+        if not self.report.speaks:
             return
         classes, seen = self.catalogue.train.classes, self.pixels.seen(batch.images[:32])
         captions = [classes[label] for label in batch.labels[:32].tolist()]
         title = "the first training batch, as the network sees it"
-        self._picture("first_batch", lambda path: plots.images(path, seen, captions, title))
-
-    def _picture(self, name: str, draw: Callable[[Path], None]) -> None:
-        """Draw a picture into the run folder; a disk that is full costs it, and not the run."""
-        path = self.path / f"{name}.png"
-        try:
-            draw(path)
-        except OSError as error:
-            message = f"{path} could not be written ({error.strerror}): make room there"
-            self.stream.emit("warning", step=self.step, message=message)
-            return
-        if self.config.track.images:
-            self.stream.emit(
-                "picture", step=self.step, name=name, path=str(path), caption=self.path.name
-            )
+        self.report.sheet("first_batch", self.step, seen, captions, title)
 
     def _predictions(self) -> None:
         """A few validation images with what the network takes them for."""
-        if self.folder is None:
+        if not self.report.speaks:
             return
         first = next(iter(self.evaluation.draws(self.mesh.rows)))
         count = min(16, len(first.numbers))
@@ -522,56 +484,47 @@ class Run:
             )
         ]
         seen = self.val_pixels.seen(batch.images)
-        self._picture(
-            "predictions", lambda path: plots.images(path, seen, captions, "validation images")
-        )
+        self.report.sheet("predictions", self.step, seen, captions, "validation images")
 
     def _finish(self, result: dict[str, float]) -> None:
         ended = self.step >= self.steps
         self._predictions()
-        if self.folder is not None:
-            events = surviving(read(self.path / "metrics.jsonl"))
-            self._picture("curves", lambda path: plots.curves(path, events, self.path.name))
-            first = next(p for p in self.layout.parameters.values() if p.dim() == 4)
-            kernels = first.detach().float().cpu().numpy()
-            towers = VARIANTS[self.config.model.variant].towers
-            title = f"first-layer kernels after {self.passes:.4g} passes"
-            self._picture("kernels", lambda path: plots.kernels(path, kernels, towers, title))
-        self.stream.emit(
+        self.report.curves(self.step)
+        first = next(p for p in self.layout.parameters.values() if p.dim() == 4)
+        self.report.kernels(
+            self.step,
+            first.detach().float().cpu().numpy(),
+            VARIANTS[self.config.model.variant].towers,
+            f"first-layer kernels after {self.passes:.4g} passes",
+        )
+        self.report.emit(
             "end", step=self.step, epoch=self.passes, ended=ended, **result, best=self.best
         )
-        if self.folder is not None:
-            self.folder.set_status("ended" if ended else "stopped")
-        self.stream.close()
+        self.report.close("ended" if ended else "stopped")
         self.engine.close()
         self.val_engine.close()
-        if self.folder is not None:
-            self._last_words(result, ended)
-
-    def _last_words(self, result: dict[str, float], ended: bool) -> None:
-        say = self.console.say
-        say(
+        self.report.say(
             f"top-1 accuracy {100 - result['top1_error']:.2f} %  (error {result['top1_error']:.2f} "
-            f"%, top-5 {result['top5_error']:.2f} %) on {result['images']} validation images"
+            f"%, top-5 {result['top5_error']:.2f} %) on {result['images']} validation images\n"
+            f"records, curves and kernels: {self.path}"
         )
-        say(f"records, curves and kernels: {self.path}")
         if not ended:
-            say(f"stopped at step {self.step} of {self.steps}; the same command goes on from here")
+            self.report.say(
+                f"stopped at step {self.step} of {self.steps}; the same command goes on from here"
+            )
         if self.catalogue.train.folder.endswith("digits/train"):
-            say(
+            self.report.say(
                 "next: Imagenette  --config configs/imagenette.yaml --data.root DIR\n"
                 "      CIFAR-10    --data.root DIR (its own files, or folders of images)\n"
                 "      ImageNet    --config configs/paper2012.yaml --data.root IMAGENET"
             )
 
     def _already_there(self, last: int) -> None:
-        if self.folder is not None:
-            self.folder.set_status("ended" if self.step >= self.steps else "stopped")
-            self.console.say(
-                f"{self.path} is at step {self.step} already, and was asked for {last}: raise "
-                "--train.max_steps or --train.epochs, or begin anew by --run.resume never"
-            )
-        self.stream.close()
+        self.report.close("ended" if self.step >= self.steps else "stopped")
+        self.report.say(
+            f"{self.path} is at step {self.step} already, and was asked for {last}: raise "
+            "--train.max_steps or --train.epochs, or begin anew by --run.resume never"
+        )
 
 
 def _open_run(mesh: Mesh, parsed: Parsed) -> tuple[RunFolder | None, Path, dict[str, Any]]:
