@@ -114,6 +114,7 @@ def test_a_checkpoint_of_another_model(images: Path, tmp_path: Path, runs: str) 
     train(0, images, tmp_path / "runs", *start, "--train.max_steps=1", "--model.num_classes=5")
 
 
+@pytest.mark.slow
 def test_other_images_under_a_run(tmp_path: Path, runs: str) -> None:
     root = write_images(tmp_path / "i")
     train(0, root, tmp_path / "runs", "--run.name=run", "--train.max_steps=1")

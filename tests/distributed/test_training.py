@@ -108,6 +108,7 @@ def test_means_of_several_steps_are_bit_equal_too(images: Path, tmp_path: Path) 
     assert whole == {step: again[step] for step in whole}
 
 
+@pytest.mark.slow
 def test_precision_may_change_and_evaluation_may_be_in_small_batches(
     images: Path, tmp_path: Path
 ) -> None:
@@ -117,6 +118,7 @@ def test_precision_may_change_and_evaluation_may_be_in_small_batches(
     assert [e["images"] for e in events(tmp_path / "run", "eval")] == [13, 13]
 
 
+@pytest.mark.slow
 def test_other_numbers_of_processes_go_on_in_mid_epoch(
     calm: dict[int, Path], images: Path, tmp_path: Path
 ) -> None:
@@ -130,6 +132,7 @@ def test_other_numbers_of_processes_go_on_in_mid_epoch(
     ]
 
 
+@pytest.mark.slow
 def test_a_name_is_taken_again_once_its_run_has_ended(images: Path, tmp_path: Path) -> None:
     short = ["--train.epochs=1", "--run.name=run"]
     train(0, images, tmp_path, *short)
