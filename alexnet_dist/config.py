@@ -157,6 +157,24 @@ class RunConfig:
 
 
 @dataclass
+class ParallelConfig:
+    """How the network lies on the processes; never what it computes."""
+
+    towers: Literal[1, 2] = 1
+    """2: the paper's two GPUs; a process holds one of the towers, and two neighbours a network."""
+    fc: Literal["replicated", "sharded"] = "replicated"
+    """sharded: the fully connected layers are split over all processes ("One weird trick")."""
+    fc_schedule: Literal["whole", "pipelined"] = "whole"
+    """sharded: the global batch at once, or in turns, one's transfer under the other's product."""
+    compress: Literal["none", "bf16", "fp16", "powersgd"] = "none"
+    """How gradients travel between replicas."""
+    powersgd_rank: int = 4
+    """powersgd: rank of the matrices that stand for a gradient."""
+    powersgd_start: int = 1000
+    """powersgd: steps of plain sums before it begins."""
+
+
+@dataclass
 class RuntimeConfig:
     """How it is computed."""
 
@@ -194,6 +212,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
 
@@ -231,6 +250,8 @@ _BOUNDS: tuple[tuple[str, float, float], ...] = (
     ("train.log_every", 1, float("inf")),
     ("train.seed", 0, 2**63),
     ("checkpoint.keep", 1, float("inf")),
+    ("parallel.powersgd_rank", 1, 1024),
+    ("parallel.powersgd_start", 2, float("inf")),
     ("runtime.threads", 0, 1024),
 )
 

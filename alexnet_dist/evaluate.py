@@ -14,9 +14,10 @@ from alexnet_dist.data.plan import EvaluationPlan
 from alexnet_dist.data.sources import make_catalogue, open_sources
 from alexnet_dist.data.statistics import Statistics
 from alexnet_dist.errors import Failure, run_command
-from alexnet_dist.model import VARIANTS, build_model
+from alexnet_dist.model import VARIANTS, outline
+from alexnet_dist.parallel.arithmetic import choose_precision, set_arithmetic
 from alexnet_dist.parallel.ddp import DataParallel
-from alexnet_dist.parallel.mesh import Mesh, choose_precision, set_arithmetic, start
+from alexnet_dist.parallel.mesh import Mesh, start
 from alexnet_dist.tracking.console import IndexProgress
 from alexnet_dist.training import checkpoint
 from alexnet_dist.training.loop import check_count, evaluate
@@ -80,11 +81,10 @@ def evaluate_checkpoint(
         ahead=data.ahead,
         policy="omit" if data.on_bad_image == "skip" else "stop",
     )
-    model = build_model(
+    model = outline(
         variant,
         num_classes=config.model.num_classes or len(state["classes"]),
         dropout=config.model.dropout,
-        init=config.model.init,
         image_size=data.image_size,
     )
     precision = choose_precision(config.runtime.precision, mesh.device)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from alexnet_dist.errors import Failure, run_command
-from alexnet_dist.model import VARIANTS, build_model
+from alexnet_dist.model import VARIANTS, outline
 
 MEGABYTE = 2**20
 
@@ -56,7 +56,7 @@ def rows(variant: str, *, num_classes: int = 1000, image_size: int = 224) -> lis
         return hook
 
     with torch.device("meta"):
-        model = build_model(variant, num_classes=num_classes, image_size=image_size).eval()
+        model = outline(variant, num_classes=num_classes, image_size=image_size).eval()
         for name, layer in model.named_modules():
             if not list(layer.children()) and not isinstance(layer, nn.Flatten):
                 layer.register_forward_hook(note(name))

@@ -11,6 +11,8 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 from alexnet_dist import __version__
 from alexnet_dist.config import Config, Parsed, changes, parse, refuse_other_meaning, to_dict
@@ -20,9 +22,11 @@ from alexnet_dist.data.engine import Batch, Engine
 from alexnet_dist.data.plan import EvaluationPlan, Plan
 from alexnet_dist.data.sources import Catalogue, make_catalogue, open_sources
 from alexnet_dist.errors import Failure, run_command
-from alexnet_dist.model import VARIANTS, build_model, draw_masks
-from alexnet_dist.parallel.ddp import DataParallel
-from alexnet_dist.parallel.mesh import Mesh, choose_precision, device_name, set_arithmetic, start
+from alexnet_dist.model import VARIANTS, draw_masks, initial_weights, outline
+from alexnet_dist.parallel import build_layout
+from alexnet_dist.parallel.arithmetic import choose_precision, device_name, set_arithmetic
+from alexnet_dist.parallel.ddp import Compression
+from alexnet_dist.parallel.mesh import Mesh, start
 from alexnet_dist.tracking.console import IndexProgress
 from alexnet_dist.tracking.reporter import Reporter
 from alexnet_dist.tracking.run import RunFolder, choose_folder, read_config
@@ -40,7 +44,7 @@ def main(arguments: list[str]) -> None:
     folder, path, kept = _open_run(mesh, parsed)
     if kept:
         parsed = parse(arguments, program=program, description=__doc__, underneath=kept)
-    run = Run(parsed.config, mesh, folder, path)
+    run = Run(parsed.config, mesh.arrange(parsed.config.parallel.towers), folder, path)
     try:
         run.train()
     except BaseException:
@@ -113,23 +117,32 @@ class Run:
 
         # the network, its layout and its optimizer
         torch.manual_seed(config.train.seed)
+        classes = config.model.num_classes or len(self.catalogue.train.classes)
         try:
-            self.model = build_model(
+            self.model = outline(
                 config.model.variant,
-                num_classes=config.model.num_classes or len(self.catalogue.train.classes),
+                num_classes=classes,
                 dropout=config.model.dropout,
-                init=config.model.init,
                 image_size=data.image_size,
             )
+            weights = initial_weights(self.model, config.model.init)
         except ValueError as error:
             raise Failure(str(error), everywhere=True) from None
-        self.layout = DataParallel(
+        parallel = config.parallel
+        self.layout = build_layout(
             self.model,
             mesh,
             batch=data.batch_size,
+            num_classes=classes,
             precision=self.precision,
+            fc=parallel.fc,
+            fc_schedule=parallel.fc_schedule,
+            compression=Compression(
+                parallel.compress, parallel.powersgd_rank, parallel.powersgd_start
+            ),
             compile_model=runtime.compile,
         )
+        self.layout.sharding.fill(self.layout.parameters, weights)
         optim = config.optim
         self.schedule = Schedule(
             lr=optim.lr, bias_lr=optim.bias_lr, epochs=config.train.epochs, **vars(optim.schedule)
@@ -177,7 +190,7 @@ class Run:
             return
         self._agree()
         self._announce()
-        if self.mesh.replicas > 1:
+        if self.mesh.world > 1:
             self._warm_up()
         result: dict[str, float] = {}
         while self.step < last:
@@ -232,7 +245,7 @@ class Run:
             seed=self.config.train.seed,
             step=step,
             batch=self.config.data.batch_size,
-            rows=self.mesh.rows,
+            rows=self.layout.mask_rows,
             device=self.mesh.device,
         )
 
@@ -311,7 +324,8 @@ class Run:
 
     def _report_bad(self, engine: Engine) -> int:
         """Record the images that were replaced or left out, of all processes; how many."""
-        news = [event for each in self.mesh.gather(engine.bad.take_news()) for event in each]
+        mine = engine.bad.take_news() if self.mesh.speaks else []
+        news = [event for each in self.mesh.gather(mine) for event in each]
         for event in news:
             self.report.emit("bad_image", step=self.step, **event)
         return len(news)
@@ -319,10 +333,11 @@ class Run:
     # checkpoints
 
     def _tensors(self) -> dict[str, torch.Tensor]:
-        parameters = self.layout.parameters
+        """What a checkpoint holds: tensors of one device, whoever has which part of them."""
+        stored, parameters = self.layout.sharding.stored, self.layout.parameters
         moving = velocities(self.optimizer, parameters)
-        return {f"model.{name}": p.detach() for name, p in parameters.items()} | {
-            f"velocity.{name}": velocity for name, velocity in moving.items()
+        return {f"model.{name}": stored(name, p.detach()) for name, p in parameters.items()} | {
+            f"velocity.{name}": stored(name, velocity) for name, velocity in moving.items()
         }
 
     def save(self, *, best: bool) -> bool:
@@ -331,6 +346,7 @@ class Run:
         self._collect()
         with torch.no_grad():  # the last losses were finite, but the update after them?
             total = torch.stack([p.sum().float() for p in self.layout.parameters.values()]).sum()
+        dist.all_reduce(total)  # processes may hold different weights, and end together
         if not math.isfinite(total.item()):
             self._diverged("a weight is not finite")
         saved = False
@@ -400,7 +416,7 @@ class Run:
         """The weights of another run; a last layer for other classes stays as it was drawn."""
         found = checkpoint.find(weights)
         shapes = checkpoint.read_state(found)["tensors"]
-        tensors = {f"model.{name}": p.detach() for name, p in self.layout.parameters.items()}
+        tensors = {n: t for n, t in self._tensors().items() if n.startswith("model.")}
         final = list(tensors)[-2:]
         anew = [n for n in final if n in shapes and shapes[n] != list(tensors[n].shape)]
         checkpoint.load(found, {n: t for n, t in tensors.items() if n not in anew})
@@ -410,7 +426,8 @@ class Run:
     def _agree(self) -> None:
         """See to it that all processes were given the same run, and share its images out."""
         mine = (to_dict(self.config), self.catalogue.fingerprint, self.step)
-        everyone = self.mesh.gather((mine, range(self.config.data.batch_size)[self.mesh.rows]))
+        rows = range(self.config.data.batch_size)[self.mesh.rows] if self.mesh.speaks else range(0)
+        everyone = self.mesh.gather((mine, rows))
         positions = sorted(position for _, rows in everyone for position in rows)
         if any(one != mine for one, _ in everyone) or positions != list(range(len(positions))):
             raise Failure(
@@ -427,7 +444,8 @@ class Run:
             "precision": self.precision,
             "threads": mesh.threads,
             "engine": self.engine.description,
-            "parameters": sum(p.numel() for p in self.layout.parameters.values()),
+            "layout": self.layout.description,
+            "parameters": sum(p.numel() for p in self.model.parameters()),
             "train_images": len(self.catalogue.train),
             "val_images": len(self.catalogue.val),
             "fingerprint": self.catalogue.fingerprint,
@@ -440,6 +458,7 @@ class Run:
             f"and {facts['val_images']:,} validation images\n"
             f"{mesh.world} {many} on {facts['device']}, {mesh.threads} threads each, "
             f"{self.precision}; {self.engine.description}\n"
+            f"{self.layout.description}\n"
             f"the run is in {self.path}"
         )
         if self.resumed:
@@ -464,15 +483,19 @@ class Run:
         self.report.sheet("first_batch", self.step, seen, captions, title)
 
     def _predictions(self) -> None:
-        """A few validation images with what the network takes them for."""
-        if not self.report.speaks:
-            return
-        first = next(iter(self.evaluation.draws(self.mesh.rows)))
-        count = min(16, len(first.numbers))
+        """A few validation images with what the network takes them for.
+
+        All processes compute the same ones: under some layouts it takes all of them.
+        """
+        first = next(iter(self.evaluation.draws(slice(None))))
+        room = self.config.data.eval_batch_size // self.mesh.replicas
+        count = min(16, len(first.numbers), max(room, 1))
         spread = np.linspace(0, len(self.catalogue.val) - 1, count).astype(np.int64)
         some = first.only(np.arange(len(first.numbers)) < count).substituted(spread)
         batch = next(iter(self.val_engine.batches([some])))
         chances = self.layout.logits(batch.images).softmax(1).max(1)
+        if not self.report.speaks:
+            return
         classes = self.catalogue.train.classes
         captions = [
             f"{classes[best]} {chance:.0%}" + ("" if best == label else f"\n(is {classes[label]})")
@@ -490,10 +513,11 @@ class Run:
         ended = self.step >= self.steps
         self._predictions()
         self.report.curves(self.step)
-        first = next(p for p in self.layout.parameters.values() if p.dim() == 4)
+        first = next(t for t in self._tensors().values() if t.dim() == 4)
+        kernels = first.full_tensor() if isinstance(first, DTensor) else first
         self.report.kernels(
             self.step,
-            first.detach().float().cpu().numpy(),
+            kernels.float().cpu().numpy(),
             VARIANTS[self.config.model.variant].towers,
             f"first-layer kernels after {self.passes:.4g} passes",
         )
@@ -550,7 +574,8 @@ def _check_batch(config: Config, mesh: Mesh, catalogue: Catalogue) -> None:
     if batch < mesh.replicas:
         raise Failure(
             f"data.batch_size {batch} is the global batch, and has no image for some of the "
-            f"{mesh.replicas} processes: raise it, or take fewer processes",
+            f"{mesh.replicas} {'processes' if mesh.towers == 1 else 'pairs of processes'}: raise "
+            "it, or take fewer processes",
             everywhere=True,
         )
     if images < batch:

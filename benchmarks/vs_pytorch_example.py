@@ -37,8 +37,9 @@ from alexnet_dist.data.engine import Engine
 from alexnet_dist.data.plan import Plan
 from alexnet_dist.data.sources import FolderSource, make_catalogue
 from alexnet_dist.model import VARIANTS, build_model, draw_masks
+from alexnet_dist.parallel.arithmetic import choose_precision
 from alexnet_dist.parallel.ddp import DataParallel
-from alexnet_dist.parallel.mesh import Mesh, choose_precision, start, usable_processors
+from alexnet_dist.parallel.mesh import Mesh, start, usable_processors
 from alexnet_dist.training.loop import train_step
 from alexnet_dist.training.optim import build_optimizer
 
@@ -246,7 +247,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="a folder with train/ and val/")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--steps", type=int, default=8, help="of training, in a round")

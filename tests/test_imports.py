@@ -13,7 +13,7 @@ COMMANDS = {path.stem for path in HOUSE.glob("*.py")} - {"__init__", "config", "
 MAY_KNOW = {
     "model": {"model"},
     "data": {"data", "errors"},
-    "parallel": {"parallel", "errors"},
+    "parallel": {"parallel", "model", "errors"},
     "training": {"training", "errors"},
     "tracking": {"tracking", "errors"},
     "config": {"errors"},

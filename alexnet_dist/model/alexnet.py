@@ -5,7 +5,9 @@ numbers name the variants (layers-145.cfg and so on). Kernels are counted over b
 layer that reads its "own" tower is a grouped convolution.
 """
 
-from collections.abc import Iterable
+import copy
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -188,42 +190,53 @@ class AlexNet(nn.Sequential):
         """The layers that want a mask, in the order of ``masks``."""
         return [layer for layer in self if isinstance(layer, Dropout)]
 
+    def parts(self) -> tuple[nn.Module, dict[str, nn.Module]]:
+        """The convolutions, images to [B, features], and the layers behind them by name."""
+        layers = list(self.named_children())
+        behind = 1 + [name for name, _ in layers].index("flatten")
+        return nn.Sequential(OrderedDict(layers[:behind])), dict(layers[behind:])
+
 
 class TorchvisionAlexNet(torchvision.models.AlexNet):
     """torchvision's own class and parameters, fed with masks as the others are."""
 
     variant: Variant
+    features: nn.Sequential
 
     def __init__(self, num_classes: int, dropout: float, form: Form) -> None:
         super().__init__(num_classes=num_classes, dropout=dropout)
         self.avgpool = AveragePool(6)
         self.features[0] = PaddedConv2d(3, 64, 11, 4, 2)
+        self.features = nn.Sequential(_relu_behind_pool(self.features))
         self.classifier[0] = Dropout(256 * 6 * 6, dropout, form)
         self.classifier[3] = Dropout(4096, dropout, form)
 
     def forward(self, x: Tensor, masks: Iterable[Tensor] = ()) -> Tensor:
         remaining = iter(masks)
-        x = self.avgpool(self._features(x)).flatten(1)
+        x = self.avgpool(self.features(x)).flatten(1)
         for layer in self.classifier:
             x = layer(x, next(remaining, None)) if isinstance(layer, Dropout) else layer(x)
         return x
 
-    def _features(self, x: Tensor) -> Tensor:
-        """The convolutions, with each ReLU behind the max pooling that follows it: they commute,
-        and a quarter of the values are left."""
-        due: list[nn.Module] = []
-        for layer in self.features:
-            if isinstance(layer, nn.ReLU):
-                due = [layer]
-                continue
-            if due and not isinstance(layer, nn.MaxPool2d):
-                x = due.pop()(x)
-            x = layer(x)
-        return due.pop()(x) if due else x
-
     def dropouts(self) -> list[Dropout]:
         """The layers that want a mask, in the order of ``masks``."""
         return [layer for layer in self.classifier if isinstance(layer, Dropout)]
+
+    def parts(self) -> tuple[nn.Module, dict[str, nn.Module]]:
+        """The convolutions, images to [B, features], and the layers behind them by name."""
+        layers = {"features": self.features, "avgpool": self.avgpool, "flatten": nn.Flatten()}
+        behind = {f"classifier.{name}": layer for name, layer in self.classifier.named_children()}
+        return nn.Sequential(OrderedDict(layers)), behind
+
+
+def _relu_behind_pool(layers: nn.Sequential) -> "OrderedDict[str, nn.Module]":
+    """The layers under their names, each ReLU behind the max pooling that follows it: they
+    commute, and a quarter of the values are left."""
+    order = list(layers.named_children())
+    for at in range(len(order) - 1):
+        if isinstance(order[at][1], nn.ReLU) and isinstance(order[at + 1][1], nn.MaxPool2d):
+            order[at], order[at + 1] = order[at + 1], order[at]
+    return OrderedDict(order)
 
 
 def build_model(
@@ -234,31 +247,86 @@ def build_model(
     init: Init | None = None,
     image_size: int = 224,
 ) -> AlexNet | TorchvisionAlexNet:
-    """Build a network of the table, on torch's default device, its weights drawn from torch's
-    global generator.
+    """Build a network of the table with its initial weights, on torch's default device; see
+    ``outline`` and ``initial_weights``."""
+    model = outline(variant, num_classes=num_classes, dropout=dropout, image_size=image_size)
+    weights = initial_weights(model, init)
+    parameters = dict(model.to_empty(device=torch.get_default_device()).named_parameters())
+    with torch.no_grad():
+        for name, value in weights:
+            parameters[name].copy_(value)
+    return model
+
+
+def outline(
+    variant: str, *, num_classes: int = 1000, dropout: float = 0.5, image_size: int = 224
+) -> AlexNet | TorchvisionAlexNet:
+    """A network of the table without memory, on torch's meta device.
 
     Args:
         variant: a key of VARIANTS.
         num_classes: outputs of the last layer.
         dropout: probability with which a unit is dropped, 0 for none.
-        init: "source" (S's deviations and biases), "paper" (P, section 5: 0.01 everywhere) or
-            "torch"; the variant's own where None.
         image_size: side of the images in pixels, from which fc6 gets its inputs.
 
     Raises:
-        ValueError: an unknown variant, sides that leave nothing to pool, or an initialisation
-            that the variant does not have.
+        ValueError: an unknown variant, or sides that leave nothing to pool.
     """
     if variant not in VARIANTS:
         raise ValueError(f"there is no variant '{variant}'; there are {', '.join(VARIANTS)}")
     spec = VARIANTS[variant]
-    init = init or spec.init
-    if variant == "torchvision":
-        if init != "torch":
-            raise ValueError(f"torchvision's network has torch's initialisation, not '{init}'")
-        net = TorchvisionAlexNet(num_classes, dropout, spec.dropout)
-        net.variant = spec
-        return net
+    with torch.device("meta"):
+        if variant == "torchvision":
+            net = TorchvisionAlexNet(num_classes, dropout, spec.dropout)
+            net.variant = spec
+            return net
+        return _from_table(variant, spec, num_classes, dropout, image_size)
+
+
+def initial_weights(
+    model: AlexNet | TorchvisionAlexNet, init: Init | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """The initial value of each parameter by name, on the CPU, drawn from torch's global generator
+    one layer after another: whoever holds a part of the network takes part of each.
+
+    Args:
+        model: as ``outline`` gives it; it may get memory afterwards.
+        init: "source" (S's deviations and biases), "paper" (P, section 5: 0.01 everywhere) or
+            "torch"; the variant's own where None.
+
+    Raises:
+        ValueError: an initialisation that the variant does not have.
+    """
+    init = init or model.variant.init
+    rows = {row.name: row for row in model.variant.layers}
+    if init != "torch" and not rows:
+        raise ValueError(f"torchvision's network has torch's initialisation, not '{init}'")
+    layers = {
+        name: copy.deepcopy(layer)  # now, while it has no memory and the plainest of strides
+        for name, layer in model.named_modules()
+        if isinstance(layer, (nn.Conv2d, nn.Linear, TowerLinear))
+    }
+    return _draw(layers, init, rows)
+
+
+def _draw(
+    layers: "dict[str, nn.Conv2d | nn.Linear | TowerLinear]", init: Init, rows: dict[str, Layer]
+) -> Iterator[tuple[str, Tensor]]:
+    while layers:
+        name = next(iter(layers))
+        drawn = layers.pop(name).to_empty(device="cpu")
+        if init == "torch":
+            drawn.reset_parameters()
+        else:  # Gaussian weights and constant biases, as P (section 5) and S have them
+            nn.init.normal_(drawn.weight, std=rows[name].std if init == "source" else 0.01)
+            nn.init.constant_(drawn.bias, rows[name].bias)  # type: ignore[arg-type]
+        for inner, value in drawn.named_parameters():
+            yield f"{name}.{inner}", value.detach()
+
+
+def _from_table(
+    variant: str, spec: Variant, num_classes: int, dropout: float, image_size: int
+) -> AlexNet:
     model = AlexNet()
     model.variant = spec
     channels, side = 3, image_size
@@ -285,8 +353,6 @@ def build_model(
             for kind in row.then.split():
                 layer = nn.ReLU() if kind == "relu" else Dropout(outputs, dropout, spec.dropout)
                 model.add_module(f"{kind}{row.number}", layer)
-    if init != "torch":
-        _initialise(model, spec, init)
     return model
 
 
@@ -313,12 +379,3 @@ def _add_convolution(model: AlexNet, spec: Variant, row: Layer, channels: int, s
             side = -((size - side) // stride) + 1
         model.add_module(f"{name}{row.number}", layer)
     return side
-
-
-def _initialise(model: AlexNet, spec: Variant, init: Init) -> None:
-    """Gaussian weights and constant biases, as P (section 5) and S have them."""
-    for row in spec.layers:
-        layer = model.get_submodule(row.name)
-        std = row.std if init == "source" else 0.01
-        nn.init.normal_(layer.weight, std=std)  # type: ignore[arg-type]
-        nn.init.constant_(layer.bias, row.bias)  # type: ignore[arg-type]

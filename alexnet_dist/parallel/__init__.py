@@ -1,1 +1,75 @@
-"""Processes and layouts: how one network is computed by many."""
+"""Processes and layouts: how one network is computed by many.
+
+A layout is what the training loop calls; its file says which tensors move, when, in which group,
+and how many bytes. The network knows none of it.
+
+    ddp.py       each replica computes the whole network on its rows
+    towers.py    a replica is two processes with a tower each
+    hybrid.py    convolutions as in ddp.py, fully connected layers split over the replicas
+"""
+
+from alexnet_dist.errors import Failure
+from alexnet_dist.model.alexnet import AlexNet, TorchvisionAlexNet
+from alexnet_dist.parallel.arithmetic import Precision
+from alexnet_dist.parallel.classes import Classes
+from alexnet_dist.parallel.ddp import Compression, DataParallel
+from alexnet_dist.parallel.hybrid import Hybrid
+from alexnet_dist.parallel.mesh import Mesh
+from alexnet_dist.parallel.shards import Sharding, Share
+from alexnet_dist.parallel.towers import tower_of
+
+__all__ = ["build_layout"]
+
+
+def build_layout(
+    model: AlexNet | TorchvisionAlexNet,
+    mesh: Mesh,
+    *,
+    batch: int,
+    num_classes: int,
+    precision: Precision,
+    fc: str = "replicated",
+    fc_schedule: str = "whole",
+    compression: Compression,
+    compile_model: bool = False,
+) -> DataParallel | Hybrid:
+    """Lay ``model``, as ``outline`` gives it, out on the ``mesh``, as it is arranged.
+
+    Its parameters have no values yet; ``sharding.fill`` or a checkpoint gives them.
+
+    Raises:
+        Failure: the network cannot be laid out so.
+    """
+    if fc == "sharded":
+        if mesh.towers > 1:
+            raise Failure(
+                "parallel.towers 2 and parallel.fc sharded are two ways to split the same layers: "
+                "take one of them",
+                everywhere=True,
+            )
+        return Hybrid(
+            model,
+            mesh,
+            batch=batch,
+            precision=precision,
+            schedule="pipelined" if fc_schedule == "pipelined" else "whole",
+            compile_model=compile_model,
+            compression=compression,
+        )
+    classes = sharding = None
+    network = model
+    if mesh.towers > 1:
+        network = tower_of(model, mesh)
+        classes = Classes(Share(num_classes, mesh.towers, mesh.tower), mesh.group("mp"))
+        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        sharding = Sharding(mesh, shapes, "mp")
+    return DataParallel(
+        network,
+        mesh,
+        batch=batch,
+        precision=precision,
+        compile_model=compile_model,
+        compression=compression,
+        classes=classes,
+        sharding=sharding,
+    )

@@ -1,25 +1,54 @@
-"""Data parallel: each process holds the whole network and computes its rows of the batch."""
+"""Data parallel: each replica computes its rows of the batch, and gradients are averaged.
+
+A replica is a process with the whole network, or, under towers.py, a pair with a tower each.
+"""
 
 from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.amp.grad_scaler import GradScaler
-from torch.nn import functional as F
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from alexnet_dist.parallel.mesh import Mesh, Precision
+from alexnet_dist.parallel.arithmetic import Precision, autocast, grad_scaler
+from alexnet_dist.parallel.classes import Classes, counted
+from alexnet_dist.parallel.collectives import at_least_float
+from alexnet_dist.parallel.mesh import Mesh
+from alexnet_dist.parallel.shards import Sharding, Share
 
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+@dataclass(frozen=True)
+class Compression:
+    """How gradients travel between replicas: as they are, in 16 bits, or as PowerSGD's matrices of
+    ``rank`` from step ``start`` on (Vogels et al. 2019)."""
+
+    kind: Literal["none", "bf16", "fp16", "powersgd"] = "none"
+    rank: int = 4
+    start: int = 1000
+
+
+PLAIN = Compression()
 
 
 class DataParallel:
-    """What the loop calls when every replica holds the network.
+    """What the loop calls when every replica computes the whole network on its own rows.
+
+    Args:
+        model: the network, or this process's tower of it; one without memory gets its own here,
+            and waits for ``sharding.fill``.
+        batch: images in a global batch.
+        classes: those whose scores ``model`` gives.
+        sharding: None where each process has the whole network.
 
     Attributes:
         parameters: by name, ordinary local tensors.
         scaler: scales the loss in fp16, and lets all else pass.
+        description: a line for people.
+        sharding: how the parameters lie on the mesh.
+        mask_rows: the positions of the global batch whose dropout masks it wants.
     """
 
     def __init__(
@@ -30,25 +59,27 @@ class DataParallel:
         batch: int,
         precision: Precision = "fp32",
         compile_model: bool = False,
+        compression: Compression = PLAIN,
+        classes: Classes | None = None,
+        sharding: Sharding | None = None,
     ) -> None:
         self.mesh, self.batch, self.precision = mesh, batch, precision
-        self.model = model.to(mesh.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model = on_device(model, mesh.device)
         self.parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
-        self.scaler = GradScaler(mesh.device.type, enabled=precision == "fp16")
-        self._compute = torch.compile(self.model) if compile_model else self.model
+        self.sharding = sharding or Sharding(mesh, {}, "dp")
+        self.mask_rows = mesh.rows
+        self._classes = classes
+        group = mesh.group("mp") if mesh.towers > 1 else None
+        self.scaler = grad_scaler(precision, mesh.device, group)
+        self._compute = compiled(self.model) if compile_model else self.model
         if mesh.replicas > 1:
-            # views, because a second copy of 61 million gradients costs a pass over memory; the
-            # two large layers fill a bucket each, whose sums run under the convolutions' backward
-            self._compute = DistributedDataParallel(
-                self._compute,
-                device_ids=[mesh.device] if mesh.device.type == "cuda" else None,
-                gradient_as_bucket_view=True,
-                bucket_cap_mb=32,
-            )
-
-    def _autocast(self) -> AbstractContextManager[None]:
-        dtype = _AUTOCAST.get(self.precision)
-        return torch.autocast(self.mesh.device.type, dtype, enabled=dtype is not None)
+            self._compute = averaged(self._compute, mesh, compression)
+        alone = "the whole network in a process" if mesh.towers == 1 else "a tower in each process"
+        self.description = f"{alone}, {mesh.replicas} to share the images"
+        if mesh.replicas == 1:
+            self.description = alone
+        elif compression.kind != "none":
+            self.description += f", gradients sent as {compression.kind}"
 
     def forward_backward(
         self, images: Tensor, labels: Tensor, masks: Iterable[Tensor] = ()
@@ -57,35 +88,35 @@ class DataParallel:
 
         Returns:
             float64 [2], on the device: the summed (not mean) loss of this replica's images, and
-            how many of them have the best label right. Both sum over the replicas, and the sums
-            do not depend on their order: float32 values, added in float64.
+            how many of them have the best label right; zeros on all but one of its processes.
+            Both sum over the processes, and the sums do not depend on their order: float32
+            values, added in float64.
         """
         self.model.train()
-        with self._autocast():
-            logits = self._compute(images, tuple(masks))
-        total = F.cross_entropy(logits.float(), labels, reduction="sum")
+        with autocast(self.precision, self.mesh.device):
+            scores = self._compute(images, tuple(masks))
+        total, best = self.classes(scores).cross_entropy(scores, labels)
         # DDP takes the mean over replicas, which may have different numbers of images
         self.scaler.scale(total * (self.mesh.replicas / self.batch)).backward()
         with torch.no_grad():
-            right = (logits.argmax(1) == labels).sum()
-            return torch.stack([total.detach().double(), right.double()])
+            right = (best == labels).sum()
+            return torch.stack([total.detach().double(), right.double()]) * self.mesh.speaks
 
     @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:
-        """float32 [b, classes], as evaluation computes them."""
-        self.model.eval()
-        with self._autocast():
-            return self.model(images).float()
+        """float32 [b, classes], as evaluation computes them; all processes call it together."""
+        scores = self._scores(images)
+        return self.classes(scores).whole(scores)
 
+    @torch.no_grad()
     def hits(self, images: Tensor, labels: Tensor) -> Tensor:
-        """float64 [3], on the device: summed loss, images whose best label is right, and those
-        with the right one among the best five (of fewer classes: all)."""
+        """float64 [4], on the device: summed loss, images whose best label is right, those with
+        the right one among the best five (of fewer classes: all), and images; they sum over the
+        processes."""
         if len(images) == 0:
-            return torch.zeros(3, dtype=torch.float64, device=labels.device)
-        logits = self.logits(images)
-        best = logits.topk(min(5, logits.shape[1]), 1).indices == labels[:, None]
-        loss = F.cross_entropy(logits.double(), labels, reduction="sum")
-        return torch.stack([loss, best[:, 0].sum().double(), best.sum().double()])
+            return torch.zeros(4, dtype=torch.float64, device=labels.device)
+        scores = self._scores(images)
+        return counted(*self.classes(scores).places(scores, labels)) * self.mesh.speaks
 
     def warm_up(self, images: Tensor, labels: Tensor, masks: Iterable[Tensor]) -> None:
         """Two backward passes that change nothing.
@@ -99,3 +130,68 @@ class DataParallel:
             self.forward_backward(images, labels, masks)
         for parameter in self.parameters.values():
             parameter.grad = None
+
+    def classes(self, scores: Tensor) -> Classes:
+        return self._classes or Classes(Share(scores.shape[1], 1, 0))
+
+    def _scores(self, images: Tensor) -> Tensor:
+        self.model.eval()
+        with autocast(self.precision, self.mesh.device):
+            return at_least_float(self.model(images))
+
+
+def on_device(model: nn.Module, device: torch.device) -> nn.Module:
+    """``model`` on ``device``, channels last; with memory, if it had none, but no values yet."""
+    if any(parameter.is_meta for parameter in model.parameters()):
+        model = model.to_empty(device=device)
+    return model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def compiled(module: nn.Module) -> nn.Module:
+    """``module`` under torch.compile."""
+    result = torch.compile(module)
+    assert isinstance(result, nn.Module)
+    return result
+
+
+def averaged(
+    module: nn.Module, mesh: Mesh, compression: Compression = PLAIN
+) -> DistributedDataParallel:
+    """``module`` with gradients that are averaged over the replicas."""
+    group = dist.group.WORLD if mesh.towers == 1 else mesh.group("dp")
+    # views, because a second copy of 61 million gradients costs a pass over memory; the two large
+    # layers fill a bucket each, whose sums run under the convolutions' backward
+    parallel = DistributedDataParallel(
+        module,
+        device_ids=[mesh.device] if mesh.device.type == "cuda" else None,
+        process_group=group,
+        init_sync=False,  # all have drawn, or read, the same weights
+        gradient_as_bucket_view=True,
+        bucket_cap_mb=32,
+    )
+    if compression.kind == "bf16":
+        parallel.register_comm_hook(group, default_hooks.bf16_compress_hook)
+    elif compression.kind == "fp16":
+        parallel.register_comm_hook(group, default_hooks.fp16_compress_hook)
+    elif compression.kind == "powersgd":
+        state = powerSGD_hook.PowerSGDState(
+            process_group=group,
+            matrix_approximation_rank=compression.rank,
+            start_powerSGD_iter=compression.start,
+        )
+        parallel.register_comm_hook(state, _power_sgd)
+    return parallel
+
+
+def _power_sgd(
+    state: powerSGD_hook.PowerSGDState, bucket: dist.GradBucket
+) -> torch.futures.Future[Tensor]:
+    """torch's hook, one bucket after another.
+
+    Its second all-reduce is started where the first one ends, under gloo a thread of gloo's, so
+    that with two buckets under way processes start theirs in different orders.
+    """
+    future = powerSGD_hook.powerSGD_hook(state, bucket)
+    if bucket.buffer().device.type == "cpu":
+        future.wait()
+    return future

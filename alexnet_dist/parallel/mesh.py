@@ -7,18 +7,18 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Literal, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from alexnet_dist.errors import Failure
 
 T = TypeVar("T")
-Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 
 PATIENCE = timedelta(days=7)
 """For waiting on work that only rank 0 does: listing 1.28 million files may take hours. A rank
@@ -27,12 +27,15 @@ that dies is noticed by its closed connection, not by this."""
 
 @dataclass(frozen=True)
 class Mesh:
-    """This process among the others. A replica holds the whole network; all of them together
-    compute a global batch.
+    """This process among the others. A replica is the processes that hold the whole network
+    between them, one or two neighbours; all replicas together compute a global batch.
 
     Attributes:
         threads: processors that this process may use.
         patient: a group over the host's network for work that may take long.
+        towers: processes of a replica.
+        devices: all processes, with the dimensions "dp" (replicas) and "mp" (towers of a replica);
+            None until ``arrange``.
     """
 
     rank: int
@@ -42,14 +45,46 @@ class Mesh:
     device: torch.device
     threads: int
     patient: dist.ProcessGroup
+    towers: int = 1
+    devices: DeviceMesh | None = None
 
     @property
     def replica(self) -> int:
-        return self.rank
+        return self.rank // self.towers
 
     @property
     def replicas(self) -> int:
-        return self.world
+        return self.world // self.towers
+
+    @property
+    def tower(self) -> int:
+        return self.rank % self.towers
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this process answers for its replica, where each is to be counted once."""
+        return self.tower == 0
+
+    def arrange(self, towers: int) -> "Mesh":
+        """The same processes, ``towers`` neighbours to a replica.
+
+        Raises:
+            Failure: that leaves some over.
+        """
+        if self.world % towers:
+            raise Failure(
+                f"parallel.towers {towers} wants pairs of processes, and there are {self.world}: "
+                f"take --nproc_per_node={self.world + 1}, or --parallel.towers 1",
+                everywhere=True,
+            )
+        shape = (self.world // towers, towers)
+        devices = init_device_mesh(self.device.type, shape, mesh_dim_names=("dp", "mp"))
+        return replace(self, towers=towers, devices=devices)
+
+    def group(self, dimension: Literal["dp", "mp"]) -> dist.ProcessGroup:
+        """This process's group along a dimension of the mesh; after ``arrange``."""
+        assert self.devices is not None
+        return self.devices.get_group(dimension)
 
     @property
     def rows(self) -> slice:
@@ -139,39 +174,6 @@ def usable_processors() -> int:
     except (OSError, ValueError):
         pass
     return count
-
-
-def choose_precision(
-    wanted: Literal["auto", "fp32", "tf32", "bf16", "fp16"], device: torch.device
-) -> Precision:
-    """bf16 where the device has instructions for it, unless something is asked for."""
-    if wanted != "auto":
-        return wanted
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return "fp32"
-    return "bf16" if "avx512_bf16" in flags or "amx_bf16" in flags else "fp32"
-
-
-def set_arithmetic(precision: str, deterministic: bool) -> None:
-    """How torch computes: TF32 only where asked for, and cuDNN's fastest kernels unless the bits
-    are to repeat."""
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    torch.backends.cudnn.allow_tf32 = precision == "tf32"
-    torch.backends.cudnn.benchmark = not deterministic
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-
-
-def device_name(device: torch.device) -> str:
-    """What to call the device when speaking to people."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"cpu ({torch.backends.cpu.get_cpu_capability()})"
 
 
 def _keep_memory() -> None:

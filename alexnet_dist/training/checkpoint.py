@@ -23,6 +23,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor
 
 from alexnet_dist.errors import Failure
 
@@ -41,6 +42,7 @@ def save(
     """Write checkpoint ``step`` below ``folder``; all processes call it together.
 
     Args:
+        tensors: the same on all processes, or DTensors of which each holds a part.
         best: let the link "best" point to it.
 
     Raises:
@@ -52,8 +54,7 @@ def save(
         shutil.rmtree(partial, ignore_errors=True)
     _together(lambda: partial.mkdir(parents=True) if rank == 0 else None)
 
-    # safetensors wants rows packed as they are numbered, which channels-last kernels are not
-    packed = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    packed = {name: _packed(tensor) for name, tensor in tensors.items()}
 
     def write() -> None:
         with warnings.catch_warnings(), _quiet():
@@ -157,10 +158,26 @@ def load(checkpoint: Path, tensors: Mapping[str, Tensor]) -> None:
             warnings.simplefilter("ignore")
             dcp.load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(checkpoint)))
     except (Exception, CheckpointException) as error:  # torch wraps what went wrong anywhere
+        _stop_if_interrupted(error)
         raise Failure(
             f"the checkpoint {checkpoint} is damaged ({_cause(error)}): take another one",
             everywhere=True,
         ) from None
+
+
+def _packed(tensor: Tensor) -> Tensor:
+    """With rows packed as they are numbered, as safetensors wants them and channels-last kernels
+    are not."""
+    if not isinstance(tensor, DTensor):
+        return tensor.contiguous()
+    return DTensor.from_local(
+        tensor.to_local().contiguous(),
+        tensor.device_mesh,
+        tensor.placements,
+        run_check=False,
+        shape=tensor.shape,
+        stride=tensor.stride(),
+    )
 
 
 def _together(work: Any) -> None:
@@ -169,11 +186,19 @@ def _together(work: Any) -> None:
     try:
         work()
     except (Exception, CheckpointException) as error:  # a full disk has many names
+        _stop_if_interrupted(error)
         cause = _cause(error) or type(error).__name__
     causes: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(causes, cause)
     if any(causes):
         raise SaveFailed(next(cause for cause in causes if cause))
+
+
+def _stop_if_interrupted(error: BaseException) -> None:
+    """Ctrl-C in the middle of a save comes out of torch as one more thing that went wrong."""
+    causes = [wrapped[0] for wrapped in getattr(error, "failures", {}).values()]
+    if any(isinstance(cause, KeyboardInterrupt) for cause in causes):
+        raise KeyboardInterrupt from error
 
 
 def _cause(error: BaseException) -> str:

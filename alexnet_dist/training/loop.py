@@ -53,6 +53,7 @@ def train_step(
 ) -> Tensor:
     """One update of the parameters; what ``layout.forward_backward`` returns."""
     result = layout.forward_backward(batch.images, batch.labels, masks)
+    layout.scaler.unscale_(optimizer)  # here, where processes with different gradients can agree
     layout.scaler.step(optimizer)
     layout.scaler.update()
     optimizer.zero_grad(set_to_none=True)
@@ -118,7 +119,10 @@ class Meters:
             mine[row, : len(numbers)] = torch.from_numpy(numbers)
         everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
         dist.all_gather(everyone, mine)
-        together = torch.stack(everyone, 2).flatten(1).numpy()
+        of_each = everyone[
+            :: len(everyone) // self.replicas
+        ]  # processes of a replica have the same
+        together = torch.stack(of_each, 2).flatten(1).numpy()
         return (row[row >= 0] for row in together)
 
     def take(self) -> tuple[float, float]:
@@ -169,12 +173,12 @@ class Errors(Metric):
         for name in ("top1", "top5", "images"):
             self.add_state(name, zero.clone(), dist_reduce_fx="sum")
 
-    def update(self, hits: Tensor, images: int) -> None:
-        """``hits``: what ``layout.hits`` gives for ``images`` images."""
+    def update(self, hits: Tensor) -> None:
+        """``hits``: what ``layout.hits`` gives."""
         self.loss += hits[0]
         self.top1 += hits[1].long()
         self.top5 += hits[2].long()
-        self.images += images
+        self.images += hits[3].long()
 
     def compute(self) -> dict[str, float]:
         """Errors in percent, mean loss, and images, over all processes."""
@@ -205,7 +209,7 @@ def evaluate(layout: Layout, batches: Iterable[Batch], device: torch.device) -> 
     """Errors over all batches of all processes, each of which may have another number of images."""
     errors = Errors().to(device)
     for batch in batches:
-        errors.update(layout.hits(batch.images, batch.labels), len(batch.images))
+        errors.update(layout.hits(batch.images, batch.labels))
     result: dict[str, float] = errors.compute()
     return result
 

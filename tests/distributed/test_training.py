@@ -57,7 +57,7 @@ def test_evaluate_counts_what_training_counted(calm: dict[int, Path]) -> None:
         assert counted["loss"] == pytest.approx(wanted["loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize("processes", [0, 2, 3])
+@pytest.mark.parametrize("processes", [0, pytest.param(2, marks=pytest.mark.slow), 3])
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(
     processes: int, calm: dict[int, Path], images: Path, tmp_path: Path
 ) -> None:
@@ -73,7 +73,7 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(
     assert _tensors(run) == _tensors(whole)
 
 
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("processes", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_a_run_that_was_killed_goes_on_bit_for_bit(
     processes: int, calm: dict[int, Path], images: Path, tmp_path: Path
 ) -> None:
@@ -95,6 +95,7 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(
     assert _tensors(run) == _tensors(calm[processes])
 
 
+@pytest.mark.slow
 def test_means_of_several_steps_are_bit_equal_too(images: Path, tmp_path: Path) -> None:
     """The sums over three processes must not depend on how many steps are read at once."""
     options = ["--train.log_every=3", "--train.epochs=3"]
@@ -139,6 +140,49 @@ def test_a_name_is_taken_again_once_its_run_has_ended(images: Path, tmp_path: Pa
     train(0, images, tmp_path, *short)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run", "run-2"]
     assert losses(tmp_path / "run") == losses(tmp_path / "run-2")
+
+
+LAYOUTS = [(2, "--parallel.towers=2"), (3, "--parallel.fc=sharded")]
+
+
+def test_a_run_goes_on_under_another_layout(
+    calm: dict[int, Path], images: Path, tmp_path: Path
+) -> None:
+    stops = ((*LAYOUTS[0], 3), (*LAYOUTS[1], 6), (0, "--parallel.towers=1", 99))
+    for processes, layout, stop in stops:
+        both = [layout, *(["--parallel.towers=1"] if processes == 3 else [])]
+        both += ["--parallel.fc=replicated"] if processes == 0 else []
+        train(processes, images, tmp_path, "--run.name=run", f"--train.max_steps={stop}", *both)
+    run = tmp_path / "run"
+    assert losses(run) == pytest.approx(losses(calm[0]), rel=1e-4)
+    digests = {e["step"]: (e["order_digest"], e["images"]) for e in events(run, "epoch")}
+    for event in events(calm[0], "epoch"):
+        assert digests[event["step"]] == (event["order_digest"], event["images"])
+    assert {e["images"] for e in events(run, "eval")} == {13}
+    assert "parallel.towers" in events(run, "resume")[0]["changed"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "layout"), LAYOUTS)
+def test_a_killed_run_of_any_layout_goes_on_bit_for_bit(
+    processes: int, layout: str, images: Path, tmp_path: Path
+) -> None:
+    train(processes, images, tmp_path, "--run.name=calm", layout)
+    options = [*TINY, f"--data.root={images}", f"--run.root={tmp_path}", "--run.name=run", layout]
+    with subprocess.Popen(
+        command(processes, "alexnet_dist.train", *options, "--checkpoint.every_steps=2"),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        env=environment(),
+    ) as launcher:
+        run = tmp_path / "run"
+        _wait_for(lambda: (run / "checkpoints/last").exists() and len(losses(run)) >= 3)
+        os.killpg(launcher.pid, signal.SIGKILL)
+    train(processes, images, tmp_path, "--run.name=run", "--checkpoint.every_steps=2")
+    assert events(run, "resume")[0]["step"] >= 2
+    assert losses(run) == losses(tmp_path / "calm")
+    assert _tensors(run) == _tensors(tmp_path / "calm")
 
 
 def test_a_rank_that_dies_ends_all(images: Path, tmp_path: Path) -> None:
@@ -199,6 +243,6 @@ def _tensors(run: Path) -> dict[str, bytes]:
     for file in sorted((run / "checkpoints/last").resolve().glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 (no mapping)
-                found[name] = tensors.get_tensor(name).numpy().tobytes()
-    assert any(name.startswith("velocity.") for name in found)
+                found[f"{file.name} {name}"] = tensors.get_tensor(name).numpy().tobytes()
+    assert any("velocity." in name for name in found)
     return found

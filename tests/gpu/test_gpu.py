@@ -15,7 +15,7 @@ from alexnet_dist.data.sources import make_catalogue, open_sources
 from alexnet_dist.model import draw_masks
 from alexnet_dist.model.dropout import Dropout
 from alexnet_dist.model.normalization import LocalResponseNorm
-from alexnet_dist.parallel.mesh import choose_precision
+from alexnet_dist.parallel.arithmetic import choose_precision
 from alexnet_dist.training.optim import PaperSGD
 from tests.conftest import TINY, events, launch, losses, train, write_images
 

@@ -63,6 +63,17 @@ def test_a_save_that_fails_leaves_the_one_before(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["last", "step-00000001"]
 
 
+def test_an_interrupt_ends_a_save_and_is_not_taken_for_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint.HuggingFaceStorageWriter, "write_data", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(tmp_path, 1, tensors(), {}, best=False)
+
+
 def test_another_network_and_damage_are_named(tmp_path: Path) -> None:
     made = checkpoint.save(tmp_path, 1, tensors(), {}, best=False)
     with pytest.raises(Failure, match=r"another network: model\.fc8\.bias should be \[7\]"):

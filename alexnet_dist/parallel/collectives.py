@@ -1,0 +1,57 @@
+"""The two transfers that layouts are made of, so that each says what it sends in one line."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# torch 2.14 gave both other names, and warns of the old ones
+_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+class Gathering:
+    """``x`` of every process on its way to all; it has the same shape on each."""
+
+    def __init__(self, x: Tensor, group: dist.ProcessGroup) -> None:
+        self._sent = x.contiguous().view(-1)  # lives until it has gone
+        self._shape = (group.size(), *x.shape)
+        self._everyone = x.new_empty(group.size() * x.numel())
+        self._work = _all_gather(self._everyone, self._sent, group=group, async_op=True)
+
+    def promised(self) -> Tensor:
+        """[processes, *x.shape], which holds what it should once ``wait`` has returned."""
+        return self._everyone.view(self._shape)
+
+    def wait(self) -> Tensor:
+        self._work.wait()
+        return self.promised()
+
+
+class Summing:
+    """Parts of sums on their way: block r of ``x`` [processes, ...] goes to process r.
+
+    A reduce-scatter made of an all-to-all and a sum in float32 (or more): the same bytes, one
+    rounding, and the same order of adding on every backend.
+    """
+
+    def __init__(self, x: Tensor, group: dist.ProcessGroup) -> None:
+        self._sent = x.contiguous()
+        self._received = torch.empty_like(self._sent)
+        self._work: Any = dist.all_to_all_single(
+            self._received, self._sent, group=group, async_op=True
+        )
+
+    def wait(self) -> Tensor:
+        self._work.wait()
+        return at_least_float(self._received).sum(0)
+
+
+def gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """``x`` of every process, [processes, *x.shape]."""
+    return Gathering(x, group).wait()
+
+
+def at_least_float(x: Tensor) -> Tensor:
+    """float32, unless it is more already."""
+    return x if x.dtype == torch.float64 else x.float()

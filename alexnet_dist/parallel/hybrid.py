@@ -1,0 +1,285 @@
+"""One weird trick: convolutions data-parallel, fully connected layers split over the replicas.
+
+Krizhevsky 2014. Convolutions are 90 % of the arithmetic and 5 % of the parameters; fully
+connected layers the other way round. So each of R processes has all convolutions and computes its
+rows of the batch with them, but holds 1 / R of the outputs of fc6, fc7 and fc8, which it computes
+for the rows of all. For a global batch of B images a process sends in a step, (R - 1) / R of
+
+    features          B x 9216, all-gathered; their gradient, B x 9216, summed back (reduce-scatter)
+    fc6, fc7 outputs  B x 4096 each, likewise both ways
+    loss              B x 4 numbers
+    convolutions      twice their gradients (2.3 million values for ``paper``), in float32
+
+in the precision of training but for the last, where plain data parallel sends twice the gradients
+of all 61 million. Gradients of the fully connected layers never travel.
+
+A reduce-scatter is an all-to-all and a sum in float32: the same bytes, one rounding, and the same
+order on every backend.
+
+``whole`` computes the global batch at once (scheme a of the report), ``pipelined`` in R turns, for
+each of which every process sends an R-th of its rows (scheme c); the features of a turn travel
+under the products of the one before, and their gradient under those of the next. Gradients add up
+and are applied once, so that both are the same function.
+"""
+
+import warnings
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from alexnet_dist.model.alexnet import AlexNet, TorchvisionAlexNet, TowerLinear
+from alexnet_dist.model.dropout import Dropout
+from alexnet_dist.parallel.arithmetic import Precision, autocast, grad_scaler
+from alexnet_dist.parallel.classes import Classes, counted
+from alexnet_dist.parallel.collectives import Gathering, Summing, at_least_float, gather
+from alexnet_dist.parallel.ddp import PLAIN, Compression, averaged, compiled, on_device
+from alexnet_dist.parallel.mesh import Mesh
+from alexnet_dist.parallel.shards import DropoutShare, Sharding, Share
+
+
+class Hybrid:
+    """What the loop calls when fully connected layers are split; see DataParallel for what its
+    methods give.
+
+    Args:
+        model: the whole network as ``outline`` gives it, without memory.
+        batch: images in a global batch.
+        schedule: "whole" or "pipelined", as above.
+    """
+
+    def __init__(
+        self,
+        model: AlexNet | TorchvisionAlexNet,
+        mesh: Mesh,
+        *,
+        batch: int,
+        precision: Precision = "fp32",
+        schedule: Literal["whole", "pipelined"] = "whole",
+        compile_model: bool = False,
+        compression: Compression = PLAIN,
+    ) -> None:
+        self.mesh, self.batch, self.precision = mesh, batch, precision
+        self.turns = mesh.replicas if schedule == "pipelined" else 1
+        self._group = mesh.group("dp")
+        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        convolutions, connected = model.parts()
+        self._convolutions = on_device(convolutions, mesh.device)
+        self._connected = _Connected(connected, mesh).to_empty(device=mesh.device)
+        held = dict(self._convolutions.named_parameters()) | self._connected.named()
+        self.parameters: dict[str, nn.Parameter] = {name: held[name] for name in shapes}
+        dealt = {name: shapes[name] for name in self._connected.named()}
+        self.sharding = Sharding(mesh, dealt, "dp")
+        self.mask_rows = slice(None)
+        self.scaler = grad_scaler(precision, mesh.device, self._group)
+        self._classes = Classes(self._connected.classes, self._group)
+        self._compute = compiled(self._convolutions) if compile_model else self._convolutions
+        if mesh.replicas > 1:
+            self._compute = averaged(self._compute, mesh, compression)
+        self.description = (
+            f"fully connected layers split over {mesh.replicas} processes, the global batch "
+            + ("at once" if self.turns == 1 else f"in {self.turns} turns")
+        )
+
+    def forward_backward(
+        self, images: Tensor, labels: Tensor, masks: Iterable[Tensor] = ()
+    ) -> Tensor:
+        self._compute.train()
+        self._connected.train()
+        replicas, masks = self.mesh.replicas, tuple(masks)
+        with autocast(self.precision, self.mesh.device):
+            features = self._compute(images)
+        most = -(-self.batch // replicas)
+        turn = -(-most // self.turns)  # rows of each process
+        sent, labels = features.detach(), self._labels(labels, most)
+        result = torch.zeros(2, dtype=torch.float64, device=images.device)
+
+        gradients = []
+        with autocast(self.precision, self.mesh.device):  # one, so that weights are cast once
+            coming = _rows(sent[:turn], min(turn, most), self._group)
+            for first in range(0, most, turn):
+                # row i of process r is image i * R + r: a turn is a stretch of the global batch
+                stretch = slice(first * replicas, min((first + turn) * replicas, self.batch))
+                x = coming.wait().transpose(0, 1).flatten(0, 1)
+                x = x[: stretch.stop - stretch.start].requires_grad_()
+                after = first + turn
+                if after < most:
+                    count = min(turn, most - after)
+                    coming = _rows(sent[after : after + count], count, self._group)
+                scores = self._connected(x, [mask[stretch] for mask in masks])
+                total, best = self._classes.cross_entropy(scores, labels[stretch])
+                self.scaler.scale(total / self.batch).backward()
+                assert x.grad is not None
+                gradients.append(_sums(x.grad, min(turn, most - first), self._group))
+                right = (best == labels[stretch]).sum()
+                result += torch.stack([total.detach().double(), right.double()])
+        gradient = torch.cat([part.wait() for part in gradients])[: len(features)]
+        # the sum over all images' losses has arrived, of which DDP will take the mean
+        features.backward((gradient * replicas).to(features.dtype))
+        return result * (self.mesh.rank == 0)
+
+    @torch.no_grad()
+    def logits(self, images: Tensor) -> Tensor:
+        features, counts = self._features(images)
+        scores = self._classes.whole(self._scores(features))
+        return scores.split(counts)[self.mesh.replica]
+
+    @torch.no_grad()
+    def hits(self, images: Tensor, labels: Tensor) -> Tensor:
+        features, counts = self._features(images)
+        padded = self._labels(labels, max(counts), ordered=False)
+        everyone = torch.cat([row[:n] for row, n in zip(padded, counts, strict=True)])
+        if len(everyone) == 0:
+            return torch.zeros(4, dtype=torch.float64, device=labels.device)
+        found = self._classes.places(self._scores(features), everyone)
+        return counted(*found) * (self.mesh.rank == 0)
+
+    def warm_up(self, images: Tensor, labels: Tensor, masks: Iterable[Tensor]) -> None:
+        """As DataParallel.warm_up, whose convolutions these are."""
+        masks = tuple(masks)
+        for _ in range(2):
+            self.forward_backward(images, labels, masks)
+        for parameter in self.parameters.values():
+            parameter.grad = None
+
+    def _labels(self, labels: Tensor, most: int, ordered: bool = True) -> Tensor:
+        """The labels of all processes: in the global batch's order, or [R, most] with padding."""
+        padded = labels.new_full((most,), -1)
+        padded[: len(labels)] = labels
+        everyone = gather(padded, self._group)
+        return everyone.t().flatten()[: self.batch] if ordered else everyone
+
+    def _features(self, images: Tensor) -> tuple[Tensor, list[int]]:
+        """In evaluation: the features of all processes' images, and how many each has."""
+        mine = torch.tensor([len(images)], device=images.device)
+        counts: list[int] = gather(mine, self._group)[:, 0].tolist()
+        self._convolutions.eval()
+        some = images if len(images) else images.new_zeros(1, *images.shape[1:])
+        with autocast(self.precision, self.mesh.device):
+            features = self._convolutions(some)[: len(images)]
+        padded = features.new_zeros(max(counts), features.shape[1])
+        padded[: len(features)] = features
+        everyone = gather(padded, self._group)
+        return torch.cat([rows[:n] for rows, n in zip(everyone, counts, strict=True)]), counts
+
+    def _scores(self, features: Tensor) -> Tensor:
+        self._connected.eval()
+        with autocast(self.precision, self.mesh.device):
+            return at_least_float(self._connected(features, ()))
+
+
+class _Connected(nn.Module):
+    """This process's outputs of the fully connected layers.
+
+    Input: [n, features], whole. Output: [n, own classes].
+    """
+
+    def __init__(self, layers: dict[str, nn.Module], mesh: Mesh) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.layers = nn.ModuleList()
+        split: Share | None = None  # how the activations lie between the layers
+        for name, layer in layers.items():
+            if isinstance(layer, (nn.Linear, TowerLinear)):
+                if split is not None:
+                    self._add("", _Whole(split, mesh.group("dp")))
+                split = Share(len(layer.weight), mesh.replicas, mesh.replica)
+                self._add(name, _share_of(layer, split))
+            elif isinstance(layer, Dropout) and split is not None:
+                self._add("", DropoutShare(split, layer.p, layer.form))
+            else:
+                self._add("", layer)
+        assert split is not None
+        self.classes = split
+
+    def _add(self, name: str, layer: nn.Module) -> None:
+        self.names.append(name)
+        self.layers.append(layer)
+
+    def named(self) -> dict[str, nn.Parameter]:
+        """Its parameters, by the names that they have in the network."""
+        return {
+            f"{name}.{inner}": parameter
+            for name, layer in zip(self.names, self.layers, strict=True)
+            for inner, parameter in layer.named_parameters()
+        }
+
+    def forward(self, x: Tensor, masks: Iterable[Tensor]) -> Tensor:
+        remaining = iter(masks)
+        for layer in self.layers:
+            x = layer(x, next(remaining, None)) if isinstance(layer, Dropout) else layer(x)
+        return x
+
+
+def _share_of(layer: nn.Linear | TowerLinear, share: Share) -> nn.Module:
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, about a layer without outputs
+        if isinstance(layer, TowerLinear):
+            return _TowerLinearShare(layer, share)
+        return nn.Linear(layer.in_features, len(share))
+
+
+class _TowerLinearShare(nn.Module):
+    """Some outputs of a layer of which each tower reads only its own half (net 150)."""
+
+    def __init__(self, layer: TowerLinear, share: Share) -> None:
+        super().__init__()
+        outputs, inputs = layer.weight.shape
+        self.weight = nn.Parameter(torch.empty(len(share), inputs))
+        self.bias = nn.Parameter(torch.empty(len(share)))
+        one = outputs // layer.towers
+        bounds = [(t * one, (t + 1) * one) for t in range(layer.towers)]
+        span = share.slice
+        self.sizes = [max(0, min(span.stop, b) - max(span.start, a)) for a, b in bounds]
+
+    def forward(self, x: Tensor) -> Tensor:
+        inputs = x.chunk(len(self.sizes), 1)
+        weights, biases = self.weight.split(self.sizes), self.bias.split(self.sizes)
+        return torch.cat([F.linear(*part) for part in zip(inputs, weights, biases, strict=True)], 1)
+
+
+def _rows(rows: Tensor, count: int, group: dist.ProcessGroup) -> Gathering:
+    """Send ``count`` rows to all; the last one is of nothing where R does not divide the batch."""
+    missing = count - len(rows)
+    return Gathering(F.pad(rows, (0, 0, 0, missing)) if missing else rows, group)
+
+
+def _sums(gradient: Tensor, count: int, group: dist.ProcessGroup) -> Summing:
+    """Send the gradients of features, image i * R + r, to be summed as row i of process r."""
+    missing = count * group.size() - len(gradient)
+    padded = F.pad(gradient, (0, 0, 0, missing)) if missing else gradient
+    return Summing(padded.unflatten(0, (count, group.size())).transpose(0, 1), group)
+
+
+class _Whole(nn.Module):
+    """The outputs of all processes, of a layer that is split: [n, own] to [n, whole]."""
+
+    def __init__(self, share: Share, group: dist.ProcessGroup) -> None:
+        super().__init__()
+        self.share, self.group = share, group
+
+    def forward(self, x: Tensor) -> Tensor:
+        whole: Tensor = _Columns.apply(x, self.share, self.group)
+        return whole
+
+
+class _Columns(torch.autograd.Function):
+    """Columns of all, forward; sums of their gradients, each to its own process, backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, share: Share, group: dist.ProcessGroup) -> Tensor:
+        ctx.share, ctx.group = share, group
+        # in blocks of equal width; what is added lies behind the last column of all
+        padded = F.pad(x, (0, share.width - len(share)))
+        return gather(padded, group).transpose(0, 1).flatten(1)[:, : share.whole]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        share, (grad,) = ctx.share, grads
+        blocks = F.pad(grad, (0, share.width * share.parts - share.whole))
+        sent = blocks.unflatten(1, (share.parts, share.width)).transpose(0, 1)
+        own = Summing(sent, ctx.group).wait()[:, : len(share)]
+        return own.to(grad.dtype), None, None

@@ -1,0 +1,254 @@
+"""One process of a group that tests of layouts start by torchrun: does the jobs that the words ask
+for, with "/" between them, and rank 0 prints a line of JSON for each.
+
+    worker.py gradients LAYOUT VARIANT CLASSES BATCH     against the network on one device, float64
+    worker.py steps LAYOUT STEPS BATCH                   losses of float32 steps, with dropout
+    worker.py evaluation LAYOUT CLASSES BATCH            loss, hits and scores, in uneven parts
+    worker.py memory LAYOUT                              bytes of parameters and momentum
+    worker.py held LAYOUT                                elements of its parameters
+    worker.py write LAYOUT FOLDER                        a checkpoint
+    worker.py read LAYOUT FOLDER                         how many of its tensors are what they were
+"""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
+
+from alexnet_dist.model import VARIANTS, build_model, draw_masks, initial_weights, outline
+from alexnet_dist.parallel import build_layout
+from alexnet_dist.parallel.ddp import Compression, DataParallel
+from alexnet_dist.parallel.hybrid import Hybrid
+from alexnet_dist.parallel.mesh import Mesh, start
+from alexnet_dist.training import checkpoint
+from alexnet_dist.training.loop import train_step
+from alexnet_dist.training.optim import build_optimizer, velocities
+
+SIDE = 67
+SEED = 5
+
+
+class Data:
+    """A batch that a step takes."""
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        self.images, self.labels = images, labels
+
+
+def lay_out(name: str, mesh: Mesh, batch: int, **network: object) -> DataParallel | Hybrid:
+    variant = str(network.pop("variant", "paper"))
+    model = outline(variant, image_size=SIDE, **network)  # type: ignore[arg-type]
+    weights = initial_weights(model)
+    kind, _, compress = name.partition("+")
+    layout = build_layout(
+        model,
+        mesh.arrange(2 if kind == "towers" else 1),
+        batch=batch,
+        num_classes=int(network["num_classes"]),  # type: ignore[call-overload]
+        precision="fp32",
+        fc="sharded" if kind in ("whole", "pipelined") else "replicated",
+        fc_schedule=kind,
+        compression=Compression(compress or "none", 2, 2),  # type: ignore[arg-type]
+    )
+    torch.manual_seed(SEED)
+    layout.sharding.fill(layout.parameters, weights)
+    return layout
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def batch_of(count: int, classes: int, seed: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(count, 3, SIDE, SIDE, generator=generator) * 60
+    labels = torch.randint(classes, (count,), generator=generator)
+    return images.to(memory_format=torch.channels_last), labels
+
+
+def masks_of(model: object, step: int, batch: int, rows: slice) -> tuple[Tensor, ...]:
+    layers = model.dropouts()  # type: ignore[attr-defined]
+    return draw_masks(layers, seed=1, step=step, batch=batch, rows=rows, device=torch.device("cpu"))
+
+
+def gradients(mesh: Mesh, name: str, variant: str, classes: int, batch: int) -> dict:
+    torch.set_default_dtype(torch.float64)
+    try:
+        return _gradients(mesh, name, variant, classes, batch)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def _gradients(mesh: Mesh, name: str, variant: str, classes: int, batch: int) -> dict:
+    images, labels = batch_of(batch, classes, 0)
+    layout = lay_out(name, mesh, batch, variant=variant, num_classes=classes)
+    torch.manual_seed(SEED)
+    model = build_model(variant, num_classes=classes, image_size=SIDE)
+    model = model.to(memory_format=torch.channels_last)
+    scores = model(images, masks_of(model, 3, batch, slice(None)))
+    loss = F.cross_entropy(scores, labels)
+    loss.backward()
+
+    rows = layout.mesh.rows
+    masks = masks_of(model, 3, batch, layout.mask_rows)
+    result = layout.forward_backward(images[rows], labels[rows], masks)
+    dist.all_reduce(result)
+    worst = {}
+    for key, parameter in model.named_parameters():
+        assert parameter.grad is not None
+        local = layout.parameters[key].grad
+        assert local is not None
+        got = whole(layout.sharding.stored(key, local.contiguous()))
+        scale = parameter.grad.abs().max().clamp_min(1e-30)
+        worst[key] = float((got - parameter.grad).abs().max() / scale)
+    hits = int((scores.argmax(1) == labels).sum())
+    return {
+        "loss": abs(float(result[0]) / batch / loss.item() - 1),
+        "hits": [int(result[1]), hits],
+        "gradients": worst,
+    }
+
+
+def steps(mesh: Mesh, name: str, count: int, batch: int) -> dict:
+    layout = lay_out(name, mesh, batch, num_classes=10)
+    full = outline("paper", image_size=SIDE, num_classes=10)
+    optimizer = build_optimizer(
+        "paper", layout.parameters, lr=1e-4, momentum=0.9, weight_decay=5e-4
+    )
+    layout.warm_up(*warm(layout, batch), masks_of(full, 0, batch, layout.mask_rows))
+    losses = []
+    for step in range(count):
+        images, labels = batch_of(batch, 10, step)
+        rows = layout.mesh.rows
+        masks = masks_of(full, step, batch, layout.mask_rows)
+        result = train_step(layout, optimizer, Data(images[rows], labels[rows]), masks)
+        dist.all_reduce(result)
+        losses.append(float(result[0]) / batch)
+    return {"losses": losses}
+
+
+def warm(layout: DataParallel | Hybrid, batch: int) -> tuple[Tensor, Tensor]:
+    images, labels = batch_of(batch, 10, 0)
+    return images[layout.mesh.rows], labels[layout.mesh.rows]
+
+
+def evaluation(mesh: Mesh, name: str, classes: int, batch: int) -> dict:
+    """The last of the batches has fewer images than there are replicas."""
+    layout = lay_out(name, mesh, batch, num_classes=classes)
+    torch.manual_seed(SEED)
+    model = build_model("paper", num_classes=classes, image_size=SIDE).eval()
+    total = torch.zeros(4, dtype=torch.float64)
+    expected = torch.zeros(4, dtype=torch.float64)
+    apart = 0.0
+    for seed, count in enumerate((batch, batch - 1, 1)):
+        images, labels = batch_of(count, classes, seed)
+        rows = layout.mesh.rows
+        total += layout.hits(images[rows], labels[rows])
+        with torch.no_grad():
+            scores = model(images)
+        best = scores.topk(min(5, classes), 1).indices == labels[:, None]
+        loss = F.cross_entropy(scores.double(), labels, reduction="sum")
+        some = [loss, best[:, 0].sum(), best.sum(), torch.tensor(count)]
+        expected += torch.stack([one.double() for one in some])
+        apart = max(apart, float((layout.logits(images) - scores).abs().max()))
+    dist.all_reduce(total)
+    return {"got": total.tolist(), "expected": expected.tolist(), "scores": apart}
+
+
+def memory(mesh: Mesh, name: str) -> dict:
+    """Resident memory of this process before and after it has its parameters and their momentum,
+    and the most on the way; the largest over the processes, in bytes."""
+    before = resident()
+    layout = lay_out(name, mesh, 8, num_classes=10)
+    optimizer = build_optimizer("paper", layout.parameters, lr=0.1, momentum=0.9, weight_decay=0)
+    for velocity in velocities(optimizer, layout.parameters).values():
+        velocity.fill_(1)
+    held = sum(2 * p.numel() * p.element_size() for p in layout.parameters.values())
+    answers = mesh.gather((resident() - before, resident("VmHWM") - before, held))
+    now, peak, tensors = (max(one) for one in zip(*answers, strict=True))
+    return {"resident": now, "peak": peak, "tensors": tensors}
+
+
+def held(mesh: Mesh, name: str) -> dict:
+    """Elements of the parameters that a process holds, the most over the processes."""
+    layout = lay_out(name, mesh, 8, num_classes=10)
+    count = sum(parameter.numel() for parameter in layout.parameters.values())
+    return {"elements": max(mesh.gather(count))}
+
+
+def write(mesh: Mesh, name: str, folder: str) -> dict:
+    layout = lay_out(name, mesh, 8, num_classes=5)
+    made = checkpoint.save(Path(folder), 1, _known(layout, values=True), {}, best=False)
+    return {"files": len(list(made.glob("*.safetensors")))}
+
+
+def read(mesh: Mesh, name: str, folder: str) -> dict:
+    layout = lay_out(name, mesh, 8, num_classes=5)
+    wanted, got = _known(layout, values=True), _known(layout, values=False)
+    checkpoint.load(checkpoint.find(f"{folder}/step-00000001"), got)
+    pairs = [(_local(got[key]), _local(wanted[key])) for key in wanted]
+    equal = [bool(torch.equal(*pair)) for pair in pairs]
+    answers = mesh.gather((sum(equal), len(equal)))
+    return {"equal": min(one for one, _ in answers), "tensors": answers[0][1]}
+
+
+def _known(layout: DataParallel | Hybrid, *, values: bool) -> dict[str, Tensor]:
+    """Parameters and velocities of a layout as a checkpoint has them, filled with numbers that
+    follow from their names, or with zeros."""
+    stored, found = layout.sharding.stored, {}
+    model = outline("paper", image_size=SIDE, num_classes=5)
+    for key, parameter in model.named_parameters():
+        for kind in ("model", "velocity"):
+            local = torch.zeros_like(layout.parameters[key])
+            if values:
+                generator = torch.Generator().manual_seed(sum(f"{kind}{key}".encode()))
+                full = torch.randn(parameter.shape, generator=generator)
+                local.copy_(layout.sharding.part(key, full))
+            found[f"{kind}.{key}"] = stored(key, local.detach())
+    return found
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def shrink() -> None:
+    """Cut fc6 and fc7 of every network to 1/32, for layouts do not care and processors do."""
+    for name, variant in VARIANTS.items():
+        layers = tuple(
+            replace(row, out=row.out // 32) if row.name in ("fc6", "fc7") else row
+            for row in variant.layers
+        )
+        VARIANTS[name] = replace(variant, layers=layers)
+
+
+JOBS = {one.__name__: one for one in (gradients, steps, evaluation, memory, held, write, read)}
+
+
+def resident(what: str = "VmRSS") -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(what):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"no {what}")
+
+
+def main() -> None:
+    mesh = start("cpu", 1)
+    if "memory" not in sys.argv:
+        shrink()
+    for job in " ".join(sys.argv[1:]).split(" / "):
+        kind, *words = job.split()
+        numbers = [int(word) if word.isdigit() else word for word in words]
+        answer = JOBS[kind](mesh, *numbers)  # type: ignore[operator]
+        if mesh.rank == 0:
+            print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()
