@@ -1,0 +1,329 @@
+"""What each layout sends: bytes a process and step, counted, beside the formula; and steps a second
+on several hosts whose network is slow.
+
+sudo python benchmarks/communication.py [--bytes] [--speed] [--out FILE.json]
+
+Hosts are network namespaces on this machine, joined by a bridge (iproute2; as root), each with a
+link whose rate is set in both directions; gloo speaks between them. Bytes are counted twice: of
+the collectives that really ran, in torch's dispatcher, by what a ring sends of each; and on the
+wire, by the host's own link, which adds the headers of TCP and answers. Processes share the two
+cores of one machine, so that the time of a step is mostly arithmetic; a cluster's is less so.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from alexnet_dist.model import draw_masks, initial_weights, outline
+from alexnet_dist.parallel import build_layout
+from alexnet_dist.parallel.arithmetic import choose_precision
+from alexnet_dist.parallel.ddp import Compression
+from alexnet_dist.parallel.mesh import start
+from alexnet_dist.training.optim import build_optimizer
+from benchmarks.vs_pytorch_example import machine
+
+LAYOUTS = (
+    "ddp",
+    "ddp+bf16",
+    "ddp+fp16",
+    "ddp+powersgd",
+    "towers",
+    "towers+bf16",
+    "whole",
+    "whole+bf16",
+    "pipelined",
+    "pipelined+bf16",
+)
+CLASSES = 1000
+MIB = 2**20
+
+
+class Counter(TorchDispatchMode):
+    """Bytes that a process sends in the collectives that pass, by kind, as rings send them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent: dict[str, float] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = str(func)
+        if name.startswith("c10d."):
+            kind = name.split(".")[1].strip("_").removesuffix("_base")
+            boxed = next(one for one in args if isinstance(one, torch.ScriptObject))
+            n = dist.ProcessGroup.unbox(boxed).size()
+            size = _bytes(args[0])  # of what is reduced, or of all that is gathered
+            share = {"allreduce": 2 * (n - 1) / n, "barrier": 0.0}.get(kind, (n - 1) / n)
+            self.sent[kind] = self.sent.get(kind, 0.0) + share * size
+        return func(*args, **(kwargs or {}))
+
+
+def _bytes(thing: Any) -> int:
+    if isinstance(thing, torch.Tensor):
+        return thing.numel() * thing.element_size()
+    return sum(_bytes(one) for one in thing) if isinstance(thing, (list, tuple)) else 0
+
+
+def formula(layout: str, ranks: int, batch: int, width: int) -> float:
+    """Bytes that a process sends in a step of ``paper``, activations in ``width`` bytes."""
+    model = outline("paper", num_classes=CLASSES)
+    kind, _, compress = layout.partition("+")
+    counts = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    convolutions = sum(count for name, count in counts.items() if name.startswith("conv"))
+    everything = sum(counts.values())
+    value = {"": 4, "bf16": 2, "fp16": 2}.get(compress, 0)
+
+    def reduced(values: float, n: int) -> float:
+        return 2 * (n - 1) / n * values * value
+
+    if kind == "towers":  # a pair exchanges four tensors, both ways; like towers reduce
+        local = batch / (ranks // 2)
+        exchanged = 2 * local * (128 * 13 * 13 + 128 * 6 * 6 + 2048 + 2048) * width
+        return exchanged + reduced(everything / 2, ranks // 2) + local * 4 * 4
+    if kind in ("whole", "pipelined"):
+        share = (ranks - 1) / ranks
+        activations = 2 * batch * (9216 + 4096 + 4096) * width  # there and, as gradients, back
+        loss = batch * (ranks * 4 * 4 + 8)  # four numbers an image from each process; labels
+        return share * (activations + loss) + reduced(convolutions, ranks)
+    return reduced(everything, ranks)
+
+
+def work(words: argparse.Namespace) -> None:
+    """One process: steps under a layout; prints what it sent and how long a step took."""
+    mesh = start("cpu", 1)
+    kind, _, compress = words.work.partition("+")
+    precision = choose_precision("auto", mesh.device)
+    model = outline("paper", num_classes=CLASSES)
+    torch.manual_seed(1)
+    weights = initial_weights(model)
+    mesh = mesh.arrange(2 if kind == "towers" else 1)
+    layout = build_layout(
+        model,
+        mesh,
+        batch=words.batch,
+        num_classes=CLASSES,
+        precision=precision,
+        fc="sharded" if kind in ("whole", "pipelined") else "replicated",
+        fc_schedule=kind,
+        compression=Compression(compress or "none", 4, 2),
+    )
+    layout.sharding.fill(layout.parameters, weights)
+    optimizer = build_optimizer(
+        "paper", layout.parameters, lr=1e-4, momentum=0.9, weight_decay=5e-4
+    )
+    count = mesh.local_batch(words.batch)
+    images = torch.randn(count, 3, 224, 224).to(memory_format=torch.channels_last)
+    labels = torch.randint(CLASSES, (count,))
+    masks = draw_masks(
+        model.dropouts(),
+        seed=1,
+        step=0,
+        batch=words.batch,
+        rows=layout.mask_rows,
+        device=mesh.device,
+    )
+
+    def step() -> None:
+        layout.forward_backward(images, labels, masks)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    for _ in range(words.warm):
+        step()
+    seconds = []
+    dist.barrier()
+    before, counter = _on_the_wire(), Counter()
+    for _ in range(words.steps):
+        begin = time.perf_counter()
+        if words.count:
+            with counter:
+                step()
+        else:
+            step()
+        seconds.append(time.perf_counter() - begin)
+    wire = (_on_the_wire() - before) / words.steps
+    sent = sum(counter.sent.values()) / words.steps
+    answers = mesh.gather((sent, wire, statistics.median(seconds)))
+    if mesh.rank == 0:
+        means = [statistics.mean(one) for one in zip(*answers, strict=True)]
+        print(json.dumps({"sent": means[0], "wire": means[1], "seconds": means[2]} | counter.sent))
+
+
+def _on_the_wire() -> int:
+    return int(Path("/sys/class/net/eth0/statistics/tx_bytes").read_text())
+
+
+class Hosts:
+    """Network namespaces on a bridge, each with a link of ``rate``."""
+
+    def __init__(self, count: int, rate: str | None) -> None:
+        self.count, self.rate = count, rate
+
+    def __enter__(self) -> "Hosts":
+        self.__exit__()
+        _ip("link add adbr type bridge")
+        _ip("link set adbr up")
+        for n in range(self.count):
+            _ip(f"netns add adh{n}")
+            _ip(f"link add adv{n} type veth peer name eth0 netns adh{n}")
+            _ip(f"link set adv{n} master adbr up")
+            _ip(f"-n adh{n} addr add 10.91.0.{n + 1}/24 dev eth0")
+            _ip(f"-n adh{n} link set eth0 up")
+            _ip(f"-n adh{n} link set lo up")
+            if self.rate:
+                shape = f"root tbf rate {self.rate} burst 1mb latency 100ms".split()
+                for side in (["tc", "-n", f"adh{n}"], ["tc"]):
+                    device = "eth0" if len(side) > 1 else f"adv{n}"
+                    subprocess.run([*side, "qdisc", "add", "dev", device, *shape], check=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for n in range(64):
+            if Path(f"/run/netns/adh{n}").exists():
+                _ip(f"netns delete adh{n}")
+            if Path(f"/sys/class/net/adv{n}").exists():
+                _ip(f"link delete adv{n}")
+        if Path("/sys/class/net/adbr").exists():
+            _ip("link delete adbr")
+
+    def run(self, layout: str, batch: int, *options: str) -> dict[str, Any]:
+        """One group, a process a host; what rank 0 says."""
+        command = [sys.executable, "-W", "ignore", "-m", "benchmarks.communication"]
+        command += ["--work", layout, "--batch", str(batch), *options]
+        running = []
+        for n in range(self.count):
+            env = os.environ | {
+                "RANK": str(n),
+                "WORLD_SIZE": str(self.count),
+                "LOCAL_RANK": "0",
+                "LOCAL_WORLD_SIZE": "1",
+                "MASTER_ADDR": "10.91.0.1",
+                "MASTER_PORT": "29555",
+                "GLOO_SOCKET_IFNAME": "eth0",
+                "PYTHONWARNINGS": "ignore",
+            }
+            host = ["ip", "netns", "exec", f"adh{n}", *command]
+            pipe = subprocess.PIPE if n == 0 else subprocess.DEVNULL
+            running.append(subprocess.Popen(host, env=env, stdout=pipe, text=True))
+        while all(process.poll() is None for process in running):
+            time.sleep(0.2)
+        codes = [process.poll() for process in running]
+        if any(codes):  # the others would wait for it
+            for process in running:
+                process.kill()
+            raise SystemExit(f"{layout}: a process has failed")
+        out, _ = running[0].communicate()
+        if any(process.wait() for process in running):
+            raise SystemExit(f"{layout}: a process has failed")
+        answer: dict[str, Any] = json.loads(out.splitlines()[-1])
+        return answer
+
+
+def _ip(words: str) -> None:
+    subprocess.run(["ip", *words.split()], check=True)
+
+
+def count_bytes(words: argparse.Namespace) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    width = 2 if choose_precision("auto", torch.device("cpu")) == "bf16" else 4
+    with Hosts(words.ranks, None) as hosts:
+        for layout in words.layouts:
+            # PowerSGD begins after two steps, sends from other threads, and no activations
+            late = "powersgd" in layout
+            options = ["--steps", "1", "--warm", "2" if late else "0", "--count"]
+            batch = words.ranks if late else words.batch
+            answer = hosts.run(layout, batch, *options)
+            wanted = formula(layout, words.ranks, words.batch, width)
+            row = {
+                "layout": layout,
+                "formula_MiB": None if late else round(wanted / MIB, 1),
+                "collectives_MiB": None if late else round(answer["sent"] / MIB, 1),
+                "wire_MiB": round(answer["wire"] / MIB, 1),
+            }
+            row["of_ddp"] = round(row["wire_MiB"] / (rows or [row])[0]["wire_MiB"], 3)
+            rows.append(row)
+            print(row, flush=True)
+    return rows
+
+
+def measure_speed(words: argparse.Namespace) -> list[dict[str, Any]]:
+    rows = []
+    for rate in words.rates:
+        with Hosts(words.hosts, rate) as hosts:
+            seconds: dict[str, list[float]] = {layout: [] for layout in words.layouts}
+            for _ in range(words.rounds):
+                for layout in words.layouts:
+                    options = ["--steps", "3", "--warm", "2"]
+                    answer = hosts.run(layout, words.speed_batch, *options)
+                    seconds[layout].append(answer["seconds"])
+                    print(rate, layout, f"{answer['seconds']:.2f} s a step", flush=True)
+        base = words.layouts[0]
+        for layout, each in seconds.items():
+            ratios = [theirs / ours for theirs, ours in zip(seconds[base], each, strict=True)]
+            row = {
+                "rate": rate,
+                "layout": layout,
+                "seconds_a_step": [round(one, 3) for one in each],
+                f"faster_than_{base}": round(statistics.median(ratios), 2),
+            }
+            rows.append(row)
+            print(row, flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--bytes", action="store_true", help="count bytes")
+    parser.add_argument("--speed", action="store_true", help="measure steps a second")
+    parser.add_argument("--layouts", nargs="*", default=list(LAYOUTS))
+    parser.add_argument("--ranks", type=int, default=8, help="processes, where bytes are counted")
+    parser.add_argument("--batch", type=int, default=1024, help="the global batch there")
+    parser.add_argument("--hosts", type=int, default=4, help="hosts, where time is measured")
+    parser.add_argument("--speed-batch", type=int, default=64, help="the global batch there")
+    parser.add_argument("--rates", nargs="*", default=["1gbit", "4gbit"])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--work", help="for the script itself: a layout")
+    parser.add_argument("--steps", type=int, default=1)
+    parser.add_argument("--warm", type=int, default=0)
+    parser.add_argument("--count", action="store_true")
+    parser.add_argument("--out", type=Path, help="where the JSON goes")
+    words = parser.parse_args()
+    if words.work:
+        work(words)
+        return
+    record: dict[str, Any] = {
+        "what": "benchmarks/communication.py",
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": machine(torch.device("cpu")),
+        "variant": "paper, 1000 classes",
+        "precision": choose_precision("auto", torch.device("cpu")),
+    }
+    if words.bytes:
+        record["bytes"] = {
+            "ranks": words.ranks,
+            "global_batch": words.batch,
+            "a_process_and_step": count_bytes(words),
+        }
+    if words.speed:
+        record["speed"] = {
+            "hosts": words.hosts,
+            "global_batch": words.speed_batch,
+            "rows": measure_speed(words),
+        }
+    if words.out:
+        words.out.write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
