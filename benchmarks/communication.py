@@ -1,7 +1,7 @@
 """What each layout sends: bytes a process and step, counted, beside the formula; and steps a second
 on several hosts whose network is slow.
 
-sudo python benchmarks/communication.py [--bytes] [--speed] [--out FILE.json]
+python -m benchmarks.communication [--bytes] [--speed] [--out FILE.json]
 
 Hosts are network namespaces on this machine, joined by a bridge (iproute2; as root), each with a
 link whose rate is set in both directions; gloo speaks between them. Bytes are counted twice: of
@@ -192,8 +192,8 @@ class Hosts:
         for n in range(64):
             if Path(f"/run/netns/adh{n}").exists():
                 _ip(f"netns delete adh{n}")
-            if Path(f"/sys/class/net/adv{n}").exists():
-                _ip(f"link delete adv{n}")
+            if Path(f"/sys/class/net/adv{n}").exists():  # it goes with its namespace, soon
+                subprocess.run(["ip", "link", "delete", f"adv{n}"], stderr=subprocess.DEVNULL)
         if Path("/sys/class/net/adbr").exists():
             _ip("link delete adbr")
 
@@ -239,10 +239,11 @@ def count_bytes(words: argparse.Namespace) -> list[dict[str, Any]]:
     width = 2 if choose_precision("auto", torch.device("cpu")) == "bf16" else 4
     with Hosts(words.ranks, None) as hosts:
         for layout in words.layouts:
-            # PowerSGD begins after two steps, sends from other threads, and no activations
+            # PowerSGD begins after two steps, and sends from threads that the counter does not see;
+            # data parallel sends no activations, so that its batch does not matter
             late = "powersgd" in layout
             options = ["--steps", "1", "--warm", "2" if late else "0", "--count"]
-            batch = words.ranks if late else words.batch
+            batch = words.ranks if layout.startswith("ddp") else words.batch
             answer = hosts.run(layout, batch, *options)
             wanted = formula(layout, words.ranks, words.batch, width)
             row = {

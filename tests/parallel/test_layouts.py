@@ -23,7 +23,7 @@ from tests.conftest import environment
 WORKER = Path(__file__).with_name("worker.py")
 
 
-def group(processes: int, *jobs: str) -> list[Any]:
+def group(processes: int, *jobs: str, on: str = "cpu") -> list[Any]:
     """The answers of so many processes to each of the ``jobs``."""
     launcher = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
     words = " / ".join(jobs).split()
@@ -33,7 +33,7 @@ def group(processes: int, *jobs: str) -> list[Any]:
         text=True,
         timeout=240,
         cwd=WORKER.parents[2],
-        env=environment(PYTHONWARNINGS="ignore"),
+        env=environment(PYTHONWARNINGS="ignore", LAYOUT_TEST_ON=on),
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
@@ -65,6 +65,22 @@ def test_loss_and_gradients_are_those_of_one_device(processes: int, jobs: list[s
         assert answer["loss"] < 1e-9, job
         assert answer["hits"][0] == answer["hits"][1], job
         assert max(answer["gradients"].values()) < 1e-9, job
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("on", ["one-gpu", "cuda"])
+def test_layouts_on_gpus(on: str) -> None:
+    if on == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip("nccl wants a GPU for each process, and torch sees one")
+    layouts = ("ddp", "towers", "whole", "pipelined")
+    jobs = [f"gradients {layout} paper 7 5" for layout in layouts]
+    jobs += [f"evaluation {layout} 10 6" for layout in layouts]
+    for job, answer in zip(jobs, group(2, *jobs, on=on), strict=True):
+        if job.startswith("gradients"):
+            assert answer["loss"] < 1e-9, job
+            assert max(answer["gradients"].values()) < 1e-9, job
+        else:
+            assert answer["got"][1:] == answer["expected"][1:], job
 
 
 def test_steps_with_dropout_are_those_of_one_device() -> None:

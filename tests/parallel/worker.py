@@ -11,6 +11,7 @@ for, with "/" between them, and rank 0 prints a line of JSON for each.
 """
 
 import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +33,9 @@ from alexnet_dist.training.optim import build_optimizer, velocities
 
 SIDE = 67
 SEED = 5
+ON = os.environ.get("LAYOUT_TEST_ON", "cpu")
+"""cpu; cuda, a GPU for each process and nccl; or one-gpu, all on the first one, over gloo."""
+DEVICE = torch.device("cpu" if ON == "cpu" else "cuda")
 
 
 class Data:
@@ -69,12 +73,12 @@ def batch_of(count: int, classes: int, seed: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(count, 3, SIDE, SIDE, generator=generator) * 60
     labels = torch.randint(classes, (count,), generator=generator)
-    return images.to(memory_format=torch.channels_last), labels
+    return images.to(DEVICE, memory_format=torch.channels_last), labels.to(DEVICE)
 
 
 def masks_of(model: object, step: int, batch: int, rows: slice) -> tuple[Tensor, ...]:
     layers = model.dropouts()  # type: ignore[attr-defined]
-    return draw_masks(layers, seed=1, step=step, batch=batch, rows=rows, device=torch.device("cpu"))
+    return draw_masks(layers, seed=1, step=step, batch=batch, rows=rows, device=DEVICE)
 
 
 def gradients(mesh: Mesh, name: str, variant: str, classes: int, batch: int) -> dict:
@@ -90,7 +94,7 @@ def _gradients(mesh: Mesh, name: str, variant: str, classes: int, batch: int) ->
     layout = lay_out(name, mesh, batch, variant=variant, num_classes=classes)
     torch.manual_seed(SEED)
     model = build_model(variant, num_classes=classes, image_size=SIDE)
-    model = model.to(memory_format=torch.channels_last)
+    model = model.to(DEVICE, memory_format=torch.channels_last)  # type: ignore[call-overload]
     scores = model(images, masks_of(model, 3, batch, slice(None)))
     loss = F.cross_entropy(scores, labels)
     loss.backward()
@@ -142,9 +146,9 @@ def evaluation(mesh: Mesh, name: str, classes: int, batch: int) -> dict:
     """The last of the batches has fewer images than there are replicas."""
     layout = lay_out(name, mesh, batch, num_classes=classes)
     torch.manual_seed(SEED)
-    model = build_model("paper", num_classes=classes, image_size=SIDE).eval()
-    total = torch.zeros(4, dtype=torch.float64)
-    expected = torch.zeros(4, dtype=torch.float64)
+    model = build_model("paper", num_classes=classes, image_size=SIDE).eval().to(DEVICE)
+    total = torch.zeros(4, dtype=torch.float64, device=DEVICE)
+    expected = torch.zeros(4, dtype=torch.float64, device=DEVICE)
     apart = 0.0
     for seed, count in enumerate((batch, batch - 1, 1)):
         images, labels = batch_of(count, classes, seed)
@@ -154,7 +158,7 @@ def evaluation(mesh: Mesh, name: str, classes: int, batch: int) -> dict:
             scores = model(images)
         best = scores.topk(min(5, classes), 1).indices == labels[:, None]
         loss = F.cross_entropy(scores.double(), labels, reduction="sum")
-        some = [loss, best[:, 0].sum(), best.sum(), torch.tensor(count)]
+        some = [loss, best[:, 0].sum(), best.sum(), torch.tensor(count, device=DEVICE)]
         expected += torch.stack([one.double() for one in some])
         apart = max(apart, float((layout.logits(images) - scores).abs().max()))
     dist.all_reduce(total)
@@ -239,7 +243,10 @@ def resident(what: str = "VmRSS") -> int:
 
 
 def main() -> None:
-    mesh = start("cpu", 1)
+    mesh = start("cuda" if ON == "cuda" else "cpu", 1)
+    if ON == "one-gpu":
+        torch.cuda.set_device(0)
+        mesh = replace(mesh, device=torch.device("cuda", 0))
     if "memory" not in sys.argv:
         shrink()
     for job in " ".join(sys.argv[1:]).split(" / "):
