@@ -167,11 +167,11 @@ class ParallelConfig:
     fc_schedule: Literal["whole", "pipelined"] = "whole"
     """sharded: the global batch at once, or in turns, one's transfer under the other's product."""
     compress: Literal["none", "bf16", "fp16", "powersgd"] = "none"
-    """How gradients travel between replicas."""
+    """How gradients travel between replicas, where there are several."""
     powersgd_rank: int = 4
     """powersgd: rank of the matrices that stand for a gradient."""
     powersgd_start: int = 1000
-    """powersgd: steps of plain sums before it begins."""
+    """powersgd: steps of plain sums before it begins, at each start of a run."""
 
 
 @dataclass

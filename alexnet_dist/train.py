@@ -23,7 +23,7 @@ from alexnet_dist.data.plan import EvaluationPlan, Plan
 from alexnet_dist.data.sources import Catalogue, make_catalogue, open_sources
 from alexnet_dist.errors import Failure, run_command
 from alexnet_dist.model import VARIANTS, draw_masks, initial_weights, outline
-from alexnet_dist.parallel import build_layout
+from alexnet_dist.parallel import build_layout, check_layout
 from alexnet_dist.parallel.arithmetic import choose_precision, device_name, set_arithmetic
 from alexnet_dist.parallel.ddp import Compression
 from alexnet_dist.parallel.mesh import Mesh, start
@@ -41,9 +41,11 @@ def main(arguments: list[str]) -> None:
     program = "python -m alexnet_dist.train"
     parsed = parse(arguments, program=program, description=__doc__)
     mesh = start(parsed.config.runtime.device, parsed.config.runtime.threads)
+    _check_layout(parsed.config, mesh)
     folder, path, kept = _open_run(mesh, parsed)
     if kept:
         parsed = parse(arguments, program=program, description=__doc__, underneath=kept)
+        _check_layout(parsed.config, mesh)
     run = Run(parsed.config, mesh.arrange(parsed.config.parallel.towers), folder, path)
     try:
         run.train()
@@ -58,12 +60,6 @@ class Run:
     def __init__(self, config: Config, mesh: Mesh, folder: RunFolder | None, path: Path) -> None:
         self.config, self.mesh, self.path = config, mesh, path
         data, runtime = config.data, config.runtime
-        if config.model.variant not in VARIANTS:
-            raise Failure(
-                f"there is no model.variant {config.model.variant}; there are "
-                f"{', '.join(VARIANTS)}",
-                everywhere=True,
-            )
         self.precision = choose_precision(runtime.precision, mesh.device)
         set_arithmetic(self.precision, runtime.deterministic)
         self.threads = data.threads or mesh.threads
@@ -566,6 +562,23 @@ def _open_run(mesh: Mesh, parsed: Parsed) -> tuple[RunFolder | None, Path, dict[
 
     path, kept = mesh.from_first(choose)
     return (opened[0] if opened else None), Path(path), kept
+
+
+def _check_layout(config: Config, mesh: Mesh) -> None:
+    if config.model.variant not in VARIANTS:
+        raise Failure(
+            f"there is no model.variant {config.model.variant}; there are {', '.join(VARIANTS)}",
+            everywhere=True,
+        )
+    parallel = config.parallel
+    check_layout(
+        VARIANTS[config.model.variant],
+        mesh.world,
+        towers=parallel.towers,
+        fc=parallel.fc,
+        compress=parallel.compress,
+        precision=choose_precision(config.runtime.precision, mesh.device),
+    )
 
 
 def _check_batch(config: Config, mesh: Mesh, catalogue: Catalogue) -> None:

@@ -87,6 +87,8 @@ def formula(layout: str, ranks: int, batch: int, width: int) -> float:
     def reduced(values: float, n: int) -> float:
         return 2 * (n - 1) / n * values * value
 
+    if compress == "powersgd":
+        return 2 * (ranks - 1) / ranks * 4 * sum(_matrices(p.shape) for p in model.parameters())
     if kind == "towers":  # a pair exchanges four tensors, both ways; like towers reduce
         local = batch / (ranks // 2)
         exchanged = 2 * local * (128 * 13 * 13 + 128 * 6 * 6 + 2048 + 2048) * width
@@ -97,6 +99,15 @@ def formula(layout: str, ranks: int, batch: int, width: int) -> float:
         loss = batch * (ranks * 4 * 4 + 8)  # four numbers an image from each process; labels
         return share * (activations + loss) + reduced(convolutions, ranks)
     return reduced(everything, ranks)
+
+
+def _matrices(shape: torch.Size, rank: int = 4) -> int:
+    """Values that PowerSGD sends of a parameter: two thin matrices, or all where that is little."""
+    if len(shape) == 1:
+        return shape.numel()
+    rows, columns = shape[0], shape.numel() // shape[0]
+    thin = min(rows, columns, rank) * (rows + columns)
+    return thin if 2 * thin < shape.numel() else shape.numel()
 
 
 def work(words: argparse.Namespace) -> None:
@@ -248,7 +259,8 @@ def count_bytes(words: argparse.Namespace) -> list[dict[str, Any]]:
             wanted = formula(layout, words.ranks, words.batch, width)
             row = {
                 "layout": layout,
-                "formula_MiB": None if late else round(wanted / MIB, 1),
+                "global_batch": batch,
+                "formula_MiB": round(wanted / MIB, 1),
                 "collectives_MiB": None if late else round(answer["sent"] / MIB, 1),
                 "wire_MiB": round(answer["wire"] / MIB, 1),
             }

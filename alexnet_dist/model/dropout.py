@@ -1,8 +1,8 @@
 """Dropout whose masks depend on the step and the image, not on who computes them.
 
-A mask is a function of (seed, step, layer, position in the global batch, unit). Every process
-draws the mask of the whole global batch and takes its own rows, so one process and eight drop the
-same units, and a resumed run needs no generator's state.
+A mask is a function of (seed, step, layer, position in the global batch, unit). Whoever computes a
+part of the batch draws the mask of all of it and takes the rows wanted, so that the same units are
+dropped however it is divided, and a resumed run needs no generator's state.
 """
 
 from collections.abc import Sequence
@@ -56,7 +56,7 @@ def draw_masks(
 
     Args:
         batch: images in the global batch.
-        rows: the positions of it that this process computes.
+        rows: the positions of it that are wanted.
     """
     masks = []
     for number, layer in enumerate(layers):

@@ -8,8 +8,10 @@ and how many bytes. The network knows none of it.
     hybrid.py    convolutions as in ddp.py, fully connected layers split over the replicas
 """
 
+from torch import nn
+
 from alexnet_dist.errors import Failure
-from alexnet_dist.model.alexnet import AlexNet, TorchvisionAlexNet
+from alexnet_dist.model.alexnet import AlexNet, TorchvisionAlexNet, Variant
 from alexnet_dist.parallel.arithmetic import Precision
 from alexnet_dist.parallel.classes import Classes
 from alexnet_dist.parallel.ddp import Compression, DataParallel
@@ -18,7 +20,40 @@ from alexnet_dist.parallel.mesh import Mesh
 from alexnet_dist.parallel.shards import Sharding, Share
 from alexnet_dist.parallel.towers import tower_of
 
-__all__ = ["build_layout"]
+__all__ = ["build_layout", "check_layout"]
+
+
+def check_layout(
+    variant: Variant, processes: int, *, towers: int, fc: str, compress: str, precision: Precision
+) -> None:
+    """Refuse what cannot be laid out, before anything is begun.
+
+    Raises:
+        Failure: in one sentence.
+    """
+    refusal = ""
+    if towers > 1 and fc == "sharded":
+        refusal = (
+            "parallel.towers 2 and parallel.fc sharded are two ways to split the same layers: take "
+            "one of them, the other by --parallel.towers 1 or --parallel.fc replicated"
+        )
+    elif towers > 1 and variant.towers != 2:
+        refusal = (
+            "parallel.towers 2 wants a network of two towers (paper, original145 and its kin), and "
+            "model.variant has one: take --parallel.towers 1, or --parallel.fc sharded"
+        )
+    elif processes % towers:
+        refusal = (
+            f"parallel.towers 2 wants pairs of processes, and there are {processes}: take "
+            f"--nproc_per_node={processes + 1}, or --parallel.towers 1"
+        )
+    elif compress == "powersgd" and precision == "fp16":
+        refusal = (
+            "parallel.compress powersgd keeps what an overflow of fp16 leaves behind: take another "
+            "runtime.precision, or --parallel.compress fp16"
+        )
+    if refusal:
+        raise Failure(refusal, everywhere=True)
 
 
 def build_layout(
@@ -35,18 +70,10 @@ def build_layout(
 ) -> DataParallel | Hybrid:
     """Lay ``model``, as ``outline`` gives it, out on the ``mesh``, as it is arranged.
 
-    Its parameters have no values yet; ``sharding.fill`` or a checkpoint gives them.
-
-    Raises:
-        Failure: the network cannot be laid out so.
+    Its parameters have no values yet; ``sharding.fill`` or a checkpoint gives them. What
+    ``check_layout`` refuses is not asked again.
     """
     if fc == "sharded":
-        if mesh.towers > 1:
-            raise Failure(
-                "parallel.towers 2 and parallel.fc sharded are two ways to split the same layers: "
-                "take one of them",
-                everywhere=True,
-            )
         return Hybrid(
             model,
             mesh,
@@ -57,8 +84,9 @@ def build_layout(
             compression=compression,
         )
     classes = sharding = None
-    network = model
+    network: nn.Module = model
     if mesh.towers > 1:
+        assert isinstance(model, AlexNet)
         network = tower_of(model, mesh)
         classes = Classes(Share(num_classes, mesh.towers, mesh.tower), mesh.group("mp"))
         shapes = {name: parameter.shape for name, parameter in model.named_parameters()}

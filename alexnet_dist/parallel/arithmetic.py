@@ -66,4 +66,14 @@ def grad_scaler(
     enabled = precision == "fp16"
     if group is None or not enabled:
         return GradScaler(device.type, enabled=enabled)
-    return ShardedGradScaler(device.type, process_group=group)
+    return _SharedScaler(device.type, process_group=group)
+
+
+class _SharedScaler(ShardedGradScaler):
+    """torch adds up how many processes have overflowed; its fused optimizers leave a step out where
+    that is exactly one."""
+
+    def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
+        super().unscale_(optimizer)
+        for found in self._per_optimizer_states[id(optimizer)]["found_inf_per_device"].values():
+            found.clamp_(max=1.0)

@@ -23,7 +23,7 @@ from alexnet_dist.parallel.shards import Sharding, Share
 @dataclass(frozen=True)
 class Compression:
     """How gradients travel between replicas: as they are, in 16 bits, or as PowerSGD's matrices of
-    ``rank`` from step ``start`` on (Vogels et al. 2019)."""
+    ``rank`` (Vogels et al. 2019) after ``start`` steps and the two passes of the warm-up."""
 
     kind: Literal["none", "bf16", "fp16", "powersgd"] = "none"
     rank: int = 4
@@ -31,6 +31,8 @@ class Compression:
 
 
 PLAIN = Compression()
+WARM_UP = 2
+"""Backward passes before the first step; see DataParallel.warm_up."""
 
 
 class DataParallel:
@@ -126,7 +128,7 @@ class DataParallel:
         would differ from an uninterrupted one in the last bits.
         """
         masks = tuple(masks)
-        for _ in range(2):
+        for _ in range(WARM_UP):
             self.forward_backward(images, labels, masks)
         for parameter in self.parameters.values():
             parameter.grad = None
@@ -177,7 +179,7 @@ def averaged(
         state = powerSGD_hook.PowerSGDState(
             process_group=group,
             matrix_approximation_rank=compression.rank,
-            start_powerSGD_iter=compression.start,
+            start_powerSGD_iter=compression.start + WARM_UP,
         )
         parallel.register_comm_hook(state, _power_sgd)
     return parallel

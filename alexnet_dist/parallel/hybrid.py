@@ -7,10 +7,10 @@ for the rows of all. For a global batch of B images a process sends in a step, (
 
     features          B x 9216, all-gathered; their gradient, B x 9216, summed back (reduce-scatter)
     fc6, fc7 outputs  B x 4096 each, likewise both ways
-    loss              B x 4 numbers
+    loss              B x 4 R numbers in float32, and B labels
     convolutions      twice their gradients (2.3 million values for ``paper``), in float32
 
-in the precision of training but for the last, where plain data parallel sends twice the gradients
+the first two in the precision of training, where plain data parallel sends twice the gradients
 of all 61 million. Gradients of the fully connected layers never travel.
 
 A reduce-scatter is an all-to-all and a sum in float32: the same bytes, one rounding, and the same
@@ -36,7 +36,7 @@ from alexnet_dist.model.dropout import Dropout
 from alexnet_dist.parallel.arithmetic import Precision, autocast, grad_scaler
 from alexnet_dist.parallel.classes import Classes, counted
 from alexnet_dist.parallel.collectives import Gathering, Summing, at_least_float, gather
-from alexnet_dist.parallel.ddp import PLAIN, Compression, averaged, compiled, on_device
+from alexnet_dist.parallel.ddp import PLAIN, WARM_UP, Compression, averaged, compiled, on_device
 from alexnet_dist.parallel.mesh import Mesh
 from alexnet_dist.parallel.shards import DropoutShare, Sharding, Share
 
@@ -82,6 +82,7 @@ class Hybrid:
         self.description = (
             f"fully connected layers split over {mesh.replicas} processes, the global batch "
             + ("at once" if self.turns == 1 else f"in {self.turns} turns")
+            + (f", gradients sent as {compression.kind}" if compression.kind != "none" else "")
         )
 
     def forward_backward(
@@ -140,7 +141,7 @@ class Hybrid:
     def warm_up(self, images: Tensor, labels: Tensor, masks: Iterable[Tensor]) -> None:
         """As DataParallel.warm_up, whose convolutions these are."""
         masks = tuple(masks)
-        for _ in range(2):
+        for _ in range(WARM_UP):
             self.forward_backward(images, labels, masks)
         for parameter in self.parameters.values():
             parameter.grad = None

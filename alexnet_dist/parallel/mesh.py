@@ -66,17 +66,7 @@ class Mesh:
         return self.tower == 0
 
     def arrange(self, towers: int) -> "Mesh":
-        """The same processes, ``towers`` neighbours to a replica.
-
-        Raises:
-            Failure: that leaves some over.
-        """
-        if self.world % towers:
-            raise Failure(
-                f"parallel.towers {towers} wants pairs of processes, and there are {self.world}: "
-                f"take --nproc_per_node={self.world + 1}, or --parallel.towers 1",
-                everywhere=True,
-            )
+        """The same processes, ``towers`` neighbours to a replica."""
         shape = (self.world // towers, towers)
         devices = init_device_mesh(self.device.type, shape, mesh_dim_names=("dp", "mp"))
         return replace(self, towers=towers, devices=devices)

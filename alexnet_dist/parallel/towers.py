@@ -34,7 +34,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from alexnet_dist.errors import Failure
 from alexnet_dist.model.alexnet import AlexNet, TowerLinear
 from alexnet_dist.model.dropout import Dropout
 from alexnet_dist.model.normalization import LocalResponseNorm
@@ -44,21 +43,13 @@ from alexnet_dist.parallel.mesh import Mesh
 from alexnet_dist.parallel.shards import DropoutShare, Share
 
 
-def tower_of(model: nn.Module, mesh: Mesh) -> AlexNet:
+def tower_of(model: AlexNet, mesh: Mesh) -> AlexNet:
     """This process's tower of ``model``, under the same names.
 
     Args:
-        model: the whole network as ``outline`` gives it, without memory; the tower has none yet.
-
-    Raises:
-        Failure: the network has no two towers.
+        model: a network of two towers as ``outline`` gives it, without memory; the tower has none
+            yet either.
     """
-    if not isinstance(model, AlexNet) or model.variant.towers != 2:
-        raise Failure(
-            "parallel.towers 2 wants a network of two towers (paper, original145 and its kin), "
-            "and model.variant has one: take --parallel.towers 1, or --parallel.fc sharded",
-            everywhere=True,
-        )
     tower = AlexNet()
     tower.variant = model.variant
     with torch.device("meta"):

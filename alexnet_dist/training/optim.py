@@ -63,7 +63,9 @@ def build_optimizer(
         )
         group["params"].append(parameter)
     kind = PaperSGD if name == "paper" else torch.optim.SGD
-    return kind(list(groups.values()), lr=lr, momentum=momentum, fused=True)
+    optimizer = kind(list(groups.values()), lr=lr, momentum=momentum, fused=True)
+    velocities(optimizer, parameters)  # torch leaves them unwritten where fp16 skips the first step
+    return optimizer
 
 
 def velocities(

@@ -11,13 +11,11 @@ import pytest
 import torch
 
 from alexnet_dist.errors import Failure
-from alexnet_dist.model import outline
-from alexnet_dist.parallel import build_layout
+from alexnet_dist.model import VARIANTS
+from alexnet_dist.parallel import check_layout
 from alexnet_dist.parallel.classes import Classes
-from alexnet_dist.parallel.ddp import PLAIN
 from alexnet_dist.parallel.mesh import Mesh
 from alexnet_dist.parallel.shards import Share
-from alexnet_dist.parallel.towers import tower_of
 from tests.conftest import environment
 
 WORKER = Path(__file__).with_name("worker.py")
@@ -40,31 +38,78 @@ def group(processes: int, *jobs: str, on: str = "cpu") -> list[Any]:
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
-@pytest.mark.parametrize(
-    ("processes", "jobs"),
-    [
-        (1, ["gradients whole paper 7 4"]),
-        (
-            2,
-            [
-                "gradients ddp paper 7 5",
-                "gradients towers paper 7 5",
-                "gradients towers original150 3 5",
-                "gradients towers original146 3 4",
-                "gradients whole original150 7 6",
-            ],
-        ),
-        # uneven shares of outputs, one of no classes; parts of 3, 2, 2 images
-        (3, ["gradients whole owt 2 7", "gradients pipelined paper 2 7"]),
-        (4, ["gradients towers paper 10 6", "gradients pipelined paper 10 9"]),
-        pytest.param(2, ["gradients whole torchvision 7 4"], marks=pytest.mark.slow),
+GRADIENTS = {
+    1: ["whole paper 7 4"],
+    2: [
+        "ddp paper 7 5",
+        "towers paper 7 5",
+        "towers original150 3 5",
+        "towers original146 3 4",
+        "whole original150 7 6",
+        "whole paper 7 5",
+        "pipelined paper 7 5",
     ],
-)
-def test_loss_and_gradients_are_those_of_one_device(processes: int, jobs: list[str]) -> None:
-    for job, answer in zip(jobs, group(processes, *jobs), strict=True):
-        assert answer["loss"] < 1e-9, job
-        assert answer["hits"][0] == answer["hits"][1], job
-        assert max(answer["gradients"].values()) < 1e-9, job
+    # uneven shares of outputs, one of no classes; parts of 3, 2, 2 images
+    3: ["whole owt 2 7", "pipelined paper 2 7"],
+    4: ["towers paper 10 6", "whole paper 10 9", "pipelined paper 10 9"],
+}
+EVALUATION = {
+    2: ["ddp 10 6", "towers 10 6", "whole 10 6"],
+    3: ["pipelined 2 4", "ddp 2 4"],
+    4: ["towers 7 5", "whole 10 6"],
+}
+ON_TWO, ON_THREE, ON_FOUR = ("ddp", "towers", "whole"), ("pipelined", "ddp"), ("towers", "whole")
+CHECKPOINTS = {  # groups run in this order; three shares of four classes are of 2, 2, 0
+    2: [f"write {name} FOLDER/{name}" for name in ON_TWO]
+    + [f"read {name} FOLDER/{other}" for name in ON_TWO for other in ON_TWO],
+    3: ["write pipelined FOLDER/pipelined"]
+    + [f"read {name} FOLDER/{other}" for name in ON_THREE for other in (*ON_TWO, "pipelined")],
+    4: ["write towers FOLDER/pairs"]
+    + [f"read {name} FOLDER/{other}" for name in ON_FOUR for other in ("pairs", "pipelined")]
+    + ["read ddp FOLDER/pairs"],
+}
+STEPS = ("ddp", "towers", "whole", "pipelined")
+COMPRESSED = ("ddp", "ddp+bf16", "ddp+fp16", "ddp+powersgd")
+Answers = dict[tuple[int, str], Any]
+OVERFLOW = ("towers 0", "towers all", "whole 0", "whole all", "ddp all")
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> Answers:
+    """What groups of 1, 2, 3 and 4 processes answer to all jobs of the tests below: starting a
+    group takes longer than most of them."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    jobs = {n: [f"gradients {job}" for job in some] for n, some in GRADIENTS.items()}
+    for n, some in EVALUATION.items():
+        jobs[n] += [f"evaluation {job}" for job in some]
+    jobs[1] += ["steps ddp 20 6", "held ddp"]
+    jobs[2] += [f"steps {layout} 20 6" for layout in STEPS]
+    jobs[2] += [f"steps {layout} 6 6" for layout in COMPRESSED]
+    jobs[2] += [f"overflow {job}" for job in OVERFLOW]
+    jobs[4] += ["held whole"]
+    for n, some in CHECKPOINTS.items():
+        jobs[n] += some
+    found = {}
+    for n, some in jobs.items():
+        given = group(n, *(job.replace("FOLDER", str(folder)) for job in some))
+        found |= {(n, job): answer for job, answer in zip(some, given, strict=True)}
+    return found
+
+
+def test_loss_and_gradients_are_those_of_one_device(answers: Answers) -> None:
+    for n, jobs in GRADIENTS.items():
+        for job in jobs:
+            answer = answers[n, f"gradients {job}"]
+            assert answer["loss"] < 1e-9, job
+            assert answer["hits"][0] == answer["hits"][1], job
+            assert max(answer["gradients"].values()) < 1e-9, job
+
+
+@pytest.mark.slow
+def test_so_are_those_of_torchvisions_network() -> None:
+    (answer,) = group(2, "gradients whole torchvision 7 4")
+    assert answer["loss"] < 1e-9
+    assert max(answer["gradients"].values()) < 1e-9
 
 
 @pytest.mark.gpu
@@ -83,43 +128,40 @@ def test_layouts_on_gpus(on: str) -> None:
             assert answer["got"][1:] == answer["expected"][1:], job
 
 
-def test_steps_with_dropout_are_those_of_one_device() -> None:
-    (alone,) = group(1, "steps ddp 20 6")
-    jobs = [f"steps {layout} 20 6" for layout in ("ddp", "towers", "whole", "pipelined")]
-    for answer in group(2, *jobs):
-        assert answer["losses"] == pytest.approx(alone["losses"], rel=1e-4)
-    assert len(set(alone["losses"])) == 20
+def test_steps_with_dropout_are_those_of_one_device(answers: Answers) -> None:
+    alone = answers[1, "steps ddp 20 6"]["losses"]
+    for layout in STEPS:
+        assert answers[2, f"steps {layout} 20 6"]["losses"] == pytest.approx(alone, rel=1e-4)
+    assert len(set(alone)) == 20
 
 
-def test_compressed_gradients_train_nearly_alike() -> None:
-    plain, *others = group(
-        2, *(f"steps {layout} 6 6" for layout in ("ddp", "ddp+bf16", "ddp+fp16", "ddp+powersgd"))
-    )
-    for answer in others:
-        assert answer["losses"][0] == plain["losses"][0]
-        assert answer["losses"] != plain["losses"]
-        assert answer["losses"] == pytest.approx(plain["losses"], rel=1e-2)
+def test_compressed_gradients_train_nearly_alike(answers: Answers) -> None:
+    plain, *others = (answers[2, f"steps {layout} 6 6"]["losses"] for layout in COMPRESSED)
+    for losses in others:
+        assert losses[0] == plain[0]
+        assert losses != plain
+        assert losses == pytest.approx(plain, rel=1e-2)
 
 
-def test_evaluation_counts_uneven_parts() -> None:
-    answers = group(2, *(f"evaluation {layout} 10 6" for layout in ("ddp", "towers", "whole")))
-    answers += group(3, "evaluation whole 2 4", "evaluation ddp 2 4")
-    for answer in answers:
-        assert answer["got"][1:] == answer["expected"][1:]
-        assert answer["got"][0] == pytest.approx(answer["expected"][0], rel=1e-6)
-        assert answer["scores"] < 1e-5
+def test_evaluation_counts_uneven_parts(answers: Answers) -> None:
+    for n, jobs in EVALUATION.items():
+        for job in jobs:
+            answer = answers[n, f"evaluation {job}"]
+            assert answer["got"][1:] == answer["expected"][1:], job
+            assert answer["got"][0] == pytest.approx(answer["expected"][0], rel=1e-6), job
+            assert answer["scores"] < 1e-5, job
 
 
-def test_a_checkpoint_of_any_layout_is_read_under_any_other(tmp_path: Path) -> None:
-    folders = {name: f"{tmp_path}/{name}" for name in ("ddp", "towers", "whole", "pipelined")}
-    on_two = ("ddp", "towers", "whole")
-    writes = [f"write {name} {folders[name]}" for name in on_two]
-    reads = [f"read {name} {folders[other]}" for name in on_two for other in on_two]
-    answers = group(2, *writes, *reads)[len(writes) :]
-    reads_of_all = [f"read whole {folder}" for folder in folders.values()]
-    answers += group(3, f"write pipelined {folders['pipelined']}", *reads_of_all)[1:]
-    answers += group(2, *(f"read {name} {folders['pipelined']}" for name in on_two))
-    assert answers == [{"equal": 32, "tensors": 32}] * 16
+def test_a_checkpoint_of_any_layout_is_read_under_any_other(answers: Answers) -> None:
+    reads = [(n, job) for n, jobs in CHECKPOINTS.items() for job in jobs if job.startswith("read")]
+    assert len(reads) == 22
+    for read in reads:
+        assert answers[read] == {"equal": 32, "tensors": 32}, read
+
+
+def test_fp16_leaves_a_step_out_on_all_processes_of_a_layout(answers: Answers) -> None:
+    for job in OVERFLOW:
+        assert answers[2, f"overflow {job}"] == {"ok": True}, job
 
 
 def test_a_tower_takes_half_of_the_memory() -> None:
@@ -130,8 +172,8 @@ def test_a_tower_takes_half_of_the_memory() -> None:
     assert whole["resident"] > 0.95 * whole["tensors"]
 
 
-def test_four_processes_hold_a_quarter_of_the_fully_connected_layers() -> None:
-    ((whole,), (quarter,)) = group(1, "held ddp"), group(4, "held whole")
+def test_four_processes_hold_a_quarter_of_the_fully_connected_layers(answers: Answers) -> None:
+    whole, quarter = answers[1, "held ddp"], answers[4, "held whole"]
     layers = ((256, 128), (128, 128), (128, 10))  # fc6 and fc7 at 1/32, fc8
     everything = sum((inputs + 1) * outputs for inputs, outputs in layers)
     a_quarter = sum((inputs + 1) * -(-outputs // 4) for inputs, outputs in layers)
@@ -142,31 +184,26 @@ def mesh_of(world: int, towers: int = 1) -> Mesh:
     return Mesh(0, world, 0, world, torch.device("cpu"), 1, None, towers)  # type: ignore[arg-type]
 
 
-def test_towers_want_pairs_of_processes() -> None:
-    with pytest.raises(Failure, match="pairs of processes, and there are 3: take") as failure:
-        mesh_of(3).arrange(2)
+@pytest.mark.parametrize(
+    ("variant", "processes", "asked", "sentence"),
+    [
+        ("paper", 3, {"towers": 2}, "wants pairs of processes, and there are 3: take --nproc"),
+        ("one_column", 2, {"towers": 2}, "wants a network of two towers"),
+        ("half_column", 2, {"towers": 2}, "wants a network of two towers"),
+        ("owt", 2, {"towers": 2}, "wants a network of two towers"),
+        ("torchvision", 2, {"towers": 2}, "wants a network of two towers"),
+        ("paper", 2, {"towers": 2, "fc": "sharded"}, "take one of them"),
+        ("paper", 2, {"compress": "powersgd", "precision": "fp16"}, "take another runtime"),
+    ],
+)
+def test_what_cannot_be_laid_out_is_refused(
+    variant: str, processes: int, asked: dict[str, Any], sentence: str
+) -> None:
+    plain = {"towers": 1, "fc": "replicated", "compress": "none", "precision": "fp32"}
+    with pytest.raises(Failure, match=sentence) as failure:
+        check_layout(VARIANTS[variant], processes, **plain | asked)
     assert failure.value.everywhere
-
-
-@pytest.mark.parametrize("variant", ["one_column", "half_column", "owt", "torchvision"])
-def test_towers_want_a_network_that_has_them(variant: str) -> None:
-    with pytest.raises(Failure, match="wants a network of two towers") as failure:
-        tower_of(outline(variant), mesh_of(2, 2))
-    assert failure.value.everywhere
-
-
-def test_towers_and_shards_are_two_ways_to_split() -> None:
-    with pytest.raises(Failure, match="take one of them") as failure:
-        build_layout(
-            outline("paper"),
-            mesh_of(2, 2),
-            batch=8,
-            num_classes=10,
-            precision="fp32",
-            fc="sharded",
-            compression=PLAIN,
-        )
-    assert failure.value.everywhere
+    check_layout(VARIANTS["paper"], 4, **plain | {"towers": 2})
 
 
 def test_a_pair_is_two_neighbours_with_the_same_images() -> None:

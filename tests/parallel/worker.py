@@ -5,6 +5,7 @@ for, with "/" between them, and rank 0 prints a line of JSON for each.
     worker.py steps LAYOUT STEPS BATCH                   losses of float32 steps, with dropout
     worker.py evaluation LAYOUT CLASSES BATCH            loss, hits and scores, in uneven parts
     worker.py memory LAYOUT                              bytes of parameters and momentum
+    worker.py overflow LAYOUT WHERE                      whether fp16 leaves the step out
     worker.py held LAYOUT                                elements of its parameters
     worker.py write LAYOUT FOLDER                        a checkpoint
     worker.py read LAYOUT FOLDER                         how many of its tensors are what they were
@@ -47,6 +48,7 @@ class Data:
 
 def lay_out(name: str, mesh: Mesh, batch: int, **network: object) -> DataParallel | Hybrid:
     variant = str(network.pop("variant", "paper"))
+    precision = network.pop("precision", "fp32")
     model = outline(variant, image_size=SIDE, **network)  # type: ignore[arg-type]
     weights = initial_weights(model)
     kind, _, compress = name.partition("+")
@@ -55,7 +57,7 @@ def lay_out(name: str, mesh: Mesh, batch: int, **network: object) -> DataParalle
         mesh.arrange(2 if kind == "towers" else 1),
         batch=batch,
         num_classes=int(network["num_classes"]),  # type: ignore[call-overload]
-        precision="fp32",
+        precision=precision,  # type: ignore[arg-type]
         fc="sharded" if kind in ("whole", "pipelined") else "replicated",
         fc_schedule=kind,
         compression=Compression(compress or "none", 2, 2),  # type: ignore[arg-type]
@@ -179,6 +181,30 @@ def memory(mesh: Mesh, name: str) -> dict:
     return {"resident": now, "peak": peak, "tensors": tensors}
 
 
+def overflow(mesh: Mesh, name: str, where: str) -> dict:
+    """Whether a step of fp16 is left out where gradients overflow, on the first process or on
+    "all", and the next one is taken."""
+    layout = lay_out(name, mesh, 6, num_classes=10, precision="fp16")
+    full = outline("paper", image_size=SIDE, num_classes=10)
+    optimizer = build_optimizer("sgd", layout.parameters, lr=1e-4, momentum=0.9, weight_decay=0)
+    images, labels = warm(layout, 6)
+    masks = masks_of(full, 0, 6, layout.mask_rows)
+    kept = {key: p.detach().clone() for key, p in layout.parameters.items()}
+    layout.forward_backward(images, labels, masks)
+    if mesh.rank == 0 or where == "all":
+        for parameter in layout.parameters.values():
+            parameter.grad = torch.full_like(parameter, torch.inf)
+    layout.scaler.unscale_(optimizer)
+    layout.scaler.step(optimizer)
+    layout.scaler.update()
+    optimizer.zero_grad()
+    same = all(torch.equal(p, kept[key]) for key, p in layout.parameters.items())
+    train_step(layout, optimizer, Data(images, labels), masks)
+    finite = all(bool(p.isfinite().all()) for p in layout.parameters.values())
+    moved = any(not torch.equal(p, kept[key]) for key, p in layout.parameters.items())
+    return {"ok": all(mesh.gather(same and finite and moved))}
+
+
 def held(mesh: Mesh, name: str) -> dict:
     """Elements of the parameters that a process holds, the most over the processes."""
     layout = lay_out(name, mesh, 8, num_classes=10)
@@ -187,13 +213,13 @@ def held(mesh: Mesh, name: str) -> dict:
 
 
 def write(mesh: Mesh, name: str, folder: str) -> dict:
-    layout = lay_out(name, mesh, 8, num_classes=5)
+    layout = lay_out(name, mesh, 8, num_classes=4)
     made = checkpoint.save(Path(folder), 1, _known(layout, values=True), {}, best=False)
     return {"files": len(list(made.glob("*.safetensors")))}
 
 
 def read(mesh: Mesh, name: str, folder: str) -> dict:
-    layout = lay_out(name, mesh, 8, num_classes=5)
+    layout = lay_out(name, mesh, 8, num_classes=4)
     wanted, got = _known(layout, values=True), _known(layout, values=False)
     checkpoint.load(checkpoint.find(f"{folder}/step-00000001"), got)
     pairs = [(_local(got[key]), _local(wanted[key])) for key in wanted]
@@ -206,7 +232,7 @@ def _known(layout: DataParallel | Hybrid, *, values: bool) -> dict[str, Tensor]:
     """Parameters and velocities of a layout as a checkpoint has them, filled with numbers that
     follow from their names, or with zeros."""
     stored, found = layout.sharding.stored, {}
-    model = outline("paper", image_size=SIDE, num_classes=5)
+    model = outline("paper", image_size=SIDE, num_classes=4)
     for key, parameter in model.named_parameters():
         for kind in ("model", "velocity"):
             local = torch.zeros_like(layout.parameters[key])
@@ -232,7 +258,9 @@ def shrink() -> None:
         VARIANTS[name] = replace(variant, layers=layers)
 
 
-JOBS = {one.__name__: one for one in (gradients, steps, evaluation, memory, held, write, read)}
+JOBS = {
+    one.__name__: one for one in (gradients, steps, evaluation, memory, overflow, held, write, read)
+}
 
 
 def resident(what: str = "VmRSS") -> int:
