@@ -7,7 +7,7 @@ ENV := .venv/.made
 PY := .venv/bin/python
 TORCHRUN := .venv/bin/torchrun --nproc_per_node=$(PROCESSES)
 
-.PHONY: train test test-slow lint bench bench-gpu clean
+.PHONY: train test test-slow lint bench bench-layouts bench-gpu clean
 
 train: $(ENV)
 	$(TORCHRUN) -m alexnet_dist.train $(ARGS)
@@ -25,12 +25,16 @@ lint: $(ENV)
 
 # The measurement in the README. DATA is a folder of JPEGs in train/CLASS/.
 bench: $(ENV)
-	$(PY) benchmarks/vs_pytorch_example.py --data $(DATA)
+	$(PY) -m benchmarks.vs_pytorch_example --data $(DATA)
+
+# What layouts send, on network namespaces as hosts; as root.
+bench-layouts: $(ENV)
+	$(PY) -m benchmarks.communication --bytes --speed
 
 # The tests and the measurement that want an NVIDIA GPU.
 bench-gpu: $(ENV)
 	$(PY) -m pytest -q -m gpu
-	$(PY) benchmarks/vs_pytorch_example.py --data $(DATA) --batch 512 --steps 100
+	$(PY) -m benchmarks.vs_pytorch_example --data $(DATA) --batch 512 --steps 100
 
 $(ENV): pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv .venv

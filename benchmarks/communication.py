@@ -16,7 +16,9 @@ import os
 import statistics
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,22 +30,13 @@ from alexnet_dist.model import draw_masks, initial_weights, outline
 from alexnet_dist.parallel import build_layout
 from alexnet_dist.parallel.arithmetic import choose_precision
 from alexnet_dist.parallel.ddp import Compression
-from alexnet_dist.parallel.mesh import start
+from alexnet_dist.parallel.mesh import Mesh, start
 from alexnet_dist.training.optim import build_optimizer
-from benchmarks.vs_pytorch_example import machine
+from benchmarks.machine import machine
 
-LAYOUTS = (
-    "ddp",
-    "ddp+bf16",
-    "ddp+fp16",
-    "ddp+powersgd",
-    "towers",
-    "towers+bf16",
-    "whole",
-    "whole+bf16",
-    "pipelined",
-    "pipelined+bf16",
-)
+COMPRESSED = ("", "+bf16", "+fp16", "+powersgd")
+LAYOUTS = [f"{kind}{how}" for kind in ("ddp", "towers", "whole", "pipelined") for how in COMPRESSED]
+RANK = 4  # of PowerSGD's matrices
 CLASSES = 1000
 MIB = 2**20
 
@@ -54,6 +47,22 @@ class Counter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.sent: dict[str, float] = {}
+        self._all_reduce = dist.all_reduce
+
+    def __enter__(self) -> "Counter":
+        super().__enter__()
+        dist.all_reduce = self._from_elsewhere
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        dist.all_reduce = self._all_reduce
+        super().__exit__(*error)
+
+    def _from_elsewhere(self, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """PowerSGD starts some from threads of gloo's, where torch's dispatcher has no mode."""
+        if threading.current_thread() is not threading.main_thread():
+            self._count("allreduce", dist.get_world_size(kwargs.get("group")), _bytes(tensor))
+        return self._all_reduce(tensor, *args, **kwargs)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -62,11 +71,13 @@ class Counter(TorchDispatchMode):
         if name.startswith("c10d."):
             kind = name.split(".")[1].strip("_").removesuffix("_base")
             boxed = next(one for one in args if isinstance(one, torch.ScriptObject))
-            n = dist.ProcessGroup.unbox(boxed).size()
-            size = _bytes(args[0])  # of what is reduced, or of all that is gathered
-            share = {"allreduce": 2 * (n - 1) / n, "barrier": 0.0}.get(kind, (n - 1) / n)
-            self.sent[kind] = self.sent.get(kind, 0.0) + share * size
+            # of what is reduced, or of all that is gathered
+            self._count(kind, dist.ProcessGroup.unbox(boxed).size(), _bytes(args[0]))
         return func(*args, **(kwargs or {}))
+
+    def _count(self, kind: str, n: int, size: int) -> None:
+        share = {"allreduce": 2 * (n - 1) / n, "barrier": 0.0}.get(kind, (n - 1) / n)
+        self.sent[kind] = self.sent.get(kind, 0.0) + share * size
 
 
 def _bytes(thing: Any) -> int:
@@ -77,36 +88,39 @@ def _bytes(thing: Any) -> int:
 
 def formula(layout: str, ranks: int, batch: int, width: int) -> float:
     """Bytes that a process sends in a step of ``paper``, activations in ``width`` bytes."""
-    model = outline("paper", num_classes=CLASSES)
     kind, _, compress = layout.partition("+")
-    counts = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    convolutions = sum(count for name, count in counts.items() if name.startswith("conv"))
-    everything = sum(counts.values())
-    value = {"": 4, "bf16": 2, "fp16": 2}.get(compress, 0)
+    shapes = {
+        name: parameter.shape
+        for name, parameter in outline("paper", num_classes=CLASSES).named_parameters()
+    }
 
-    def reduced(values: float, n: int) -> float:
-        return 2 * (n - 1) / n * values * value
+    def reduced(some: Iterable[torch.Size], n: int) -> float:
+        if compress == "powersgd":
+            size = 4 * sum(_matrices(shape) for shape in some)
+        else:
+            size = (2 if compress else 4) * sum(shape.numel() for shape in some)
+        return 2 * (n - 1) / n * size
 
-    if compress == "powersgd":
-        return 2 * (ranks - 1) / ranks * 4 * sum(_matrices(p.shape) for p in model.parameters())
     if kind == "towers":  # a pair exchanges four tensors, both ways; like towers reduce
         local = batch / (ranks // 2)
         exchanged = 2 * local * (128 * 13 * 13 + 128 * 6 * 6 + 2048 + 2048) * width
-        return exchanged + reduced(everything / 2, ranks // 2) + local * 4 * 4
+        halves = [torch.Size((shape[0] // 2, *shape[1:])) for shape in shapes.values()]
+        return exchanged + reduced(halves, ranks // 2) + local * 4 * 4
     if kind in ("whole", "pipelined"):
         share = (ranks - 1) / ranks
         activations = 2 * batch * (9216 + 4096 + 4096) * width  # there and, as gradients, back
         loss = batch * (ranks * 4 * 4 + 8)  # four numbers an image from each process; labels
+        convolutions = [shape for name, shape in shapes.items() if name.startswith("conv")]
         return share * (activations + loss) + reduced(convolutions, ranks)
-    return reduced(everything, ranks)
+    return reduced(shapes.values(), ranks)
 
 
-def _matrices(shape: torch.Size, rank: int = 4) -> int:
+def _matrices(shape: torch.Size) -> int:
     """Values that PowerSGD sends of a parameter: two thin matrices, or all where that is little."""
     if len(shape) == 1:
         return shape.numel()
     rows, columns = shape[0], shape.numel() // shape[0]
-    thin = min(rows, columns, rank) * (rows + columns)
+    thin = min(rows, columns, RANK) * (rows + columns)
     return thin if 2 * thin < shape.numel() else shape.numel()
 
 
@@ -127,31 +141,25 @@ def work(words: argparse.Namespace) -> None:
         precision=precision,
         fc="sharded" if kind in ("whole", "pipelined") else "replicated",
         fc_schedule=kind,
-        compression=Compression(compress or "none", 4, 2),
+        compression=Compression(compress or "none", RANK, 2),
     )
     layout.sharding.fill(layout.parameters, weights)
     optimizer = build_optimizer(
         "paper", layout.parameters, lr=1e-4, momentum=0.9, weight_decay=5e-4
     )
-    count = mesh.local_batch(words.batch)
-    images = torch.randn(count, 3, 224, 224).to(memory_format=torch.channels_last)
-    labels = torch.randint(CLASSES, (count,))
-    masks = draw_masks(
-        model.dropouts(),
-        seed=1,
-        step=0,
-        batch=words.batch,
-        rows=layout.mask_rows,
-        device=mesh.device,
-    )
 
-    def step() -> None:
+    def step(batch: int) -> None:
+        images, labels, masks = made[batch]
+        layout.batch = batch
         layout.forward_backward(images, labels, masks)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
+    # steps that warm up may be small where only bytes are asked for
+    small = mesh.replicas if words.count else words.batch
+    made = {batch: _inputs(batch, mesh, layout.mask_rows) for batch in (small, words.batch)}
     for _ in range(words.warm):
-        step()
+        step(small)
     seconds = []
     dist.barrier()
     before, counter = _on_the_wire(), Counter()
@@ -159,9 +167,9 @@ def work(words: argparse.Namespace) -> None:
         begin = time.perf_counter()
         if words.count:
             with counter:
-                step()
+                step(words.batch)
         else:
-            step()
+            step(words.batch)
         seconds.append(time.perf_counter() - begin)
     wire = (_on_the_wire() - before) / words.steps
     sent = sum(counter.sent.values()) / words.steps
@@ -169,6 +177,15 @@ def work(words: argparse.Namespace) -> None:
     if mesh.rank == 0:
         means = [statistics.mean(one) for one in zip(*answers, strict=True)]
         print(json.dumps({"sent": means[0], "wire": means[1], "seconds": means[2]} | counter.sent))
+
+
+def _inputs(batch: int, mesh: Mesh, mask_rows: slice) -> tuple[Any, ...]:
+    """Images, labels and masks of this process, for a global ``batch``."""
+    count = mesh.local_batch(batch)
+    dropouts = outline("paper", num_classes=CLASSES).dropouts()
+    masks = draw_masks(dropouts, seed=1, step=0, batch=batch, rows=mask_rows, device=mesh.device)
+    images = torch.randn(count, 3, 224, 224).to(memory_format=torch.channels_last)
+    return images, torch.randint(CLASSES, (count,)), masks
 
 
 def _on_the_wire() -> int:
@@ -250,21 +267,21 @@ def count_bytes(words: argparse.Namespace) -> list[dict[str, Any]]:
     width = 2 if choose_precision("auto", torch.device("cpu")) == "bf16" else 4
     with Hosts(words.ranks, None) as hosts:
         for layout in words.layouts:
-            # PowerSGD begins after two steps, and sends from threads that the counter does not see;
-            # data parallel sends no activations, so that its batch does not matter
-            late = "powersgd" in layout
-            options = ["--steps", "1", "--warm", "2" if late else "0", "--count"]
+            # four steps first, because PowerSGD begins after two, and two of warm-up; data parallel
+            # sends no activations, so that its batch does not matter
+            warm = "4" if layout.endswith("powersgd") else "0"
             batch = words.ranks if layout.startswith("ddp") else words.batch
+            options = ["--steps", "1", "--warm", warm, "--count"]
             answer = hosts.run(layout, batch, *options)
             wanted = formula(layout, words.ranks, words.batch, width)
             row = {
                 "layout": layout,
                 "global_batch": batch,
-                "formula_MiB": round(wanted / MIB, 1),
-                "collectives_MiB": None if late else round(answer["sent"] / MIB, 1),
-                "wire_MiB": round(answer["wire"] / MIB, 1),
+                "formula_MiB": round(wanted / MIB, 2),
+                "collectives_MiB": round(answer["sent"] / MIB, 2),
+                "wire_MiB": round(answer["wire"] / MIB, 2),
             }
-            row["of_ddp"] = round(row["wire_MiB"] / (rows or [row])[0]["wire_MiB"], 3)
+            row["of_ddp"] = round(row["collectives_MiB"] / (rows or [row])[0]["collectives_MiB"], 3)
             rows.append(row)
             print(row, flush=True)
     return rows
@@ -299,7 +316,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--bytes", action="store_true", help="count bytes")
     parser.add_argument("--speed", action="store_true", help="measure steps a second")
-    parser.add_argument("--layouts", nargs="*", default=list(LAYOUTS))
+    parser.add_argument("--layouts", nargs="*", default=LAYOUTS)
     parser.add_argument("--ranks", type=int, default=8, help="processes, where bytes are counted")
     parser.add_argument("--batch", type=int, default=1024, help="the global batch there")
     parser.add_argument("--hosts", type=int, default=4, help="hosts, where time is measured")

@@ -1,7 +1,7 @@
 """The two processes of a pair see the same images: is each to decode all of them, or one half each,
 to be exchanged?
 
-torchrun --nproc_per_node=2 benchmarks/decode_pairs.py --data DIR [--out FILE.json]
+torchrun --nproc_per_node=2 -m benchmarks.decode_pairs --data DIR [--out FILE.json]
 
 Both in turns, in the same processes, with DALI: batches as towers.py gets them, and half batches
 whose finished images are then gathered.
@@ -11,15 +11,12 @@ import argparse
 import itertools
 import json
 import statistics
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from alexnet_dist.data import build_engine
 from alexnet_dist.data.augment import pixels_for
@@ -28,7 +25,7 @@ from alexnet_dist.data.plan import Plan
 from alexnet_dist.data.sources import FolderSource, make_catalogue
 from alexnet_dist.parallel.collectives import gather
 from alexnet_dist.parallel.mesh import Mesh, start
-from benchmarks.vs_pytorch_example import machine
+from benchmarks.machine import machine
 
 
 def batches(engine: Engine, plan: Plan, rows: slice, mesh: Mesh) -> Iterator[int]:

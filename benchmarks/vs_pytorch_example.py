@@ -4,7 +4,7 @@ The loop is that of PyTorch's ImageNet example, written anew here: float32, torc
 RandomResizedCrop and a flip in a DataLoader's worker processes, torch's SGD. Ours is the
 trainer's own engine, layout and optimizer with `--model.variant torchvision`.
 
-python benchmarks/vs_pytorch_example.py --data DIR [--out FILE.json]
+python -m benchmarks.vs_pytorch_example --data DIR [--out FILE.json]
 
 Each figure is the median of several rounds, in which the two take turns, each in a process of its
 own, so that what the machine does otherwise hits both and nothing that the trainer sets up helps
@@ -14,8 +14,6 @@ the loop; the ratio is the median of the rounds' ratios.
 import argparse
 import itertools
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -42,6 +40,7 @@ from alexnet_dist.parallel.ddp import DataParallel
 from alexnet_dist.parallel.mesh import Mesh, start, usable_processors
 from alexnet_dist.training.loop import train_step
 from alexnet_dist.training.optim import build_optimizer
+from benchmarks.machine import machine
 
 
 def example(data: Path, mesh: Mesh, batch: int) -> Iterator[int]:
@@ -196,7 +195,8 @@ def in_turns(ours: str, theirs: str, steps: int, words: argparse.Namespace) -> d
 
     def one(name: str) -> float:
         options = ["--data", str(words.data), "--batch", str(words.batch), "--steps", str(steps)]
-        command = [sys.executable, "-W", "ignore", __file__, *options, "--turn", name]
+        command = [sys.executable, "-W", "ignore", "-m", "benchmarks.vs_pytorch_example"]
+        command += [*options, "--turn", name]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         return float(done.stdout.split()[-1])
 
@@ -217,33 +217,6 @@ def in_turns(ours: str, theirs: str, steps: int, words: argparse.Namespace) -> d
         "ratios": [round(ratio, 2) for ratio in ratios],
         "steps": steps,
     }
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """What the figures were measured on."""
-    flags, name = "", platform.processor()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), name)
-        flags = next((x for x in lines if x.startswith("flags")), "")
-    record: dict[str, Any] = {
-        "processor": name,
-        "processors": len(os.sched_getaffinity(0)),
-        "amx_bf16": "amx_bf16" in flags,
-        "avx512_bf16": "avx512_bf16" in flags,
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "python": platform.python_version(),
-    }
-    try:
-        from nvidia import dali
-
-        record["dali"] = dali.__version__
-    except ImportError:
-        record["dali"] = None
-    if device.type == "cuda":
-        record["gpu"] = torch.cuda.get_device_name(device)
-    return record
 
 
 def main() -> None:
