@@ -23,7 +23,7 @@ from alexnet_dist.data.plan import EvaluationPlan, Plan
 from alexnet_dist.data.sources import Catalogue, make_catalogue, open_sources
 from alexnet_dist.errors import Failure, run_command
 from alexnet_dist.model import VARIANTS, draw_masks, initial_weights, outline
-from alexnet_dist.parallel import build_layout, check_layout
+from alexnet_dist.parallel import build_layout, check_layout, warm_up
 from alexnet_dist.parallel.arithmetic import choose_precision, device_name, set_arithmetic
 from alexnet_dist.parallel.ddp import Compression
 from alexnet_dist.parallel.mesh import Mesh, start
@@ -251,7 +251,7 @@ class Run:
         images = torch.zeros(count, 3, side, side, device=device)
         images = images.to(memory_format=torch.channels_last)
         labels = torch.zeros(count, dtype=torch.int64, device=device)
-        self.layout.warm_up(images, labels, self._masks(0))
+        warm_up(self.layout, images, labels, self._masks(0))
 
     def _record(self, lr: float) -> None:
         """A line of the records: the steps since the last one."""

@@ -8,19 +8,19 @@ and how many bytes. The network knows none of it.
     hybrid.py    convolutions as in ddp.py, fully connected layers split over the replicas
 """
 
-from torch import nn
+from torch import Tensor, nn
 
 from alexnet_dist.errors import Failure
 from alexnet_dist.model.alexnet import AlexNet, TorchvisionAlexNet, Variant
 from alexnet_dist.parallel.arithmetic import Precision
 from alexnet_dist.parallel.classes import Classes
-from alexnet_dist.parallel.ddp import Compression, DataParallel
+from alexnet_dist.parallel.ddp import WARM_UP, Compression, DataParallel
 from alexnet_dist.parallel.hybrid import Hybrid
 from alexnet_dist.parallel.mesh import Mesh
 from alexnet_dist.parallel.shards import Sharding, Share
 from alexnet_dist.parallel.towers import tower_of
 
-__all__ = ["build_layout", "check_layout"]
+__all__ = ["build_layout", "check_layout", "warm_up"]
 
 
 def check_layout(
@@ -101,3 +101,13 @@ def build_layout(
         classes=classes,
         sharding=sharding,
     )
+
+
+def warm_up(
+    layout: DataParallel | Hybrid, images: Tensor, labels: Tensor, masks: tuple[Tensor, ...]
+) -> None:
+    """The passes of WARM_UP, on any images; no parameter changes."""
+    for _ in range(WARM_UP):
+        layout.forward_backward(images, labels, masks)
+    for parameter in layout.parameters.values():
+        parameter.grad = None

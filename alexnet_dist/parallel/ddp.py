@@ -32,7 +32,12 @@ class Compression:
 
 PLAIN = Compression()
 WARM_UP = 2
-"""Backward passes before the first step; see DataParallel.warm_up."""
+"""Backward passes before the first step, which change nothing.
+
+After its first backward DDP sorts its buckets anew, by the order in which gradients came; from
+then on sums run in another order. A resumed run that began with that first pass would differ from
+an uninterrupted one in the last bits.
+"""
 
 
 class DataParallel:
@@ -119,19 +124,6 @@ class DataParallel:
             return torch.zeros(4, dtype=torch.float64, device=labels.device)
         scores = self._scores(images)
         return counted(*self.classes(scores).places(scores, labels)) * self.mesh.speaks
-
-    def warm_up(self, images: Tensor, labels: Tensor, masks: Iterable[Tensor]) -> None:
-        """Two backward passes that change nothing.
-
-        After its first backward DDP sorts its buckets anew, by the order in which gradients came;
-        from then on sums run in another order. A resumed run that began with that first pass
-        would differ from an uninterrupted one in the last bits.
-        """
-        masks = tuple(masks)
-        for _ in range(WARM_UP):
-            self.forward_backward(images, labels, masks)
-        for parameter in self.parameters.values():
-            parameter.grad = None
 
     def classes(self, scores: Tensor) -> Classes:
         return self._classes or Classes(Share(scores.shape[1], 1, 0))

@@ -36,7 +36,7 @@ from alexnet_dist.model.dropout import Dropout
 from alexnet_dist.parallel.arithmetic import Precision, autocast, grad_scaler
 from alexnet_dist.parallel.classes import Classes, counted
 from alexnet_dist.parallel.collectives import Gathering, Summing, at_least_float, gather
-from alexnet_dist.parallel.ddp import PLAIN, WARM_UP, Compression, averaged, compiled, on_device
+from alexnet_dist.parallel.ddp import PLAIN, Compression, averaged, compiled, on_device
 from alexnet_dist.parallel.mesh import Mesh
 from alexnet_dist.parallel.shards import DropoutShare, Sharding, Share
 
@@ -137,14 +137,6 @@ class Hybrid:
             return torch.zeros(4, dtype=torch.float64, device=labels.device)
         found = self._classes.places(self._scores(features), everyone)
         return counted(*found) * (self.mesh.rank == 0)
-
-    def warm_up(self, images: Tensor, labels: Tensor, masks: Iterable[Tensor]) -> None:
-        """As DataParallel.warm_up, whose convolutions these are."""
-        masks = tuple(masks)
-        for _ in range(WARM_UP):
-            self.forward_backward(images, labels, masks)
-        for parameter in self.parameters.values():
-            parameter.grad = None
 
     def _labels(self, labels: Tensor, most: int, ordered: bool = True) -> Tensor:
         """The labels of all processes: in the global batch's order, or [R, most] with padding."""

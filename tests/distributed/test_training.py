@@ -77,20 +77,7 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(
 def test_a_run_that_was_killed_goes_on_bit_for_bit(
     processes: int, calm: dict[int, Path], images: Path, tmp_path: Path
 ) -> None:
-    options = [*TINY, f"--data.root={images}", f"--run.root={tmp_path}", "--run.name=run"]
-    options += ["--checkpoint.every_steps=2", "--train.log_every=1"]
-    with subprocess.Popen(
-        command(processes, "alexnet_dist.train", *options),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-        env=environment(),
-    ) as launcher:
-        run = tmp_path / "run"
-        _wait_for(lambda: (run / "checkpoints/last").exists() and len(losses(run)) >= 3)
-        os.killpg(launcher.pid, signal.SIGKILL)
-    train(processes, images, tmp_path, "--run.name=run", "--checkpoint.every_steps=2")
-    assert events(run, "resume")[0]["step"] >= 2
+    run = _killed_and_started_again(processes, images, tmp_path)
     assert losses(run) == losses(calm[processes])
     assert _tensors(run) == _tensors(calm[processes])
 
@@ -168,21 +155,18 @@ def test_a_killed_run_of_any_layout_goes_on_bit_for_bit(
     processes: int, layout: str, images: Path, tmp_path: Path
 ) -> None:
     train(processes, images, tmp_path, "--run.name=calm", layout)
-    options = [*TINY, f"--data.root={images}", f"--run.root={tmp_path}", "--run.name=run", layout]
-    with subprocess.Popen(
-        command(processes, "alexnet_dist.train", *options, "--checkpoint.every_steps=2"),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-        env=environment(),
-    ) as launcher:
-        run = tmp_path / "run"
-        _wait_for(lambda: (run / "checkpoints/last").exists() and len(losses(run)) >= 3)
-        os.killpg(launcher.pid, signal.SIGKILL)
-    train(processes, images, tmp_path, "--run.name=run", "--checkpoint.every_steps=2")
-    assert events(run, "resume")[0]["step"] >= 2
+    run = _killed_and_started_again(processes, images, tmp_path, layout)
     assert losses(run) == losses(tmp_path / "calm")
     assert _tensors(run) == _tensors(tmp_path / "calm")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "layout"), LAYOUTS)
+def test_a_compiled_layout_trains_alike(
+    processes: int, layout: str, calm: dict[int, Path], images: Path, tmp_path: Path
+) -> None:
+    train(processes, images, tmp_path, "--run.name=run", layout, "--runtime.compile=true")
+    assert losses(tmp_path / "run") == pytest.approx(losses(calm[0]), rel=1e-3)
 
 
 def test_a_rank_that_dies_ends_all(images: Path, tmp_path: Path) -> None:
@@ -209,6 +193,25 @@ def _running(processes: int, images: Path, runs: Path) -> subprocess.Popen:
     )
     _wait_for(lambda: (runs / "run/metrics.jsonl").exists() and len(losses(runs / "run")) > 1)
     return launcher
+
+
+def _killed_and_started_again(processes: int, images: Path, runs: Path, *more: str) -> Path:
+    """A run whose processes all die at once after a checkpoint, and which then goes on to its end
+    by what its folder keeps."""
+    options = [*TINY, f"--data.root={images}", f"--run.root={runs}", "--run.name=run", *more]
+    run = runs / "run"
+    with subprocess.Popen(
+        command(processes, "alexnet_dist.train", *options, "--checkpoint.every_steps=2"),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        env=environment(),
+    ) as launcher:
+        _wait_for(lambda: (run / "checkpoints/last").exists() and len(losses(run)) >= 3)
+        os.killpg(launcher.pid, signal.SIGKILL)
+    train(processes, images, runs, "--run.name=run", "--checkpoint.every_steps=2")
+    assert events(run, "resume")[0]["step"] >= 2
+    return run
 
 
 def _workers(launcher: int) -> list[int]:

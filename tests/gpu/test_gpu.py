@@ -92,11 +92,19 @@ def test_memory_does_not_grow(opened: tuple) -> None:
     assert taken[-1] - taken[5] < 64 * 2**20
 
 
-@pytest.mark.parametrize("option", ["", "--runtime.compile=true"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["--runtime.compile=true"],
+        ["--parallel.fc=sharded"],
+        ["--parallel.fc=sharded", "--parallel.fc_schedule=pipelined", "--runtime.compile=true"],
+    ],
+)
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "tf32"])
-def test_training_with_nccl(precision: str, option: str, tmp_path: Path) -> None:
+def test_training_with_nccl(precision: str, options: list[str], tmp_path: Path) -> None:
     root = write_images(tmp_path / "i")
-    on_gpu = [f"--runtime.precision={precision}", "--train.epochs=6", *filter(None, [option])]
+    on_gpu = [f"--runtime.precision={precision}", "--train.epochs=6", *options]
     train(1, root, tmp_path, "--run.name=run", *on_gpu)
     run = losses(tmp_path / "run")
     assert run[max(run)] < run[1]

@@ -13,7 +13,7 @@ import torch
 from alexnet_dist.errors import Failure
 from alexnet_dist.model import VARIANTS
 from alexnet_dist.parallel import check_layout
-from alexnet_dist.parallel.classes import Classes
+from alexnet_dist.parallel.classes import Classes, counted
 from alexnet_dist.parallel.mesh import Mesh
 from alexnet_dist.parallel.shards import Share
 from tests.conftest import environment
@@ -114,18 +114,29 @@ def test_so_are_those_of_torchvisions_network() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("on", ["one-gpu", "cuda"])
-def test_layouts_on_gpus(on: str) -> None:
+def test_layouts_on_gpus(on: str, tmp_path: Path) -> None:
     if on == "cuda" and torch.cuda.device_count() < 2:
         pytest.skip("nccl wants a GPU for each process, and torch sees one")
-    layouts = ("ddp", "towers", "whole", "pipelined")
-    jobs = [f"gradients {layout} paper 7 5" for layout in layouts]
-    jobs += [f"evaluation {layout} 10 6" for layout in layouts]
-    for job, answer in zip(jobs, group(2, *jobs, on=on), strict=True):
+    jobs = [f"gradients {layout} paper 7 5" for layout in STEPS]
+    jobs += [f"evaluation {layout} 10 6" for layout in STEPS]
+    jobs += [f"steps {layout} 6 6" for layout in COMPRESSED]
+    jobs += [f"overflow {job}" for job in OVERFLOW]
+    jobs += [f"write {layout} {tmp_path}/{layout}" for layout in ON_TWO]
+    jobs += [f"read {layout} {tmp_path}/{other}" for layout in ON_TWO for other in ON_TWO]
+    found = dict(zip(jobs, group(2, *jobs, on=on), strict=True))
+    for job, answer in found.items():
         if job.startswith("gradients"):
             assert answer["loss"] < 1e-9, job
             assert max(answer["gradients"].values()) < 1e-9, job
-        else:
+        elif job.startswith("evaluation"):
             assert answer["got"][1:] == answer["expected"][1:], job
+        elif job.startswith("steps"):
+            plain = found["steps ddp 6 6"]["losses"]
+            assert answer["losses"] == pytest.approx(plain, rel=1e-2), job
+        elif job.startswith("overflow"):
+            assert answer == {"ok": True}, job
+        elif job.startswith("read"):
+            assert answer == {"equal": 32, "tensors": 32}, job
 
 
 def test_steps_with_dropout_are_those_of_one_device(answers: Answers) -> None:
@@ -228,3 +239,10 @@ def test_equal_scores_are_placed_by_number_and_no_number_is_never_right() -> Non
     scores = torch.tensor([[1.0, 1, 1, 1], [0, 2, 2, 3], [torch.nan] * 4])
     _, places = classes.places(scores, torch.tensor([2, 1, 0]))
     assert places.tolist() == [2, 1, 4]
+
+
+def test_images_are_counted_whatever_their_loss_is() -> None:
+    places = torch.tensor([0, 3, 9])
+    for loss in (1.5, float("inf"), float("nan")):
+        hits = counted(torch.tensor(loss, dtype=torch.float64), places)
+        assert hits[1:].tolist() == [1, 2, 3]

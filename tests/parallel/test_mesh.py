@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from alexnet_dist.errors import Failure
-from alexnet_dist.parallel import arithmetic, mesh
+from alexnet_dist.parallel import mesh
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,12 +26,3 @@ def test_processors_are_those_that_may_be_used(monkeypatch: pytest.MonkeyPatch) 
     assert mesh.usable_processors() == 8
     monkeypatch.setattr(Path, "read_text", lambda _: "300000 100000\n")
     assert mesh.usable_processors() == 3
-
-
-def test_precision_follows_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu = torch.device("cpu")
-    monkeypatch.setattr(Path, "read_text", lambda _: "flags : sse avx2")
-    assert arithmetic.choose_precision("auto", cpu) == "fp32"
-    monkeypatch.setattr(Path, "read_text", lambda _: "flags : avx512_bf16")
-    assert arithmetic.choose_precision("auto", cpu) == "bf16"
-    assert arithmetic.choose_precision("fp16", cpu) == "fp16"

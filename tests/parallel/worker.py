@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from alexnet_dist.model import VARIANTS, build_model, draw_masks, initial_weights, outline
-from alexnet_dist.parallel import build_layout
+from alexnet_dist.parallel import build_layout, warm_up
 from alexnet_dist.parallel.ddp import Compression, DataParallel
 from alexnet_dist.parallel.hybrid import Hybrid
 from alexnet_dist.parallel.mesh import Mesh, start
@@ -127,7 +127,7 @@ def steps(mesh: Mesh, name: str, count: int, batch: int) -> dict:
     optimizer = build_optimizer(
         "paper", layout.parameters, lr=1e-4, momentum=0.9, weight_decay=5e-4
     )
-    layout.warm_up(*warm(layout, batch), masks_of(full, 0, batch, layout.mask_rows))
+    warm_up(layout, *own_rows(layout, batch), masks_of(full, 0, batch, layout.mask_rows))
     losses = []
     for step in range(count):
         images, labels = batch_of(batch, 10, step)
@@ -139,7 +139,7 @@ def steps(mesh: Mesh, name: str, count: int, batch: int) -> dict:
     return {"losses": losses}
 
 
-def warm(layout: DataParallel | Hybrid, batch: int) -> tuple[Tensor, Tensor]:
+def own_rows(layout: DataParallel | Hybrid, batch: int) -> tuple[Tensor, Tensor]:
     images, labels = batch_of(batch, 10, 0)
     return images[layout.mesh.rows], labels[layout.mesh.rows]
 
@@ -187,7 +187,7 @@ def overflow(mesh: Mesh, name: str, where: str) -> dict:
     layout = lay_out(name, mesh, 6, num_classes=10, precision="fp16")
     full = outline("paper", image_size=SIDE, num_classes=10)
     optimizer = build_optimizer("sgd", layout.parameters, lr=1e-4, momentum=0.9, weight_decay=0)
-    images, labels = warm(layout, 6)
+    images, labels = own_rows(layout, 6)
     masks = masks_of(full, 0, 6, layout.mask_rows)
     kept = {key: p.detach().clone() for key, p in layout.parameters.items()}
     layout.forward_backward(images, labels, masks)
