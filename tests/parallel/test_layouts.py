@@ -89,7 +89,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Answers:
     jobs[4] += ["held whole"]
     for n, some in CHECKPOINTS.items():
         jobs[n] += some
-    found = {}
+    found: Answers = {}
     for n, some in jobs.items():
         given = group(n, *(job.replace("FOLDER", str(folder)) for job in some))
         found |= {(n, job): answer for job, answer in zip(some, given, strict=True)}

@@ -14,6 +14,7 @@ for, with "/" between them, and rank 0 prints a line of JSON for each.
 import json
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,8 +25,10 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from alexnet_dist.model import VARIANTS, build_model, draw_masks, initial_weights, outline
+from alexnet_dist.model.alexnet import AlexNet, TorchvisionAlexNet
 from alexnet_dist.parallel import build_layout, warm_up
-from alexnet_dist.parallel.ddp import Compression, DataParallel
+from alexnet_dist.parallel.arithmetic import Precision
+from alexnet_dist.parallel.ddp import PLAIN, Compression, DataParallel
 from alexnet_dist.parallel.hybrid import Hybrid
 from alexnet_dist.parallel.mesh import Mesh, start
 from alexnet_dist.training import checkpoint
@@ -36,6 +39,12 @@ SIDE = 67
 SEED = 5
 ON = os.environ.get("LAYOUT_TEST_ON", "cpu")
 """cpu; cuda, a GPU for each process and nccl; or one-gpu, all on the first one, over gloo."""
+COMPRESSIONS = {
+    "": PLAIN,
+    "bf16": Compression("bf16"),
+    "fp16": Compression("fp16"),
+    "powersgd": Compression("powersgd", rank=2, start=2),
+}
 DEVICE = torch.device("cpu" if ON == "cpu" else "cuda")
 
 
@@ -46,21 +55,28 @@ class Data:
         self.images, self.labels = images, labels
 
 
-def lay_out(name: str, mesh: Mesh, batch: int, **network: object) -> DataParallel | Hybrid:
-    variant = str(network.pop("variant", "paper"))
-    precision = network.pop("precision", "fp32")
-    model = outline(variant, image_size=SIDE, **network)  # type: ignore[arg-type]
+def lay_out(
+    name: str,
+    mesh: Mesh,
+    batch: int,
+    *,
+    num_classes: int,
+    variant: str = "paper",
+    precision: Precision = "fp32",
+) -> DataParallel | Hybrid:
+    """A layout by its name: ddp, towers, whole or pipelined, and perhaps "+" a compression."""
+    model = outline(variant, image_size=SIDE, num_classes=num_classes)
     weights = initial_weights(model)
     kind, _, compress = name.partition("+")
     layout = build_layout(
         model,
         mesh.arrange(2 if kind == "towers" else 1),
         batch=batch,
-        num_classes=int(network["num_classes"]),  # type: ignore[call-overload]
-        precision=precision,  # type: ignore[arg-type]
+        num_classes=num_classes,
+        precision=precision,
         fc="sharded" if kind in ("whole", "pipelined") else "replicated",
         fc_schedule=kind,
-        compression=Compression(compress or "none", 2, 2),  # type: ignore[arg-type]
+        compression=COMPRESSIONS[compress],
     )
     torch.manual_seed(SEED)
     layout.sharding.fill(layout.parameters, weights)
@@ -78,8 +94,10 @@ def batch_of(count: int, classes: int, seed: int) -> tuple[Tensor, Tensor]:
     return images.to(DEVICE, memory_format=torch.channels_last), labels.to(DEVICE)
 
 
-def masks_of(model: object, step: int, batch: int, rows: slice) -> tuple[Tensor, ...]:
-    layers = model.dropouts()  # type: ignore[attr-defined]
+def masks_of(
+    model: AlexNet | TorchvisionAlexNet, step: int, batch: int, rows: slice
+) -> tuple[Tensor, ...]:
+    layers = model.dropouts()
     return draw_masks(layers, seed=1, step=step, batch=batch, rows=rows, device=DEVICE)
 
 
@@ -258,7 +276,7 @@ def shrink() -> None:
         VARIANTS[name] = replace(variant, layers=layers)
 
 
-JOBS = {
+JOBS: dict[str, Callable[..., dict]] = {
     one.__name__: one for one in (gradients, steps, evaluation, memory, overflow, held, write, read)
 }
 
@@ -280,7 +298,7 @@ def main() -> None:
     for job in " ".join(sys.argv[1:]).split(" / "):
         kind, *words = job.split()
         numbers = [int(word) if word.isdigit() else word for word in words]
-        answer = JOBS[kind](mesh, *numbers)  # type: ignore[operator]
+        answer = JOBS[kind](mesh, *numbers)
         if mesh.rank == 0:
             print(json.dumps(answer), flush=True)
 
