@@ -6,6 +6,7 @@ Options are given as YAML (--config) and as dotted words on the command line (--
 import dataclasses
 import difflib
 import re
+import signal
 from argparse import ArgumentError
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -132,16 +133,23 @@ class TrainConfig:
     """Steps between two records."""
     seed: int = 2012
     """Of weights, order, crops and dropout."""
+    on_nan: Literal["stop", "skip", "rollback"] = "stop"
+    """A loss or a gradient that is not finite: stop; leave that step's update out (which costs a
+    look at every gradient); or go back to the last checkpoint and leave it out then."""
 
 
 @dataclass
 class CheckpointConfig:
     """Checkpoints."""
 
-    every_steps: int | None = None
+    every_steps: int | None = 1000
     """Steps between checkpoints, besides those at the end of each epoch."""
-    keep: int = 1
-    """Newest ones kept, besides the best."""
+    keep: int = 2
+    """Newest ones kept, besides the best: where the last is damaged, the one before it is used."""
+    keep_every: int | None = None
+    """Keep those of every so many steps for good."""
+    asynchronous: bool = True
+    """Train on while a checkpoint is written."""
 
 
 @dataclass
@@ -154,6 +162,15 @@ class RunConfig:
     """The folder's name; null: the config file's, with -2, -3 once a run of that name has ended."""
     resume: str = "auto"
     """auto: an unfinished run of this name goes on; never; or a run's folder."""
+    time_limit: str | None = None
+    """Save and leave, to be started again, before this life is so old: seconds, M:S, H:M:S or
+    D-H:M:S. The end of a SLURM job is heeded anyway."""
+    signals: list[str] = field(default_factory=lambda: ["SIGUSR2"])
+    """Signals at which to save and leave, besides SIGTERM and Ctrl-C (NCCL wants SIGUSR1 for
+    itself). A file PREEMPT in the run folder does the same."""
+    grace: float = 20.0
+    """Seconds after SIGTERM when a process ends even if it could not save; torchrun kills it after
+    30."""
 
 
 @dataclass
@@ -188,6 +205,9 @@ class RuntimeConfig:
     """The same bits on a GPU in each run, more slowly; CPUs give them anyway."""
     threads: int = 0
     """Threads that compute, per process; 0: as many as it has processors."""
+    timeout: float = 600.0
+    """Seconds without a step, or a batch of an evaluation, after which the run ends and names the
+    process that all wait for."""
 
 
 @dataclass
@@ -233,7 +253,7 @@ MEANING = (
 )
 """What a run means: options that cannot change while it goes on."""
 
-OF_ONE_LIFE = ("train.max_steps", "run.resume", "run.root", "run.name")
+OF_ONE_LIFE = ("train.max_steps", "run.resume", "run.root", "run.name", "run.time_limit")
 """Options that hold for one start of a run, and are not kept for the next."""
 
 _BOUNDS: tuple[tuple[str, float, float], ...] = (
@@ -252,7 +272,9 @@ _BOUNDS: tuple[tuple[str, float, float], ...] = (
     ("checkpoint.keep", 1, float("inf")),
     ("parallel.powersgd_rank", 1, 1024),
     ("parallel.powersgd_start", 2, float("inf")),
+    ("run.grace", 1, 3600),
     ("runtime.threads", 0, 1024),
+    ("runtime.timeout", 5, float("inf")),
 )
 
 
@@ -424,6 +446,21 @@ def from_dict(record: dict[str, Any], where: str = "the run's config.yaml") -> C
     return Config(**{f.name: values[f.name] for f in dataclasses.fields(Config)})
 
 
+def time_limit(run: RunConfig) -> float | None:
+    """run.time_limit in seconds.
+
+    Raises:
+        ValueError: it is no duration.
+    """
+    if run.time_limit is None:
+        return None
+    form = re.fullmatch(r"(?:(\d+)-)?(?:(?:(\d+):)?(\d+):)?(\d+(?:\.\d+)?)", run.time_limit.strip())
+    if form is None:
+        raise ValueError(run.time_limit)
+    days, hours, minutes, seconds = (float(part or 0) for part in form.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
 def _named(arguments: list[str], known: list[str]) -> dict[str, str | None]:
     """The options that the words name, each checked to exist."""
     named: dict[str, str | None] = {}
@@ -472,8 +509,8 @@ def _read_yaml(path: str, known: list[str]) -> dict[str, Any]:
     for name in flat:
         _known(name, known, f"option in {path} named ")
     for name, value in flat.items():
-        if name.endswith(("name", "variant")) and isinstance(value, (int, float)):
-            flat[name] = str(value)  # YAML reads 150 as a number
+        if name.endswith(("name", "variant", "limit")) and isinstance(value, (int, float)):
+            flat[name] = str(value)  # YAML reads 150 as a number, and 1:30:00 as 5400
         elif isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
             flat[name] = float(value)  # and 1e-3 as a word
     return flat
@@ -492,11 +529,31 @@ def _check(config: Config) -> None:
             f"{config.data.resize}, the side it is cut from: raise data.resize",
             everywhere=True,
         )
-    for name in ("train.max_steps", "checkpoint.every_steps", "model.num_classes"):
+    for name in (
+        "train.max_steps",
+        "checkpoint.every_steps",
+        "checkpoint.keep_every",
+        "model.num_classes",
+    ):
         if flat[name] is not None and flat[name] < 1:
             raise Failure(f"{name} is {flat[name]}; it must be at least 1", everywhere=True)
     if config.optim.lr < 0 or config.optim.lr != config.optim.lr:
         raise Failure(f"optim.lr is {config.optim.lr}; it must not be negative", everywhere=True)
+    try:
+        time_limit(config.run)
+    except ValueError:
+        raise Failure(
+            f"run.time_limit {config.run.time_limit} is no time: give seconds, M:S, H:M:S or "
+            "D-H:M:S, such as 23:50:00",
+            everywhere=True,
+        ) from None
+    for name in config.run.signals:
+        if name not in signal.Signals.__members__ or name in ("SIGKILL", "SIGSTOP"):
+            raise Failure(
+                f"run.signals has {name}, which is no signal that can be heard: give names such "
+                "as SIGUSR2",
+                everywhere=True,
+            )
     schedule = config.optim.schedule
     if schedule.name == "table" and "weights" not in schedule.table:
         raise Failure(

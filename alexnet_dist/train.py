@@ -3,7 +3,9 @@
 torchrun --nproc_per_node=2 -m alexnet_dist.train --config configs/imagenette.yaml --data.root DIR
 """
 
+import contextlib
 import math
+import os
 import platform
 import time
 from pathlib import Path
@@ -15,7 +17,15 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from alexnet_dist import __version__
-from alexnet_dist.config import Config, Parsed, changes, parse, refuse_other_meaning, to_dict
+from alexnet_dist.config import (
+    Config,
+    Parsed,
+    changes,
+    parse,
+    refuse_other_meaning,
+    time_limit,
+    to_dict,
+)
 from alexnet_dist.data import build_engine
 from alexnet_dist.data.augment import pixels_for
 from alexnet_dist.data.engine import Batch, Engine
@@ -27,12 +37,22 @@ from alexnet_dist.parallel import build_layout, check_layout, warm_up
 from alexnet_dist.parallel.arithmetic import choose_precision, device_name, set_arithmetic
 from alexnet_dist.parallel.ddp import Compression
 from alexnet_dist.parallel.mesh import Mesh, start
+from alexnet_dist.parallel.watch import Watch
 from alexnet_dist.tracking.console import IndexProgress
 from alexnet_dist.tracking.reporter import Reporter
 from alexnet_dist.tracking.run import RunFolder, choose_folder, read_config
 from alexnet_dist.training import checkpoint
-from alexnet_dist.training.loop import Clock, Meters, check_count, evaluate, set_rates, train_step
+from alexnet_dist.training.checkpoint import Checkpoints
+from alexnet_dist.training.loop import (
+    Clock,
+    Meters,
+    check_count,
+    evaluate,
+    set_rates,
+    train_step,
+)
 from alexnet_dist.training.optim import build_optimizer, velocities
+from alexnet_dist.training.preemption import INTERRUPT, Preempted, Preemption
 from alexnet_dist.training.schedules import Schedule
 
 
@@ -40,18 +60,31 @@ def main(arguments: list[str]) -> None:
     """Train as the command line says."""
     program = "python -m alexnet_dist.train"
     parsed = parse(arguments, program=program, description=__doc__)
-    mesh = start(parsed.config.runtime.device, parsed.config.runtime.threads)
+    runtime = parsed.config.runtime
+    mesh = start(runtime.device, runtime.threads, runtime.timeout)
     _check_layout(parsed.config, mesh)
     folder, path, kept = _open_run(mesh, parsed)
-    if kept:
-        parsed = parse(arguments, program=program, description=__doc__, underneath=kept)
-        _check_layout(parsed.config, mesh)
-    run = Run(parsed.config, mesh.arrange(parsed.config.parallel.towers), folder, path)
     try:
+        if kept:
+            parsed = parse(arguments, program=program, description=__doc__, underneath=kept)
+            _check_layout(parsed.config, mesh)
+        run = Run(parsed.config, mesh.arrange(parsed.config.parallel.towers), folder, path)
         run.train()
-    except BaseException:
-        run.report.abandon()
+    except Failure as failure:  # for a person to mend: to start again by itself is of no use
+        if folder is not None or not failure.everywhere:
+            RunFolder(path).set_status("failed")
         raise
+
+
+class RolledBack(Exception):  # noqa: N818 (a turn of the loop, not an error)
+    """The run stands at its last checkpoint again."""
+
+
+BAD_STEPS_IN_A_ROW = 10
+"""After so many steps without a finite loss and gradient, more of them will not help."""
+
+HASTE_SECONDS = 5.0
+"""For Weights & Biases to hear the last, where the run has been told to leave."""
 
 
 class Run:
@@ -121,7 +154,7 @@ class Run:
                 dropout=config.model.dropout,
                 image_size=data.image_size,
             )
-            weights = initial_weights(self.model, config.model.init)
+            initial_weights(self.model, config.model.init)
         except ValueError as error:
             raise Failure(str(error), everywhere=True) from None
         parallel = config.parallel
@@ -138,7 +171,6 @@ class Run:
             ),
             compile_model=runtime.compile,
         )
-        self.layout.sharding.fill(self.layout.parameters, weights)
         optim = config.optim
         self.schedule = Schedule(
             lr=optim.lr, bias_lr=optim.bias_lr, epochs=config.train.epochs, **vars(optim.schedule)
@@ -153,11 +185,30 @@ class Run:
         )
 
         # where the run stands
+        keep = config.checkpoint
+        self.checkpoints = Checkpoints(
+            path / "checkpoints",
+            mesh.saving,
+            mesh.device,
+            keep=keep.keep,
+            keep_every=keep.keep_every,
+            asynchronous=keep.asynchronous,
+        )
         self.step = 0
+        self.evaluated = -1  # the step of the last evaluation
+        self.saved = (-1, -1)  # step and evaluation of the last checkpoint
         self.meters = Meters(data.batch_size, mesh.replicas)
         self.best: dict[str, Any] | None = None
-        self.resumed = self._restore()
+        self.former_best: dict[str, Any] | None = None
+        self.config_before: dict[str, Any] = {}
+        self.resumed, self.set_aside = self._restore()
+        if not self.resumed:
+            self._begin()
         self.clock = Clock()
+        self.save_seconds = 0.0  # of the longest save of this life
+        self.stall = 0.0  # what the save under way has cost so far
+        self.suspect = -1  # the step that a rollback was for
+        self.layout.scaler.guarding = config.train.on_nan == "skip"
         self.report = Reporter(
             folder,
             to_dict(config),
@@ -179,34 +230,77 @@ class Run:
         return self.step / self.plan.steps
 
     def train(self) -> None:
-        """Train to the end of the run, or to train.max_steps of it."""
+        """Train to the end of the run, or to train.max_steps of it, or until it is told to stop.
+
+        Raises:
+            Failure: something that a person has to mend.
+            SystemExit: it was stopped by Ctrl-C, and is saved.
+        """
         last = min(self.config.train.max_steps or self.steps, self.steps)
-        if self.step >= last:
+        if self.step >= last and self.evaluated == self.step:
             self._already_there(last)
             return
-        self._agree()
-        self._announce()
-        if self.mesh.world > 1:
-            self._warm_up()
+        run, mesh = self.config.run, self.mesh
+        self.watch = Watch(mesh, self.config.runtime.timeout)
+        self.preemption = Preemption(
+            self.path,
+            mesh.patient,
+            signals=tuple(run.signals),
+            time_limit=time_limit(run),
+            grace=run.grace,
+            leave=self.report.abandon,
+        )
+        try:
+            self._agree()
+            self._announce()
+            if mesh.world > 1:
+                self._warm_up()
+            self._train(last)
+        except Preempted as stop:
+            self._leave(stop.cause)
+        except BaseException:
+            self.report.abandon()
+            raise
+        finally:
+            self.watch.close()
+
+    def _train(self, last: int) -> None:
         result: dict[str, float] = {}
-        while self.step < last:
-            self._train_to(min(last, (self._epoch + 1) * self.plan.steps))
-            whole = self.step % self.plan.steps == 0
-            self._record_epoch()
-            result = self.evaluate()
-            if whole:
-                self.schedule.observe(result["top1_error"])
-                self.meters.next_epoch()
-            former = self.best
-            better = whole and (former is None or result["top1_error"] < former["top1_error"])
-            if better:
-                self.best = {**result, "step": self.step}
-            saved = self.save(best=better)
-            if better and not saved:
-                self.best = former  # the best is one that can be loaded
-            elif better:
-                self.report.emit("best", **(self.best or {}))
+        while self.step < last or self.evaluated < self.step:
+            try:
+                end = min(last, (self._epoch + 1) * self.plan.steps)
+                if not self._wants_evaluation(last):
+                    self._train_to(end)
+                self._collect()
+                result = self._end_epoch()
+            except RolledBack:
+                continue
+        self._settle()
+        self.preemption.close()
+        self.watch.close()
         self._finish(result)
+
+    def _wants_evaluation(self, last: int) -> bool:
+        """Whether training has come to where it is evaluated, and was stopped before it was."""
+        due = self.step > 0 and (self.step % self.plan.steps == 0 or self.step >= last)
+        return due and self.evaluated < self.step
+
+    def _end_epoch(self) -> dict[str, float]:
+        """Evaluate, and save what training has come to."""
+        whole = self.step % self.plan.steps == 0
+        result = self.evaluate()
+        self._record_epoch()
+        self.evaluated = self.step
+        if whole:
+            self.schedule.observe(result["top1_error"])
+            self.meters.next_epoch()
+        self._settle()
+        better = whole and (self.best is None or result["top1_error"] < self.best["top1_error"])
+        self.former_best = self.best
+        if better:
+            self.best = {**result, "step": self.step}
+        self.save(best=better)
+        return result
 
     @property
     def _epoch(self) -> int:
@@ -217,23 +311,30 @@ class Run:
         config = self.config
         draws = self.plan.epoch(self._epoch, self.step % self.plan.steps, self.mesh.rows)
         batches = self.engine.batches(draws)
-        self.clock.start()
-        while self.step < end:
-            batch = next(batches)
-            self.clock.waited()
-            if self.step == 0:
-                self._show_first(batch)
-            lr = set_rates(self.optimizer, self.schedule, self.passes)
-            result = train_step(self.layout, self.optimizer, batch, self._masks(self.step))
-            self.meters.add(result, batch.numbers)
-            self.step += 1
-            self.clock.stepped()
-            if self.step % config.train.log_every == 0:
-                self._record(lr)
-            every = config.checkpoint.every_steps
-            if every and self.step % every == 0 and self.step < end:
-                self.save(best=False)
-        batches.close()
+        try:
+            self.clock.start()
+            while self.step < end:
+                self.watch.beat(f"waiting for the images of step {self.step + 1}")
+                batch = next(batches)
+                self.clock.waited()
+                if self.step == 0:
+                    self._show_first(batch)
+                self.watch.beat(f"computing step {self.step + 1}")
+                lr = set_rates(self.optimizer, self.schedule, self.passes)
+                result = train_step(self.layout, self.optimizer, batch, self._masks(self.step))
+                self.step += 1
+                self.meters.add(self.step, result, batch.numbers)
+                self.clock.stepped()
+                if self.step % config.train.log_every == 0:
+                    self._record(lr)
+                every = config.checkpoint.every_steps
+                if every and self.step % every == 0 and self.step < end:
+                    self.save(best=False)
+                if self.step == self.suspect:
+                    self._end_of_suspicion()
+                self.preemption.check(2 * self.clock.longest + 2 * self.save_seconds)
+        finally:
+            batches.close()
 
     def _masks(self, step: int) -> tuple[torch.Tensor, ...]:
         return draw_masks(
@@ -257,6 +358,7 @@ class Run:
         """A line of the records: the steps since the last one."""
         self._report_bad(self.engine)
         self._collect()
+        self._settle(wait=False)
         steps = len(self.meters.losses)
         loss, error = self.meters.take()
         seconds, waited = self.clock.take()
@@ -274,26 +376,9 @@ class Run:
             seconds=seconds,
         )
 
-    def _collect(self) -> None:
-        """Read the meters; a run whose numbers have left the finite ends here, before they can
-        reach a checkpoint."""
-        self.meters.collect()
-        bad = [loss for loss in (*self.meters.losses, self.meters.epoch_loss) if loss - loss != 0]
-        if bad:
-            self._diverged(f"the loss is {bad[0]}")
-
-    def _diverged(self, what: str) -> NoReturn:
-        raise Failure(
-            f"{what} by step {self.step}: take a smaller --optim.lr (it is "
-            f"{self.config.optim.lr:g}), or a warm-up by --optim.schedule.warmup 1; the last "
-            "checkpoint is intact",
-            everywhere=True,
-        )
-
     def _record_epoch(self) -> None:
         """What the epoch so far was made of."""
         self._report_bad(self.engine)
-        self._collect()
         steps = max(self.meters.epoch_steps, 1)
         self.report.emit(
             "epoch",
@@ -308,8 +393,19 @@ class Run:
     def evaluate(self) -> dict[str, float]:
         """Exact errors over the validation images, recorded."""
         begin = time.perf_counter()
+        longest, last = 0.0, begin
+
+        def between() -> None:
+            nonlocal longest, last
+            longest, last = max(longest, time.perf_counter() - last), time.perf_counter()
+            self.watch.beat(f"evaluating after step {self.step}")
+            self.preemption.check(2 * longest + 2 * self.save_seconds)
+
         batches = self.val_engine.batches(self.evaluation.draws(self.mesh.rows))
-        result = evaluate(self.layout, batches, self.mesh.device)
+        try:
+            result = evaluate(self.layout, batches, self.mesh.device, between)
+        finally:
+            batches.close()
         left_out = self._report_bad(self.val_engine)
         check_count(result, left_out, len(self.catalogue.val))
         if left_out:
@@ -336,18 +432,20 @@ class Run:
             f"velocity.{name}": stored(name, velocity) for name, velocity in moving.items()
         }
 
-    def save(self, *, best: bool) -> bool:
-        """Write a checkpoint; where that fails the run goes on, and says so. Whether it worked."""
-        begin = time.perf_counter()
+    def save(self, *, best: bool) -> None:
+        """Begin to write a checkpoint of this step, once the one before it is written."""
+        began = time.perf_counter()
+        self.watch.beat(f"saving step {self.step}")
         self._collect()
         with torch.no_grad():  # the last losses were finite, but the update after them?
             total = torch.stack([p.sum().float() for p in self.layout.parameters.values()]).sum()
         dist.all_reduce(total)  # processes may hold different weights, and end together
         if not math.isfinite(total.item()):
-            self._diverged("a weight is not finite")
-        saved = False
+            self._not_finite(self.step, "a weight is not finite")
+        self._settle()
         state = {
             "run": self.path.name,
+            "evaluated": self.evaluated,
             "schedule": self.schedule.state(),
             "meters": self.meters.state(),
             "scaler": self.layout.scaler.state_dict(),
@@ -359,35 +457,72 @@ class Run:
             "wandb_id": self.report.wandb_id,
             "versions": _versions(),
         }
-        place = self.path / "checkpoints"
-        try:
-            made = checkpoint.save(place, self.step, self._tensors(), state, best=best)
-        except checkpoint.SaveFailed as failure:
+        self.checkpoints.begin(self.step, self._tensors(), state, best=best)
+        self.saving = (self.step, self.evaluated)
+        self.stall = time.perf_counter() - began
+        if not self.checkpoints.asynchronous:
+            self._settle()
+        self.clock.start()
+
+    def _settle(self, *, wait: bool = True) -> None:
+        """Hear how the save under way has ended; one that failed costs itself, and not the run."""
+        began = time.perf_counter()
+        saved = self.checkpoints.settle(wait=wait)
+        if saved is None:
+            return
+        stall = self.stall + time.perf_counter() - began
+        self.save_seconds = max(self.save_seconds, saved.seconds)
+        if saved.failure:
+            if saved.best:
+                self.best = self.former_best  # the best is one that can be loaded
             self.report.emit(
                 "checkpoint_failed",
-                step=self.step,
-                message=f"the checkpoint of step {self.step} could not be written ({failure}); "
-                "training goes on, the one before it is intact: make room below "
-                f"{place}",
+                step=saved.step,
+                message=f"the checkpoint of step {saved.step} could not be written "
+                f"({saved.failure}); training goes on, the one before it is intact: make room "
+                f"below {saved.path.parent}",
             )
-        else:
-            if self.mesh.rank == 0:
-                checkpoint.remove_old(place, self.config.checkpoint.keep)
-            seconds = time.perf_counter() - begin
-            self.report.emit("checkpoint", step=self.step, path=made.name, seconds=seconds)
-            saved = True
-        self.clock.start()
-        return saved
+            return
+        self.saved = self.saving
+        self.report.emit(
+            "checkpoint",
+            step=saved.step,
+            path=saved.path.name,
+            seconds=saved.seconds,
+            stall=stall,
+        )
+        if saved.best:
+            self.report.emit("best", **(self.best or {}))
 
-    def _restore(self) -> bool:
-        """Go on from the run's last checkpoint, or begin with the weights asked for."""
-        last = self.path / "checkpoints" / "last"
-        there = self.mesh.from_first(lambda: (last / "state.json").is_file())
-        if not there:
-            if self.config.model.weights:
-                self._start_from(self.config.model.weights)
-            return False
-        found = last.resolve()
+    def _leave(self, cause: str) -> None:
+        """Save, and end before the run does, to go on another time."""
+        self._settle()
+        if self.saved != (self.step, self.evaluated):
+            with contextlib.suppress(RolledBack):  # then the last checkpoint is where it stands
+                self.save(best=False)
+            self._settle()
+        self.report.emit("preempted", step=self.step, epoch=self.passes, cause=cause)
+        by_hand = cause == INTERRUPT
+        self.report.close("stopped" if by_hand else "preempted", self.step, HASTE_SECONDS)
+        self.report.say(
+            f"stopped by {cause} at step {self.step} of {self.steps}, saved; the same command goes "
+            "on from here"
+        )
+        self.engine.close()
+        self.val_engine.close()
+        if by_hand:
+            raise SystemExit(130)
+
+    def _warn(self, sentences: list[str]) -> None:
+        for sentence in sentences:
+            self.report.emit("warning", step=self.step, message=sentence)
+
+    def _restore(self) -> tuple[bool, list[str]]:
+        """Go on from the run's newest checkpoint that is whole; whether there was one, and a
+        sentence for each that was damaged."""
+        found, set_aside = self.checkpoints.newest()
+        if found is None:
+            return False, set_aside
         state = checkpoint.read_state(found)
         way_out = (
             f"the run in {self.path} has trained for {state['step']} steps otherwise, and another "
@@ -400,13 +535,25 @@ class Run:
                 everywhere=True,
             )
         checkpoint.load(found, self._tensors())
-        self.step = state["step"]
+        self.step, self.evaluated = state["step"], state["evaluated"]
         self.schedule.load(state["schedule"])
         self.meters.load(state["meters"])
         if state["scaler"]:  # empty where the run was not in fp16 before
             self.layout.scaler.load_state_dict(state["scaler"])
         self.best = state["best"]
-        return True
+        self.config_before = state["config"]
+        return True, set_aside
+
+    def _begin(self) -> None:
+        """Stand at step 0, with initial weights or those asked for."""
+        weights = initial_weights(self.model, self.config.model.init)
+        self.layout.sharding.fill(self.layout.parameters, weights)
+        for velocity in velocities(self.optimizer, self.layout.parameters).values():
+            velocity.zero_()
+        self.step, self.evaluated, self.best = 0, -1, None
+        self.meters = Meters(self.config.data.batch_size, self.mesh.replicas)
+        if self.config.model.weights:
+            self._start_from(self.config.model.weights)
 
     def _start_from(self, weights: str) -> None:
         """The weights of another run; a last layer for other classes stays as it was drawn."""
@@ -416,6 +563,54 @@ class Run:
         final = list(tensors)[-2:]
         anew = [n for n in final if n in shapes and shapes[n] != list(tensors[n].shape)]
         checkpoint.load(found, {n: t for n, t in tensors.items() if n not in anew})
+
+    # numbers that are not finite
+
+    def _collect(self) -> None:
+        """Read the meters, and see to steps whose numbers have left the finite, before they can
+        reach a checkpoint.
+
+        Raises:
+            Failure, RolledBack: as train.on_nan says.
+        """
+        bad = self.meters.collect()
+        if not bad:
+            return
+        guarded = self.layout.scaler.guarding
+        for one in bad if guarded else bad[:1]:  # without a guard the others follow from it
+            paths = [self.engine.bad.source.path(number) for number in one.numbers.tolist()]
+            self.report.emit("nan", step=one.step, what=one.what, left_out=guarded, paths=paths)
+        if not guarded or self.meters.bad_in_a_row >= BAD_STEPS_IN_A_ROW:
+            self._not_finite(bad[0].step, bad[0].what)
+
+    def _not_finite(self, step: int, what: str) -> NoReturn:
+        if self.config.train.on_nan == "rollback" and not self.layout.scaler.guarding:
+            self._roll_back(step)
+        raise Failure(
+            f"{what} at step {step}: take a smaller --optim.lr (it is {self.config.optim.lr:g}), "
+            "or a warm-up by --optim.schedule.warmup 1; the last checkpoint is intact",
+            everywhere=True,
+        )
+
+    def _roll_back(self, step: int) -> NoReturn:
+        """Go back to the last checkpoint, or the beginning, and look at every gradient on the way
+        to ``step`` again: the update that spoilt the weights is found and left out."""
+        self._settle()
+        spoilt_at = self.step
+        found, set_aside = self._restore()
+        if not found:
+            self._begin()
+        self.report.emit("rollback", step=spoilt_at, to=self.step, suspect=step)
+        self._warn(set_aside)
+        self.suspect = step
+        self.layout.scaler.guarding = True
+        raise RolledBack
+
+    def _end_of_suspicion(self) -> None:
+        """After a rollback: the step that went wrong lies behind."""
+        if self.config.train.on_nan == "rollback" and self.layout.scaler.guarding:
+            self._collect()
+            self.layout.scaler.guarding = False
 
     # what people see
 
@@ -446,6 +641,7 @@ class Run:
             "val_images": len(self.catalogue.val),
             "fingerprint": self.catalogue.fingerprint,
             "versions": _versions(),
+            "lives": _lives(),
         }
         many = "processes" if mesh.world > 1 else "process"
         self.report.say(
@@ -458,16 +654,16 @@ class Run:
             f"the run is in {self.path}"
         )
         if self.resumed:
-            before = checkpoint.read_state((self.path / "checkpoints" / "last").resolve())
             self.report.emit(
                 "resume",
                 step=self.step,
                 epoch=self.passes,
-                changed=changes(before["config"], to_dict(config)),
+                changed=changes(self.config_before, to_dict(config)),
                 **facts,
             )
         else:
             self.report.emit("start", step=0, epoch=0.0, config=to_dict(config), **facts)
+        self._warn(self.set_aside)
 
     def _show_first(self, batch: Batch) -> None:
         """What the network really sees, as a picture."""
@@ -520,7 +716,7 @@ class Run:
         self.report.emit(
             "end", step=self.step, epoch=self.passes, ended=ended, **result, best=self.best
         )
-        self.report.close("ended" if ended else "stopped")
+        self.report.close("ended" if ended else "stopped", self.step)
         self.engine.close()
         self.val_engine.close()
         self.report.say(
@@ -540,7 +736,7 @@ class Run:
             )
 
     def _already_there(self, last: int) -> None:
-        self.report.close("ended" if self.step >= self.steps else "stopped")
+        self.report.close("ended" if self.step >= self.steps else "stopped", self.step)
         self.report.say(
             f"{self.path} is at step {self.step} already, and was asked for {last}: raise "
             "--train.max_steps or --train.epochs, or begin anew by --run.resume never"
@@ -557,6 +753,7 @@ def _open_run(mesh: Mesh, parsed: Parsed) -> tuple[RunFolder | None, Path, dict[
         path, resumed = choose_folder(config.run.root, name, config.run.resume)
         folder = RunFolder(path)
         folder.take()
+        folder.set_status("running")
         opened.append(folder)
         return str(path), read_config(path) if resumed else {}
 
@@ -609,6 +806,16 @@ def _check_batch(config: Config, mesh: Mesh, catalogue: Catalogue) -> None:
             "leave it out, and the data decides",
             everywhere=True,
         )
+
+
+def _lives() -> dict[str, str]:
+    """Which of its lives this is, as launcher and cluster count them."""
+    names = {
+        "torchrun_restarts": "TORCHELASTIC_RESTART_COUNT",
+        "slurm_job": "SLURM_JOB_ID",
+        "slurm_restarts": "SLURM_RESTART_COUNT",
+    }
+    return {name: os.environ[word] for name, word in names.items() if word in os.environ}
 
 
 def _versions() -> dict[str, str]:

@@ -3,12 +3,12 @@
 import os
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
-from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 
@@ -54,26 +54,53 @@ def autocast(precision: Precision, device: torch.device) -> AbstractContextManag
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
-def grad_scaler(
-    precision: Precision, device: torch.device, group: dist.ProcessGroup | None
-) -> GradScaler:
-    """A scaler of the loss, which does something in fp16 only.
+class Scaler(GradScaler):
+    """Leaves out updates whose gradients are not finite, without waiting to learn which: always in
+    fp16, whose losses it scales; in other precisions while ``guarding``, at the cost of a pass over
+    the gradients, and to the same bits.
 
     Args:
         group: processes whose gradients differ, and which leave a step out together; None where
             all have the same.
     """
-    enabled = precision == "fp16"
-    if group is None or not enabled:
-        return GradScaler(device.type, enabled=enabled)
-    return _SharedScaler(device.type, process_group=group)
 
+    def __init__(
+        self, precision: Precision, device: torch.device, group: dist.ProcessGroup | None
+    ) -> None:
+        self.scaling, self.guarding = precision == "fp16", False
+        super().__init__(device.type, init_scale=2.0**16 if self.scaling else 1.0)
+        self._group, self._left_out = group, torch.zeros((), device=device)
 
-class _SharedScaler(ShardedGradScaler):
-    """torch adds up how many processes have overflowed; its fused optimizers leave a step out where
-    that is exactly one."""
+    @property
+    def active(self) -> bool:
+        return self.scaling or self.guarding
+
+    @property
+    def left_out(self) -> Tensor:
+        """1 where the last step was left out by ``guarding``, else 0, on the device. An overflow
+        of fp16 does not count: it is how the scale is found."""
+        return self._left_out
+
+    def scale(self, outputs: Any) -> Any:
+        return super().scale(outputs) if self.active else outputs
 
     def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
+        if not self.active:
+            return
         super().unscale_(optimizer)
         for found in self._per_optimizer_states[id(optimizer)]["found_inf_per_device"].values():
-            found.clamp_(max=1.0)
+            if self._group is not None:
+                dist.all_reduce(found, dist.ReduceOp.MAX, self._group)
+            if not self.scaling:
+                self._left_out = found
+
+    def step(self, optimizer: torch.optim.Optimizer, *args: Any, **options: Any) -> float | None:
+        return super().step(optimizer) if self.active else optimizer.step()
+
+    def update(self, new_scale: float | Tensor | None = None) -> None:
+        if self.scaling:
+            super().update(new_scale)
+        self._per_optimizer_states.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() if self.scaling else {}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from alexnet_dist.parallel.arithmetic import Precision, autocast, grad_scaler
+from alexnet_dist.parallel.arithmetic import Precision, Scaler, autocast
 from alexnet_dist.parallel.classes import Classes, counted
 from alexnet_dist.parallel.collectives import at_least_float
 from alexnet_dist.parallel.mesh import Mesh
@@ -52,7 +52,7 @@ class DataParallel:
 
     Attributes:
         parameters: by name, ordinary local tensors.
-        scaler: scales the loss in fp16, and lets all else pass.
+        scaler: leaves out updates that are not finite, in fp16 or where it is told to guard.
         description: a line for people.
         sharding: how the parameters lie on the mesh.
         mask_rows: the positions of the global batch whose dropout masks it wants.
@@ -77,7 +77,7 @@ class DataParallel:
         self.mask_rows = mesh.rows
         self._classes = classes
         group = mesh.group("mp") if mesh.towers > 1 else None
-        self.scaler = grad_scaler(precision, mesh.device, group)
+        self.scaler = Scaler(precision, mesh.device, group)
         self._compute = compiled(self.model) if compile_model else self.model
         if mesh.replicas > 1:
             self._compute = averaged(self._compute, mesh, compression)

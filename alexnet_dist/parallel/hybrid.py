@@ -33,7 +33,7 @@ from torch.nn import functional as F
 
 from alexnet_dist.model.alexnet import AlexNet, TorchvisionAlexNet, TowerLinear
 from alexnet_dist.model.dropout import Dropout
-from alexnet_dist.parallel.arithmetic import Precision, autocast, grad_scaler
+from alexnet_dist.parallel.arithmetic import Precision, Scaler, autocast
 from alexnet_dist.parallel.classes import Classes, counted
 from alexnet_dist.parallel.collectives import Gathering, Summing, at_least_float, gather
 from alexnet_dist.parallel.ddp import PLAIN, Compression, averaged, compiled, on_device
@@ -74,7 +74,7 @@ class Hybrid:
         dealt = {name: shapes[name] for name in self._connected.named()}
         self.sharding = Sharding(mesh, dealt, "dp")
         self.mask_rows = slice(None)
-        self.scaler = grad_scaler(precision, mesh.device, self._group)
+        self.scaler = Scaler(precision, mesh.device, self._group)
         self._classes = Classes(self._connected.classes, self._group)
         self._compute = compiled(self._convolutions) if compile_model else self._convolutions
         if mesh.replicas > 1:

@@ -10,13 +10,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from alexnet_dist.errors import Failure
+from alexnet_dist.parallel.rendezvous import own_store
 
 T = TypeVar("T")
 
@@ -33,6 +34,7 @@ class Mesh:
     Attributes:
         threads: processors that this process may use.
         patient: a group over the host's network for work that may take long.
+        saving: one for the thread that writes checkpoints, so that its words cross no others.
         towers: processes of a replica.
         devices: all processes, with the dimensions "dp" (replicas) and "mp" (towers of a replica);
             None until ``arrange``.
@@ -45,6 +47,7 @@ class Mesh:
     device: torch.device
     threads: int
     patient: dist.ProcessGroup
+    saving: dist.ProcessGroup
     towers: int = 1
     devices: DeviceMesh | None = None
 
@@ -105,8 +108,14 @@ class Mesh:
         return things  # type: ignore[return-value]
 
 
-def start(device: Literal["auto", "cpu", "cuda"] = "auto", threads: int = 0) -> Mesh:
+def start(
+    device: Literal["auto", "cpu", "cuda"] = "auto", threads: int = 0, timeout: float = 600.0
+) -> Mesh:
     """Join the processes that torchrun started, or be the only one.
+
+    Args:
+        timeout: seconds after which somebody else finds out who hangs (parallel/watch.py); a
+            collective waits for three times as long.
 
     Raises:
         Failure: GPUs are asked for and there are none, or fewer than local processes.
@@ -133,18 +142,21 @@ def start(device: Literal["auto", "cpu", "cuda"] = "auto", threads: int = 0) -> 
     if gpus:
         torch.cuda.set_device(where)
     backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
-    if launched:
-        dist.init_process_group(backend)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    at_most = timedelta(seconds=3 * timeout)
+    store = own_store(rank, world, at_most) if launched else dist.HashStore()
+    where_to_meet: dict[str, Any] = (
+        {} if store is None else {"store": store, "rank": rank, "world_size": world}
+    )
+    dist.init_process_group(backend, timeout=at_most, **where_to_meet)
     atexit.register(leave)
     if where.type == "cpu":
         _keep_memory()
     threads = threads or max(usable_processors() // local_world, 1)
     torch.set_num_threads(threads)
-    patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+    patient, saving = (dist.new_group(backend="gloo", timeout=PATIENCE) for _ in range(2))
     assert isinstance(patient, dist.ProcessGroup)
-    return Mesh(rank, world, local_rank, local_world, where, threads, patient)
+    assert isinstance(saving, dist.ProcessGroup)
+    return Mesh(rank, world, local_rank, local_world, where, threads, patient, saving)
 
 
 def leave() -> None:

@@ -61,12 +61,20 @@ class Console:
             )
         elif kind in ("warning", "checkpoint_failed"):
             self.say(f"warning: {event['message']}")
+        elif kind == "nan":
+            self.say(
+                f"warning: {event['what']} at step {event['step']}"
+                + (": its update is left out" if event["left_out"] else "")
+            )
+        elif kind == "rollback":
+            self.say(f"going back from step {event['step']} to step {event['to']}")
         elif kind == "resume":
             self.say(f"going on from step {event['step']}")
 
     def _train(self, event: Event) -> None:
+        loss = "not finite" if event["loss"] is None else f"{event['loss']:.4f}"
         numbers = (
-            f"loss {event['loss']:.4f}  lr {event['lr']:.2g}  "
+            f"loss {loss}  lr {event['lr']:.2g}  "
             f"{event['images_per_second']:.0f} img/s  wait {100 * event['data_wait']:.0f} %"
         )
         epoch = max(math.ceil(event["epoch"] - 1e-9), 1)
@@ -79,7 +87,7 @@ class Console:
             self._task = self._bar.add_task(where, total=self._total, numbers="")
         self._bar.update(self._task, completed=event["step"], description=where, numbers=numbers)
 
-    def close(self) -> None:
+    def close(self, patience: float | None = None) -> None:
         if self._bar is not None and self._task is not None:
             self._bar.stop()
             self._bar = None

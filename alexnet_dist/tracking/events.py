@@ -16,7 +16,7 @@ class Sink(Protocol):
 
     def take(self, event: Event) -> None: ...
 
-    def close(self) -> None: ...
+    def close(self, patience: float | None = None) -> None: ...
 
 
 class Stream:
@@ -30,9 +30,9 @@ class Stream:
         for sink in self.sinks:
             sink.take(record)
 
-    def close(self) -> None:
+    def close(self, patience: float | None = None) -> None:
         for sink in self.sinks:
-            sink.close()
+            sink.close(patience)
 
 
 class JsonLines:
@@ -48,7 +48,7 @@ class JsonLines:
             self._file.write(json.dumps(event) + "\n")
             self._file.flush()
 
-    def close(self) -> None:
+    def close(self, patience: float | None = None) -> None:
         with contextlib.suppress(OSError):
             self._file.close()
 

@@ -88,17 +88,18 @@ class Reporter:
             events = surviving(read(run / "metrics.jsonl"))
             self._draw("curves", step, lambda path: plots.curves(path, events, run.name))
 
-    def close(self, status: Status) -> None:
-        """The run's last word; what follows may still be said in the terminal."""
+    def close(self, status: Status, step: int, patience: float | None = None) -> None:
+        """The run's last word; what follows may still be said in the terminal.
+
+        ``patience``: seconds that the records' readers may take to end, None for their own.
+        """
         if self.folder is not None:
-            self.folder.set_status(status)
-        self._stream.close()
+            self.folder.set_status(status, step=step)
+        self._stream.close(patience)
 
     def abandon(self) -> None:
-        """The run ends by a failure: order in the folder and the terminal, no wait."""
+        """This life ends here, without a word or a wait: order in the terminal."""
         self._console.close()  # a terminal whose bar is left standing has no cursor
-        if self.folder is not None:
-            self.folder.set_status("failed")
 
     def _draw(self, name: str, step: int, draw: Callable[[Path], None]) -> None:
         """Draw into the run folder; a disk that is full costs the picture, and not the run."""

@@ -1,7 +1,7 @@
 """A run's folder: its name, who may write in it, and how the run stands.
 
 RUN/config.yaml      the resolved options
-RUN/status.json      {"status": "running" | "stopped" | "ended" | "failed", "wandb_id": ...}
+RUN/status.json      {"status": ..., "step": ..., "wandb_id": ...}
 RUN/metrics.jsonl    the records
 RUN/checkpoints/     the checkpoints
 RUN/*.png            what the network sees, its curves and kernels
@@ -10,6 +10,7 @@ RUN/*.png            what the network sees, its curves and kernels
 import fcntl
 import json
 import os
+import socket
 import time
 import uuid
 from pathlib import Path
@@ -19,7 +20,9 @@ import yaml
 
 from alexnet_dist.errors import Failure
 
-Status = Literal["running", "stopped", "ended", "failed"]
+Status = Literal["running", "preempted", "stopped", "ended", "failed"]
+"""preempted: saved, and wants to be started again by itself; stopped: saved, for a person to go on
+with; failed: for a person to mend. One that was killed stays running."""
 
 
 class RunFolder:
@@ -61,13 +64,21 @@ class RunFolder:
 
     def set_status(self, status: Status, **more: Any) -> dict[str, Any]:
         """Note how the run stands; what is noted, be the disk full or not."""
-        record = read_status(self.path) | {"status": status, **more}
+        record = read_status(self.path) | {"status": status, "launch": _launch(), **more}
         record.setdefault("wandb_id", uuid.uuid4().hex[:8])
         _write(self.path / "status.json", json.dumps(record) + "\n")
         return record
 
     def keep_config(self, config: dict[str, Any]) -> None:
         _write(self.path / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+
+
+def _launch() -> str:
+    """What stays the same while one launcher, or one SLURM job, starts a run again and again."""
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is not None:
+        return f"slurm job {job}"
+    return f"{socket.gethostname()} {os.getppid()}" if "TORCHELASTIC_RUN_ID" in os.environ else ""
 
 
 def read_status(path: Path) -> dict[str, Any]:
@@ -92,7 +103,8 @@ def choose_folder(root: str, name: str, resume: str) -> tuple[Path, bool]:
     """Where a run of this name belongs, and whether it goes on there.
 
     An unfinished run goes on under "auto"; a new one takes the name, or name-2, name-3, ...
-    where runs of it have ended (or under "never"). Any other ``resume`` is a run's folder.
+    where runs of it have ended (or under "never", but for the run that this very launcher began:
+    started again after a fault, it goes on). Any other ``resume`` is a run's folder.
 
     Raises:
         Failure: ``resume`` names a folder without a run.
@@ -107,7 +119,9 @@ def choose_folder(root: str, name: str, resume: str) -> tuple[Path, bool]:
         path = Path(root) / (name if number == 1 else f"{name}-{number}")
         if not read_config(path):
             return path, False
-        if resume == "auto" and read_status(path).get("status") != "ended":
+        status = read_status(path)
+        ours = status.get("launch") and status["launch"] == _launch()
+        if (resume == "auto" or ours) and status.get("status") != "ended":
             return path, True
         number += 1
 

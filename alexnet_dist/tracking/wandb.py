@@ -56,9 +56,9 @@ class Wandb:
         if not self._failed:
             self._queue.put(event)
 
-    def close(self) -> None:
+    def close(self, patience: float | None = None) -> None:
         self._queue.put(None)
-        self._thread.join(CLOSE_SECONDS)
+        self._thread.join(CLOSE_SECONDS if patience is None else patience)
         if self._thread.is_alive():
             self._warn("Weights & Biases does not answer; the records are in metrics.jsonl")
             # its own farewell at the end of the process would wait for it for ever; what is
@@ -93,7 +93,9 @@ class Wandb:
     def _send(self, wandb: Any, run: Any, event: Event) -> None:
         kind = event["event"]
         if kind in _CURVES:
-            values = {f"{kind}/{name}": event[name] for name in _CURVES[kind]}
+            values = {
+                f"{kind}/{name}": event[name] for name in _CURVES[kind] if event[name] is not None
+            }
             run.log({**values, "epoch": event["epoch"], "global_step": event["step"]})
         elif kind == "picture":
             image = wandb.Image(event["path"], caption=event["caption"])

@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -11,18 +11,34 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.amp.grad_scaler import GradScaler
 from torchmetrics import Metric
 
 from alexnet_dist.errors import Failure
 from alexnet_dist.training.schedules import Schedule
 
 
+class Scaler(Protocol):
+    """A gradient scaler that can leave steps out; see parallel/arithmetic.py."""
+
+    guarding: bool
+
+    @property
+    def left_out(self) -> Tensor: ...
+
+    def unscale_(self, optimizer: torch.optim.Optimizer) -> None: ...
+
+    def step(self, optimizer: torch.optim.Optimizer) -> float | None: ...
+
+    def update(self) -> None: ...
+
+
 class Layout(Protocol):
     """What a layout gives the loop; see parallel/ddp.py for the meaning of each."""
 
     parameters: dict[str, nn.Parameter]
-    scaler: GradScaler
+
+    @property
+    def scaler(self) -> Scaler: ...
 
     def forward_backward(
         self, images: Tensor, labels: Tensor, masks: Iterable[Tensor] = ()
@@ -51,13 +67,39 @@ def set_rates(optimizer: torch.optim.Optimizer, schedule: Schedule, passes: floa
 def train_step(
     layout: Layout, optimizer: torch.optim.Optimizer, batch: Batch, masks: Iterable[Tensor]
 ) -> Tensor:
-    """One update of the parameters; what ``layout.forward_backward`` returns."""
+    """One update of the parameters.
+
+    Returns:
+        What ``layout.forward_backward`` does, and, while the scaler guards, whether it left the
+        update out, since a gradient was not finite.
+    """
     result = layout.forward_backward(batch.images, batch.labels, masks)
     layout.scaler.unscale_(optimizer)  # here, where processes with different gradients can agree
     layout.scaler.step(optimizer)
     layout.scaler.update()
     optimizer.zero_grad(set_to_none=True)
+    if layout.scaler.guarding:
+        result = torch.cat([result, layout.scaler.left_out.to(result.dtype)[None]])
     return result
+
+
+@dataclass(frozen=True)
+class BadStep:
+    """A step whose loss or gradient was not finite.
+
+    Attributes:
+        loss: of the global batch.
+        numbers: its samples, in their global order.
+    """
+
+    step: int
+    loss: float
+    numbers: NDArray[np.int64]
+
+    @property
+    def what(self) -> str:
+        finite = self.loss - self.loss == 0
+        return "a gradient is not finite" if finite else f"the loss is {self.loss}"
 
 
 @dataclass
@@ -70,10 +112,11 @@ class Meters:
     which sums a few float32 without rounding.
 
     Attributes:
-        losses, hits: of the steps since the last record, the global batch's.
-        epoch_loss: summed over the epoch's steps.
+        losses, hits: of the steps since the last record, the global batch's; bad steps left out.
+        epoch_loss: summed over the epoch's steps, of which ``epoch_steps`` were good.
         epoch_hits, images: of the epoch so far.
         digest: of the samples' numbers of the epoch so far, in their global order.
+        bad_in_a_row: steps since the last one that was good.
     """
 
     batch: int
@@ -85,31 +128,41 @@ class Meters:
     epoch_hits: int = 0
     images: int = 0
     digest: str = ""
+    bad_in_a_row: int = 0
+    _steps: list[int] = field(default_factory=list)
     _results: list[Tensor] = field(default_factory=list)
     _numbers: list[NDArray[np.int64]] = field(default_factory=list)
 
-    def add(self, result: Tensor, numbers: NDArray[np.int64]) -> None:
+    def add(self, step: int, result: Tensor, numbers: NDArray[np.int64]) -> None:
         """Note a step: what ``train_step`` gave, and the samples that this replica had in it."""
+        self._steps.append(step)
         self._results.append(result)
         self._numbers.append(numbers)
 
-    def collect(self) -> None:
-        """Read what was added; all processes call it together."""
+    def collect(self) -> list[BadStep]:
+        """Read what was added, and tell the bad steps; all processes call it together."""
         if not self._results:
-            return
+            return []
         results = torch.stack(self._results)
         dist.all_reduce(results)
-        for total, hits in results.tolist():
+        bad = []
+        rows = zip(self._steps, results.tolist(), self._in_global_order(), strict=True)
+        for step, (total, hits, *left_out), numbers in rows:
             loss = total / self.batch
+            self.digest = chain(self.digest, numbers)
+            self.images += len(numbers)
+            if any(left_out) or loss - loss != 0:
+                bad.append(BadStep(step, loss, numbers))
+                self.bad_in_a_row += 1
+                continue
+            self.bad_in_a_row = 0
             self.losses.append(loss)
             self.hits.append(hits)
             self.epoch_loss += loss
             self.epoch_hits += int(hits)
             self.epoch_steps += 1
-        for numbers in self._in_global_order():
-            self.digest = chain(self.digest, numbers)
-            self.images += len(numbers)
-        self._results, self._numbers = [], []
+        self._steps, self._results, self._numbers = [], [], []
+        return bad
 
     def _in_global_order(self) -> Iterable[NDArray[np.int64]]:
         """Position p of a batch is image p // R of replica p mod R."""
@@ -125,11 +178,12 @@ class Meters:
         together = torch.stack(of_each, 2).flatten(1).numpy()
         return (row[row >= 0] for row in together)
 
-    def take(self) -> tuple[float, float]:
-        """Mean loss and top-1 error in percent since the last call; after ``collect``."""
-        steps = max(len(self.losses), 1)
-        loss = sum(self.losses) / steps
-        error = 100.0 * (1.0 - sum(self.hits) / (steps * self.batch))
+    def take(self) -> tuple[float | None, float | None]:
+        """Mean loss and top-1 error in percent since the last call, None where all steps were
+        bad; after ``collect``."""
+        steps = len(self.losses)
+        loss = sum(self.losses) / steps if steps else None
+        error = 100.0 * (1.0 - sum(self.hits) / (steps * self.batch)) if steps else None
         self.losses, self.hits = [], []
         return loss, error
 
@@ -205,21 +259,35 @@ def check_count(result: Mapping[str, float], left_out: int, images: int) -> None
         )
 
 
-def evaluate(layout: Layout, batches: Iterable[Batch], device: torch.device) -> dict[str, float]:
-    """Errors over all batches of all processes, each of which may have another number of images."""
+def evaluate(
+    layout: Layout,
+    batches: Iterable[Batch],
+    device: torch.device,
+    between: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
+    """Errors over all batches of all processes, each of which may have another number of images.
+
+    ``between`` is called after each batch; what it raises ends the evaluation.
+    """
     errors = Errors().to(device)
     for batch in batches:
         errors.update(layout.hits(batch.images, batch.labels))
+        between()
     result: dict[str, float] = errors.compute()
     return result
 
 
 class Clock:
-    """Where the time between two records went; evaluations and checkpoints do not count."""
+    """Where the time between two records went; evaluations and checkpoints do not count.
+
+    Attributes:
+        longest: seconds of the longest step of this life.
+    """
 
     def __init__(self) -> None:
         self.seconds = self.wait = 0.0
         self.steps = self.steps_of_last = 0
+        self.longest = self._waited = 0.0
         self._mark = time.perf_counter()
 
     def start(self) -> None:
@@ -228,11 +296,12 @@ class Clock:
 
     def waited(self) -> None:
         """The wait for images has ended."""
-        self.wait += self._lap()
+        self._waited = self._lap()
+        self.wait += self._waited
 
     def stepped(self) -> None:
         """A step has ended."""
-        self._lap()
+        self.longest = max(self.longest, self._waited + self._lap())
         self.steps += 1
 
     def take(self) -> tuple[float, float]:

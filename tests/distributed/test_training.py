@@ -4,12 +4,12 @@ import json
 import os
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import TINY, command, environment, events, launch, losses, train
+from tests.distributed.groups import alive, running, tensors, wait_for, workers
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(
     last = {e["step"]: e["order_digest"] for e in events(run, "epoch")}
     for event in events(whole, "epoch"):
         assert last[event["step"]] == event["order_digest"]
-    assert _tensors(run) == _tensors(whole)
+    assert tensors(run) == tensors(whole)
 
 
 @pytest.mark.parametrize("processes", [pytest.param(2, marks=pytest.mark.slow), 3])
@@ -79,7 +79,7 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(
 ) -> None:
     run = _killed_and_started_again(processes, images, tmp_path)
     assert losses(run) == losses(calm[processes])
-    assert _tensors(run) == _tensors(calm[processes])
+    assert tensors(run) == tensors(calm[processes])
 
 
 @pytest.mark.slow
@@ -157,7 +157,7 @@ def test_a_killed_run_of_any_layout_goes_on_bit_for_bit(
     train(processes, images, tmp_path, "--run.name=calm", layout)
     run = _killed_and_started_again(processes, images, tmp_path, layout)
     assert losses(run) == losses(tmp_path / "calm")
-    assert _tensors(run) == _tensors(tmp_path / "calm")
+    assert tensors(run) == tensors(tmp_path / "calm")
 
 
 @pytest.mark.slow
@@ -170,29 +170,16 @@ def test_a_compiled_layout_trains_alike(
 
 
 def test_a_rank_that_dies_ends_all(images: Path, tmp_path: Path) -> None:
-    with _running(2, images, tmp_path) as launcher:
-        os.kill(_workers(launcher.pid)[1], signal.SIGKILL)
+    with running(2, images, tmp_path) as launcher:
+        os.kill(workers(launcher.pid)[1], signal.SIGKILL)
         assert launcher.wait(60) != 0
-    _wait_for(lambda: not _alive(str(tmp_path)), 15)
+    wait_for(lambda: not alive(str(tmp_path)), 15)
 
 
 def test_a_launcher_that_dies_leaves_no_orphan(images: Path, tmp_path: Path) -> None:
-    with _running(2, images, tmp_path) as launcher:
+    with running(2, images, tmp_path) as launcher:
         launcher.kill()
-    _wait_for(lambda: not _alive(str(tmp_path)), 15)
-
-
-def _running(processes: int, images: Path, runs: Path) -> subprocess.Popen:
-    """A long run that has taken its first steps."""
-    options = [*TINY, f"--data.root={images}", f"--run.root={runs}", "--train.epochs=10000"]
-    launcher = subprocess.Popen(
-        command(processes, "alexnet_dist.train", *options, "--run.name=run"),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env=environment(),
-    )
-    _wait_for(lambda: (runs / "run/metrics.jsonl").exists() and len(losses(runs / "run")) > 1)
-    return launcher
+    wait_for(lambda: not alive(str(tmp_path)), 15)
 
 
 def _killed_and_started_again(processes: int, images: Path, runs: Path, *more: str) -> Path:
@@ -207,45 +194,8 @@ def _killed_and_started_again(processes: int, images: Path, runs: Path, *more: s
         start_new_session=True,
         env=environment(),
     ) as launcher:
-        _wait_for(lambda: (run / "checkpoints/last").exists() and len(losses(run)) >= 3)
+        wait_for(lambda: (run / "checkpoints/last").exists() and len(losses(run)) >= 3)
         os.killpg(launcher.pid, signal.SIGKILL)
     train(processes, images, runs, "--run.name=run", "--checkpoint.every_steps=2")
     assert events(run, "resume")[0]["step"] >= 2
     return run
-
-
-def _workers(launcher: int) -> list[int]:
-    text = Path(f"/proc/{launcher}/task/{launcher}/children").read_text()
-    return [int(word) for word in text.split()]
-
-
-def _alive(word: str) -> list[str]:
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            line = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-        except OSError:
-            continue
-        if word in line:
-            found.append(line)
-    return found
-
-
-def _wait_for(condition: object, seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.2)
-
-
-def _tensors(run: Path) -> dict[str, bytes]:
-    """Every tensor of the run's last checkpoint, to the bit."""
-    from safetensors import safe_open
-
-    found = {}
-    for file in sorted((run / "checkpoints/last").resolve().glob("*.safetensors")):
-        with safe_open(file, "pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (no mapping)
-                found[f"{file.name} {name}"] = tensors.get_tensor(name).numpy().tobytes()
-    assert any("velocity." in name for name in found)
-    return found

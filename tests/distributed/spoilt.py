@@ -1,0 +1,48 @@
+"""Training in which the images of some steps, or the weights after them, are not finite.
+
+SPOIL=IMAGES:3,4 or WEIGHTS:3 names the steps, and that of weights is spoilt once only, as by a bit
+that has flipped.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from alexnet_dist import train
+from alexnet_dist.errors import run_command
+
+what, _, words = os.environ["SPOIL"].partition(":")
+steps = {int(word) for word in words.split(",")}
+count = 0
+plain_step = train.train_step
+plain_restore = train.Run._restore
+
+
+def restore(run: train.Run) -> Any:
+    global count
+    result = plain_restore(run)
+    count = run.step
+    return result
+
+
+def train_step(layout: Any, optimizer: Any, batch: Any, masks: Any) -> torch.Tensor:
+    global count
+    count += 1
+    if what == "IMAGES" and count in steps:
+        batch.images.mul_(float("nan"))
+    result = plain_step(layout, optimizer, batch, masks)
+    once = Path(os.environ["SPOIL_ONCE"] + os.environ.get("RANK", "0"))
+    if what == "WEIGHTS" and count in steps and not once.exists():
+        once.touch()
+        with torch.no_grad():
+            next(iter(layout.parameters.values())).fill_(float("inf"))
+    return result
+
+
+train.train_step = train_step
+train.Run._restore = restore  # type: ignore[method-assign]
+
+if __name__ == "__main__":
+    run_command(train.main)

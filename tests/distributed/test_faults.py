@@ -1,0 +1,275 @@
+"""Whatever befalls a run, it goes on and ends with the bits of one that nobody touched."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from alexnet_dist.tracking.events import read, surviving
+from tests.conftest import TINY, Result, command, environment, events, launch, losses, train
+from tests.distributed.groups import alive, running, started, tensors, wait_for, workers
+
+FEW = "--train.epochs=10"
+"""40 steps, of which each test disturbs some."""
+
+
+@pytest.fixture(scope="module")
+def calm(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    runs = tmp_path_factory.mktemp("calm")
+    train(2, images, runs, "--run.name=run", FEW)
+    return runs / "run"
+
+
+def same(run: Path, calm: Path) -> None:
+    """The run has ended with the calm one's bits, its records have no gap, nothing is left."""
+    assert losses(run) == losses(calm)
+    assert tensors(run) == tensors(calm)
+    kept = surviving(read(run / "metrics.jsonl"))
+    assert [e["step"] for e in kept if e["event"] == "train"] == list(range(1, 41))
+    for kind in ("epoch", "eval"):
+        assert [e["step"] for e in kept if e["event"] == kind] == list(range(4, 41, 4))
+    digests = [[e["order_digest"] for e in events(calm, "epoch")],
+               [e["order_digest"] for e in kept if e["event"] == "epoch"]]  # fmt: skip
+    assert digests[0] == digests[1]
+    assert json.loads((run / "status.json").read_text())["status"] == "ended"
+    assert not [p for p in run.rglob("*") if ".partial" in p.name or p.name == "PREEMPT"]
+    assert not alive(str(run.parent))
+
+
+def _by_file(launcher: "subprocess.Popen[str]", run: Path) -> None:
+    (run / "PREEMPT").touch()
+
+
+def _by_one_rank(launcher: "subprocess.Popen[str]", run: Path) -> None:
+    os.kill(workers(launcher.pid)[1], signal.SIGUSR2)
+
+
+WAYS = {
+    "a file": (_by_file, "preempted", 0),
+    "SIGUSR2 to one process": (_by_one_rank, "preempted", 0),
+    "SIGUSR2 to the launcher": (lambda p, _: p.send_signal(signal.SIGUSR2), "preempted", 1),
+    "SIGTERM to the launcher": (lambda p, _: p.terminate(), "preempted", 1),
+    "Ctrl-C": (lambda p, _: p.send_signal(signal.SIGINT), "stopped", 1),
+}
+HANDLED = ("--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR2",)
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        pytest.param(way, marks=[pytest.mark.slow] if way != "SIGUSR2 to one process" else [])
+        for way in WAYS
+    ],
+)
+def test_a_run_that_is_told_to_leave_saves_and_goes_on(
+    way: str, images: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    tell, status, code = WAYS[way]
+    run = tmp_path / "run"
+    with running(2, images, tmp_path, FEW, torchrun=HANDLED) as launcher:
+        tell(launcher, run)
+        began = time.monotonic()
+        out, _ = launcher.communicate(timeout=60)
+    assert time.monotonic() - began < 20
+    assert launcher.returncode == code  # torchrun itself ends so, where it was told
+    record = json.loads((run / "status.json").read_text())
+    assert record["status"] == status
+    (left,) = events(run, "preempted")
+    assert left["step"] == record["step"] == max(losses(run))
+    assert f"step-{left['step']:08d}" == (run / "checkpoints/last").resolve().name
+    assert "alexnet_dist/" not in out
+    assert not alive(str(tmp_path))
+    train(2, images, tmp_path, "--run.name=run", FEW)
+    assert [e["step"] for e in events(run, "resume")] == [left["step"]]
+    same(run, request.getfixturevalue("calm"))
+
+
+@pytest.mark.slow
+def test_a_second_interrupt_leaves_at_once(images: Path, tmp_path: Path) -> None:
+    with running(2, images, tmp_path) as launcher:
+        launcher.send_signal(signal.SIGINT)
+        time.sleep(0.05)
+        launcher.send_signal(signal.SIGINT)
+        began = time.monotonic()
+        launcher.communicate(timeout=60)
+    assert time.monotonic() - began < 5
+    wait_for(lambda: not alive(str(tmp_path)), 5)
+
+
+@pytest.mark.slow
+def test_a_run_leaves_in_the_middle_of_an_evaluation(
+    calm: Path, images: Path, tmp_path: Path
+) -> None:
+    """Nothing of the epoch is lost, and its evaluation is made up for."""
+    script = (
+        "import sys, time; from alexnet_dist import train; from pathlib import Path\n"
+        "from alexnet_dist.errors import run_command\n"
+        "plain = train.evaluate\n"
+        "def slow(layout, batches, device, between):\n"
+        "    def touch():\n"
+        "        Path(sys.argv[1], 'PREEMPT').touch(); time.sleep(1.1); between()\n"
+        "    return plain(layout, batches, device, touch)\n"
+        "if not Path(sys.argv[1]).exists(): train.evaluate = slow\n"
+        "run_command(train.main)\n"
+    )
+    file = tmp_path / "slow_evaluation.py"
+    file.write_text(script.replace("sys.argv[1]", repr(str(tmp_path / "run"))))
+    options = [*TINY, f"--data.root={images}", f"--run.root={tmp_path}", "--run.name=run", FEW]
+    words = command(2, "x", *options)
+    words[words.index("-m", 3) : words.index("x") + 1] = [str(file)]
+    done = subprocess.run(words, capture_output=True, text=True, env=environment(), timeout=120)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "run"
+    assert [e["step"] for e in events(run, "preempted")] == [4]
+    assert events(run, "eval") == []
+    train(2, images, tmp_path, "--run.name=run", FEW)
+    same(run, calm)
+
+
+@pytest.mark.slow
+def test_a_life_ends_before_its_time_is_up(calm: Path, images: Path, tmp_path: Path) -> None:
+    options = ["--run.name=run", FEW, "--run.time_limit=19"]
+    began = time.monotonic()
+    train(2, images, tmp_path, *options)
+    assert time.monotonic() - began < 22  # the clock starts with the process
+    (left,) = events(tmp_path / "run", "preempted")
+    assert left["cause"] == "time that runs out"
+    train(2, images, tmp_path, "--run.name=run", FEW)
+    same(tmp_path / "run", calm)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGSTOP"])
+def test_torchrun_starts_a_group_again(name: str, calm: Path, images: Path, tmp_path: Path) -> None:
+    """A process that dies, and one that hangs, which is found by its silence and named."""
+    options = [FEW, "--checkpoint.every_steps=2", "--runtime.timeout=5", "--run.resume=never"]
+    restarts = ("--max-restarts=2",)
+    with running(2, images, tmp_path, *options, torchrun=restarts) as launcher:
+        wait_for(lambda: started(tmp_path / "run", 4))
+        os.kill(workers(launcher.pid)[1], signal.Signals[name])
+        out, _ = launcher.communicate(timeout=240)
+    assert launcher.returncode == 0, out[-3000:]
+    said = "process 1 (host " in out and "gave no sign of life for 5 s" in out
+    assert said == (name == "SIGSTOP")
+    run = tmp_path / "run"
+    assert [e["lives"]["torchrun_restarts"] for e in events(run, "resume")] == ["1"]
+    same(run, calm)
+
+
+@pytest.mark.slow
+def test_a_host_that_leaves_is_done_without(calm: Path, images: Path, tmp_path: Path) -> None:
+    """Two launchers with a process each; one dies with its process, the other goes on alone."""
+    timing = "last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=2"
+    rendezvous = [
+        "--nnodes=1:2",
+        "--rdzv-backend=c10d",
+        "--rdzv-endpoint=127.0.0.1:29653",
+        "--rdzv-id=7",
+        f"--rdzv-conf={timing}",
+        "--local-addr=127.0.0.1",
+        "--max-restarts=3",
+    ]
+    wanted = [*TINY, f"--data.root={images}", f"--run.root={tmp_path}", "--run.name=run", FEW]
+    words = command(1, "alexnet_dist.train", *wanted, "--checkpoint.every_steps=2")
+    at = words.index("--standalone")
+    words[at : at + 1] = rendezvous
+    run = tmp_path / "run"
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True,
+               "env": environment(), "start_new_session": True}  # fmt: skip
+    with subprocess.Popen(words, **options) as stays, subprocess.Popen(words, **options) as goes:
+        wait_for(lambda: started(run, 6))
+        for pid in (*workers(goes.pid), goes.pid):
+            os.kill(pid, signal.SIGKILL)
+        out, _ = stays.communicate(timeout=240)
+        assert stays.returncode == 0, out[-3000:]
+    first, *later = events(run, "start", "resume")
+    assert first["world_size"] == 2
+    assert later[-1]["world_size"] == 1
+    assert losses(run) == pytest.approx(losses(calm), rel=1e-4)
+    kept = surviving(read(run / "metrics.jsonl"))
+    assert [e["order_digest"] for e in kept if e["event"] == "epoch"] == [
+        e["order_digest"] for e in events(calm, "epoch")
+    ]
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
+    calm: Path, images: Path, tmp_path: Path
+) -> None:
+    train(2, images, tmp_path, "--run.name=run", FEW, "--train.max_steps=13")
+    run = tmp_path / "run"
+    last = (run / "checkpoints/last").resolve()
+    assert last.name == "step-00000013"
+    file = sorted(last.glob("*.safetensors"))[1]  # of the second process
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(content)
+    result = train(2, images, tmp_path, "--run.name=run", FEW)
+    sentence = f"the checkpoint {last} is damaged ({file.name} has changed since it was written)"
+    assert sentence in result.out
+    assert [e["step"] for e in events(run, "resume")] == [12]
+    assert (run / "checkpoints" / f"damaged-{last.name}").is_dir()
+    same(run, calm)
+
+
+def spoilt(what: str, images: Path, runs: Path, *options: str) -> Result:
+    wanted = [*TINY, f"--data.root={images}", f"--run.root={runs}", "--run.name=run", FEW]
+    return launch(
+        2,
+        *wanted,
+        *options,
+        module="tests.distributed.spoilt",
+        SPOIL=what,
+        SPOIL_ONCE=str(runs / "once"),
+    )
+
+
+@pytest.mark.parametrize("policy", [pytest.param("skip", marks=pytest.mark.slow), "rollback"])
+@pytest.mark.parametrize("every", ["1", pytest.param("7", marks=pytest.mark.slow)])
+def test_an_update_that_is_not_finite_is_left_out(
+    policy: str, every: str, images: Path, tmp_path: Path
+) -> None:
+    """By looking at each gradient, or by going back and looking then: to the same bits."""
+    logged = f"--train.log_every={every}"
+    result = spoilt("IMAGES:6,18", images, tmp_path, f"--train.on_nan={policy}", logged)
+    assert result.code == 0, result.err
+    run = tmp_path / "run"
+    kept = surviving(read(run / "metrics.jsonl"))
+    bad = [e for e in kept if e["event"] == "nan" and e["left_out"]]
+    assert [e["step"] for e in bad] == [6, 18]
+    assert all("loss is nan" in e["what"] and len(e["paths"]) == 7 for e in bad)
+    assert all(Path(path).is_file() for e in bad for path in e["paths"])
+    assert len(events(run, "rollback")) == (2 if policy == "rollback" else 0)
+    trained = [e for e in kept if e["event"] == "train" and e["loss"] is not None]
+    assert sum(e["steps"] for e in trained) == 40 // int(every) * int(every) - 2
+    if every == "1" and policy == "rollback":
+        other = spoilt("IMAGES:6,18", images, tmp_path / "skip", "--train.on_nan=skip", logged)
+        assert other.code == 0
+        assert losses(run) == losses(tmp_path / "skip/run")
+        assert tensors(run) == tensors(tmp_path / "skip/run")
+
+
+@pytest.mark.slow
+def test_weights_that_are_spoilt_once_are_those_of_the_last_checkpoint_again(
+    calm: Path, images: Path, tmp_path: Path
+) -> None:
+    result = spoilt("WEIGHTS:18", images, tmp_path, "--train.on_nan=rollback")
+    assert result.code == 0, result.err
+    (back,) = events(tmp_path / "run", "rollback")
+    assert (back["step"], back["to"], back["suspect"]) == (19, 16, 19)
+    same(tmp_path / "run", calm)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_not_finite_any_more_stops(images: Path, tmp_path: Path) -> None:
+    always = "IMAGES:" + ",".join(map(str, range(6, 40)))
+    for number, policy in enumerate(("stop", "skip", "rollback")):
+        runs = tmp_path / str(number)
+        result = spoilt(always, images, runs, f"--train.on_nan={policy}")
+        assert result.code != 0
+        assert "take a smaller --optim.lr" in result.said[0]
+        assert events(runs / "run", "nan")[0]["step"] == 6
+        assert json.loads((runs / "run/status.json").read_text())["status"] == "failed"
