@@ -416,15 +416,24 @@ def parse(
     return Parsed(config, {name: flat[name] for name in said}, recipe)
 
 
-def take_option(arguments: list[str], name: str) -> tuple[str | None, list[str]]:
-    """The value of an option of a command's own, and the other words."""
-    rest, value = list(arguments), None
-    for at, word in enumerate(arguments):
-        if word == f"--{name}" and at + 1 < len(arguments):
-            value, rest = arguments[at + 1], arguments[:at] + arguments[at + 2 :]
-        elif word.startswith(f"--{name}="):
-            value, rest = word.partition("=")[2], arguments[:at] + arguments[at + 1 :]
-    return value, rest
+def take_option(arguments: list[str], name: str) -> tuple[list[str], list[str]]:
+    """The values of an option of a command's own, which end with the next option, and the other
+    words."""
+    values: list[str] = []
+    rest: list[str] = []
+    taking = False
+    for word in arguments:
+        option, _, value = word.partition("=")
+        begins = word.startswith("-")
+        if begins:
+            taking = option == f"--{name}"
+        if not taking:
+            rest.append(word)
+        elif not begins:
+            values.append(word)
+        elif value:
+            values.append(value)
+    return values, rest
 
 
 def from_dict(record: dict[str, Any], where: str = "the run's config.yaml") -> Config:

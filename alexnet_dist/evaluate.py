@@ -1,67 +1,165 @@
 """Exact top-1 and top-5 error of a checkpoint on the validation images, on any number of processes.
 
-python -m alexnet_dist.evaluate --checkpoint RUN [--data.root DIR]
-The last line is JSON: top1_error and top5_error in percent, loss, images.
+python -m alexnet_dist.evaluate --checkpoint RUN [RUN ...] [--data.root DIR]
+Of several checkpoints the chances are averaged, as the paper does with five networks (Krizhevsky et
+al. 2012, section 6). The last line is JSON: top1_error and top5_error in percent, loss, images.
 """
 
 import json
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
+
+import numpy as np
+import torch
 
 from alexnet_dist.config import Config, parse, take_option
 from alexnet_dist.data import build_engine
 from alexnet_dist.data.augment import pixels_for
+from alexnet_dist.data.engine import Batch, Engine
 from alexnet_dist.data.plan import EvaluationPlan
-from alexnet_dist.data.sources import make_catalogue, open_sources
+from alexnet_dist.data.sources import Catalogue, make_catalogue, open_sources
 from alexnet_dist.data.statistics import Statistics
 from alexnet_dist.errors import Failure, run_command
 from alexnet_dist.model import VARIANTS, outline
 from alexnet_dist.parallel.arithmetic import choose_precision, set_arithmetic
+from alexnet_dist.parallel.classes import Classes, counted
 from alexnet_dist.parallel.ddp import DataParallel
 from alexnet_dist.parallel.mesh import Mesh, start
+from alexnet_dist.parallel.shards import Share
 from alexnet_dist.tracking.console import IndexProgress
 from alexnet_dist.training import checkpoint
-from alexnet_dist.training.loop import check_count, evaluate
+from alexnet_dist.training.loop import Errors, check_count, evaluate
+
+
+@dataclass(frozen=True)
+class Network:
+    """A checkpoint, its state, and the options that it is evaluated under."""
+
+    path: Path
+    state: dict[str, Any]
+    config: Config
+
+    @property
+    def outputs(self) -> int:
+        return self.config.model.num_classes or len(self.state["classes"])
 
 
 def main(arguments: list[str]) -> None:
     """Evaluate as the command line says."""
-    path, rest = take_option(arguments, "checkpoint")
-    if path is None and not {"-h", "--help"} & set(rest):
+    paths, rest = take_option(arguments, "checkpoint")
+    if not paths:
+        _config(rest, None)  # which may be asked for --help
         raise Failure(
             "there is nothing to evaluate: give --checkpoint a run's folder (its best checkpoint "
             "is taken), or one of its checkpoints",
             everywhere=True,
         )
-    try:
-        found = checkpoint.find(path) if path else None
-        state = checkpoint.read_state(found) if found else {"config": None}
-    except Failure as failure:
-        raise Failure(str(failure), everywhere=True) from None
-    parsed = parse(
-        rest,
-        program="python -m alexnet_dist.evaluate",
-        description=__doc__,
-        default=None,
-        underneath=state["config"],
-    )
-    mesh = start(parsed.config.runtime.device, parsed.config.runtime.threads)
-    result = evaluate_checkpoint(parsed.config, mesh, str(found), state)
+    networks = read_networks(paths, rest)
+    config = networks[0].config
+    mesh = start(config.runtime.device, config.runtime.threads)
+    data = config.data
+    catalogue = mesh.from_first(lambda: make_catalogue(data.root, data.cache, IndexProgress()))
+    if catalogue.val.classes != networks[0].state["classes"]:
+        raise Failure(
+            f"the classes of {catalogue.val.folder} are not those that {networks[0].path} was "
+            "trained on: give --data.root a folder with the same class folders",
+            everywhere=True,
+        )
+    if len(networks) == 1:
+        result = evaluate_one(networks[0], mesh, catalogue)
+    else:
+        result = evaluate_average(networks, mesh, catalogue) | {"checkpoints": len(networks)}
     if mesh.rank == 0:
         print(json.dumps(result), flush=True)
 
 
-def evaluate_checkpoint(
-    config: Config, mesh: Mesh, path: str, state: dict[str, Any]
-) -> dict[str, float]:
-    """Errors of the checkpoint at ``path`` with its ``state``, on the images of ``config``."""
+def read_networks(paths: list[str], words: list[str]) -> list[Network]:
+    """The networks of checkpoints, under the options they were trained with and ``words``.
+
+    Images and how they are read are as the first one has them, but each has its own image_size
+    and resize.
+
+    Raises:
+        Failure: there is no such checkpoint, or they are not of the same classes.
+    """
+    networks: list[Network] = []
+    for path in paths:
+        try:
+            found = checkpoint.find(path)
+            state = checkpoint.read_state(found)
+        except Failure as failure:
+            raise Failure(str(failure), everywhere=True) from None
+        config = _config(words, state["config"])
+        first = networks[0].config if networks else config
+        data = replace(first.data, image_size=config.data.image_size, resize=config.data.resize)
+        networks.append(Network(found, state, replace(config, data=data)))
+    for network in networks[1:]:
+        classes, outputs = networks[0].state["classes"], networks[0].outputs
+        if network.state["classes"] != classes or network.outputs != outputs:
+            raise Failure(
+                f"{network.path} tells other classes apart than {networks[0].path}, and their "
+                "chances have no average: give checkpoints that were trained on the same ones",
+                everywhere=True,
+            )
+    return networks
+
+
+def evaluate_one(network: Network, mesh: Mesh, catalogue: Catalogue) -> dict[str, float]:
+    """Errors of a network on the validation images."""
+    layout, engine, batches = lay_out(network, mesh, catalogue)
+    result = evaluate(layout, batches, mesh.device)
+    left_out = sum(len(news) for news in mesh.gather(engine.bad.take_news()))
+    check_count(result, left_out, len(catalogue.val))
+    engine.close()
+    return result | ({"left_out": left_out} if left_out else {})
+
+
+def evaluate_average(networks: list[Network], mesh: Mesh, catalogue: Catalogue) -> dict[str, float]:
+    """Errors of the networks' averaged chances on the validation images.
+
+    One network after another goes through the images. Of those of this process the logarithms of
+    the summed chances are kept in float64, for ImageNet 400 MB over all processes. An image that
+    one network has to leave out is left out.
+    """
+    batch_size = networks[0].config.data.eval_batch_size
+    draws = EvaluationPlan(catalogue.val.sizes, batch_size).draws(mesh.rows)
+    mine = np.concatenate([some.numbers for some in draws])
+    shape, device = (len(mine), networks[0].outputs), mesh.device
+    chances = torch.full(shape, -torch.inf, dtype=torch.float64, device=device)
+    added = torch.zeros(len(mine), dtype=torch.int64, device=device)
+    left_out: set[Any] = set()
+    for network in networks:
+        layout, engine, batches = lay_out(network, mesh, catalogue)
+        for batch in batches:
+            if len(batch.numbers):
+                rows = torch.from_numpy(np.searchsorted(mine, batch.numbers)).to(device)
+                more = layout.logits(batch.images).double().log_softmax(1)
+                chances[rows] = torch.logaddexp(chances[rows], more)
+                added[rows] += 1
+        everyone = mesh.gather(engine.bad.take_news())
+        left_out |= {event["number"] for news in everyone for event in news}
+        engine.close()
+
+    whole = added == len(networks)
+    labels = torch.from_numpy(catalogue.val.labels[mine]).to(device)
+    classes, errors = Classes(Share(shape[1], 1, 0)), Errors().to(device)
+    for some, right in zip(
+        chances[whole].split(batch_size), labels[whole].split(batch_size), strict=True
+    ):
+        errors.update(counted(*classes.places(some, right)))  # whose sum over classes is not asked
+    result: dict[str, float] = errors.compute()
+    check_count(result, len(left_out), len(catalogue.val))
+    return result | ({"left_out": len(left_out)} if left_out else {})
+
+
+def lay_out(
+    network: Network, mesh: Mesh, catalogue: Catalogue
+) -> tuple[DataParallel, Engine, Iterable[Batch]]:
+    """The network with its weights, and the engine with this process's images as it wants them."""
+    config, state = network.config, network.state
     data, variant = config.data, config.model.variant
-    catalogue = mesh.from_first(lambda: make_catalogue(data.root, data.cache, IndexProgress()))
-    if catalogue.val.classes != state["classes"]:
-        raise Failure(
-            f"the classes of {catalogue.val.folder} are not those that {path} was trained on: "
-            "give --data.root a folder with the same class folders",
-            everywhere=True,
-        )
     fraction = data.image_size / data.resize
     plan = EvaluationPlan(catalogue.val.sizes, data.eval_batch_size, fraction)
     engine = build_engine(
@@ -83,7 +181,7 @@ def evaluate_checkpoint(
     )
     model = outline(
         variant,
-        num_classes=config.model.num_classes or len(state["classes"]),
+        num_classes=network.outputs,
         dropout=config.model.dropout,
         image_size=data.image_size,
     )
@@ -91,12 +189,18 @@ def evaluate_checkpoint(
     set_arithmetic(precision, config.runtime.deterministic)
     layout = DataParallel(model, mesh, batch=data.eval_batch_size, precision=precision)
     parameters = {f"model.{name}": p.detach() for name, p in layout.parameters.items()}
-    checkpoint.load(checkpoint.find(path), parameters)
-    result = evaluate(layout, engine.batches(plan.draws(mesh.rows)), mesh.device)
-    left_out = sum(len(news) for news in mesh.gather(engine.bad.take_news()))
-    check_count(result, left_out, len(catalogue.val))
-    engine.close()
-    return result | ({"left_out": left_out} if left_out else {})
+    checkpoint.load(network.path, parameters)
+    return layout, engine, engine.batches(plan.draws(mesh.rows))
+
+
+def _config(words: list[str], underneath: dict[str, Any] | None) -> Config:
+    return parse(
+        words,
+        program="python -m alexnet_dist.evaluate",
+        description=__doc__,
+        default=None,
+        underneath=underneath,
+    ).config
 
 
 if __name__ == "__main__":

@@ -131,6 +131,12 @@ def test_every_recipe_resolves(recipe: str) -> None:
 
 
 def test_a_commands_own_option_is_taken_out() -> None:
-    assert take_option(["--checkpoint", "R", "--a=1"], "checkpoint") == ("R", ["--a=1"])
-    assert take_option(["--a=1", "--checkpoint=R"], "checkpoint") == ("R", ["--a=1"])
-    assert take_option(["--checkpoint.keep=2"], "checkpoint") == (None, ["--checkpoint.keep=2"])
+    def taken(words: str) -> tuple[list[str], list[str]]:
+        return take_option(words.split(), "checkpoint")
+
+    assert taken("--checkpoint R --a=1") == (["R"], ["--a=1"])
+    assert taken("--a=1 --checkpoint=R") == (["R"], ["--a=1"])
+    assert taken("--checkpoint.keep=2") == ([], ["--checkpoint.keep=2"])
+    assert taken("--a 1 --checkpoint R S T --b 2") == (["R", "S", "T"], ["--a", "1", "--b", "2"])
+    assert taken("--checkpoint=R S --checkpoint T -h") == (["R", "S", "T"], ["-h"])
+    assert taken("--checkpoint --a=1") == ([], ["--a=1"])

@@ -74,7 +74,8 @@ def surviving(events: list[Event]) -> list[Event]:
     for event in events:
         if event["event"] == "start":  # a life that ended before its first checkpoint
             kept = []
-        elif event["event"] == "resume":
-            kept = [old for old in kept if old.get("step", 0) <= event["step"]]
+        elif event["event"] in ("resume", "rollback"):
+            last = event["to" if event["event"] == "rollback" else "step"]
+            kept = [old for old in kept if old.get("step", 0) <= last]
         kept.append(event)
     return kept

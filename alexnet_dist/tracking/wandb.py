@@ -1,6 +1,7 @@
-"""Weights & Biases, at arm's length: in a thread of its own, so that it cannot stop a run."""
+"""Weights & Biases: what of an event it is told, and a sink that tells it at arm's length."""
 
 import atexit
+import contextlib
 import os
 import threading
 from pathlib import Path
@@ -20,6 +21,54 @@ _CURVES = {
 }
 
 
+def begin(folder: Path, run_id: str, **options: Any) -> Any:
+    """A W&B run whose curves run over the steps of training; its files lie below ``folder``.
+
+    Args:
+        options: of wandb.init: mode, config, name, project, resume.
+
+    Raises:
+        Exception: of any kind, W&B's own.
+    """
+    os.environ.setdefault("WANDB_SILENT", "true")
+    import wandb
+
+    settings = wandb.Settings(init_timeout=INIT_SECONDS, console="off")
+    run = wandb.init(dir=str(folder), id=run_id, settings=settings, **options)
+    run.define_metric("global_step")
+    run.define_metric("*", step_metric="global_step")
+    return run
+
+
+def send(run: Any, event: Event) -> None:
+    """Tell a run of ``begin`` what W&B shows of an event; of most it shows nothing."""
+    kind = event["event"]
+    if kind in _CURVES:
+        values = {f"{kind}/{n}": event[n] for n in _CURVES[kind] if event[n] is not None}
+        run.log({**values, "epoch": event["epoch"], "global_step": event["step"]})
+    elif kind == "picture":
+        import wandb
+
+        image = wandb.Image(event["path"], caption=event["caption"])
+        run.log({event["name"]: image, "global_step": event["step"]})
+    elif kind in ("best", "end"):
+        for name in ("top1_error", "top5_error", "step"):
+            if event.get(name) is not None:
+                run.summary[f"{kind}/{name}"] = event[name]
+
+
+def resolve(mode: Mode) -> str:
+    """auto: online where there is a key, else offline."""
+    if mode != "auto":
+        return mode
+    netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    try:
+        key = bool(os.environ.get("WANDB_API_KEY")) or "wandb" in netrc.read_text()
+    except OSError:
+        key = bool(os.environ.get("WANDB_API_KEY"))
+    return os.environ.get("WANDB_MODE") or ("online" if key else "offline")
+
+
 class Wandb:
     """Sends events to one W&B run, which goes on when the training run does.
 
@@ -37,14 +86,14 @@ class Wandb:
         project: str,
         warn: Any,
     ) -> None:
+        self._mode = resolve(mode)
         self._options: dict[str, Any] = {
-            "project": project,
-            "name": folder.name,
-            "id": run_id,
-            "resume": "allow",
+            "folder": folder,
+            "run_id": run_id,
             "config": config,
-            "dir": str(folder),
-            "mode": _mode(mode),
+            "name": folder.name,
+            "project": project,
+            "resume": "allow",
         }
         self._warn = warn
         self._queue: Queue[Event | None] = Queue()
@@ -60,28 +109,17 @@ class Wandb:
         self._queue.put(None)
         self._thread.join(CLOSE_SECONDS if patience is None else patience)
         if self._thread.is_alive():
-            self._warn("Weights & Biases does not answer; the records are in metrics.jsonl")
+            if not self._failed:
+                self._warn("Weights & Biases does not answer; the records are in metrics.jsonl")
             # its own farewell at the end of the process would wait for it for ever; what is
             # registered last runs first, and everything of ours is written by now
             atexit.register(os._exit, 0)
 
     def _work(self) -> None:
         try:
-            os.environ.setdefault("WANDB_SILENT", "true")
-            import wandb
-
-            settings = wandb.Settings(init_timeout=INIT_SECONDS, console="off")
-            try:
-                run = wandb.init(settings=settings, **self._options)
-            except Exception as error:  # no network is no reason to lose the run's curves
-                if self._options["mode"] != "online":
-                    raise
-                self._warn(f"Weights & Biases: {error}; tracking goes on offline")
-                run = wandb.init(settings=settings, **(self._options | {"mode": "offline"}))
-            run.define_metric("global_step")
-            run.define_metric("*", step_metric="global_step")
+            run = self._begin()
             while (event := self._queue.get()) is not None:
-                self._send(wandb, run, event)
+                send(run, event)
             run.finish()
         except BaseException as error:
             self._failed = True
@@ -89,30 +127,16 @@ class Wandb:
                 f"Weights & Biases failed ({type(error).__name__}: {error}); training goes on, "
                 "the records are in metrics.jsonl"
             )
+            with contextlib.suppress(BaseException):
+                import wandb
 
-    def _send(self, wandb: Any, run: Any, event: Event) -> None:
-        kind = event["event"]
-        if kind in _CURVES:
-            values = {
-                f"{kind}/{name}": event[name] for name in _CURVES[kind] if event[name] is not None
-            }
-            run.log({**values, "epoch": event["epoch"], "global_step": event["step"]})
-        elif kind == "picture":
-            image = wandb.Image(event["path"], caption=event["caption"])
-            run.log({event["name"]: image, "global_step": event["step"]})
-        elif kind in ("best", "end"):
-            for name in ("top1_error", "top5_error", "step"):
-                if event.get(name) is not None:
-                    run.summary[f"{kind}/{name}"] = event[name]
+                wandb.teardown()  # now, for at the end of the process it would fail again, aloud
 
-
-def _mode(mode: Mode) -> str:
-    """auto: online where there is a key, else offline."""
-    if mode != "auto":
-        return mode
-    netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
-    try:
-        key = bool(os.environ.get("WANDB_API_KEY")) or "wandb" in netrc.read_text()
-    except OSError:
-        key = bool(os.environ.get("WANDB_API_KEY"))
-    return os.environ.get("WANDB_MODE") or ("online" if key else "offline")
+    def _begin(self) -> Any:
+        try:
+            return begin(mode=self._mode, **self._options)
+        except Exception as error:  # no network is no reason to lose the run's curves
+            if self._mode != "online":
+                raise
+            self._warn(f"Weights & Biases: {error}; tracking goes on offline")
+            return begin(mode="offline", **self._options)

@@ -1,64 +1,28 @@
 """An offline W&B run, read back from its own file; and a W&B that fails or hangs."""
 
-import struct
+import os
+import signal
 import subprocess
 import sys
 import time
 import types
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from alexnet_dist.tracking import wandb as tracking
-from tests.conftest import TINY, launch, train
+from tests.conftest import TINY, Result, command, environment, events, launch, losses, train
+from tests.tracking.offline import read_back
 
 TINY_ONLINE = [*(o for o in TINY if "wandb" not in o), "--track.wandb=online", "--train.epochs=1"]
-
-
-def log_records(content: bytes) -> Iterator[bytes]:
-    """The records of a .wandb file: LevelDB's log format behind a header of seven bytes. Blocks of
-    32 KiB hold pieces with a checksum, a length and a kind: whole, first, middle or last."""
-    at, record = 7, b""
-    while at + 7 <= len(content):
-        if 32768 - at % 32768 < 7:
-            at += 32768 - at % 32768
-            continue
-        length, kind = struct.unpack_from("<HB", content, at + 4)
-        record += content[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):
-            yield record
-            record = b""
-
-
-def read_back(run: Path) -> tuple[list[dict], dict, set[str], dict]:
-    """History rows, summary, run ids and config of all offline runs below a run folder."""
-    from wandb.proto import wandb_internal_pb2
-
-    history, summary, ids, config = [], {}, set(), {}
-    for file in sorted(run.glob("wandb/offline-run-*/*.wandb")):
-        for data in log_records(file.read_bytes()):
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(data)
-            kind = record.WhichOneof("record_type")
-            if kind == "history":
-                items = record.history.item
-                history.append({"/".join(i.nested_key) or i.key: i.value_json for i in items})
-            elif kind == "summary":
-                updates = record.summary.update
-                summary |= {"/".join(i.nested_key) or i.key: i.value_json for i in updates}
-            elif kind == "run":
-                ids.add(record.run.run_id)
-                config |= {i.key: i.value_json for i in record.run.config.update}
-    return history, summary, ids, config
 
 
 def test_an_offline_run_goes_on_as_one(images: Path, tmp_path: Path) -> None:
     options = ["--run.name=run", "--track.wandb=offline", "--train.epochs=1"]
     train(2, images, tmp_path, *options, "--train.max_steps=2")
     train(2, images, tmp_path, *options)
-    history, summary, ids, config = read_back(tmp_path / "run")
+    run = tmp_path / "run"
+    history, summary, ids, config = read_back(run)
     assert len(ids) == 1
     steps = [int(row["global_step"]) for row in history if "train/loss" in row]
     assert steps == [1, 2, 3, 4]
@@ -68,6 +32,26 @@ def test_an_offline_run_goes_on_as_one(images: Path, tmp_path: Path) -> None:
     assert {"kernels", "predictions", "first_batch", "curves"} <= pictures
     assert "best/top1_error" in summary
     assert "optim" in config
+
+    result = launch(0, str(run), "--wandb=offline", module="alexnet_dist.replay")
+    assert result.code == 0, result.err
+    again, summary_again, other, config_again = read_back(run / "replay")
+    assert not ids & other
+    assert _curves(again) == _curves(history)
+    assert config_again == config
+    assert _shown(summary_again) == _shown(summary)
+
+
+def _curves(history: list[dict]) -> list[dict]:
+    """The rows of numbers, without W&B's own clocks."""
+    rows = [row for row in history if "epoch" in row]
+    return [{name: row[name] for name in row if not name.startswith("_")} for row in rows]
+
+
+def _shown(summary: dict) -> dict:
+    """The summary's numbers."""
+    pictures = ("curves", "kernels", "predictions", "first_batch")
+    return {name: summary[name] for name in summary if not name.startswith(("_", *pictures))}
 
 
 @pytest.fixture
@@ -154,9 +138,9 @@ def test_auto_is_online_only_with_a_key(monkeypatch: pytest.MonkeyPatch, tmp_pat
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    assert tracking._mode("auto") == "offline"
+    assert tracking.resolve("auto") == "offline"
     monkeypatch.setenv("WANDB_API_KEY", "x")
-    assert tracking._mode("auto") == "online"
+    assert tracking.resolve("auto") == "online"
 
 
 @pytest.mark.slow
@@ -172,3 +156,47 @@ def test_a_server_that_is_not_there_stops_nothing(images: Path, tmp_path: Path) 
     )
     assert result.code == 0, result.err
     assert (tmp_path / "run/curves.png").is_file()
+
+
+@pytest.mark.slow
+def test_one_whose_service_is_killed_costs_a_warning(images: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    options = [*TINY, f"--data.root={images}", f"--run.root={tmp_path}", "--run.name=run"]
+    with subprocess.Popen(
+        command(0, "alexnet_dist.train", *options, "--data.batch_size=1", "--track.wandb=offline"),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+    ) as process:
+        while not (any(run.glob("wandb/offline-run-*/*.wandb")) and len(losses(run)) > 2):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.1)
+        (service,) = [pid for pid in _descendants(process.pid) if "wandb-core" in _program(pid)]
+        killed_at = max(losses(run))
+        os.kill(service, signal.SIGKILL)
+        _, err = process.communicate(timeout=120)
+    ended = time.time()
+    assert process.returncode == 0, err
+    said = Result(0, "", err).said
+    assert len(said) == 1, err
+    assert "Weights & Biases failed" in said[0]
+    assert "Traceback" not in err
+    assert sorted(losses(run)) == list(range(1, 63))
+    assert killed_at < 50  # or nothing was left to go on with
+    (end,) = events(run, "end")
+    assert end["step"] == 62
+    assert ended - end["time"] < tracking.CLOSE_SECONDS / 4
+
+
+def _descendants(process: int) -> list[int]:
+    """Processes that a process started, and those that they started."""
+    found = []
+    for file in Path(f"/proc/{process}/task").glob("*/children"):
+        for child in map(int, file.read_text().split()):
+            found += [child, *_descendants(child)]
+    return found
+
+
+def _program(process: int) -> str:
+    return Path(f"/proc/{process}/cmdline").read_text().split("\0")[0]

@@ -1,0 +1,102 @@
+"""Show a run's records in Weights & Biases, as one run whatever its lives were.
+
+python -m alexnet_dist.replay RUN [--wandb online|offline|auto] [--project P] [--name N] [--id ID]
+What counts is what survived: where a run went back to a checkpoint, what lay behind it is left out.
+"""
+
+import uuid
+from argparse import ArgumentParser
+from pathlib import Path
+from typing import Any
+
+from alexnet_dist.errors import Failure, run_command
+from alexnet_dist.tracking.events import Event, read, surviving
+from alexnet_dist.tracking.run import read_config
+from alexnet_dist.tracking.wandb import begin, resolve, send
+
+
+def main(arguments: list[str]) -> None:
+    """Replay as the command line says."""
+    parser = ArgumentParser(
+        prog="python -m alexnet_dist.replay", description=__doc__, allow_abbrev=False
+    )
+    parser.add_argument("run", help="a run's folder")
+    parser.add_argument("--wandb", choices=("auto", "online", "offline"), default="auto")
+    parser.add_argument("--project", help="the project in W&B; the run's own")
+    parser.add_argument("--name", help="the name in W&B; that of the run's folder")
+    parser.add_argument("--id", help="the id in W&B, which must be new there; one is drawn")
+    parser.add_argument("--debug", action="store_true")
+    words = parser.parse_args(arguments)
+    folder = Path(words.run)
+    events = shown(folder)
+    config = read_config(folder)
+    mode = resolve(words.wandb)
+    if mode not in ("online", "offline"):
+        raise Failure(f"WANDB_MODE is {mode} here: give --wandb online, or --wandb offline")
+    options = {
+        "mode": mode,
+        "run_id": words.id or uuid.uuid4().hex[:8],
+        "config": config,
+        "name": words.name or folder.resolve().name,
+        "project": words.project or config.get("track", {}).get("project"),
+        "resume": "never",  # appended to another replay, every step would be there twice
+    }
+    try:
+        where = _send(events, folder / "replay", options)
+    except Exception as error:
+        mend = "give --wandb offline" if mode == "online" else "see to it, and replay anew"
+        reason = " ".join(str(error).split())
+        raise Failure(
+            f"Weights & Biases failed ({type(error).__name__}: {reason}): {mend}"
+        ) from None
+    print(f"{counts(events)} of {folder}, as W&B run {options['run_id']}:\n{where}", flush=True)
+
+
+def shown(folder: Path) -> list[Event]:
+    """The events of a run that a replay shows: those that survived, and of each picture the last.
+
+    Raises:
+        Failure: there are no records, or none of training.
+    """
+    events = surviving(read(folder / "metrics.jsonl"))
+    if not any(event["event"] in ("train", "eval") for event in events):
+        raise Failure(
+            f"the records of {folder} have no step of training yet: give a run that has taken some"
+        )
+    last = {event["name"]: event for event in events if event["event"] == "picture"}
+    kept = []
+    for event in events:
+        if event["event"] == "picture":
+            file = folder / Path(event["path"]).name  # a run's folder may have been moved
+            if event is not last[event["name"]] or not file.is_file():
+                continue
+            event = event | {"path": str(file)}
+        kept.append(event)
+    return kept
+
+
+def counts(events: list[Event]) -> str:
+    """What was sent, in words."""
+    steps = [event["step"] for event in events if event["event"] == "train"]
+    evaluations, pictures = (
+        sum(event["event"] == kind for event in events) for kind in ("eval", "picture")
+    )
+    return (
+        f"{len(steps)} records of training up to step {max(steps, default=0)}, "
+        f"{evaluations} evaluations and {pictures} pictures"
+    )
+
+
+def _send(events: list[Event], folder: Path, options: dict[str, Any]) -> str:
+    """Send them; where they are then, for people."""
+    folder.mkdir(exist_ok=True)
+    run = begin(folder, **options)
+    where = f"wandb sync {Path(run.dir).parent}" if run.url is None else str(run.url)
+    for event in events:
+        send(run, event)
+    run.finish()
+    return where
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,139 @@
+"""The average of several networks' chances, and what may be averaged."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from alexnet_dist import evaluate
+from alexnet_dist.config import Config, to_dict
+from alexnet_dist.data.sources import Index
+from alexnet_dist.errors import Failure
+from alexnet_dist.parallel.mesh import Mesh
+
+IMAGES, CLASSES = 23, 7
+
+
+@pytest.fixture
+def mesh() -> Iterator[Mesh]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    group = dist.group.WORLD
+    assert group is not None
+    yield Mesh(0, 1, 0, 1, torch.device("cpu"), 1, group)
+    dist.destroy_process_group()
+
+
+def errors_of(
+    mesh: Mesh,
+    monkeypatch: pytest.MonkeyPatch,
+    labels: np.ndarray,
+    logits: list[torch.Tensor],
+    bad: list[set[int]],
+) -> dict[str, float]:
+    """What is counted of networks that give ``logits`` [images, classes], where the engine of each
+    leaves out its ``bad`` images."""
+
+    def lay_out(network: evaluate.Network, *_: object) -> tuple[object, object, object]:
+        given, missing = logits[network.state["n"]], bad[network.state["n"]]
+        layout = SimpleNamespace(logits=lambda images: given[images])
+        news = [{"number": number} for number in missing]
+        engine = SimpleNamespace(bad=SimpleNamespace(take_news=lambda: news), close=lambda: None)
+        steps = np.array_split(np.arange(IMAGES), [5, 10, 15, 20])
+        kept = [np.array([n for n in step if n not in missing], np.int64) for step in steps]
+        batches = [SimpleNamespace(numbers=one, images=torch.from_numpy(one)) for one in kept]
+        return layout, engine, batches
+
+    monkeypatch.setattr(evaluate, "lay_out", lay_out)
+    config = Config()
+    config.data.eval_batch_size = 5
+    state = {"classes": [str(n) for n in range(CLASSES)]}
+    networks = [evaluate.Network(Path(), state | {"n": n}, config) for n in range(len(logits))]
+    names = [str(n) for n in range(IMAGES)]
+    index = Index("", names, labels, np.ones((IMAGES, 2), np.int64), state["classes"])
+    catalogue = SimpleNamespace(val=index)
+    return evaluate.evaluate_average(networks, mesh, catalogue)  # type: ignore[arg-type]
+
+
+def test_chances_are_averaged_and_counted_exactly(
+    mesh: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = np.arange(IMAGES) % CLASSES
+    # networks of different confidence, so that no mean of logits or of logarithms gives the same
+    logits = [
+        torch.randn(IMAGES, CLASSES, generator=generator) * confidence
+        for confidence in (0.5, 3.0, 40.0)
+    ]
+    logits[1][:4] = torch.nan  # one network that has lost its numbers spoils these
+    bad: list[set[int]] = [set(), {0, 11}, {11, 20}]
+    result = errors_of(mesh, monkeypatch, labels, logits, bad)
+    used = np.array([n not in {0, 11, 20} for n in range(IMAGES)])
+    chances = torch.stack([one.double().softmax(1) for one in logits]).mean(0).numpy()[used]
+    right = chances[np.arange(len(chances)), labels[used]]
+    place = (chances > right[:, None]).sum(1)
+    good = ~np.isnan(right)
+    assert (result["images"], result["left_out"]) == (20, 3)
+    assert good.sum() == 17
+    assert result["top1_error"] == 100 * (1 - ((place < 1) & good).sum() / 20)
+    assert result["top5_error"] == 100 * (1 - ((place < 5) & good).sum() / 20)
+    assert 20 < result["top5_error"] < result["top1_error"] < 100
+    assert np.isnan(result["loss"])
+
+
+def test_the_loss_is_that_of_the_averaged_chances(
+    mesh: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(1)
+    labels = np.arange(IMAGES) % CLASSES
+    logits = [torch.randn(IMAGES, CLASSES, generator=generator) * size for size in (0.5, 3.0)]
+    none: list[set[int]] = [set(), set()]
+    result = errors_of(mesh, monkeypatch, labels, logits, none)
+    chances = torch.stack([one.double().softmax(1) for one in logits]).mean(0).numpy()
+    wanted = -np.log(chances[np.arange(IMAGES), labels]).mean()
+    assert result["loss"] == pytest.approx(wanted, rel=1e-12)
+    assert "left_out" not in result
+    sure = torch.zeros(IMAGES, CLASSES)
+    sure[:, 0] = 200.0  # chances of the others are too small for float32
+    result = errors_of(mesh, monkeypatch, labels, [sure, sure], none)
+    assert result["loss"] == pytest.approx(200 * (labels != 0).mean(), rel=1e-12)
+
+
+def _checkpoint(folder: Path, classes: list[str], **model: object) -> str:
+    """A checkpoint without tensors."""
+    config = to_dict(Config())
+    config["model"] |= model
+    folder.mkdir()
+    state = {"format": 1, "config": config, "classes": classes}
+    (folder / "state.json").write_text(json.dumps(state))
+    return str(folder)
+
+
+def test_networks_of_other_classes_have_no_average(tmp_path: Path) -> None:
+    first = _checkpoint(tmp_path / "first", ["cat", "dog"])
+    for other in (
+        _checkpoint(tmp_path / "other", ["cat", "emu"]),
+        _checkpoint(tmp_path / "wider", ["cat", "dog"], num_classes=9),
+    ):
+        with pytest.raises(Failure, match=r"tells other classes apart than .*first") as failure:
+            evaluate.main(["--checkpoint", first, first, other])
+        assert other in str(failure.value)
+        assert failure.value.everywhere
+
+
+def test_each_network_keeps_its_size_and_the_first_ones_images(tmp_path: Path) -> None:
+    paths = [_checkpoint(tmp_path / name, ["cat", "dog"]) for name in "ab"]
+    for path, size in zip(paths, (224, 192), strict=True):
+        file = Path(path, "state.json")
+        state = json.loads(file.read_text())
+        state["config"]["data"] |= {"image_size": size, "root": path, "eval_batch_size": size}
+        file.write_text(json.dumps(state))
+    one, two = (n.config.data for n in evaluate.read_networks(paths, ["--data.threads=3"]))
+    assert (one.image_size, two.image_size) == (224, 192)
+    assert (one.threads, two.threads) == (3, 3)
+    assert one.root == two.root == paths[0]
+    assert one.eval_batch_size == two.eval_batch_size == 224
