@@ -1,5 +1,6 @@
 """Records, run folders and pictures."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,29 @@ def test_records_survive_a_cut_line(tmp_path: Path) -> None:
     second.emit("train", step=2, loss=1.0)
     second.close()
     assert [(e["step"], e["loss"]) for e in read(path)] == [(1, 0.1 + 0.2), (2, 1.0)]
+
+
+def test_records_wait_for_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = Stream(JsonLines(tmp_path / "metrics.jsonl"))
+    write = os.write
+
+    def full(file: int, content: bytes) -> int:
+        if len(content) > 9:
+            write(file, content[:9])  # what there is room for
+            monkeypatch.setattr(os, "write", none)
+            return 9
+        return write(file, content)
+
+    def none(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "write", full)
+    stream.emit("train", step=1)
+    stream.emit("train", step=2)
+    monkeypatch.setattr(os, "write", write)
+    stream.emit("train", step=3)
+    stream.close()
+    assert [e["step"] for e in read(tmp_path / "metrics.jsonl")] == [1, 2, 3]
 
 
 def test_steps_behind_the_checkpoint_are_void() -> None:
