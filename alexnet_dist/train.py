@@ -8,6 +8,7 @@ import math
 import os
 import platform
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -145,24 +146,14 @@ class Run:
         self.val_engine = engine(val_source, self.val_pixels, None, data.eval_batch_size, "omit")
 
         # the network, its layout and its optimizer
-        torch.manual_seed(config.train.seed)
-        classes = config.model.num_classes or len(self.catalogue.train.classes)
-        try:
-            self.model = outline(
-                config.model.variant,
-                num_classes=classes,
-                dropout=config.model.dropout,
-                image_size=data.image_size,
-            )
-            initial_weights(self.model, config.model.init)
-        except ValueError as error:
-            raise Failure(str(error), everywhere=True) from None
+        self.classes = config.model.num_classes or len(self.catalogue.train.classes)
+        self.model, _ = self._drawn()
         parallel = config.parallel
         self.layout = build_layout(
             self.model,
             mesh,
             batch=data.batch_size,
-            num_classes=classes,
+            num_classes=self.classes,
             precision=self.precision,
             fc=parallel.fc,
             fc_schedule=parallel.fc_schedule,
@@ -175,6 +166,7 @@ class Run:
         self.schedule = Schedule(
             lr=optim.lr, bias_lr=optim.bias_lr, epochs=config.train.epochs, **vars(optim.schedule)
         )
+        self.schedule_at_first = self.schedule.state()
         self.optimizer = build_optimizer(
             optim.name,
             self.layout.parameters,
@@ -544,14 +536,30 @@ class Run:
         self.config_before = state["config"]
         return True, set_aside
 
+    def _drawn(self) -> tuple[Any, Iterator[tuple[str, torch.Tensor]]]:
+        """The network without memory, and its initial weights, each drawn when it is asked for."""
+        config = self.config
+        torch.manual_seed(config.train.seed)
+        try:
+            model = outline(
+                config.model.variant,
+                num_classes=self.classes,
+                dropout=config.model.dropout,
+                image_size=config.data.image_size,
+            )
+            return model, initial_weights(model, config.model.init)
+        except ValueError as error:
+            raise Failure(str(error), everywhere=True) from None
+
     def _begin(self) -> None:
         """Stand at step 0, with initial weights or those asked for."""
-        weights = initial_weights(self.model, self.config.model.init)
+        _, weights = self._drawn()
         self.layout.sharding.fill(self.layout.parameters, weights)
         for velocity in velocities(self.optimizer, self.layout.parameters).values():
             velocity.zero_()
         self.step, self.evaluated, self.best = 0, -1, None
         self.meters = Meters(self.config.data.batch_size, self.mesh.replicas)
+        self.schedule.load(self.schedule_at_first)
         if self.config.model.weights:
             self._start_from(self.config.model.weights)
 
