@@ -3,6 +3,8 @@
 For machines without DALI, and the reference that DALI is tested against.
 """
 
+import multiprocessing
+import signal
 from collections.abc import Generator, Iterable, Iterator
 from io import BytesIO
 from typing import Any
@@ -64,6 +66,13 @@ class _Orders:
             yield known.numbers, known.boxes, known.flips
 
 
+def _be_deaf(_: int) -> None:
+    """In a worker: a launcher's or a cluster's signals reach all processes, but it is the training
+    process that has to save, for which it may still need images. Workers end when it does."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):
+        signal.signal(signal.Signals[name], signal.SIG_IGN)
+
+
 class DataLoaderEngine:
     """Carries out draws in ``threads`` worker processes (0: in this one)."""
 
@@ -99,13 +108,15 @@ class DataLoaderEngine:
             sampler=orders,
             num_workers=self.threads,
             pin_memory=self.device.type == "cuda",
+            worker_init_fn=_be_deaf,
             **options,
         )
         for images, bad in loader:
             yield self._finish(*orders.under_way.pop(0), images, bad)
 
     def close(self) -> None:
-        pass
+        for worker in multiprocessing.active_children():
+            worker.kill()  # they are deaf to anything gentler
 
     def _finish(self, planned: Draws, draws: Draws, images: Tensor, bad: dict[int, str]) -> Batch:
         while bad:

@@ -1,5 +1,6 @@
 """Whatever befalls a run, it goes on and ends with the bits of one that nobody touched."""
 
+import contextlib
 import json
 import os
 import signal
@@ -61,7 +62,7 @@ HANDLED = ("--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR2",)
 @pytest.mark.parametrize(
     "way",
     [
-        pytest.param(way, marks=[pytest.mark.slow] if way != "SIGUSR2 to one process" else [])
+        pytest.param(way, marks=[] if way == "SIGUSR2 to one process" else pytest.mark.slow)
         for way in WAYS
     ],
 )
@@ -86,6 +87,25 @@ def test_a_run_that_is_told_to_leave_saves_and_goes_on(
     train(2, images, tmp_path, "--run.name=run", FEW)
     assert [e["step"] for e in events(run, "resume")] == [left["step"]]
     same(run, request.getfixturevalue("calm"))
+
+
+@pytest.mark.slow
+def test_signals_to_every_process_do_not_take_the_images_away(images: Path, tmp_path: Path) -> None:
+    """As a cluster sends them: to the processes that load images for training, too."""
+    engine = ["--data.engine=dataloader", "--data.threads=2", FEW]
+    run = tmp_path / "run"
+    with running(2, images, tmp_path, *engine) as launcher:
+        trainers = workers(launcher.pid)
+        loaders = [pid for trainer in trainers for pid in workers(trainer)]
+        assert len(loaders) >= 4
+        for name in ("SIGTERM", "SIGUSR2"):
+            for pid in (*loaders, *trainers):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.Signals[name])
+        out, _ = launcher.communicate(timeout=60)
+    assert launcher.returncode == 0, out[-2000:]
+    assert json.loads((run / "status.json").read_text())["status"] == "preempted"
+    wait_for(lambda: not alive(str(tmp_path)), 10)
 
 
 @pytest.mark.slow
@@ -196,6 +216,7 @@ def test_a_host_that_leaves_is_done_without(calm: Path, images: Path, tmp_path: 
     ]
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
     calm: Path, images: Path, tmp_path: Path
 ) -> None:
@@ -227,8 +248,9 @@ def spoilt(what: str, images: Path, runs: Path, *options: str) -> Result:
     )
 
 
-@pytest.mark.parametrize("policy", [pytest.param("skip", marks=pytest.mark.slow), "rollback"])
-@pytest.mark.parametrize("every", ["1", pytest.param("7", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["skip", "rollback"])
+@pytest.mark.parametrize("every", ["1", "7"])
 def test_an_update_that_is_not_finite_is_left_out(
     policy: str, every: str, images: Path, tmp_path: Path
 ) -> None:
