@@ -1,11 +1,14 @@
 """What only a GPU can show: mixed decoding, NCCL, bf16, memory that does not grow."""
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from alexnet_dist.data import dali
 from alexnet_dist.data.augment import pixels_for
@@ -15,9 +18,12 @@ from alexnet_dist.data.sources import make_catalogue, open_sources
 from alexnet_dist.model import draw_masks
 from alexnet_dist.model.dropout import Dropout
 from alexnet_dist.model.normalization import LocalResponseNorm
-from alexnet_dist.parallel.arithmetic import choose_precision
+from alexnet_dist.parallel.arithmetic import Scaler, choose_precision
+from alexnet_dist.training import checkpoint
+from alexnet_dist.training.checkpoint import Checkpoints
 from alexnet_dist.training.optim import PaperSGD
 from tests.conftest import TINY, events, launch, losses, train, write_images
+from tests.distributed.groups import running, tensors, workers
 
 pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda", 0)
@@ -177,3 +183,59 @@ def test_masks_are_rows_of_one_mask() -> None:
 def test_precision_is_bf16_where_the_gpu_has_it() -> None:
     wanted = "bf16" if torch.cuda.get_device_capability(GPU) >= (8, 0) else "fp16"
     assert choose_precision("auto", GPU) == wanted
+
+
+def test_a_save_holds_what_was_there_when_it_began(tmp_path: Path) -> None:
+    dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        group = dist.new_group(backend="gloo")
+        assert isinstance(group, dist.ProcessGroup)
+        live = {"model.a": torch.randn(4096, 4096, device=GPU)}
+        kernel = torch.randn(96, 3, 11, 11, device=GPU)
+        live["model.b"] = kernel.to(memory_format=torch.channels_last)
+        before = {name: tensor.clone() for name, tensor in live.items()}
+        checkpoints = Checkpoints(tmp_path, group, GPU)
+        for step in (1, 2):  # the second into memory that is kept
+            checkpoints.begin(step, live, {}, best=False)
+            for tensor in live.values():  # training goes on
+                tensor.mul_(2)
+            saved = checkpoints.settle()
+            assert saved is not None
+            assert saved.failure == ""
+            checkpoint.load(saved.path, live)
+            assert all(torch.equal(live[name], before[name]) for name in live)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_run_that_is_told_to_leave_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    root = write_images(tmp_path / "i")
+    few = ["--train.epochs=10", "--runtime.deterministic=true"]
+    train(1, root, tmp_path / "calm", "--run.name=run", *few)
+    with running(1, root, tmp_path, *few) as launcher:
+        os.kill(workers(launcher.pid)[0], signal.SIGUSR2)
+        launcher.communicate(timeout=60)
+    assert events(tmp_path / "run", "preempted")
+    train(1, root, tmp_path, "--run.name=run", *few)
+    assert losses(tmp_path / "run") == losses(tmp_path / "calm/run")
+    assert tensors(tmp_path / "run") == tensors(tmp_path / "calm/run")
+
+
+def test_an_update_that_is_not_finite_is_left_out() -> None:
+    weight = torch.nn.Parameter(torch.ones(1000, device=GPU))
+    optimizer = torch.optim.SGD([weight], lr=1.0, fused=True)
+    scaler = Scaler("bf16", GPU, None)
+    for guarding, gradient, after in (
+        (True, float("nan"), 1.0),
+        (True, 0.5, 0.5),
+        (False, 0.25, 0.25),
+    ):
+        scaler.guarding = guarding
+        scaler.scale((weight * gradient).sum()).backward()
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        assert weight.unique().tolist() == [after]
+        if guarding:
+            assert float(scaler.left_out) == (gradient != gradient)

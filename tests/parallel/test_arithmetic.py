@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from alexnet_dist.parallel import arithmetic
+from alexnet_dist.training.optim import build_optimizer
 
 
 def test_precision_follows_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -15,3 +16,33 @@ def test_precision_follows_the_processor(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(Path, "read_text", lambda _: "flags : avx512_bf16")
     assert arithmetic.choose_precision("auto", cpu) == "bf16"
     assert arithmetic.choose_precision("fp16", cpu) == "fp16"
+
+
+@pytest.mark.parametrize("name", ["paper", "sgd"])
+def test_an_update_that_is_not_finite_is_left_out_without_a_trace(name: str) -> None:
+    """Guarded or not, the updates around it have the same bits."""
+    cpu, weights = torch.device("cpu"), []
+    gradients = [torch.randn(100) for _ in range(4)]
+    for spoilt in (False, True):
+        weight = torch.nn.Parameter(torch.ones(100))
+        optimizer = build_optimizer(
+            name,  # type: ignore[arg-type]
+            {"a.weight": weight},
+            lr=0.1,
+            momentum=0.9,
+            weight_decay=0.0005,
+        )
+        scaler = arithmetic.Scaler("fp32", cpu, None)
+        scaler.guarding = spoilt
+        left_out = []
+        steps = gradients[:2] + [torch.full((100,), float("inf"))] * spoilt + gradients[2:]
+        for gradient in steps:
+            scaler.scale((weight * gradient).sum()).backward()
+            scaler.unscale_(optimizer)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            left_out.append(float(scaler.left_out))
+        weights.append(weight.detach())
+        assert left_out == ([0, 0, 1, 0, 0] if spoilt else [0, 0, 0, 0])
+    assert torch.equal(*weights)
