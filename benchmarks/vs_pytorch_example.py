@@ -182,7 +182,7 @@ def plain_process() -> Mesh:
     """What the plain loop has: torch's own threads and memory, and nothing of ours."""
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     torch.set_num_threads(usable_processors())
-    return Mesh(0, 1, 0, 1, device, usable_processors(), None)  # type: ignore[arg-type]
+    return Mesh(0, 1, 0, 1, device, usable_processors(), None, None)  # type: ignore[arg-type]
 
 
 def crop_side(sizes: Any) -> int:

@@ -24,7 +24,7 @@ def mesh() -> Iterator[Mesh]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     group = dist.group.WORLD
     assert group is not None
-    yield Mesh(0, 1, 0, 1, torch.device("cpu"), 1, group)
+    yield Mesh(0, 1, 0, 1, torch.device("cpu"), 1, group, group)
     dist.destroy_process_group()
 
 

@@ -192,7 +192,7 @@ def test_four_processes_hold_a_quarter_of_the_fully_connected_layers(answers: An
 
 
 def mesh_of(world: int, towers: int = 1) -> Mesh:
-    return Mesh(0, world, 0, world, torch.device("cpu"), 1, None, towers)  # type: ignore[arg-type]
+    return Mesh(0, world, 0, world, torch.device("cpu"), 1, None, None, towers)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
