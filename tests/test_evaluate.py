@@ -108,8 +108,8 @@ def _checkpoint(folder: Path, classes: list[str], **model: object) -> str:
     config = to_dict(Config())
     config["model"] |= model
     folder.mkdir()
-    state = {"format": 1, "config": config, "classes": classes}
-    (folder / "state.json").write_text(json.dumps(state))
+    (folder / "state.json").write_text(json.dumps({"config": config, "classes": classes}))
+    (folder / "manifest.json").touch()
     return str(folder)
 
 
