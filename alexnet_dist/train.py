@@ -4,7 +4,6 @@ torchrun --nproc_per_node=2 -m alexnet_dist.train --config configs/imagenette.ya
 """
 
 import contextlib
-import math
 import os
 import platform
 import time
@@ -14,7 +13,6 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from alexnet_dist import __version__
@@ -42,7 +40,6 @@ from alexnet_dist.parallel.watch import Watch
 from alexnet_dist.tracking.console import IndexProgress
 from alexnet_dist.tracking.reporter import Reporter
 from alexnet_dist.tracking.run import RunFolder, choose_folder, read_config
-from alexnet_dist.training import checkpoint
 from alexnet_dist.training.checkpoint import Checkpoints
 from alexnet_dist.training.loop import (
     Clock,
@@ -54,6 +51,7 @@ from alexnet_dist.training.loop import (
 )
 from alexnet_dist.training.optim import build_optimizer, velocities
 from alexnet_dist.training.preemption import INTERRUPT, Preempted, Preemption
+from alexnet_dist.training.saver import Saver
 from alexnet_dist.training.schedules import Schedule
 
 
@@ -178,29 +176,26 @@ class Run:
 
         # where the run stands
         keep = config.checkpoint
-        self.checkpoints = Checkpoints(
-            path / "checkpoints",
-            mesh.saving,
-            mesh.device,
-            keep=keep.keep,
-            keep_every=keep.keep_every,
-            asynchronous=keep.asynchronous,
+        self.saver = Saver(
+            Checkpoints(
+                path / "checkpoints",
+                mesh.saving,
+                mesh.device,
+                keep=keep.keep,
+                keep_every=keep.keep_every,
+                asynchronous=keep.asynchronous,
+            ),
+            self.layout,
+            self.optimizer,
+            lambda event, **values: self.report.emit(event, **values),
         )
         self.step = 0
         self.evaluated = -1  # the step of the last evaluation
-        self.saved = (-1, -1)  # step and evaluation of the last checkpoint
         self.meters = Meters(data.batch_size, mesh.replicas)
-        self.best: dict[str, Any] | None = None
-        self.former_best: dict[str, Any] | None = None
-        self.config_before: dict[str, Any] = {}
-        self.resumed, self.set_aside = self._restore()
-        if not self.resumed:
-            self._begin()
-        self.clock = Clock()
-        self.save_seconds = 0.0  # of the longest save of this life
-        self.stall = 0.0  # what the save under way has cost so far
         self.suspect = -1  # the step that a rollback was for
         self.layout.scaler.guarding = config.train.on_nan == "skip"
+        self.before, self.damaged = self._restore()  # the options of the life before, if any
+        self.clock = Clock()
         self.report = Reporter(
             folder,
             to_dict(config),
@@ -267,7 +262,7 @@ class Run:
                 result = self._end_epoch()
             except RolledBack:
                 continue
-        self._settle()
+        self.saver.settle()
         self.preemption.close()
         self.watch.close()
         self._finish(result)
@@ -286,12 +281,10 @@ class Run:
         if whole:
             self.schedule.observe(result["top1_error"])
             self.meters.next_epoch()
-        self._settle()
-        better = whole and (self.best is None or result["top1_error"] < self.best["top1_error"])
-        self.former_best = self.best
-        if better:
-            self.best = {**result, "step": self.step}
-        self.save(best=better)
+        self.saver.settle()
+        best = self.saver.best
+        better = whole and (best is None or result["top1_error"] < best["top1_error"])
+        self.save(best={**result, "step": self.step} if better else None)
         return result
 
     @property
@@ -321,10 +314,10 @@ class Run:
                     self._record(lr)
                 every = config.checkpoint.every_steps
                 if every and self.step % every == 0 and self.step < end:
-                    self.save(best=False)
+                    self.save()
                 if self.step == self.suspect:
                     self._end_of_suspicion()
-                self.preemption.check(2 * self.clock.longest + 2 * self.save_seconds)
+                self.preemption.check(2 * self.clock.longest + 2 * self.saver.longest)
         finally:
             batches.close()
 
@@ -350,7 +343,7 @@ class Run:
         """A line of the records: the steps since the last one."""
         self._report_bad(self.engine)
         self._collect()
-        self._settle(wait=False)
+        self.saver.settle(wait=False)
         steps = len(self.meters.losses)
         loss, error = self.meters.take()
         seconds, waited = self.clock.take()
@@ -391,7 +384,7 @@ class Run:
             nonlocal longest, last
             longest, last = max(longest, time.perf_counter() - last), time.perf_counter()
             self.watch.beat(f"evaluating after step {self.step}")
-            self.preemption.check(2 * longest + 2 * self.save_seconds)
+            self.preemption.check(2 * longest + 2 * self.saver.longest)
 
         batches = self.val_engine.batches(self.evaluation.draws(self.mesh.rows))
         try:
@@ -416,32 +409,19 @@ class Run:
 
     # checkpoints
 
-    def _tensors(self) -> dict[str, torch.Tensor]:
-        """What a checkpoint holds: tensors of one device, whoever has which part of them."""
-        stored, parameters = self.layout.sharding.stored, self.layout.parameters
-        moving = velocities(self.optimizer, parameters)
-        return {f"model.{name}": stored(name, p.detach()) for name, p in parameters.items()} | {
-            f"velocity.{name}": stored(name, velocity) for name, velocity in moving.items()
-        }
-
-    def save(self, *, best: bool) -> None:
-        """Begin to write a checkpoint of this step, once the one before it is written."""
-        began = time.perf_counter()
+    def save(self, best: dict[str, Any] | None = None) -> None:
+        """Begin to write a checkpoint of this step, of which ``best`` may be the evaluation."""
         self.watch.beat(f"saving step {self.step}")
         self._collect()
-        with torch.no_grad():  # the last losses were finite, but the update after them?
-            total = torch.stack([p.sum().float() for p in self.layout.parameters.values()]).sum()
-        dist.all_reduce(total)  # processes may hold different weights, and end together
-        if not math.isfinite(total.item()):
+        if not self.saver.finite():
             self._not_finite(self.step, "a weight is not finite")
-        self._settle()
-        state = {
+        standing = {
             "run": self.path.name,
+            "step": self.step,
             "evaluated": self.evaluated,
             "schedule": self.schedule.state(),
             "meters": self.meters.state(),
             "scaler": self.layout.scaler.state_dict(),
-            "best": self.best,
             "config": to_dict(self.config),
             "classes": self.catalogue.train.classes,
             "statistics": self.catalogue.statistics.to_json(),
@@ -449,73 +429,25 @@ class Run:
             "wandb_id": self.report.wandb_id,
             "versions": _versions(),
         }
-        self.checkpoints.begin(self.step, self._tensors(), state, best=best)
-        self.saving = (self.step, self.evaluated)
-        self.stall = time.perf_counter() - began
-        if not self.checkpoints.asynchronous:
-            self._settle()
+        self.saver.save(standing, best)
         self.clock.start()
 
-    def _settle(self, *, wait: bool = True) -> None:
-        """Hear how the save under way has ended; one that failed costs itself, and not the run."""
-        began = time.perf_counter()
-        saved = self.checkpoints.settle(wait=wait)
-        if saved is None:
-            return
-        stall = self.stall + time.perf_counter() - began
-        self.save_seconds = max(self.save_seconds, saved.seconds)
-        if saved.failure:
-            if saved.best:
-                self.best = self.former_best  # the best is one that can be loaded
-            self.report.emit(
-                "checkpoint_failed",
-                step=saved.step,
-                message=f"the checkpoint of step {saved.step} could not be written "
-                f"({saved.failure}); training goes on, the one before it is intact: make room "
-                f"below {saved.path.parent}",
-            )
-            return
-        self.saved = self.saving
-        self.report.emit(
-            "checkpoint",
-            step=saved.step,
-            path=saved.path.name,
-            seconds=saved.seconds,
-            stall=stall,
-        )
-        if saved.best:
-            self.report.emit("best", **(self.best or {}))
+    def _restore(self) -> tuple[dict[str, Any] | None, list[str]]:
+        """Go on from the run's newest checkpoint that is whole, or begin; the options of the life
+        that wrote it, and a sentence for each that was damaged."""
+        state, damaged = self.saver.restore(self._refuse_other)
+        if state is None:
+            self._begin()
+            return None, damaged
+        self.step, self.evaluated = state["step"], state["evaluated"]
+        self.schedule.load(state["schedule"])
+        self.meters.load(state["meters"])
+        if state["scaler"]:  # empty where the run was not in fp16 before
+            self.layout.scaler.load_state_dict(state["scaler"])
+        return state["config"], damaged
 
-    def _leave(self, cause: str) -> None:
-        """Save, and end before the run does, to go on another time."""
-        self._settle()
-        if self.saved != (self.step, self.evaluated):
-            with contextlib.suppress(RolledBack):  # then the last checkpoint is where it stands
-                self.save(best=False)
-            self._settle()
-        self.report.emit("preempted", step=self.step, epoch=self.passes, cause=cause)
-        by_hand = cause == INTERRUPT
-        self.report.close("stopped" if by_hand else "preempted", self.step, HASTE_SECONDS)
-        self.report.say(
-            f"stopped by {cause} at step {self.step} of {self.steps}, saved; the same command goes "
-            "on from here"
-        )
-        self.engine.close()
-        self.val_engine.close()
-        if by_hand:
-            raise SystemExit(130)
-
-    def _warn(self, sentences: list[str]) -> None:
-        for sentence in sentences:
-            self.report.emit("warning", step=self.step, message=sentence)
-
-    def _restore(self) -> tuple[bool, list[str]]:
-        """Go on from the run's newest checkpoint that is whole; whether there was one, and a
-        sentence for each that was damaged."""
-        found, set_aside = self.checkpoints.newest()
-        if found is None:
-            return False, set_aside
-        state = checkpoint.read_state(found)
+    def _refuse_other(self, state: dict[str, Any]) -> None:
+        """Refuse a checkpoint of a run that meant something else."""
         way_out = (
             f"the run in {self.path} has trained for {state['step']} steps otherwise, and another "
             "one begins by --run.name NAME or --run.resume never"
@@ -526,15 +458,42 @@ class Run:
                 f"the images below {self.catalogue.train.folder} are others than before: {way_out}",
                 everywhere=True,
             )
-        checkpoint.load(found, self._tensors())
-        self.step, self.evaluated = state["step"], state["evaluated"]
-        self.schedule.load(state["schedule"])
-        self.meters.load(state["meters"])
-        if state["scaler"]:  # empty where the run was not in fp16 before
-            self.layout.scaler.load_state_dict(state["scaler"])
-        self.best = state["best"]
-        self.config_before = state["config"]
-        return True, set_aside
+
+    def _begin(self) -> None:
+        """Stand at step 0, with initial weights or those asked for."""
+        _, weights = self._drawn()
+        self.layout.sharding.fill(self.layout.parameters, weights)
+        for velocity in velocities(self.optimizer, self.layout.parameters).values():
+            velocity.zero_()
+        self.step, self.evaluated, self.saver.best = 0, -1, None
+        self.meters = Meters(self.config.data.batch_size, self.mesh.replicas)
+        self.schedule.load(self.schedule_at_first)
+        if self.config.model.weights:
+            self.saver.start_from(self.config.model.weights)
+
+    def _leave(self, cause: str) -> None:
+        """Save, and end before the run does, to go on another time."""
+        here = (self.step, self.evaluated)
+        with contextlib.suppress(RolledBack):  # then the last checkpoint is where it stands
+            self.saver.settle()
+            if self.saver.saved != here:
+                self.save()
+                self.saver.settle()
+        self.report.emit("preempted", step=self.step, epoch=self.passes, cause=cause)
+        by_hand = cause == INTERRUPT
+        self.report.close("stopped" if by_hand else "preempted", self.step, HASTE_SECONDS)
+        saved = "saved; the" if self.saver.saved == here else "NOT saved, as said above; the"
+        self.report.say(
+            f"stopped by {cause} at step {here[0]} of {self.steps}, {saved} same command goes on"
+        )
+        self.engine.close()
+        self.val_engine.close()
+        if by_hand:
+            raise SystemExit(130)
+
+    def _warn(self, sentences: list[str]) -> None:
+        for sentence in sentences:
+            self.report.emit("warning", step=self.step, message=sentence)
 
     def _drawn(self) -> tuple[Any, Iterator[tuple[str, torch.Tensor]]]:
         """The network without memory, and its initial weights, each drawn when it is asked for."""
@@ -550,27 +509,6 @@ class Run:
             return model, initial_weights(model, config.model.init)
         except ValueError as error:
             raise Failure(str(error), everywhere=True) from None
-
-    def _begin(self) -> None:
-        """Stand at step 0, with initial weights or those asked for."""
-        _, weights = self._drawn()
-        self.layout.sharding.fill(self.layout.parameters, weights)
-        for velocity in velocities(self.optimizer, self.layout.parameters).values():
-            velocity.zero_()
-        self.step, self.evaluated, self.best = 0, -1, None
-        self.meters = Meters(self.config.data.batch_size, self.mesh.replicas)
-        self.schedule.load(self.schedule_at_first)
-        if self.config.model.weights:
-            self._start_from(self.config.model.weights)
-
-    def _start_from(self, weights: str) -> None:
-        """The weights of another run; a last layer for other classes stays as it was drawn."""
-        found = checkpoint.find(weights)
-        shapes = checkpoint.read_state(found)["tensors"]
-        tensors = {n: t for n, t in self._tensors().items() if n.startswith("model.")}
-        final = list(tensors)[-2:]
-        anew = [n for n in final if n in shapes and shapes[n] != list(tensors[n].shape)]
-        checkpoint.load(found, {n: t for n, t in tensors.items() if n not in anew})
 
     # numbers that are not finite
 
@@ -603,13 +541,11 @@ class Run:
     def _roll_back(self, step: int) -> NoReturn:
         """Go back to the last checkpoint, or the beginning, and look at every gradient on the way
         to ``step`` again: the update that spoilt the weights is found and left out."""
-        self._settle()
+        self.saver.settle()
         spoilt_at = self.step
-        found, set_aside = self._restore()
-        if not found:
-            self._begin()
+        _, damaged = self._restore()
         self.report.emit("rollback", step=spoilt_at, to=self.step, suspect=step)
-        self._warn(set_aside)
+        self._warn(damaged)
         self.suspect = step
         self.layout.scaler.guarding = True
         raise RolledBack
@@ -661,17 +597,17 @@ class Run:
             f"{self.layout.description}\n"
             f"the run is in {self.path}"
         )
-        if self.resumed:
+        if self.before is not None:
             self.report.emit(
                 "resume",
                 step=self.step,
                 epoch=self.passes,
-                changed=changes(self.config_before, to_dict(config)),
+                changed=changes(self.before, to_dict(config)),
                 **facts,
             )
         else:
             self.report.emit("start", step=0, epoch=0.0, config=to_dict(config), **facts)
-        self._warn(self.set_aside)
+        self._warn(self.damaged)
 
     def _show_first(self, batch: Batch) -> None:
         """What the network really sees, as a picture."""
@@ -713,7 +649,7 @@ class Run:
         ended = self.step >= self.steps
         self._predictions()
         self.report.curves(self.step)
-        first = next(t for t in self._tensors().values() if t.dim() == 4)
+        first = next(t for t in self.saver.tensors().values() if t.dim() == 4)
         kernels = first.full_tensor() if isinstance(first, DTensor) else first
         self.report.kernels(
             self.step,
@@ -722,7 +658,7 @@ class Run:
             f"first-layer kernels after {self.passes:.4g} passes",
         )
         self.report.emit(
-            "end", step=self.step, epoch=self.passes, ended=ended, **result, best=self.best
+            "end", step=self.step, epoch=self.passes, ended=ended, **result, best=self.saver.best
         )
         self.report.close("ended" if ended else "stopped", self.step)
         self.engine.close()

@@ -53,7 +53,6 @@ class Saved:
 
     Attributes:
         failure: what went wrong, or "".
-        stall: seconds that training waited for it on this process.
         seconds: from its beginning until it was on the disk.
     """
 
@@ -61,7 +60,6 @@ class Saved:
     path: Path
     best: bool
     failure: str
-    stall: float
     seconds: float
 
 
@@ -101,20 +99,18 @@ class Checkpoints:
             for partial in folder.glob(f"{_PARTIAL}*"):  # of a life that was cut off
                 shutil.rmtree(partial, ignore_errors=True)
 
-    def begin(
-        self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], *, best: bool
-    ) -> None:
-        """Copy the tensors, and begin to write them as checkpoint ``step``; after ``settle``.
+    def begin(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor], *, best: bool) -> None:
+        """Copy the tensors, and begin to write them; after ``settle``.
 
         Args:
+            state: anything else, as JSON knows it; its "step" is the checkpoint's number.
             tensors: the same on all processes, or DTensors of which each holds a part.
-            state: anything else, as JSON knows it.
             best: let the link "best" point to it.
         """
         assert self._under_way is None, "one save at a time"
-        started = time.perf_counter()
+        started, step = time.perf_counter(), state["step"]
         final = self.folder / f"step-{step:08d}"
-        writer = _Writer(self, final, step, state, tensors, best)
+        writer = _Writer(self, final, state, tensors, best)
         mine = _share(tensors, dist.get_rank(), dist.get_world_size())
         future = dcp.async_save(
             {name: _packed(tensor) for name, tensor in mine.items()},
@@ -123,8 +119,7 @@ class Checkpoints:
             async_stager=self._stager,
         )
         assert isinstance(future, Future)
-        stall = time.perf_counter() - started
-        self._under_way = _UnderWay(step, final, best, future, started, stall)
+        self._under_way = _UnderWay(step, final, best, future, started)
         future.add_done_callback(self._under_way.ended)
 
     def settle(self, *, wait: bool = True) -> Saved | None:
@@ -133,7 +128,6 @@ class Checkpoints:
         save = self._under_way
         if save is None or not (wait or save.future.done()):
             return None
-        began = time.perf_counter()
         failure = ""
         try:
             save.future.result()
@@ -142,10 +136,7 @@ class Checkpoints:
             if dist.get_rank() == 0:
                 shutil.rmtree(save.partial, ignore_errors=True)
         self._under_way = None
-        waited = time.perf_counter() - began
-        return Saved(
-            save.step, save.path, save.best, failure, save.stall + waited, save.took or waited
-        )
+        return Saved(save.step, save.path, save.best, failure, save.took)
 
     def newest(self) -> tuple[Path | None, list[str]]:
         """The newest checkpoint that is whole, and what was found on the way: damaged ones, which
@@ -192,10 +183,10 @@ class _UnderWay:
     """A save that a thread is at."""
 
     def __init__(
-        self, step: int, path: Path, best: bool, future: "Future[Any]", started: float, stall: float
+        self, step: int, path: Path, best: bool, future: "Future[Any]", started: float
     ) -> None:
         self.step, self.path, self.best, self.future = step, path, best, future
-        self.started, self.stall, self.took = started, stall, 0.0
+        self.started, self.took = started, 0.0
 
     @property
     def partial(self) -> Path:
@@ -213,7 +204,6 @@ class _Writer(HuggingFaceStorageWriter):
         self,
         checkpoints: Checkpoints,
         final: Path,
-        step: int,
         state: Mapping[str, Any],
         tensors: Mapping[str, Tensor],
         best: bool,
@@ -221,7 +211,7 @@ class _Writer(HuggingFaceStorageWriter):
         super().__init__(str(_partial(final)), save_distributed=True)
         self.checkpoints, self.final, self.best = checkpoints, final, best
         shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
-        self.state = json.dumps({"step": step, **state, "tensors": shapes})  # as it is now
+        self.state = json.dumps({**state, "tensors": shapes})  # as it is now
 
     def write_data(self, plan: Any, planner: Any) -> Any:
         written = super().write_data(plan, planner).value()

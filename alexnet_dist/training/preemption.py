@@ -65,9 +65,10 @@ class Preemption:
         leave: Callable[[], None],
     ) -> None:
         self._file, self._group, self._grace, self._leave = run / FILE, group, grace, leave
-        self._first, self._alone = dist.get_rank() == 0, dist.get_world_size() == 1
+        self._rank, self._alone = dist.get_rank(), dist.get_world_size() == 1
+        self._first = self._rank == 0
         self._told = 0
-        self._terminated = False
+        self._timer: threading.Timer | None = None
         self._looked = 0.0
         self._answer: tuple[dist.Work | None, torch.Tensor] | None = None
         self._end = end_of_life(time_limit)
@@ -101,6 +102,8 @@ class Preemption:
     def close(self) -> None:
         """The run is over: signals mean what they mean elsewhere."""
         self._hear()
+        if self._timer is not None:
+            self._timer.cancel()
         signal.set_wakeup_fd(-1)
         for name in self._names:
             signal.signal(name, signal.SIG_DFL)
@@ -151,16 +154,15 @@ class Preemption:
             self._leave()  # SIGTERM
             os._exit(130)
         self._told = max(self._told, _INTERRUPT if name == signal.SIGINT else _SIGNAL)
-        if name == signal.SIGTERM and not self._terminated:
-            self._terminated = True
-            timer = threading.Timer(self._grace, self._time_is_up)
-            timer.daemon = True
-            timer.start()
+        if name == signal.SIGTERM and self._timer is None:
+            self._timer = threading.Timer(self._grace, self._time_is_up)
+            self._timer.daemon = True
+            self._timer.start()
 
     def _time_is_up(self) -> None:
         self._leave()
         stderr(
-            f"process {dist.get_rank()} could not save within {self._grace:g} s of SIGTERM, and "
+            f"process {self._rank} could not save within {self._grace:g} s of SIGTERM, and "
             "ends; the checkpoint before is intact"
         )
         os._exit(1)

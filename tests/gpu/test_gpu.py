@@ -196,7 +196,7 @@ def test_a_save_holds_what_was_there_when_it_began(tmp_path: Path) -> None:
         before = {name: tensor.clone() for name, tensor in live.items()}
         checkpoints = Checkpoints(tmp_path, group, GPU)
         for step in (1, 2):  # the second into memory that is kept
-            checkpoints.begin(step, live, {}, best=False)
+            checkpoints.begin({"step": step}, live, best=False)
             for tensor in live.values():  # training goes on
                 tensor.mul_(2)
             saved = checkpoints.settle()

@@ -233,7 +233,7 @@ def held(mesh: Mesh, name: str) -> dict:
 def write(mesh: Mesh, name: str, folder: str) -> dict:
     layout = lay_out(name, mesh, 8, num_classes=4)
     checkpoints = checkpoint.Checkpoints(Path(folder), mesh.saving, mesh.device)
-    checkpoints.begin(1, _known(layout, values=True), {}, best=False)
+    checkpoints.begin({"step": 1}, _known(layout, values=True), best=False)
     saved = checkpoints.settle()
     assert saved is not None
     assert not saved.failure, saved.failure

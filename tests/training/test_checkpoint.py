@@ -34,7 +34,7 @@ def tensors() -> dict[str, torch.Tensor]:
 
 
 def save(to: Checkpoints, step: int, *, best: bool = False, **state: object) -> Saved:
-    to.begin(step, tensors(), state, best=best)
+    to.begin({"step": step, **state}, tensors(), best=best)
     saved = to.settle()
     assert saved is not None
     return saved
@@ -50,7 +50,7 @@ def test_what_is_read_is_what_was_there_when_it_began(tmp_path: Path) -> None:
     mine = checkpoints(tmp_path)
     live = tensors()
     written = {name: tensor.clone() for name, tensor in live.items()}
-    mine.begin(12, live, {"best": None, "loss": 0.1 + 0.2}, best=True)
+    mine.begin({"step": 12, "loss": 0.1 + 0.2}, live, best=True)
     for tensor in live.values():  # training goes on
         tensor.zero_()
     saved = mine.settle()
@@ -76,7 +76,7 @@ def test_training_does_not_wait_for_the_disk(
     monkeypatch.setattr(checkpoint._Writer, "write_data", slowly)
     mine = checkpoints(tmp_path)
     began = time.monotonic()
-    mine.begin(1, tensors(), {}, best=False)
+    mine.begin({"step": 1}, tensors(), best=False)
     assert mine.settle(wait=False) is None
     assert time.monotonic() - began < 0.5
     saved = mine.settle()
