@@ -1,6 +1,7 @@
 """Failures that people can mend, and how a command ends on one."""
 
 import os
+import signal
 import sys
 import time
 import traceback
@@ -41,6 +42,7 @@ def run_command(main: Callable[[list[str]], None]) -> NoReturn:
             stderr(str(failure))
         else:
             time.sleep(2)  # torchrun ends the others once one has ended: let the first one speak
+        _start_no_more()
         _end(1)
     except KeyboardInterrupt:
         if first:
@@ -60,6 +62,17 @@ def run_command(main: Callable[[list[str]], None]) -> NoReturn:
         traceback.print_exc()
         _end(1)
     sys.exit(0)
+
+
+def _start_no_more() -> None:
+    """Have torchrun end, where it would start this process again (--max-restarts): what a person
+    has to mend would only be said again."""
+    starts_left = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) - int(
+        os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
+    )
+    if starts_left > 0 and "RANK" in os.environ:
+        os.kill(os.getppid(), signal.SIGTERM)
+        time.sleep(1)
 
 
 def _lost_peer(error: RuntimeError) -> bool:

@@ -72,8 +72,8 @@ class Preemption:
         self._looked = 0.0
         self._answer: tuple[dist.Work | None, torch.Tensor] | None = None
         self._end = end_of_life(time_limit)
-        if self._first:
-            self._file.unlink(missing_ok=True)  # meant for a life that is over
+        if self._first and self._file.exists() and self._file.stat().st_mtime < _BORN:
+            self._file.unlink()  # it was meant for a life that is over
         self._listen(("SIGTERM", "SIGINT", *signals))
 
     def check(self, need: float = 0.0) -> None:

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -41,19 +42,14 @@ def same(run: Path, calm: Path) -> None:
     assert not alive(str(run.parent))
 
 
-def _by_file(launcher: "subprocess.Popen[str]", run: Path) -> None:
-    (run / "PREEMPT").touch()
-
-
 def _by_one_rank(launcher: "subprocess.Popen[str]", run: Path) -> None:
     os.kill(workers(launcher.pid)[1], signal.SIGUSR2)
 
 
+# SIGTERM, a file and every kind of death are among the faults of benchmarks/chaos.py
 WAYS = {
-    "a file": (_by_file, "preempted", 0),
     "SIGUSR2 to one process": (_by_one_rank, "preempted", 0),
     "SIGUSR2 to the launcher": (lambda p, _: p.send_signal(signal.SIGUSR2), "preempted", 1),
-    "SIGTERM to the launcher": (lambda p, _: p.terminate(), "preempted", 1),
     "Ctrl-C": (lambda p, _: p.send_signal(signal.SIGINT), "stopped", 1),
 }
 HANDLED = ("--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR2",)
@@ -109,6 +105,26 @@ def test_signals_to_every_process_do_not_take_the_images_away(images: Path, tmp_
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_chaos(tmp_path: Path) -> None:
+    """Eight faults of different kinds; fifty in benchmarks/results/."""
+    script = [sys.executable, "-m", "benchmarks.chaos", "--faults=8", "--steps=112"]
+    done = subprocess.run(
+        [*script, f"--output={tmp_path / 'result.json'}"],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert len({fault["fault"] for fault in result["faults"]}) == len(result["faults"]) == 8
+    assert result["same_bits"]
+    assert result["same_order"]
+    assert len(result["bad_images"]) == 3
+
+
+@pytest.mark.slow
 def test_a_second_interrupt_leaves_at_once(images: Path, tmp_path: Path) -> None:
     with running(2, images, tmp_path) as launcher:
         launcher.send_signal(signal.SIGINT)
@@ -151,30 +167,29 @@ def test_a_run_leaves_in_the_middle_of_an_evaluation(
 
 
 @pytest.mark.slow
-def test_a_life_ends_before_its_time_is_up(calm: Path, images: Path, tmp_path: Path) -> None:
-    options = ["--run.name=run", FEW, "--run.time_limit=19"]
-    began = time.monotonic()
-    train(2, images, tmp_path, *options)
-    assert time.monotonic() - began < 22  # the clock starts with the process
-    (left,) = events(tmp_path / "run", "preempted")
+def test_a_life_ends_before_its_time_is_up(images: Path, tmp_path: Path) -> None:
+    born = time.time()
+    train(2, images, tmp_path, "--run.name=run", "--train.epochs=10000", "--run.time_limit=30")
+    run = tmp_path / "run"
+    (left,) = events(run, "preempted")
     assert left["cause"] == "time that runs out"
-    train(2, images, tmp_path, "--run.name=run", FEW)
-    same(tmp_path / "run", calm)
+    assert left["time"] - born < 35 or left["step"] <= 2  # on a machine too slow to begin in time
+    assert f"step-{left['step']:08d}" == (run / "checkpoints/last").resolve().name
+    assert json.loads((run / "status.json").read_text())["status"] == "preempted"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["SIGKILL", "SIGSTOP"])
-def test_torchrun_starts_a_group_again(name: str, calm: Path, images: Path, tmp_path: Path) -> None:
-    """A process that dies, and one that hangs, which is found by its silence and named."""
+def test_torchrun_starts_a_group_again(calm: Path, images: Path, tmp_path: Path) -> None:
+    """Where a process hangs, which is found by its silence, named, and then dies."""
     options = [FEW, "--checkpoint.every_steps=2", "--runtime.timeout=5", "--run.resume=never"]
     restarts = ("--max-restarts=2",)
     with running(2, images, tmp_path, *options, torchrun=restarts) as launcher:
         wait_for(lambda: started(tmp_path / "run", 4))
-        os.kill(workers(launcher.pid)[1], signal.Signals[name])
+        os.kill(workers(launcher.pid)[1], signal.SIGSTOP)
         out, _ = launcher.communicate(timeout=240)
     assert launcher.returncode == 0, out[-3000:]
-    said = "process 1 (host " in out and "gave no sign of life for 5 s" in out
-    assert said == (name == "SIGSTOP")
+    assert "process 1 (host " in out
+    assert "gave no sign of life for 5 s" in out
     run = tmp_path / "run"
     assert [e["lives"]["torchrun_restarts"] for e in events(run, "resume")] == ["1"]
     same(run, calm)
@@ -249,14 +264,11 @@ def spoilt(what: str, images: Path, runs: Path, *options: str) -> Result:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", ["skip", "rollback"])
 @pytest.mark.parametrize("every", ["1", "7"])
-def test_an_update_that_is_not_finite_is_left_out(
-    policy: str, every: str, images: Path, tmp_path: Path
-) -> None:
+def test_an_update_that_is_not_finite_is_left_out(every: str, images: Path, tmp_path: Path) -> None:
     """By looking at each gradient, or by going back and looking then: to the same bits."""
     logged = f"--train.log_every={every}"
-    result = spoilt("IMAGES:6,18", images, tmp_path, f"--train.on_nan={policy}", logged)
+    result = spoilt("IMAGES:6,18", images, tmp_path, "--train.on_nan=rollback", logged)
     assert result.code == 0, result.err
     run = tmp_path / "run"
     kept = surviving(read(run / "metrics.jsonl"))
@@ -264,10 +276,10 @@ def test_an_update_that_is_not_finite_is_left_out(
     assert [e["step"] for e in bad] == [6, 18]
     assert all("loss is nan" in e["what"] and len(e["paths"]) == 7 for e in bad)
     assert all(Path(path).is_file() for e in bad for path in e["paths"])
-    assert len(events(run, "rollback")) == (2 if policy == "rollback" else 0)
+    assert len(events(run, "rollback")) == 2
     trained = [e for e in kept if e["event"] == "train" and e["loss"] is not None]
     assert sum(e["steps"] for e in trained) == 40 // int(every) * int(every) - 2
-    if every == "1" and policy == "rollback":
+    if every == "1":
         other = spoilt("IMAGES:6,18", images, tmp_path / "skip", "--train.on_nan=skip", logged)
         assert other.code == 0
         assert losses(run) == losses(tmp_path / "skip/run")
@@ -288,7 +300,7 @@ def test_weights_that_are_spoilt_once_are_those_of_the_last_checkpoint_again(
 @pytest.mark.slow
 def test_a_run_that_is_not_finite_any_more_stops(images: Path, tmp_path: Path) -> None:
     always = "IMAGES:" + ",".join(map(str, range(6, 40)))
-    for number, policy in enumerate(("stop", "skip", "rollback")):
+    for number, policy in enumerate(("stop", "rollback")):
         runs = tmp_path / str(number)
         result = spoilt(always, images, runs, f"--train.on_nan={policy}")
         assert result.code != 0

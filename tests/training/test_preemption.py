@@ -42,7 +42,8 @@ def cause(of: Preemption, need: float = 0.0) -> str:
 
 
 def test_a_file_is_obeyed_once(tmp_path: Path, group: dist.ProcessGroup) -> None:
-    (tmp_path / "PREEMPT").touch()  # meant for a life that is over
+    (tmp_path / "PREEMPT").touch()
+    os.utime(tmp_path / "PREEMPT", (1, 1))  # meant for a life that is over
     told = hearing(tmp_path, group)
     try:
         told.check()
