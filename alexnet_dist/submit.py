@@ -31,7 +31,7 @@ OPTIONS = {
     "partition": "SLURM's partition.",
     "account": "The account that pays.",
     "name": "The job's name (the config file's, or evaluate); its run's is NAME-JOBID.",
-    "sbatch": 'More words for sbatch, in quotes: "--mem=0 --qos=long --signal=B:USR2@600".',
+    "sbatch": 'More words for sbatch: --sbatch="--mem=0 --qos=long --signal=B:USR2@600".',
     "dry_run": "Show the script, and submit nothing.",
 }
 
@@ -58,7 +58,7 @@ def main(arguments: list[str]) -> None:
 def _submit_training(kind: str, own: dict[str, str], words: list[str], dry: bool) -> None:
     parsed = parse(words, program="python -m alexnet_dist.train", description="")
     for option in ("run.root", "run.name", "train.seed"):  # the batch script reads no YAML
-        if option in parsed.said and take_option(words, option)[0] is None:
+        if option in parsed.said and not take_option(words, option)[0]:
             words = [*words, f"--{option}={parsed.said[option]}"]
     numbers = [f"-{number}" for number in range(NETWORKS)] if kind == "array5" else [""]
     _check_runs(parsed.config, numbers)
@@ -166,9 +166,12 @@ def _take_own(words: list[str]) -> tuple[dict[str, str], list[str]]:
     """
     own: dict[str, str] = {}
     for name in OPTIONS:
-        value, words = take_option(words, name)
-        if value is not None:
-            own[name] = value
+        given = len(words)
+        values, words = take_option(words, name)
+        if len(words) < given and not values:
+            raise Failure(f"option {name} wants a value")
+        if values:
+            own[name] = " ".join(values)
     for name, least in {"nodes": 1, "gpus": 0, "processes": 1, "cpus": 1}.items():
         if name in own and not (own[name].isdecimal() and int(own[name]) >= least):
             raise Failure(f"option {name} wants a whole number from {least} on, not {own[name]}")
@@ -178,8 +181,7 @@ def _take_own(words: list[str]) -> tuple[dict[str, str], list[str]]:
         name = word.removeprefix("--").partition("=")[0]
         near = difflib.get_close_matches(name, OPTIONS, 1, 0.75)
         if word.startswith("--") and near:
-            mend = "it wants a value" if near[0] == name else f"did you mean {near[0]}?"
-            raise Failure(f"there is no option --{name}; {mend}")
+            raise Failure(f"there is no option --{name}; did you mean {near[0]}?")
     return own, words
 
 
@@ -206,16 +208,7 @@ def _check_evaluation(words: list[str]) -> None:
     Raises:
         Failure: that is not so.
     """
-    checkpoints: list[str] = []
-    options: list[str] = []
-    into = options
-    for word in words:
-        if word.startswith("--"):
-            into = checkpoints if word.partition("=")[0] == "--checkpoint" else options
-            word = (
-                word.removeprefix("--checkpoint").removeprefix("=") if into is checkpoints else word
-            )
-        into += [word] if word else []
+    checkpoints, options = take_option(words, "checkpoint")
     if not checkpoints:
         raise Failure(
             "there is nothing to evaluate: give --checkpoint runs, or checkpoints of them"

@@ -101,7 +101,6 @@ train() { # WORDS...: train until the run has ended; if it is stopped before, qu
     run=$root/$name
     goes_on="--run.root=$root --run.name=$name goes on with it"
     ending=''
-    rm -f "$run/PREEMPT"
     trap save USR2
     trap end TERM
     if [ "$(status)" = ended ]; then
@@ -111,8 +110,17 @@ train() { # WORDS...: train until the run has ended; if it is stopped before, qu
     fi
     count_starts
     export_end
-    launch alexnet_dist.train "$@" --run.root="$root" --run.name="$name"
-    decide $?
+    while :; do
+        before=$(progress)
+        launch alexnet_dist.train "$@" --run.root="$root" --run.name="$name"
+        code=$?
+        if [ "$(status)" != running ] || [ "$(progress)" = "$before" ] || [ -n "$ending" ]; then
+            break
+        fi
+        say "the run in $run was lost in the middle (srun ended with $code), but had got on:" \
+            "it is started again on the same nodes"
+    done
+    decide
 }
 
 status() { # how the run stands, in a word; nothing where there is none
@@ -151,7 +159,7 @@ export_end() { # when SLURM will end the job, in seconds, for the trainer; old S
 
 save() { # on SLURM's signal that the time is nearly over; a file reaches the trainer on any node
     say "the job's time is nearly over: the run is told to save"
-    mkdir -p "$run" && touch "$run/PREEMPT"
+    [ ! -d "$run" ] || touch "$run/PREEMPT"
 }
 
 end() { # on SIGTERM; SLURM sends it to the trainer too
@@ -160,7 +168,7 @@ end() { # on SIGTERM; SLURM sends it to the trainer too
     fi
 }
 
-decide() { # CODE: what is left to do when srun has ended
+decide() { # what is left to do when srun has ended
     local stands
     stands=$(status)
     trap '' TERM # scontrol requeue sends it
@@ -174,7 +182,7 @@ decide() { # CODE: what is left to do when srun has ended
         exit 1
         ;;
     preempted) queue_again "is saved and waits to be started again" ;;
-    running) queue_again "was lost in the middle (srun ended with $1)" ;;
+    running) queue_again "was lost in the middle (srun ended with $code)" ;;
     *)
         say "the run in $run has not begun; the reason is given above"
         exit 1

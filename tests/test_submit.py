@@ -68,9 +68,10 @@ def test_dry_runs(kind: str, place: Path, capsys: pytest.CaptureFixture[str]) ->
         ("--config nowhere.yaml", "there is no config nowhere.yaml"),
         ("--node 4", "there is no option --node; did you mean nodes?"),
         ("--nodes four", "nodes wants a whole number from 1 on, not four"),
-        ("--gpus -1", "gpus wants a whole number from 0 on, not -1"),
+        ("--gpus=-1", "gpus wants a whole number from 0 on, not -1"),
         ("--name a/b", "name wants letters"),
-        ("--partition", "partition; it wants a value"),
+        ("--partition", "option partition wants a value"),
+        ("--nodes 4 8", "nodes wants a whole number from 1 on, not 4 8"),
         ("--run.resume never", "run.resume is never, but a job goes on in the folder"),
         ("--run.name done", "the run in runs/done has ended already: give another --run.name"),
         ("array5 --run.name done", "the run in runs/done-3 has ended already"),
@@ -101,7 +102,7 @@ def test_five_networks_and_what_follows_them(
     answer = "tee -a given | grep -q '^#SBATCH --dependency' && echo 18 || echo '17;cluster'"
     program(place / "bin", "sbatch", answer)
     (place / "mine.yaml").write_text("run: {root: there}\ntrain: {seed: 40}\n")
-    main(["array5", "--config", "mine.yaml", "--data.root=x", "--sbatch", "--qos=long --mem=0"])
+    main(["array5", "--config", "mine.yaml", "--data.root=x", "--sbatch=--qos=long --mem=0"])
     given = (place / "given").read_text()
     assert "--run.root=there \\\n    --train.seed=40" in given
     assert "#SBATCH --dependency=afterok:17\n#SBATCH --kill-on-invalid-dep=yes\n" in given

@@ -16,8 +16,12 @@ stand() { # STATUS
     echo "{\"status\": \"$1\", \"step\": $step, \"wandb_id\": \"0\"}" >"$run/status.json"
 }
 
-preempted() {
+save() {
     ln -sfn "step-$(printf %08d "$step")" "$run/checkpoints/last"
+}
+
+preempted() {
+    save
     rm -f "$run/PREEMPT"
     stand preempted
     exit 0
@@ -32,5 +36,6 @@ while [ "$step" -lt "$STEPS" ]; do
     step=$((step + 1))
     [ ! -f "$run/PREEMPT" ] || preempted
 done
+[ "$STEPS" = 0 ] || save
 stand "$ENDS"
 [ "$ENDS" = ended ]

@@ -11,7 +11,7 @@ import pytest
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-SRUN = """while [[ $1 == --* ]]; do shift; done; exec "$@" """
+SRUN = """while [[ $1 == --* ]]; do shift; done; echo again >>started; exec "$@" """
 SQUEUE = """echo 2030-01-01T00:00:00"""
 
 
@@ -69,6 +69,11 @@ def test_what_follows_how_a_run_stands(
     assert result[0] == code
     assert said in result[1]
     assert result[2] == requeued
+
+
+def test_a_run_that_had_got_on_is_started_again_at_once(place: Path) -> None:
+    assert job(place, steps=1, ends="running")[2]  # the second time it had not
+    assert (place / "started").read_text() == "again\n" * 2
 
 
 def test_a_limit_on_lives_without_a_checkpoint(place: Path) -> None:
