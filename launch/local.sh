@@ -4,9 +4,9 @@
 #   launch/local.sh --config configs/imagenette.yaml --data.root DIR
 #   PROCESSES=2 launch/local.sh --config ...      so many, on GPUs or on processors
 #
-# A process that dies has all of them start again from the last checkpoint, RESTARTS times (3).
-# Ctrl-C, `kill` and `touch RUN/PREEMPT` save the run and end it; nothing starts it again but the
-# same line.
+# A process that dies has all of them start again from the last checkpoint, RESTARTS times (3); for
+# torchrun all ends are alike, so that what is wrong with an option is said as often. Ctrl-C, `kill`
+# and `touch RUN/PREEMPT` save the run and end it, and nothing starts it again but the same line.
 #
 # What is read from the environment:
 #   PROCESSES   processes (as many as there are GPUs, or 1)

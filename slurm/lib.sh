@@ -57,7 +57,7 @@ free_port() { # HOST NUMBER: of eight ports that NUMBER chooses, the first on wh
 }
 
 launch() { # MODULE WORDS...: start torchrun on each node, and wait for all; srun's exit code
-    local place=(--standalone) host port
+    local place=(--standalone) host port srun
     if [ "$SLURM_NNODES" -gt 1 ]; then
         host=$(hostname) # a batch script runs on its job's first node
         if ! port=$(free_port "$host" "$SLURM_JOB_ID"); then
@@ -81,10 +81,11 @@ launch() { # MODULE WORDS...: start torchrun on each node, and wait for all; sru
         "${srun_options[@]}" "$python" -m torch.distributed.run "${place[@]}" \
         --nproc-per-node="$processes" \
         --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR2 -m "$@" &
-    while kill -0 $! 2>/dev/null; do
-        wait $! # ends when a signal comes, once its trap has run; srun goes on
+    srun=$!
+    while kill -0 "$srun" 2>/dev/null; do
+        wait "$srun" # ends when a signal comes, once its trap has run; srun goes on
     done
-    wait $!
+    wait "$srun"
 }
 
 # A run over as many lives of its job as it takes
@@ -100,7 +101,7 @@ train() { # WORDS...: train until the run has ended; if it is stopped before, qu
     name=${name:-$SLURM_JOB_NAME-$id}
     run=$root/$name
     goes_on="--run.root=$root --run.name=$name goes on with it"
-    ending=''
+    ending='' saving=''
     trap save USR2
     trap end TERM
     if [ "$(status)" = ended ]; then
@@ -114,7 +115,8 @@ train() { # WORDS...: train until the run has ended; if it is stopped before, qu
         before=$(progress)
         launch alexnet_dist.train "$@" --run.root="$root" --run.name="$name"
         code=$?
-        if [ "$(status)" != running ] || [ "$(progress)" = "$before" ] || [ -n "$ending" ]; then
+        if [ "$(status)" != running ] || [ "$(progress)" = "$before" ] || [ -n "$ending$saving" ]
+        then
             break
         fi
         say "the run in $run was lost in the middle (srun ended with $code), but had got on:" \
@@ -159,7 +161,11 @@ export_end() { # when SLURM will end the job, in seconds, for the trainer; old S
 
 save() { # on SLURM's signal that the time is nearly over; a file reaches the trainer on any node
     say "the job's time is nearly over: the run is told to save"
-    [ ! -d "$run" ] || touch "$run/PREEMPT"
+    saving=yes
+    while kill -0 "$srun" 2>/dev/null; do # a run that only begins takes the file for an old one
+        [ ! -d "$run" ] || touch "$run/PREEMPT"
+        sleep 5
+    done &
 }
 
 end() { # on SIGTERM; SLURM sends it to the trainer too
@@ -172,6 +178,7 @@ decide() { # what is left to do when srun has ended
     local stands
     stands=$(status)
     trap '' TERM # scontrol requeue sends it
+    rm -f "$run/PREEMPT"
     case $stands in
     ended | stopped)
         say "the run in $run has $stands"
