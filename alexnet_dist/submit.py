@@ -58,8 +58,9 @@ def main(arguments: list[str]) -> None:
 def _submit_training(kind: str, own: dict[str, str], words: list[str], dry: bool) -> None:
     parsed = parse(words, program="python -m alexnet_dist.train", description="")
     for option in ("run.root", "run.name", "train.seed"):  # the batch script reads no YAML
-        if option in parsed.said and not take_option(words, option)[0]:
-            words = [*words, f"--{option}={parsed.said[option]}"]
+        value = parsed.said.get(option)
+        if value is not None and not take_option(words, option)[0]:
+            words = [*words, f"--{option}={value}"]
     numbers = [f"-{number}" for number in range(NETWORKS)] if kind == "array5" else [""]
     _check_runs(parsed.config, numbers)
     own = {"name": parsed.recipe} | own
@@ -109,7 +110,7 @@ def fill(kind: str, own: dict[str, str], words: list[str]) -> str:
         script = _direct(script, directive)
     script = script.replace("#SBATCH --gpus-per-node=0\n", "")  # a word that not all clusters know
 
-    library = library.replace("${PYTHON:-python}", shlex.quote(sys.executable))
+    library = library.replace(":-python}", f":-{shlex.quote(sys.executable)}}}")
     library = library.replace("${PROCESSES:-${SLURM_GPUS_ON_NODE:-1}}", processes)
     lines = [
         f" \\\n    {word}" if word.startswith("--") else f" {word}"
@@ -122,7 +123,8 @@ def fill(kind: str, own: dict[str, str], words: list[str]) -> str:
 def _direct(script: str, directive: str) -> str:
     """With a line for sbatch, in the place of one of the same name, or after all others."""
     line = f"#SBATCH {directive}\n"
-    former = re.compile(rf"^#SBATCH {directive.partition('=')[0]}\b.*\n", re.MULTILINE)
+    name = directive.partition("=")[0]
+    former = re.compile(rf"^#SBATCH {name}(?![\w-]).*\n", re.MULTILINE)
     if former.search(script):
         return former.sub(lambda _: line, script)
     end = script.index("\n", script.rindex("#SBATCH")) + 1

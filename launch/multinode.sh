@@ -7,9 +7,10 @@
 #   HEAD    the name of one of them, under which the others reach it
 #
 # All of them need this package, the images, and one folder for runs (--run.root on a disk that
-# they share). `touch RUN/PREEMPT` saves the run and ends it everywhere, as does a signal to any
-# process; the same lines go on. A machine or a process that is lost has the others start again from
-# the last checkpoint, RESTARTS times (3).
+# they share). A process that dies has all of them start again from the last checkpoint, RESTARTS
+# times (3); a machine other than HEAD that is lost has the others do so where NODES allows for
+# fewer (1:4). A signal to any of them and `touch RUN/PREEMPT` save the run and end it everywhere;
+# the same lines go on with it.
 #
 # What is read from the environment:
 #   PROCESSES   processes on this machine (as many as it has GPUs, or 1)
