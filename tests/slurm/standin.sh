@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# Stands in for python in tests of the batch script: takes torchrun's words, trains nothing, and
+# keeps what the trainer promises: status.json, checkpoints/last, PREEMPT and SIGUSR2 obeyed. The
+# environment says what happens: STEPS of a tenth of a second, and after them ENDS as the status, of
+# which "running" is a run that is killed and "nothing" one that has not begun.
+for word in "$@"; do
+    case $word in
+    --run.root=*) root=${word#*=} ;;
+    --run.name=*) run=$root/${word#*=} ;;
+    esac
+done
+[ "$ENDS" != nothing ] || exit 1
+mkdir -p "$run/checkpoints"
+
+stand() { # STATUS
+    echo "{\"status\": \"$1\", \"step\": $step, \"wandb_id\": \"0\"}" >"$run/status.json"
+}
+
+save() {
+    ln -sfn "step-$(printf %08d "$step")" "$run/checkpoints/last"
+}
+
+preempted() {
+    save
+    rm -f "$run/PREEMPT"
+    stand preempted
+    exit 0
+}
+
+step=$(readlink "$run/checkpoints/last" | sed 's/step-0*//')
+step=${step:-0}
+stand running
+trap preempted USR2 TERM
+while [ "$step" -lt "$STEPS" ]; do
+    sleep 0.1
+    step=$((step + 1))
+    [ ! -f "$run/PREEMPT" ] || preempted
+done
+[ "$STEPS" = 0 ] || save
+stand "$ENDS"
+[ "$ENDS" = ended ]
