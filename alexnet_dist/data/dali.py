@@ -23,7 +23,7 @@ from PIL import Image
 
 from alexnet_dist.data.augment import Pixels
 from alexnet_dist.data.engine import BadImages, Batch, OnBadImage
-from alexnet_dist.data.formats import GIVES_UP, OTHER_SIZE
+from alexnet_dist.data.formats import GIVES_UP, OTHER_SIZE, plain_size
 from alexnet_dist.data.plan import Draws
 from alexnet_dist.data.sources import Source
 from alexnet_dist.errors import Failure
@@ -260,20 +260,27 @@ class DaliEngine:
 
         DALI 2.4 may end in a segmentation fault where a header cannot be read, has pixels of no
         known type, or makes an image that the box does not fit into: it leaves the function whose
-        threads still parse the rest of the batch. So each header goes through its parser before.
+        threads still parse the rest of the batch. So every header is read before, by DALI's own
+        parser unless it is as plain as nearly all are.
         """
         try:
             encoded = self.source.read(number)
         except OSError as error:
             return error
-        try:
-            header = self._parse(encoded)
-            size, _ = [header.height, header.width], header.dtype
-        except (RuntimeError, TypeError):
+        size = plain_size(encoded) or self._parsed_size(encoded)
+        if size is None:
             return OSError(GIVES_UP)
         if size != self.source.index.sizes[number].tolist():
             return OSError(OTHER_SIZE)
         return encoded
+
+    def _parsed_size(self, encoded: NDArray[np.uint8]) -> list[int] | None:
+        try:
+            header = self._parse(encoded)
+            size, _ = [header.height, header.width], header.dtype
+        except (RuntimeError, TypeError):
+            return None
+        return size
 
     def _read_ahead(
         self, draws: Iterable[Draws]

@@ -7,6 +7,8 @@ one of them is made to agree with the other, here. What is wrong inside of a fil
 is left to the decoders.
 """
 
+import re
+import struct
 from io import BytesIO
 
 import numpy as np
@@ -20,6 +22,12 @@ GIVES_UP = "the decoder gives up on it"
 OTHER_SIZE = "it has another size than when it was indexed"
 
 _JPEG, _END_OF_JPEG, _SCAN = b"\xff\xd8\xff", b"\xff\xd9", 0xDA
+_PLAIN = re.compile(
+    rb"\xff\xd8\xff\xe0\0\x10.{14}(?:\xff\xdb\0\x43.{65}){1,2}"  # JFIF, tables
+    rb"\xff\xc0\0(?:\x11\x08(.{4})\x03.{9}|\x0b\x08(.{4})\x01.{3})"  # the frame and its size
+    rb"(?:\xff\xc4\0(?:\x1f.{29}|\xb5.{179}))+\xff\xda",  # Huffman's tables, the scan
+    re.DOTALL,
+)
 _PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -40,6 +48,13 @@ def checked(encoded: NDArray[np.uint8]) -> NDArray[np.uint8]:
         decode(encoded).save(buffer, "PNG", compress_level=0)
         return np.frombuffer(buffer.getvalue(), np.uint8)
     return encoded
+
+
+def plain_size(encoded: NDArray[np.uint8]) -> list[int] | None:
+    """Stored height and width of a JPEG whose header is as libjpeg writes it unless it is asked for
+    more, and so one that every parser reads; else None."""
+    found = _PLAIN.match(encoded.data)
+    return list(struct.unpack(">HH", found[found.lastindex or 0])) if found else None
 
 
 def decode(encoded: NDArray[np.uint8], near: int | None = None) -> Image.Image:

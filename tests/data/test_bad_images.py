@@ -12,7 +12,7 @@ from alexnet_dist.data import build_engine, sources
 from alexnet_dist.data.augment import Pixels
 from alexnet_dist.data.dali import DaliEngine
 from alexnet_dist.data.engine import Batch, Engine, OnBadImage
-from alexnet_dist.data.formats import checked, decode
+from alexnet_dist.data.formats import checked, decode, plain_size
 from alexnet_dist.data.plan import Draws, Plan
 from alexnet_dist.data.sources import Source, make_catalogue, open_sources
 from alexnet_dist.errors import Failure
@@ -173,6 +173,22 @@ def test_each_damaged_image_stops_by_its_name(name: str, tmp_path: Path) -> None
         assert str(failure.value).startswith(f"{path} cannot be decoded (")
         used.bad.reasons.clear()
     used.close()
+
+
+def test_a_plain_header_is_one_that_dalis_parser_reads() -> None:
+    nvimgcodec = pytest.importorskip("nvidia.nvimgcodec")
+    generator = np.random.default_rng(2)
+    kinds = [whole()[f"JPEG{kind}"] for kind in ("", ", greyscale", ", progressive", ", CMYK")]
+    plain = 0
+    for _ in range(3000):
+        encoded = np.frombuffer(kinds[generator.integers(4)], np.uint8).copy()
+        encoded[generator.integers(0, 620, 2)] = generator.choice([0, 1, 8, 0xC2, 0xDA, 0xFF], 2)
+        size = plain_size(encoded)
+        if size is not None:
+            plain += 1
+            header = nvimgcodec.CodeStream(encoded)
+            assert ([header.height, header.width], header.dtype) == (size, np.uint8)
+    assert plain > 500
 
 
 def test_no_cut_goes_unseen() -> None:
