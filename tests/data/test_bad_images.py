@@ -103,18 +103,18 @@ def test_odd_images_are_decoded_alike(
 
 
 def test_what_alpha_16_bits_and_ink_become() -> None:
-    pixels = np.asarray(photograph())
+    made, pixels = whole(), np.asarray(photograph())
     deep = png_of_16_bits(pixels.astype(np.uint16) * 256 + 255)
     grey = png_of_16_bits(pixels[..., :1].astype(np.uint16) * 256 + 255)
     for encoded, wanted in (
         (deep, pixels),
         (grey, np.repeat(pixels[..., :1], 3, 2)),
-        (whole()["PNG, alpha"], pixels),
-        (whole()["PNG, rotated by EXIF"], pixels),
+        (made["PNG, alpha"], pixels),
+        (made["PNG, rotated by EXIF"], pixels),
     ):
         assert np.array_equal(decode(checked(np.frombuffer(encoded, np.uint8))), wanted)
     adobes, others = (
-        np.asarray(decode(np.frombuffer(whole()[f"JPEG, CMYK{kind}"], np.uint8)), float)
+        np.asarray(decode(np.frombuffer(made[f"JPEG, CMYK{kind}"], np.uint8)), float)
         for kind in ("", " without Adobe's mark")
     )
     ink, black = pixels.astype(float), np.asarray(photograph().convert("L"))[..., None] // 2
@@ -177,8 +177,8 @@ def test_each_damaged_image_stops_by_its_name(name: str, tmp_path: Path) -> None
 
 def test_a_plain_header_is_one_that_dalis_parser_reads() -> None:
     nvimgcodec = pytest.importorskip("nvidia.nvimgcodec")
-    generator = np.random.default_rng(2)
-    kinds = [whole()[f"JPEG{kind}"] for kind in ("", ", greyscale", ", progressive", ", CMYK")]
+    generator, made = np.random.default_rng(2), whole()
+    kinds = [made[f"JPEG{kind}"] for kind in ("", ", greyscale", ", progressive", ", CMYK")]
     plain = 0
     for _ in range(3000):
         encoded = np.frombuffer(kinds[generator.integers(4)], np.uint8).copy()
