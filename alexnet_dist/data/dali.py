@@ -6,6 +6,7 @@ samples' numbers travel with them, so that what comes out says itself what it is
 """
 
 import functools
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -22,6 +23,7 @@ from PIL import Image
 
 from alexnet_dist.data.augment import Pixels
 from alexnet_dist.data.engine import BadImages, Batch, OnBadImage
+from alexnet_dist.data.formats import GIVES_UP, OTHER_SIZE, plain_size
 from alexnet_dist.data.plan import Draws
 from alexnet_dist.data.sources import Source
 from alexnet_dist.errors import Failure
@@ -189,8 +191,11 @@ class DaliEngine:
         ahead: int = 2,
         policy: OnBadImage = "stop",
     ) -> None:
+        from nvidia.nvimgcodec import CodeStream
+
         self.source, self.pixels, self.device = source, pixels, device
         self.bad = BadImages(source, policy)
+        self._parse = CodeStream
         self.ahead = ahead
         self._build = functools.partial(
             build_pipeline,
@@ -251,10 +256,31 @@ class DaliEngine:
         self._readers.shutdown(cancel_futures=True)
 
     def _read(self, number: int) -> NDArray[np.uint8] | OSError:
+        """The bytes of an image, or why DALI is not to have them.
+
+        DALI 2.4 may end in a segmentation fault where a header cannot be read, has pixels of no
+        known type, or makes an image that the box does not fit into: it leaves the function whose
+        threads still parse the rest of the batch. So every header is read before, by DALI's own
+        parser unless it is as plain as nearly all are.
+        """
         try:
-            return self.source.read(number)
+            encoded = self.source.read(number)
         except OSError as error:
             return error
+        size = plain_size(encoded) or self._parsed_size(encoded)
+        if size is None:
+            return OSError(GIVES_UP)
+        if size != self.source.index.sizes[number].tolist():
+            return OSError(OTHER_SIZE)
+        return encoded
+
+    def _parsed_size(self, encoded: NDArray[np.uint8]) -> list[int] | None:
+        try:
+            header = self._parse(encoded)
+            size, _ = [header.height, header.width], header.dtype
+        except (RuntimeError, TypeError):
+            return None
+        return size
 
     def _read_ahead(
         self, draws: Iterable[Draws]
@@ -288,14 +314,12 @@ class DaliEngine:
                     continue
                 if isinstance(answer, OSError):
                     self.bad.found(number, answer.strerror or str(answer))
-                elif len(answer) == 0:
-                    self.bad.found(number, "the file is empty")
             if not any(n in self.bad.reasons for n in draws.numbers.tolist()):
                 try:
                     batch = self._run(draws, read)  # type: ignore[arg-type]
                     self.bad.note(planned)
                     return batch
-                except RuntimeError as error:
+                except Exception as error:
                     self._find_bad(draws, read, error)  # type: ignore[arg-type]
             draws = self.bad.apply(planned)
             read = [self._read(number) for number in draws.numbers.tolist()]
@@ -315,11 +339,15 @@ class DaliEngine:
         finished = torch.from_dlpack(images.as_tensor()).permute(0, 3, 1, 2)
         return Batch(finished, labels, came.numpy().copy())
 
-    def _find_bad(
-        self, draws: Draws, encoded: list[NDArray[np.uint8]], error: RuntimeError
-    ) -> None:
-        """Decode the images of a failed batch one by one, each in a pipeline of one on the CPU."""
+    def _find_bad(self, draws: Draws, encoded: list[NDArray[np.uint8]], error: Exception) -> None:
+        """Note which images made a batch fail: the one that DALI names, which need not fail alone
+        or on the CPU; else those that do, decoded one by one in a pipeline of one."""
         self._pipeline = self._build()  # a failed pipeline is not to be trusted with the order
+        cause = str(error).rpartition("encountered:")[2].strip()
+        named = re.search(r"Failed to decode sample #(\d+)", cause)
+        if named:
+            self.bad.found(int(draws.numbers[int(named[1])]), GIVES_UP)
+            return
         before = len(self.bad.reasons)
         alone: Any = None
         for row, number in enumerate(draws.numbers.tolist()):
@@ -335,12 +363,12 @@ class DaliEngine:
             feed(alone, [encoded[row]], one, self.pixels.means(one.colours))
             try:
                 alone.run()
-            except RuntimeError:
+            except Exception:
                 alone = None
-                self.bad.found(number, "the decoder gives up on it")
+                self.bad.found(number, GIVES_UP)
         if len(self.bad.reasons) == before:
-            lines = [line for line in str(error).splitlines() if line.strip()]
-            raise Failure(f"DALI failed on a batch whose images decode one by one: {lines[0]}")
+            first = cause.partition("\n")[0] or type(error).__name__
+            raise Failure(f"DALI failed on a batch whose images decode one by one: {first}")
 
 
 def _drain(queue: "Queue[Any]") -> bool:

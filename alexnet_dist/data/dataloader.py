@@ -6,18 +6,17 @@ For machines without DALI, and the reference that DALI is tested against.
 import multiprocessing
 import signal
 from collections.abc import Generator, Iterable, Iterator
-from io import BytesIO
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from alexnet_dist.data.augment import Pixels, crop_resize_flip, normalise
 from alexnet_dist.data.engine import BadImages, Batch, OnBadImage
+from alexnet_dist.data.formats import OTHER_SIZE, decode
 from alexnet_dist.data.plan import Draws
 from alexnet_dist.data.sources import Source
 
@@ -38,17 +37,13 @@ class _Decoded(Dataset[tuple[Tensor, dict[int, str]]]):
             try:
                 images[row] = self._image(number, boxes[row], bool(flips[row]))
             except OSError as error:
-                bad[number] = error.strerror or "the decoder gives up on it"
-            except (RuntimeError, ValueError, SyntaxError, Image.DecompressionBombError):
-                bad[number] = "the decoder gives up on it"
+                bad[number] = error.strerror or str(error)
         return images, bad
 
     def _image(self, number: int, box: NDArray[np.int64], flip: bool) -> Tensor:
-        encoded = self.source.read(number)
-        if len(encoded) == 0:
-            raise OSError(0, "the file is empty")
-        with Image.open(BytesIO(encoded.tobytes())) as image:
-            pixels = torch.from_numpy(np.array(image.convert("RGB")))
+        pixels = torch.from_numpy(np.array(decode(self.source.read(number))))
+        if pixels.shape[:2] != tuple(self.source.index.sizes[number]):
+            raise OSError(OTHER_SIZE)
         return crop_resize_flip(pixels.permute(2, 0, 1), box, flip, self.side)
 
 

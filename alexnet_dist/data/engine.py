@@ -58,7 +58,7 @@ class BadImages:
     def __post_init__(self) -> None:
         unreadable = self.source.index.unreadable()
         for number in unreadable:
-            self.reasons[number] = "its header cannot be read"
+            self.reasons[number] = "it has no readable header of a JPEG, PNG, WebP or BMP"
         if unreadable and self.policy == "stop":
             raise Failure(self._sentence(unreadable[0], len(unreadable)), everywhere=True)
 

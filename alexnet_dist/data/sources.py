@@ -13,12 +13,14 @@ from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any, Protocol
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from alexnet_dist.data.digits import write_digits
+from alexnet_dist.data.formats import FORMATS, checked
 from alexnet_dist.data.statistics import Statistics, measure
 from alexnet_dist.errors import Failure
 
@@ -26,7 +28,7 @@ IMAGES = frozenset({".jpeg", ".jpg", ".png", ".webp", ".bmp"})
 VALIDATION_NAMES = ("val", "test")
 DIGITS = "digits"
 _KEPT_IN = ".alexnet_dist"
-_FORMAT = 1  # of the kept index; raise it when its meaning changes
+_FORMAT = 2  # of the kept index; raise it when its meaning changes
 
 Progress = Callable[[str, int, int], None]
 
@@ -84,7 +86,8 @@ class Source(Protocol):
     index: Index
 
     def read(self, number: int) -> NDArray[np.uint8]:
-        """The encoded bytes of an image. Raises OSError where they cannot be had."""
+        """The encoded bytes of an image. Raises OSError where they cannot be had, or are not those
+        of a whole image."""
         ...
 
     def path(self, number: int) -> str:
@@ -99,7 +102,7 @@ class FolderSource:
         self.index = index
 
     def read(self, number: int) -> NDArray[np.uint8]:
-        return np.fromfile(self.path(number), np.uint8)
+        return checked(np.fromfile(self.path(number), np.uint8))
 
     def path(self, number: int) -> str:
         return f"{self.index.folder}/{self.index.names[number]}"
@@ -221,7 +224,10 @@ def _index(root: Path, split: Path, cache: Path, progress: Progress) -> Index:
             and np.array_equal(kept["times"], times)
         ):
             names = kept["names"].tobytes().decode().split("\n")
-            return Index(str(split), names, kept["labels"], kept["sizes"], list(folders))
+            index = Index(str(split), names, kept["labels"], kept["sizes"], list(folders))
+            # a file that is mended leaves the time of its folder as it was
+            if not any(any(_header_size(split / names[number])) for number in index.unreadable()):
+                return index
     index = _scan(split, list(folders), progress)
     _keep(
         places,
@@ -257,9 +263,9 @@ def _scan(split: Path, classes: list[str], progress: Progress) -> Index:
 def _header_size(path: Path) -> tuple[int, int]:
     """Stored height and width, from the header alone; (0, 0) where there is none."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             return image.height, image.width
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+    except Exception:  # struct.error, SyntaxError, EOFError, ...: it depends on the damage
         return 0, 0
 
 
@@ -289,7 +295,7 @@ def _load(place: Path) -> dict[str, Any] | None:
     try:
         with np.load(place, allow_pickle=False) as arrays:
             return dict(arrays)
-    except (OSError, ValueError, KeyError, EOFError):
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile):
         return None
 
 

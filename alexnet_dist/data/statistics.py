@@ -3,12 +3,12 @@
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from io import BytesIO
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+
+from alexnet_dist.data.formats import decode
 
 SAMPLE = 1024
 
@@ -52,10 +52,8 @@ def measure(
 
     def moments(number: int) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
         try:
-            image = Image.open(BytesIO(read(number).tobytes()))
-            image.draft("RGB", (256, 256))
-            rgb = image.convert("RGB")
-        except (OSError, ValueError, SyntaxError):
+            rgb = decode(read(number), near=256)
+        except OSError:
             return None
         side = min(rgb.size)
         left, top = (rgb.width - side) // 2, (rgb.height - side) // 2

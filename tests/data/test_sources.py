@@ -48,6 +48,15 @@ def test_the_index_is_made_once_and_anew_when_the_folder_changes(
     assert scans == [root / "train"]
 
 
+@pytest.mark.parametrize("left", [0, 100, -30])
+def test_a_damaged_index_is_made_anew(left: int, tmp_path: Path) -> None:
+    root = write_images(tmp_path / "i")
+    first = catalogue(root, tmp_path)
+    for kept in (root / ".alexnet_dist").glob("*.npz"):
+        kept.write_bytes(kept.read_bytes()[:left])
+    assert catalogue(root, tmp_path).fingerprint == first.fingerprint
+
+
 def test_the_index_of_a_read_only_folder_lies_in_the_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -79,8 +79,9 @@ def test_an_image_that_cannot_be_decoded(tmp_path: Path, runs: str) -> None:
     root = write_images(tmp_path / "i")
     result = launch(0, *TINY, f"--data.root={root}", runs, "--train.max_steps=1")
     assert result.code == 0, result.err  # the index knows all images as good
-    for file in sorted((root / "train/green").glob("*.jpg")):
-        file.write_bytes(file.read_bytes()[:300])
+    for number, file in enumerate(sorted((root / "train/green").glob("*.jpg"))):
+        left = (300, -2)[number % 2]  # a part of the header, or all but the end marker
+        file.write_bytes(file.read_bytes()[:left])
     result = launch(2, *TINY, f"--data.root={root}", runs, "--run.name=stop")
     assert any("train/green" in s and "cannot be decoded" in s for s in result.said)
     assert the_sentence(result)

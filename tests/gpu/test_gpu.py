@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from alexnet_dist.data import dali
-from alexnet_dist.data.augment import pixels_for
+from alexnet_dist.data.augment import Pixels, pixels_for
 from alexnet_dist.data.dataloader import DataLoaderEngine
 from alexnet_dist.data.plan import Plan
 from alexnet_dist.data.sources import make_catalogue, open_sources
@@ -23,6 +23,7 @@ from alexnet_dist.training import checkpoint
 from alexnet_dist.training.checkpoint import Checkpoints
 from alexnet_dist.training.optim import PaperSGD
 from tests.conftest import TINY, events, launch, losses, train, write_images
+from tests.data.bad_images import damaged, encode, photograph, put, whole, write_folder
 from tests.distributed.groups import running, tensors, workers
 
 pytestmark = pytest.mark.gpu
@@ -69,6 +70,35 @@ def test_mixed_decoding_is_that_of_the_reference(decoder: str, opened: tuple) ->
         assert torch.equal(mine.labels, other.labels)
         assert (mine.images - other.images).abs().mean() < 2.0  # of 255
         assert mine.images.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("decoder", ["region", "full"])
+def test_odd_and_damaged_images(decoder: str, tmp_path: Path) -> None:
+    """As on CPUs: what is whole is decoded as the reference does it, what is not is named."""
+    pytest.importorskip("nvidia.dali", reason="DALI is not installed here")
+    if decoder == "region" and dali.choose_decoder(GPU) != "region":
+        pytest.skip("decoding a region ends the process on this GPU (nvImageCodec issue 55)")
+    plain = encode(photograph(), "JPEG")
+    good, bad = whole(), damaged()
+    paths = write_folder(tmp_path, good | dict.fromkeys(bad, plain))
+    catalogue = make_catalogue(str(tmp_path), str(tmp_path / "cache"), lambda *_: None)
+    source = open_sources(catalogue)[0]
+    for kind, content in bad.items():
+        put(paths[kind], content)
+    pixels = Pixels(np.zeros(3), np.ones(3), np.zeros((3, 3)), 64)
+    plan = Plan(source.index.sizes, len(source.index), 1, fraction=64 / 96)
+    options: dict = {"max_batch": plan.batch, "decoder": decoder, "resize": True, "threads": 2}
+    ours = dali.DaliEngine(source, pixels, device=GPU, policy="omit", **options)
+    theirs = DataLoaderEngine(source, pixels, device=GPU, threads=0, policy="omit")
+    (mine,), (other,) = (list(each.batches([plan.draw(0, 0)])) for each in (ours, theirs))
+    named = {str(event["path"]) for event in ours.bad.take_news()}
+    assert named == {str(paths[kind]) for kind in bad}
+    assert mine.numbers.tolist() == other.numbers.tolist()
+    differences = (mine.images - other.images).abs().mean((1, 2, 3))
+    rows = {number: row for row, number in enumerate(mine.numbers.tolist())}
+    for kind in good:
+        row = rows[source.index.names.index(f"all/{paths[kind].name}")]
+        assert differences[row] < 2.0, kind  # of 255
 
 
 def test_memory_does_not_grow(opened: tuple) -> None:
