@@ -134,7 +134,12 @@ class Preemption:
         signal.set_wakeup_fd(mouth, warn_on_full_buffer=False)
         for name in self._names:
             signal.signal(name, lambda *_: None)
-        os.register_at_fork(after_in_child=self._forget)
+        # a signal to a child that has not forgotten yet would be heard here
+        os.register_at_fork(
+            before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, self._names),
+            after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, self._names),
+            after_in_child=self._forget,
+        )
         threading.Thread(target=self._attend, args=(ear,), name="signals", daemon=True).start()
 
     def _forget(self) -> None:
@@ -142,6 +147,7 @@ class Preemption:
         signal.set_wakeup_fd(-1)
         for name in self._names:
             signal.signal(name, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self._names)
 
     def _attend(self, ear: int) -> None:
         while True:

@@ -1,5 +1,6 @@
 """Errors of several networks' averaged chances, on any number of processes."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -29,6 +30,9 @@ def networks(images: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     state = json.loads(file.read_text())
     state["statistics"]["mean"] = [120.0, 85.0, 115.0]
     file.write_text(json.dumps(state))
+    manifest = json.loads((file.parent / "manifest.json").read_text())
+    manifest["files"]["state.json"] = hashlib.sha256(file.read_bytes()).hexdigest()
+    (file.parent / "manifest.json").write_text(json.dumps(manifest))
     return runs / "a", runs / "b"
 
 

@@ -57,7 +57,8 @@ def test_evaluate_counts_what_training_counted(calm: dict[int, Path]) -> None:
         assert counted["loss"] == pytest.approx(wanted["loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize("processes", [0, pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [0, 2, 3])
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(
     processes: int, calm: dict[int, Path], images: Path, tmp_path: Path
 ) -> None:
