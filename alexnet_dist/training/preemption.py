@@ -152,7 +152,9 @@ class Preemption:
     def _attend(self, ear: int) -> None:
         while True:
             for number in os.read(ear, 64):
-                self._take(signal.Signals(number))
+                # whatever has a handler in Python comes here, such as SIGCHLD with torch's DataLoader
+                if number in self._names:
+                    self._take(signal.Signals(number))
 
     def _take(self, name: signal.Signals) -> None:
         again = self._told == _INTERRUPT

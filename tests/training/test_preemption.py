@@ -83,6 +83,19 @@ def test_a_child_does_not_speak_for_its_parent(tmp_path: Path, group: dist.Proce
         told.close()
 
 
+def test_only_its_own_signals_count(tmp_path: Path, group: dist.ProcessGroup) -> None:
+    """torch's DataLoader handles SIGCHLD in Python, and its workers end with each epoch."""
+    before = signal.signal(signal.SIGCHLD, lambda *_: None)
+    told = hearing(tmp_path, group)
+    try:
+        os.kill(os.getpid(), signal.SIGCHLD)
+        time.sleep(0.3)
+        told.check()
+    finally:
+        told.close()
+        signal.signal(signal.SIGCHLD, before)
+
+
 def test_time_is_kept_for_a_last_step_and_a_save(
     tmp_path: Path, group: dist.ProcessGroup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
