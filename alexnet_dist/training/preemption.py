@@ -152,7 +152,7 @@ class Preemption:
     def _attend(self, ear: int) -> None:
         while True:
             for number in os.read(ear, 64):
-                # whatever has a handler in Python comes here, such as SIGCHLD with torch's DataLoader
+                # all that has a handler in Python comes here, such as SIGCHLD with a DataLoader
                 if number in self._names:
                     self._take(signal.Signals(number))
 
