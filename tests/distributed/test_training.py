@@ -133,6 +133,7 @@ def test_a_name_is_taken_again_once_its_run_has_ended(images: Path, tmp_path: Pa
 LAYOUTS = [(2, "--parallel.towers=2"), (3, "--parallel.fc=sharded")]
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_under_another_layout(
     calm: dict[int, Path], images: Path, tmp_path: Path
 ) -> None:
