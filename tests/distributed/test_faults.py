@@ -46,10 +46,9 @@ def _by_one_rank(launcher: "subprocess.Popen[str]", run: Path) -> None:
     os.kill(workers(launcher.pid)[1], signal.SIGUSR2)
 
 
-# SIGTERM, a file and every kind of death are among the faults of benchmarks/chaos.py
+# SIGTERM to the launcher, a file and every kind of death are among the faults of benchmarks/chaos.py
 WAYS = {
     "SIGUSR2 to one process": (_by_one_rank, "preempted", 0),
-    "SIGUSR2 to the launcher": (lambda p, _: p.send_signal(signal.SIGUSR2), "preempted", 1),
     "Ctrl-C": (lambda p, _: p.send_signal(signal.SIGINT), "stopped", 1),
 }
 HANDLED = ("--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR2",)
