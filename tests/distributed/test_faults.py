@@ -46,7 +46,7 @@ def _by_one_rank(launcher: "subprocess.Popen[str]", run: Path) -> None:
     os.kill(workers(launcher.pid)[1], signal.SIGUSR2)
 
 
-# SIGTERM to the launcher, a file and every kind of death are among the faults of benchmarks/chaos.py
+# SIGTERM, a file and every kind of death are among the faults of benchmarks/chaos.py
 WAYS = {
     "SIGUSR2 to one process": (_by_one_rank, "preempted", 0),
     "Ctrl-C": (lambda p, _: p.send_signal(signal.SIGINT), "stopped", 1),
