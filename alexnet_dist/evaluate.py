@@ -7,8 +7,8 @@ al. 2012, section 6). The last line is JSON: top1_error and top5_error in percen
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,34 +16,18 @@ import torch
 
 from alexnet_dist.config import Config, parse, take_option
 from alexnet_dist.data import build_engine
-from alexnet_dist.data.augment import pixels_for
 from alexnet_dist.data.engine import Batch, Engine
 from alexnet_dist.data.plan import EvaluationPlan
 from alexnet_dist.data.sources import Catalogue, make_catalogue, open_sources
-from alexnet_dist.data.statistics import Statistics
 from alexnet_dist.errors import Failure, run_command
-from alexnet_dist.model import VARIANTS, outline
 from alexnet_dist.parallel.arithmetic import choose_precision, set_arithmetic
 from alexnet_dist.parallel.classes import Classes, counted
 from alexnet_dist.parallel.ddp import DataParallel
 from alexnet_dist.parallel.mesh import Mesh, start
 from alexnet_dist.parallel.shards import Share
 from alexnet_dist.tracking.console import IndexProgress
-from alexnet_dist.training import checkpoint
+from alexnet_dist.trained import Trained, read
 from alexnet_dist.training.loop import Errors, check_count, evaluate
-
-
-@dataclass(frozen=True)
-class Network:
-    """A checkpoint, its state, and the options that it is evaluated under."""
-
-    path: Path
-    state: dict[str, Any]
-    config: Config
-
-    @property
-    def outputs(self) -> int:
-        return self.config.model.num_classes or len(self.state["classes"])
 
 
 def main(arguments: list[str]) -> None:
@@ -61,7 +45,7 @@ def main(arguments: list[str]) -> None:
     mesh = start(config.runtime.device, config.runtime.threads)
     data = config.data
     catalogue = mesh.from_first(lambda: make_catalogue(data.root, data.cache, IndexProgress()))
-    if catalogue.val.classes != networks[0].state["classes"]:
+    if catalogue.val.classes != networks[0].classes:
         raise Failure(
             f"the classes of {catalogue.val.folder} are not those that {networks[0].path} was "
             "trained on: give --data.root a folder with the same class folders",
@@ -75,7 +59,7 @@ def main(arguments: list[str]) -> None:
         print(json.dumps(result), flush=True)
 
 
-def read_networks(paths: list[str], words: list[str]) -> list[Network]:
+def read_networks(paths: list[str], words: list[str]) -> list[Trained]:
     """The networks of checkpoints, under the options they were trained with and ``words``.
 
     Images and how they are read are as the first one has them, but each has its own image_size
@@ -84,17 +68,13 @@ def read_networks(paths: list[str], words: list[str]) -> list[Network]:
     Raises:
         Failure: there is no such checkpoint, or they are not of the same classes.
     """
-    networks: list[Network] = []
+    networks: list[Trained] = []
     for path in paths:
-        try:
-            found = checkpoint.find(path)
-            state = checkpoint.read_state(found)
-        except Failure as failure:
-            raise Failure(str(failure), everywhere=True) from None
-        config = _config(words, state["config"])
+        network = read(path, partial(_config, words))
+        config = network.config
         first = networks[0].config if networks else config
         data = replace(first.data, image_size=config.data.image_size, resize=config.data.resize)
-        networks.append(Network(found, state, replace(config, data=data)))
+        networks.append(replace(network, config=replace(config, data=data)))
     for network in networks[1:]:
         classes, outputs = networks[0].state["classes"], networks[0].outputs
         if network.state["classes"] != classes or network.outputs != outputs:
@@ -106,7 +86,7 @@ def read_networks(paths: list[str], words: list[str]) -> list[Network]:
     return networks
 
 
-def evaluate_one(network: Network, mesh: Mesh, catalogue: Catalogue) -> dict[str, float]:
+def evaluate_one(network: Trained, mesh: Mesh, catalogue: Catalogue) -> dict[str, float]:
     """Errors of a network on the validation images."""
     layout, engine, batches = lay_out(network, mesh, catalogue)
     result = evaluate(layout, batches, mesh.device)
@@ -116,7 +96,7 @@ def evaluate_one(network: Network, mesh: Mesh, catalogue: Catalogue) -> dict[str
     return result | ({"left_out": left_out} if left_out else {})
 
 
-def evaluate_average(networks: list[Network], mesh: Mesh, catalogue: Catalogue) -> dict[str, float]:
+def evaluate_average(networks: list[Trained], mesh: Mesh, catalogue: Catalogue) -> dict[str, float]:
     """Errors of the networks' averaged chances on the validation images.
 
     One network after another goes through the images. Of those of this process the logarithms of
@@ -155,23 +135,17 @@ def evaluate_average(networks: list[Network], mesh: Mesh, catalogue: Catalogue) 
 
 
 def lay_out(
-    network: Network, mesh: Mesh, catalogue: Catalogue
+    network: Trained, mesh: Mesh, catalogue: Catalogue
 ) -> tuple[DataParallel, Engine, Iterable[Batch]]:
     """The network with its weights, and the engine with this process's images as it wants them."""
-    config, state = network.config, network.state
-    data, variant = config.data, config.model.variant
-    fraction = data.image_size / data.resize
-    plan = EvaluationPlan(catalogue.val.sizes, data.eval_batch_size, fraction)
+    config, data = network.config, network.config.data
+    plan = EvaluationPlan(catalogue.val.sizes, data.eval_batch_size, network.fraction)
     engine = build_engine(
         data.engine,
         open_sources(catalogue)[1],
-        pixels_for(
-            VARIANTS[variant].pixels,
-            Statistics.from_json(state["statistics"]),
-            side=data.image_size,
-        ),
+        network.pixels,
         plan=None,
-        fraction=fraction,
+        fraction=network.fraction,
         max_batch=max(mesh.local_batch(data.eval_batch_size), 1),
         device=mesh.device,
         decoder=data.decoder,
@@ -179,17 +153,10 @@ def lay_out(
         ahead=data.ahead,
         policy="omit" if data.on_bad_image == "skip" else "stop",
     )
-    model = outline(
-        variant,
-        num_classes=network.outputs,
-        dropout=config.model.dropout,
-        image_size=data.image_size,
-    )
     precision = choose_precision(config.runtime.precision, mesh.device)
     set_arithmetic(precision, config.runtime.deterministic)
-    layout = DataParallel(model, mesh, batch=data.eval_batch_size, precision=precision)
-    parameters = {f"model.{name}": p.detach() for name, p in layout.parameters.items()}
-    checkpoint.load(network.path, parameters)
+    layout = DataParallel(network.outline(), mesh, batch=data.eval_batch_size, precision=precision)
+    network.fill(layout.parameters)
     return layout, engine, engine.batches(plan.draws(mesh.rows))
 
 

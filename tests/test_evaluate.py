@@ -15,6 +15,7 @@ from alexnet_dist.config import Config, to_dict
 from alexnet_dist.data.sources import Index
 from alexnet_dist.errors import Failure
 from alexnet_dist.parallel.mesh import Mesh
+from alexnet_dist.trained import Trained
 
 IMAGES, CLASSES = 23, 7
 
@@ -38,7 +39,7 @@ def errors_of(
     """What is counted of networks that give ``logits`` [images, classes], where the engine of each
     leaves out its ``bad`` images."""
 
-    def lay_out(network: evaluate.Network, *_: object) -> tuple[object, object, object]:
+    def lay_out(network: Trained, *_: object) -> tuple[object, object, object]:
         given, missing = logits[network.state["n"]], bad[network.state["n"]]
         layout = SimpleNamespace(logits=lambda images: given[images])
         news = [{"number": number} for number in missing]
@@ -52,7 +53,7 @@ def errors_of(
     config = Config()
     config.data.eval_batch_size = 5
     state = {"classes": [str(n) for n in range(CLASSES)]}
-    networks = [evaluate.Network(Path(), state | {"n": n}, config) for n in range(len(logits))]
+    networks = [Trained(Path(), state | {"n": n}, config) for n in range(len(logits))]
     names = [str(n) for n in range(IMAGES)]
     index = Index("", names, labels, np.ones((IMAGES, 2), np.int64), state["classes"])
     catalogue = SimpleNamespace(val=index)

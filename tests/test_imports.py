@@ -9,7 +9,7 @@ import alexnet_dist
 
 HOUSE = Path(alexnet_dist.__file__).parent
 ROOMS = {"model", "data", "parallel", "training", "tracking"}
-COMMANDS = {path.stem for path in HOUSE.glob("*.py")} - {"__init__", "config", "errors"}
+COMMANDS = {path.stem for path in HOUSE.glob("*.py")} - {"__init__", "config", "errors", "trained"}
 MAY_KNOW = {
     "model": {"model"},
     "data": {"data", "errors"},
@@ -17,6 +17,7 @@ MAY_KNOW = {
     "training": {"training", "errors"},
     "tracking": {"tracking", "errors"},
     "config": {"errors"},
+    "trained": {"config", "model", "data", "training", "errors"},
     "errors": set(),
 }
 FILES = sorted(HOUSE.rglob("*.py"))
@@ -33,7 +34,7 @@ def _knows(path: Path) -> set[str]:
         else:
             continue
         parts = [name.split(".") for name in names if name.startswith("alexnet_dist.")]
-        found |= {part[1] for part in parts if part[1] in ROOMS | COMMANDS | {"config", "errors"}}
+        found |= {part[1] for part in parts if part[1] in set(MAY_KNOW) | COMMANDS}
     return found
 
 

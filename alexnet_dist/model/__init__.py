@@ -1,6 +1,21 @@
 """The networks: a table of variants, one builder, and the layers that torch lacks."""
 
-from alexnet_dist.model.alexnet import VARIANTS, Variant, build_model, initial_weights, outline
+from alexnet_dist.model.alexnet import (
+    VARIANTS,
+    Network,
+    Variant,
+    build_model,
+    initial_weights,
+    outline,
+)
 from alexnet_dist.model.dropout import draw_masks
 
-__all__ = ["VARIANTS", "Variant", "build_model", "draw_masks", "initial_weights", "outline"]
+__all__ = [
+    "VARIANTS",
+    "Network",
+    "Variant",
+    "build_model",
+    "draw_masks",
+    "initial_weights",
+    "outline",
+]

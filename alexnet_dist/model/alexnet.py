@@ -229,6 +229,9 @@ class TorchvisionAlexNet(torchvision.models.AlexNet):
         return nn.Sequential(OrderedDict(layers)), behind
 
 
+Network = AlexNet | TorchvisionAlexNet
+
+
 def _relu_behind_pool(layers: nn.Sequential) -> "OrderedDict[str, nn.Module]":
     """The layers under their names, each ReLU behind the max pooling that follows it: they
     commute, and a quarter of the values are left."""
@@ -246,7 +249,7 @@ def build_model(
     dropout: float = 0.5,
     init: Init | None = None,
     image_size: int = 224,
-) -> AlexNet | TorchvisionAlexNet:
+) -> Network:
     """Build a network of the table with its initial weights, on torch's default device; see
     ``outline`` and ``initial_weights``."""
     model = outline(variant, num_classes=num_classes, dropout=dropout, image_size=image_size)
@@ -260,7 +263,7 @@ def build_model(
 
 def outline(
     variant: str, *, num_classes: int = 1000, dropout: float = 0.5, image_size: int = 224
-) -> AlexNet | TorchvisionAlexNet:
+) -> Network:
     """A network of the table without memory, on torch's meta device.
 
     Args:
@@ -283,9 +286,7 @@ def outline(
         return _from_table(variant, spec, num_classes, dropout, image_size)
 
 
-def initial_weights(
-    model: AlexNet | TorchvisionAlexNet, init: Init | None = None
-) -> Iterator[tuple[str, Tensor]]:
+def initial_weights(model: Network, init: Init | None = None) -> Iterator[tuple[str, Tensor]]:
     """The initial value of each parameter by name, on the CPU, drawn from torch's global generator
     one layer after another: whoever holds a part of the network takes part of each.
 

@@ -18,16 +18,21 @@ _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 def choose_precision(
     wanted: Literal["auto", "fp32", "tf32", "bf16", "fp16"], device: torch.device
 ) -> Precision:
-    """bf16 where the device has instructions for it, unless something is asked for."""
+    """bf16 where the device is good at it, unless something is asked for.
+
+    Intel's processors are where they have AMX: one with bf16's other instructions, which a virtual
+    machine left without AMX, took 1.45 times as long in it as in fp32.
+    """
     if wanted != "auto":
         return wanted
     if device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
     try:
-        flags = Path("/proc/cpuinfo").read_text()
+        processor = Path("/proc/cpuinfo").read_text()
     except OSError:
         return "fp32"
-    return "bf16" if "avx512_bf16" in flags or "amx_bf16" in flags else "fp32"
+    fast = "amx_bf16" in processor or ("avx512_bf16" in processor and "AuthenticAMD" in processor)
+    return "bf16" if fast else "fp32"
 
 
 def set_arithmetic(precision: str, deterministic: bool) -> None:

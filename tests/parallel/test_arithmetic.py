@@ -13,8 +13,13 @@ def test_precision_follows_the_processor(monkeypatch: pytest.MonkeyPatch) -> Non
     cpu = torch.device("cpu")
     monkeypatch.setattr(Path, "read_text", lambda _: "flags : sse avx2")
     assert arithmetic.choose_precision("auto", cpu) == "fp32"
-    monkeypatch.setattr(Path, "read_text", lambda _: "flags : avx512_bf16")
-    assert arithmetic.choose_precision("auto", cpu) == "bf16"
+    for processor, precision in (
+        ("GenuineIntel flags : avx512_bf16", "fp32"),
+        ("GenuineIntel flags : avx512_bf16 amx_bf16", "bf16"),
+        ("AuthenticAMD flags : avx512_bf16", "bf16"),
+    ):
+        monkeypatch.setattr(Path, "read_text", lambda _, text=processor: text)
+        assert arithmetic.choose_precision("auto", cpu) == precision
     assert arithmetic.choose_precision("fp16", cpu) == "fp16"
 
 

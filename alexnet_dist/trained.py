@@ -1,0 +1,90 @@
+"""A trained network: its checkpoint, the options it was trained under, what its images are like."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from alexnet_dist.config import Config, from_dict
+from alexnet_dist.data.augment import Pixels, pixels_for
+from alexnet_dist.data.statistics import Statistics
+from alexnet_dist.errors import Failure
+from alexnet_dist.model import VARIANTS, Network, outline
+from alexnet_dist.training import checkpoint
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A checkpoint, its state, and the options that it is used under."""
+
+    path: Path
+    state: dict[str, Any]
+    config: Config
+
+    @property
+    def classes(self) -> list[str]:
+        """Names, in the order of their numbers."""
+        return list(self.state["classes"])
+
+    @property
+    def outputs(self) -> int:
+        """Scores that it gives: as many as there are classes, unless it was asked for more."""
+        return self.config.model.num_classes or len(self.state["classes"])
+
+    @property
+    def fraction(self) -> float:
+        """Side of a view over that of the image's central square, 224/256 in the paper."""
+        return self.config.data.image_size / self.config.data.resize
+
+    @property
+    def pixels(self) -> Pixels:
+        """How the pixels of an image become its input, without colour noise."""
+        return pixels_for(
+            VARIANTS[self.config.model.variant].pixels,
+            Statistics.from_json(self.state["statistics"]),
+            side=self.config.data.image_size,
+        )
+
+    def outline(self) -> Network:
+        """The network without memory, for a layout; see ``fill``."""
+        return outline(
+            self.config.model.variant,
+            num_classes=self.outputs,
+            dropout=self.config.model.dropout,
+            image_size=self.config.data.image_size,
+        )
+
+    def fill(self, parameters: dict[str, torch.nn.Parameter]) -> None:
+        """Read the weights into ``parameters``, by name; all processes call it together.
+
+        Raises:
+            Failure: they are of another network, or damaged.
+        """
+        tensors = {f"model.{name}": p.detach() for name, p in parameters.items()}
+        checkpoint.load(self.path, tensors)
+
+    def model(self, device: torch.device) -> Network:
+        """The network with its weights, ready to answer, on one device; after ``mesh.start``."""
+        model = self.outline().to_empty(device=device)
+        model = model.to(memory_format=torch.channels_last)
+        self.fill(dict(model.named_parameters()))
+        return model.eval()
+
+
+def read(path: str, options: Callable[[dict[str, Any]], Config] = from_dict) -> Trained:
+    """The network at ``path``: a run, whose best checkpoint it is, or a checkpoint.
+
+    Args:
+        options: the options it is used under, of those it was trained under.
+
+    Raises:
+        Failure: there is none.
+    """
+    try:
+        found = checkpoint.find(path)
+        state = checkpoint.read_state(found)
+    except Failure as failure:
+        raise Failure(str(failure), everywhere=True) from None
+    return Trained(found, state, options(state["config"]))
