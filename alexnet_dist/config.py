@@ -17,7 +17,8 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 
 from alexnet_dist.errors import Failure
 
-Table = dict[str, list[tuple[float, float]]]
+Rows = list[tuple[float, float]]
+Table = dict[str, Rows]
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -45,9 +46,10 @@ class DataConfig:
     resize: int = 256
     """Shorter side to which image_size refers: a crop covers image_size / resize of the stored
     image's shorter side (the paper, section 2)."""
-    crop: Literal["paper", "random_resized"] = "paper"
+    crop: Literal["paper", "chunked", "random_resized"] = "paper"
     """Training crop: a square of fixed size somewhere in the central square (the paper, section
-    4.1), or a box of random area and shape as torchvision draws it."""
+    4.1); chunked, the same place and flip for 32 images in a row (the authors' program); or a box
+    of random area and shape as torchvision draws it."""
     scale: tuple[float, float] = (0.08, 1.0)
     """random_resized: bounds of the box's area, as a part of the image's."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
@@ -58,6 +60,9 @@ class DataConfig:
     """Colour noise: as the authors' program has it, or as the paper prints it."""
     colour_strength: float = 0.1
     """Standard deviation of the colour noise's coefficients."""
+    colour_table: Rows = field(default_factory=list)
+    """Passes done and the colour_strength that holds from there: [[0, 0.1], [66, 0]]; empty: the
+    same throughout."""
     on_bad_image: Literal["stop", "skip"] = "stop"
     """An image that cannot be decoded: stop, or take the next one and record it."""
     threads: int = 0
@@ -125,8 +130,11 @@ class OptimConfig:
 class TrainConfig:
     """The run's length."""
 
-    epochs: int = 90
+    epochs: float = 90
     """Passes over the training images (the paper: roughly 90)."""
+    epochs_scale: float = 1.0
+    """The same life in so many times the passes: epochs, optim.schedule and data.colour_table
+    shrink or stretch in proportion."""
     max_steps: int | None = None
     """Stop early, as at a normal end; schedules keep to train.epochs, and the run can go on."""
     log_every: int = 20
@@ -266,7 +274,8 @@ _BOUNDS: tuple[tuple[str, float, float], ...] = (
     ("model.dropout", 0, 0.99),
     ("optim.momentum", 0, 0.9999),
     ("optim.weight_decay", 0, float("inf")),
-    ("train.epochs", 1, float("inf")),
+    ("train.epochs", 0.001, float("inf")),
+    ("train.epochs_scale", 0.0001, 1000),
     ("train.log_every", 1, float("inf")),
     ("train.seed", 0, 2**63),
     ("checkpoint.keep", 1, float("inf")),

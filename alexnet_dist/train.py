@@ -52,7 +52,7 @@ from alexnet_dist.training.loop import (
 from alexnet_dist.training.optim import build_optimizer, velocities
 from alexnet_dist.training.preemption import INTERRUPT, Preempted, Preemption
 from alexnet_dist.training.saver import Saver
-from alexnet_dist.training.schedules import Schedule
+from alexnet_dist.training.schedules import Schedule, value_at
 
 
 def main(arguments: list[str]) -> None:
@@ -112,16 +112,11 @@ class Run:
             scale=data.scale,
             ratio=data.ratio,
             flip=data.flip,
+            strength=self._colour_strength,
         )
         self.evaluation = EvaluationPlan(self.catalogue.val.sizes, data.eval_batch_size, fraction)
         reads, statistics = VARIANTS[config.model.variant].pixels, self.catalogue.statistics
-        self.pixels = pixels_for(
-            reads,
-            statistics,
-            side=data.image_size,
-            colour=data.colour,
-            strength=data.colour_strength,
-        )
+        self.pixels = pixels_for(reads, statistics, side=data.image_size, colour=data.colour)
         self.val_pixels = pixels_for(reads, statistics, side=data.image_size)
         skip = data.on_bad_image == "skip"
 
@@ -199,7 +194,7 @@ class Run:
         self.report = Reporter(
             folder,
             to_dict(config),
-            epochs=config.train.epochs,
+            steps=self.steps,
             steps_per_epoch=self.plan.steps,
             wandb=config.track.wandb,
             project=config.track.project,
@@ -209,12 +204,26 @@ class Run:
     @property
     def steps(self) -> int:
         """Steps of the whole run."""
-        return self.config.train.epochs * self.plan.steps
+        train = self.config.train
+        return max(round(train.epochs * train.epochs_scale * self.plan.steps), 1)
 
     @property
     def passes(self) -> float:
         """Passes over the training images so far."""
         return self.step / self.plan.steps
+
+    @property
+    def life(self) -> float:
+        """Where the run is in the life that its schedules tell of, in that life's passes."""
+        return self.passes / self.config.train.epochs_scale
+
+    def _colour_strength(self, passes: float) -> float:
+        data = self.config.data
+        if data.colour == "none":
+            return 0.0
+        if not data.colour_table:
+            return data.colour_strength
+        return value_at(data.colour_table, passes / self.config.train.epochs_scale)
 
     def train(self) -> None:
         """Train to the end of the run, or to train.max_steps of it, or until it is told to stop.
@@ -274,7 +283,7 @@ class Run:
 
     def _end_epoch(self) -> dict[str, float]:
         """Evaluate, and save what training has come to."""
-        whole = self.step % self.plan.steps == 0
+        whole = self.step % self.plan.steps == 0 or self.step == self.steps
         result = self.evaluate()
         self._record_epoch()
         self.evaluated = self.step
@@ -305,13 +314,13 @@ class Run:
                 if self.step == 0:
                     self._show_first(batch)
                 self.watch.beat(f"computing step {self.step + 1}")
-                lr = set_rates(self.optimizer, self.schedule, self.passes)
+                rates = set_rates(self.optimizer, self.schedule, self.life)
                 result = train_step(self.layout, self.optimizer, batch, self._masks(self.step))
                 self.step += 1
                 self.meters.add(self.step, result, batch.numbers)
                 self.clock.stepped()
                 if self.step % config.train.log_every == 0:
-                    self._record(lr)
+                    self._record(rates)
                 every = config.checkpoint.every_steps
                 if every and self.step % every == 0 and self.step < end:
                     self.save()
@@ -339,7 +348,7 @@ class Run:
         labels = torch.zeros(count, dtype=torch.int64, device=device)
         warm_up(self.layout, images, labels, self._masks(0))
 
-    def _record(self, lr: float) -> None:
+    def _record(self, rates: dict[str, float]) -> None:
         """A line of the records: the steps since the last one."""
         self._report_bad(self.engine)
         self._collect()
@@ -354,7 +363,9 @@ class Run:
             epoch=self.passes,
             loss=loss,
             top1_error=error,
-            lr=lr,
+            lr=rates["weights"],
+            rates=rates,
+            colour_strength=self._colour_strength((self.step - 1) / self.plan.steps),
             steps=steps,
             images_per_second=timed / max(seconds, 1e-9),
             data_wait=waited / max(seconds, 1e-9),
@@ -613,7 +624,8 @@ class Run:
         """What the network really sees, as a picture."""
         if not self.report.speaks:
             return
-        classes, seen = self.catalogue.train.classes, self.pixels.seen(batch.images[:32])
+        classes = self.catalogue.train.classes
+        seen = self.pixels.seen(batch.images[:32], self._colour_strength(0))
         captions = [classes[label] for label in batch.labels[:32].tolist()]
         title = "the first training batch, as the network sees it"
         self.report.sheet("first_batch", self.step, seen, captions, title)

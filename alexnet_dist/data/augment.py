@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
+from alexnet_dist.data.plan import Draws
 from alexnet_dist.data.statistics import Statistics
 
 Colour = Literal["none", "source", "paper"]
@@ -24,22 +25,30 @@ class Pixels:
 
     Attributes:
         mean, std: [3].
-        basis: [3, 3], a column each for the colour coefficients; zeros where there is no noise.
+        basis: [3, 3], a column for each colour coefficient of standard deviation 1; zeros where
+            there is no noise.
         side: side of the finished image in pixels.
+        shrinks: whether an image with noise of strength s is divided by 1 + s, too.
     """
 
     mean: NDArray[np.float64]
     std: NDArray[np.float64]
     basis: NDArray[np.float64]
     side: int
+    shrinks: bool = False
 
-    def means(self, colours: NDArray[np.float64]) -> NDArray[np.float32]:
+    def means(self, draws: Draws) -> NDArray[np.float32]:
         """[b, 3]: the mean to subtract from each image; a colour shift is but another mean."""
-        return np.asarray(self.mean - colours @ self.basis.T, np.float32)
+        return np.asarray(self.mean - draws.strength * draws.colours @ self.basis.T, np.float32)
 
-    def seen(self, images: Tensor) -> NDArray[np.uint8]:
+    def stds(self, strength: float) -> NDArray[np.float32]:
+        """[3]: what the images are divided by, under noise of ``strength``."""
+        return np.asarray(self.std * (1 + strength * self.shrinks), np.float32)
+
+    def seen(self, images: Tensor, strength: float = 0.0) -> NDArray[np.uint8]:
         """Finished images [b, 3, H, W] as people see them, [b, H, W, 3]; colour noise stays."""
-        pixels = images.float().cpu().numpy().transpose(0, 2, 3, 1) * self.std + self.mean
+        pixels = images.float().cpu().numpy().transpose(0, 2, 3, 1)
+        pixels = pixels * self.stds(strength) + self.mean
         return np.rint(pixels.clip(0, 255)).astype(np.uint8)
 
 
@@ -49,15 +58,14 @@ def pixels_for(
     *,
     side: int,
     colour: Colour = "none",
-    strength: float = 0.1,
 ) -> Pixels:
     """The arithmetic for a network that ``reads`` centred or ImageNet's pixels.
 
     Args:
-        colour: noise along the colours' principal directions. "source": coefficients of standard
-            deviation ``strength`` times the standard deviations of the colours, and the image
-            divided by 1 + ``strength`` (the authors' program). "paper": times the eigenvalues, as
-            Krizhevsky et al. 2012, section 4.1 prints it, on pixels of 0..1.
+        colour: noise along the colours' principal directions. "source": coefficients times the
+            standard deviations of the colours, and the image divided by 1 + their strength (the
+            authors' program, convdata_jpeg.py). "paper": times the eigenvalues, as Krizhevsky et
+            al. 2012, section 4.1 prints it, on pixels of 0..1.
     """
     mean, std = (
         (statistics.mean, np.ones(3))
@@ -66,11 +74,10 @@ def pixels_for(
     )
     basis = np.zeros((3, 3))
     if colour == "source":
-        basis = strength * statistics.eigenvectors * np.sqrt(statistics.eigenvalues)
-        std = std * (1 + strength)
+        basis = statistics.eigenvectors * np.sqrt(statistics.eigenvalues)
     elif colour == "paper":
-        basis = strength * 255 * statistics.eigenvectors * (statistics.eigenvalues / 255**2)
-    return Pixels(mean, std, basis, side)
+        basis = 255 * statistics.eigenvectors * (statistics.eigenvalues / 255**2)
+    return Pixels(mean, std, basis, side, shrinks=colour == "source")
 
 
 def crop_resize_flip(image: Tensor, box: NDArray[np.int64], flip: bool, side: int) -> Tensor:

@@ -53,7 +53,7 @@ def build_pipeline(
     pixels: Pixels,
     hw_decoder_load: float = 0.65,
 ) -> Any:
-    """A pipeline that is fed by name: encoded, start, shape, mirror, mean, number.
+    """A pipeline that is fed by name: encoded, start, shape, mirror, mean, std, number.
 
     Outputs: images [b, side, side, 3], float32, and the samples' numbers, int64.
     """
@@ -77,6 +77,7 @@ def build_pipeline(
         shape = feed("shape", types.INT32, 1)
         mirror = feed("mirror", types.INT32, 0)
         mean = feed("mean", types.FLOAT, 1)
+        std = feed("std", types.FLOAT, 1)
         number = feed("number", types.INT64, 0)
         mixed = gpu and decoder != "cpu"
         options: dict[str, Any] = {
@@ -100,7 +101,7 @@ def build_pipeline(
         images = fn.crop_mirror_normalize(
             images,
             mean=mean,
-            std=pixels.std.tolist(),
+            std=std,
             mirror=mirror,
             dtype=types.FLOAT,
             output_layout="HWC",
@@ -110,15 +111,15 @@ def build_pipeline(
     return pipeline
 
 
-def feed(
-    pipeline: Any, encoded: list[NDArray[np.uint8]], draws: Draws, means: NDArray[np.float32]
-) -> None:
+def feed(pipeline: Any, encoded: list[NDArray[np.uint8]], draws: Draws, pixels: Pixels) -> None:
     """Feed one batch to a pipeline of ``build_pipeline``."""
     pipeline.feed_input("encoded", encoded)
     pipeline.feed_input("start", draws.boxes[:, :2].astype(np.int32))
     pipeline.feed_input("shape", draws.boxes[:, 2:].astype(np.int32))
     pipeline.feed_input("mirror", draws.flips.astype(np.int32))
-    pipeline.feed_input("mean", means)
+    pipeline.feed_input("mean", pixels.means(draws))
+    stds = pixels.stds(draws.strength)
+    pipeline.feed_input("std", np.ascontiguousarray(np.broadcast_to(stds, (len(encoded), 3))))
     pipeline.feed_input("number", np.ascontiguousarray(draws.numbers))
 
 
@@ -161,7 +162,7 @@ def _probe(decoder: Decoder, device: torch.device) -> None:
         max_batch=count, threads=2, device=device, decoder=decoder, resize=True, pixels=pixels
     )
     for _ in range(4):
-        feed(pipeline, encoded, draws, pixels.means(draws.colours))
+        feed(pipeline, encoded, draws, pixels)
         images = torch.from_dlpack(pipeline.run()[0].as_tensor())
         if not bool(torch.isfinite(images).all()):
             raise RuntimeError("the decoded images are not finite")
@@ -329,7 +330,7 @@ class DaliEngine:
         if len(draws.numbers) == 0:
             images = torch.empty(0, 3, side, side, device=self.device)
             return Batch(images, self._labels[:0].to(self.device), draws.numbers)
-        feed(self._pipeline, encoded, draws, self.pixels.means(draws.colours))
+        feed(self._pipeline, encoded, draws, self.pixels)
         images, numbers = self._pipeline.run()
         came = torch.from_dlpack(numbers.as_tensor())
         labels = self._labels[came]
@@ -360,7 +361,7 @@ class DaliEngine:
                 pixels=self.pixels,
             )
             one = draws.only(np.arange(len(encoded)) == row)
-            feed(alone, [encoded[row]], one, self.pixels.means(one.colours))
+            feed(alone, [encoded[row]], one, self.pixels)
             try:
                 alone.run()
             except Exception:

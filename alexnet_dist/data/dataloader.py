@@ -86,7 +86,6 @@ class DataLoaderEngine:
         self.bad = BadImages(source, policy)
         self._decoded = _Decoded(source, pixels.side)
         self._labels = torch.from_numpy(source.index.labels)
-        self._std = torch.tensor(pixels.std, dtype=torch.float32, device=device)
         self.description = f"DataLoader, {threads} worker processes"
 
     def batches(self, draws: Iterable[Draws]) -> Generator[Batch, None, None]:
@@ -120,6 +119,7 @@ class DataLoaderEngine:
             draws = self.bad.apply(planned)
             images, bad = self._decoded[draws.numbers, draws.boxes, draws.flips]
         self.bad.note(planned)
-        means = torch.from_numpy(self.pixels.means(draws.colours)).to(self.device)
-        images = normalise(images.to(self.device, non_blocking=True), means, self._std)
+        means = torch.from_numpy(self.pixels.means(draws)).to(self.device)
+        stds = torch.from_numpy(self.pixels.stds(draws.strength)).to(self.device)
+        images = normalise(images.to(self.device, non_blocking=True), means, stds)
         return Batch(images, self._labels[draws.numbers].to(self.device), draws.numbers)

@@ -16,6 +16,10 @@ from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
+Crop = Literal["paper", "chunked", "random_resized"]
+
+CHUNK = 32
+"""Images in a row that the authors' program crops and flips alike (convdata_jpeg.py)."""
 
 DRAWS = 32
 """Uniform numbers kept for each position: a flip, four for three normal coefficients, two for the
@@ -33,6 +37,7 @@ class Draws:
         flips: [b], bool.
         colours: [b, 3], coefficients along the eigenvectors, N(0, 1).
         boxes_of: the boxes for other samples under the same draws.
+        strength: of the colour noise, the coefficients' standard deviation; 0 for none.
     """
 
     numbers: Ints
@@ -40,6 +45,7 @@ class Draws:
     flips: NDArray[np.bool_]
     colours: Floats
     boxes_of: Callable[[Ints], Ints]
+    strength: float = 0.0
 
     def substituted(self, numbers: Ints) -> "Draws":
         """The same draws on other samples."""
@@ -121,16 +127,18 @@ class Plan:
         sizes: [N, 2], height and width of the stored images in pixels.
         batch: images in a global batch, B.
         fraction: side of the paper's crop over that of the image, 224/256.
+        strength: of the colour noise after so many passes.
     """
 
     sizes: Ints
     batch: int
     seed: int
-    crop: Literal["paper", "random_resized"] = "paper"
+    crop: Crop = "paper"
     fraction: float = 224 / 256
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: bool = True
+    strength: Callable[[float], float] = lambda passes: 0.0
     _order: tuple[int, Ints] | None = None
 
     @property
@@ -151,20 +159,25 @@ class Plan:
         numbers = self.order(epoch)[first : first + self.batch][rows]
         # a position's numbers start at a count of their own, so that any batch can be drawn alone
         generator = self._generator(epoch, 1, count=first * (DRAWS // 4))
-        draws = generator.random((self.batch, DRAWS))[rows]
+        draws = generator.random((self.batch, DRAWS))
+        if self.crop == "chunked":
+            alike = np.arange(self.batch) // CHUNK * CHUNK
+            draws[:, [0, 5, 6]] = draws[alike][:, [0, 5, 6]]
+        draws = draws[rows]
         where, attempts = draws[:, 5:7], draws[:, 8:28].reshape(-1, 10, 2)
 
         def boxes_of(numbers: Ints) -> Ints:
             sizes = self.sizes[numbers]
-            if self.crop == "paper":
-                return paper_boxes(sizes, self.fraction, where)
-            return random_resized_boxes(sizes, self.scale, self.ratio, attempts, where)
+            if self.crop == "random_resized":
+                return random_resized_boxes(sizes, self.scale, self.ratio, attempts, where)
+            return paper_boxes(sizes, self.fraction, where)
 
         radius = np.sqrt(-2 * np.log1p(-draws[:, 1:3]))  # Box and Muller
         angle = 2 * np.pi * draws[:, 3:5]
         normal = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)], 1)
         flips = (draws[:, 0] < 0.5) & self.flip
-        return Draws(numbers, boxes_of(numbers), flips, normal[:, :3], boxes_of)
+        strength = self.strength(epoch + step / self.steps)
+        return Draws(numbers, boxes_of(numbers), flips, normal[:, :3], boxes_of, strength)
 
     def epoch(self, epoch: int, first_step: int, rows: slice) -> Iterator[Draws]:
         """The draws of ``epoch`` from ``first_step`` to its end."""

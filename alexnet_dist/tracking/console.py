@@ -20,10 +20,10 @@ from alexnet_dist.tracking.events import Event
 class Console:
     """Shows events to a person."""
 
-    def __init__(self, epochs: int, steps_per_epoch: int) -> None:
+    def __init__(self, steps: int, steps_per_epoch: int) -> None:
         self._rich = RichConsole(highlight=False)
-        self._epochs = epochs
-        self._total = epochs * steps_per_epoch
+        self._epochs = -(-steps // steps_per_epoch)
+        self._total = steps
         self._bar: Progress | None = None
         self._task: Any = None
         if self._rich.is_terminal:

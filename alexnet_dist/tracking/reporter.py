@@ -30,7 +30,7 @@ class Reporter:
         folder: RunFolder | None,
         config: dict[str, Any],
         *,
-        epochs: int,
+        steps: int,
         steps_per_epoch: int,
         wandb: Mode = "off",
         project: str = "",
@@ -38,7 +38,7 @@ class Reporter:
     ) -> None:
         self.folder, self.images = folder, images
         self.wandb_id: str | None = None
-        self._console = Console(epochs, steps_per_epoch)
+        self._console = Console(steps, steps_per_epoch)
         sinks: list[Sink] = []
         if folder is not None:
             folder.keep_config(config)

@@ -45,6 +45,7 @@ def send(run: Any, event: Event) -> None:
     kind = event["event"]
     if kind in _CURVES:
         values = {f"{kind}/{n}": event[n] for n in _CURVES[kind] if event[n] is not None}
+        values |= {f"lr/{group}": rate for group, rate in event.get("rates", {}).items()}
         run.log({**values, "epoch": event["epoch"], "global_step": event["step"]})
     elif kind == "picture":
         import wandb

@@ -57,11 +57,15 @@ class Batch(Protocol):
     def labels(self) -> Tensor: ...
 
 
-def set_rates(optimizer: torch.optim.Optimizer, schedule: Schedule, passes: float) -> float:
-    """Give each group its rate for the step that begins after ``passes``; that of the weights."""
+def set_rates(
+    optimizer: torch.optim.Optimizer, schedule: Schedule, passes: float
+) -> dict[str, float]:
+    """Give each group its rate for the step that begins after ``passes``; the rates by group."""
+    rates = {"weights": schedule.rate("weights", passes)}
     for group in optimizer.param_groups:
         group["lr"] = schedule.rate(group["name"], passes, bias=group["bias"])
-    return schedule.rate("weights", passes)
+        rates[group["name"]] = group["lr"]
+    return rates
 
 
 def train_step(

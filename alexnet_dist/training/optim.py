@@ -6,6 +6,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from alexnet_dist.errors import Failure
+
 
 class PaperSGD(torch.optim.SGD):
     """The paper's update, in which the learning rate sits inside the velocity:
@@ -52,7 +54,18 @@ def build_optimizer(
     own: Iterable[str] = (),
 ) -> torch.optim.SGD:
     """An optimizer with groups named "weights", "biases" (without decay), and one for each
-    parameter that is named in ``own``."""
+    parameter that is named in ``own``.
+
+    Raises:
+        Failure: there is no parameter of a name in ``own``.
+    """
+    own = set(own) - {"weights", "biases"}
+    for name_of in sorted(own - set(parameters)):
+        raise Failure(
+            f"optim.schedule.table has a row {name_of}, and the network no such parameter: give "
+            f"weights, biases, or one of {', '.join(parameters)}",
+            everywhere=True,
+        )
     groups: dict[str, dict[str, Any]] = {}
     for full_name, parameter in parameters.items():
         bias = full_name.endswith("bias")

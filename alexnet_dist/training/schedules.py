@@ -34,7 +34,7 @@ class Schedule:
     def rate(self, group: str, passes: float, *, bias: bool = False) -> float:
         """The rate of ``group`` in the step that begins after ``passes``."""
         if group in self.table and self.name == "table":
-            value = _at(self.table[group], passes)
+            value = value_at(self.table[group], passes)
         else:
             value = self._shape(passes) * (self.bias_lr if bias else 1.0)
         return value * min(1.0, passes / self.warmup) if self.warmup > 0 else value
@@ -45,7 +45,7 @@ class Schedule:
         if self.name == "one_cycle":
             return self.lr * _one_cycle(passes / self.epochs, self.rise)
         if self.name == "table":
-            return _at(self.table["weights"], passes)
+            return value_at(self.table["weights"], passes)
         return self.lr
 
     def observe(self, error: float) -> None:
@@ -68,7 +68,7 @@ class Schedule:
         self.best = math.inf if state["best"] is None else state["best"]
 
 
-def _at(rows: list[tuple[float, float]], passes: float) -> float:
+def value_at(rows: list[tuple[float, float]], passes: float) -> float:
     """The value of the last row that begins at or before ``passes``."""
     begins = [row[0] for row in rows]
     # a step's share of a pass is a rounded fraction; a change at a pass is of its first step

@@ -96,14 +96,20 @@ def test_pixels_are_those_of_the_file(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["dali", "dataloader"])
 def test_colour_noise_is_a_shift_of_the_whole_image(name: str, tmp_path: Path) -> None:
+    """And it ends in mid-epoch, where a life says so."""
     source, _, pixels = open_folder(write_images(tmp_path / "i", side=128), tmp_path)
-    plan = Plan(source.index.sizes, 4, 5, fraction=0.5)
+    plan = Plan(source.index.sizes, 4, 5, fraction=0.5, strength=lambda p: 0.1 * (p < 2.5 / 7))
+    assert plan.steps == 7
     plain = Pixels(pixels.mean, np.ones(3), np.zeros((3, 3)), 64)
-    (noisy, *_) = epoch(engine(name, source, pixels, plan), plan)
-    (clean, *_) = epoch(engine(name, source, plain, plan), plan)
-    shift = (noisy.images * 1.1 - clean.images).numpy()
-    wanted = plan.draw(0, 0).colours @ pixels.basis.T
-    assert np.allclose(shift, wanted[:, :, None, None], atol=1e-3)
+    noisy = epoch(engine(name, source, pixels, plan), plan)
+    clean = epoch(engine(name, source, plain, plan), plan)
+    for step in range(3):
+        shift = (noisy[step].images * 1.1 - clean[step].images).numpy()
+        wanted = 0.1 * plan.draw(0, step).colours @ pixels.basis.T
+        assert np.abs(wanted).max() > 1
+        assert np.allclose(shift, wanted[:, :, None, None], atol=1e-3)
+    for one, other in zip(noisy[3:], clean[3:], strict=True):
+        assert torch.equal(one.images, other.images)
 
 
 def damage(folder: Path) -> dict[str, Path]:

@@ -1,0 +1,168 @@
+"""The configs that come with the package: each resolves, and each life is its authors'."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+
+from alexnet_dist.config import Config, parse, recipes
+from alexnet_dist.model import outline
+from alexnet_dist.training.loop import set_rates
+from alexnet_dist.training.optim import build_optimizer
+from alexnet_dist.training.schedules import Schedule, value_at
+from tests.conftest import TINY, events, launch
+
+NAMES = sorted(path.stem for path in recipes().glob("*.yaml"))
+
+
+def resolve(name: str, *words: str) -> Config:
+    return parse(
+        [f"--config={recipes() / name}.yaml", *words], program="train", description=""
+    ).config
+
+
+def rates(config: Config) -> tuple[Schedule, torch.optim.SGD]:
+    """A recipe's schedule, and an optimizer with its groups, of a network without memory."""
+    optim = config.optim
+    schedule = Schedule(
+        lr=optim.lr, bias_lr=optim.bias_lr, epochs=config.train.epochs, **vars(optim.schedule)
+    )
+    model = outline(config.model.variant, image_size=config.data.image_size)
+    parameters = dict(model.named_parameters())
+    optimizer = build_optimizer(
+        "sgd",
+        parameters,
+        lr=optim.lr,
+        momentum=0.9,
+        weight_decay=0.0005,
+        own=optim.schedule.table,
+    )
+    return schedule, optimizer
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_resolves(name: str) -> None:
+    config = resolve(name)
+    schedule, optimizer = rates(config)
+    assert set_rates(optimizer, schedule, 0.5)["weights"] > 0
+
+
+PARAMETERS = [
+    ("conv1.weight", "weights"),
+    ("conv1.bias", "biases"),
+    ("conv3.weight", "weights"),
+    ("fc8.weight", "weights"),
+    ("fc8.bias", "biases"),
+]
+
+# By the authors' notes, where "epoch n" begins after n - 1 passes: the rates of PARAMETERS and the
+# strength of the colour noise up to so many passes.
+LIVES = {
+    "original145": [
+        (24, (1e-2, 2e-2, 1e-2, 1e-2, 2e-2, 0.1)),
+        (50, (1e-3, 2e-2, 1e-3, 1e-3, 2e-2, 0.1)),
+        (66, (1e-4, 2e-2, 1e-4, 1e-4, 2e-2, 0.1)),
+        (71, (1e-5, 2e-2, 1e-4, 1e-4, 2e-2, 0.0)),
+        (78, (0.0, 0.0, 1e-4, 1e-4, 2e-2, 0.0)),
+        (90, (0.0, 0.0, 1e-5, 1e-5, 2e-2, 0.0)),
+    ],
+    "original146": [
+        (5, (1e-3, 2e-2, 1e-3, 1e-2, 2e-2, 0.1)),
+        (7.11295, (1e-3, 2e-2, 1e-3, 1e-3, 2e-2, 0.1)),
+    ],
+    "original146_finetune": [
+        (300 / 10009, (1e-4, 2e-2, 1e-3, 1e-3, 2e-2, 0.1)),
+        (4, (1e-4, 2e-2, 1e-3, 1e-2, 2e-2, 0.1)),
+        (6, (1e-5, 2e-2, 1e-3, 1e-2, 2e-2, 0.1)),
+        (8, (0.0, 0.0, 1e-3, 1e-2, 2e-2, 0.1)),
+        (21, (0.0, 0.0, 1e-3, 1e-3, 2e-2, 0.1)),
+        (37, (0.0, 0.0, 1e-4, 1e-4, 2e-2, 0.1)),
+        (41, (0.0, 0.0, 1e-4, 1e-4, 2e-2, 0.0)),
+        (53, (0.0, 0.0, 1e-5, 1e-5, 2e-2, 0.0)),
+    ],
+    "original147": [
+        (22, (1e-2, 2e-2, 1e-2, 1e-2, 2e-2, 0.1)),
+        (50, (1e-3, 2e-2, 1e-3, 1e-3, 2e-2, 0.1)),
+        (78, (1e-4, 2e-2, 1e-4, 1e-4, 2e-2, 0.1)),
+        (89, (0.0, 0.0, 1e-5, 1e-5, 2e-2, 0.1)),
+    ],
+    "original148": [
+        (21, (1e-2, 2e-2, 1e-2, 1e-2, 2e-2, 0.1)),
+        (43, (1e-3, 2e-2, 1e-3, 1e-3, 2e-2, 0.1)),
+        (68, (1e-4, 2e-2, 1e-4, 1e-4, 2e-2, 0.1)),
+        (72, (1e-5, 2e-2, 1e-4, 1e-4, 2e-2, 0.0)),
+        (85, (0.0, 0.0, 1e-4, 1e-4, 2e-2, 0.0)),
+        (96, (0.0, 0.0, 1e-5, 1e-5, 2e-2, 0.0)),
+    ],
+    "original150": [
+        (24, (1e-2, 2e-2, 1e-2, 1e-2, 2e-2, 0.1)),
+        (48, (1e-3, 2e-2, 1e-3, 1e-3, 2e-2, 0.1)),
+        (65, (1e-4, 2e-2, 1e-4, 1e-4, 2e-2, 0.1)),
+        (71, (1e-5, 2e-2, 1e-4, 1e-4, 2e-2, 0.0)),
+        (78, (0.0, 0.0, 1e-4, 1e-4, 2e-2, 0.0)),
+        (91, (0.0, 0.0, 1e-5, 1e-5, 2e-2, 0.0)),
+    ],
+    "half_column": [
+        (19, (1e-2, 2e-2, 1e-2, 1e-2, 2e-2, 0.1)),
+        (47, (1e-3, 2e-2, 1e-3, 1e-3, 2e-2, 0.1)),
+        (65, (1e-4, 2e-2, 1e-4, 1e-4, 2e-2, 0.1)),
+        (71, (1e-5, 2e-2, 1e-4, 1e-4, 2e-2, 0.0)),
+        (95, (0.0, 0.0, 1e-4, 1e-4, 2e-2, 0.0)),
+    ],
+    "owt2014": [
+        (22.5, (1e-2, 2e-2, 1e-2, 1e-2, 2e-2, 0.1)),
+        (45, (1e-2 / 250 ** (1 / 3), 2e-2, *[1e-2 / 250 ** (1 / 3)] * 2, 2e-2, 0.1)),
+        (67.5, (1e-2 / 250 ** (2 / 3), 2e-3, *[1e-2 / 250 ** (2 / 3)] * 2, 2e-3, 0.1)),
+        (90, (1e-2 / 250, 2e-3, 1e-2 / 250, 1e-2 / 250, 2e-3, 0.1)),
+    ],
+}
+LIVES["original145_continued"] = [
+    *LIVES["original145"],
+    (106, (0.0, 0.0, 1e-3, 1e-3, 2e-2, 0.1)),
+    (123, (0.0, 0.0, 1e-4, 1e-4, 2e-2, 0.1)),
+    (134, (0.0, 0.0, 1e-5, 1e-5, 2e-2, 0.0)),
+]
+
+
+@pytest.mark.parametrize("name", LIVES)
+def test_a_life_changes_in_the_passes_its_authors_noted(name: str) -> None:
+    config = resolve(name)
+    schedule, optimizer = rates(config)
+    groups = {group["name"]: group for group in optimizer.param_groups}
+    assert config.train.epochs == LIVES[name][-1][0]
+    begins = [0.0, *(last for last, _ in LIVES[name])]
+    for (first, last), (_, wanted) in zip(itertools.pairwise(begins), LIVES[name], strict=True):
+        for passes in (first, last - 1e-4):
+            set_rates(optimizer, schedule, passes)
+            found = [groups.get(name, groups[kind])["lr"] for name, kind in PARAMETERS]
+            strength = config.data.colour_strength
+            if config.data.colour_table:
+                strength = value_at(config.data.colour_table, passes)
+            assert [*found, strength] == pytest.approx(list(wanted), rel=1e-5), passes
+
+
+@pytest.mark.slow
+def test_a_life_at_a_smaller_scale_has_all_its_changes(images: Path, tmp_path: Path) -> None:
+    options = [o for o in TINY if "schedule" not in o and "epochs" not in o]
+    launched = launch(
+        0,
+        f"--config={recipes() / 'original145'}.yaml",
+        *options,
+        f"--data.root={images}",
+        f"--run.root={tmp_path}",
+        "--train.epochs_scale=0.05",
+    )
+    assert launched.code == 0, launched.err
+    records = events(tmp_path / "original145", "train")
+    steps = 4  # of a pass
+    assert len(records) == 18 == records[-1]["step"] == 90 * 0.05 * steps
+    schedule, _ = rates(resolve("original145"))
+    for record in records:
+        passes = (record["step"] - 1) / steps / 0.05
+        wanted = {name: schedule.rate(name, passes) for name in schedule.table}
+        assert record["rates"] == pytest.approx(wanted)
+        assert record["colour_strength"] == (0.1 if passes < 66 else 0)
+    assert len({tuple(record["rates"].values()) for record in records}) == 6
+    (end,) = events(tmp_path / "original145", "end")
+    assert end["ended"]
