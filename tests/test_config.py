@@ -80,13 +80,13 @@ def test_files_are_held_to_the_same_names(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("data: {crop: square}", "data.crop wants one of paper, random_resized"),
+        ("data: {crop: square}", "data.crop wants one of paper, chunked, random_resized"),
         ("data: {on_bad_image: ignore}", "data.on_bad_image wants one of stop, skip"),
         ("runtime: {precision: bf61}", "runtime.precision wants one of"),
         ("model: {init: authors}", "model.init wants one of"),
         ("optim: {lr: fast}", "optim.lr wants a number"),
         ("optim: {lr: null}", "optim.lr wants a value, not null"),
-        ("train: {epochs: ten}", "train.epochs wants a whole number"),
+        ("train: {epochs: ten}", "train.epochs wants a number"),
         ("data: {batch_size: many}", "data.batch_size wants a whole number"),
     ],
 )

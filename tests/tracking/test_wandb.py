@@ -199,4 +199,8 @@ def _descendants(process: int) -> list[int]:
 
 
 def _program(process: int) -> str:
-    return Path(f"/proc/{process}/cmdline").read_text().split("\0")[0]
+    """What a process runs; nothing where it has ended."""
+    try:
+        return Path(f"/proc/{process}/cmdline").read_text().split("\0")[0]
+    except FileNotFoundError:
+        return ""
