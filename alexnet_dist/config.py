@@ -259,8 +259,8 @@ OF_ONE_LIFE = ("train.max_steps", "run.resume", "run.root", "run.name", "run.tim
 _BOUNDS: tuple[tuple[str, float, float], ...] = (
     ("data.batch_size", 1, float("inf")),
     ("data.eval_batch_size", 1, float("inf")),
-    ("data.image_size", 64, 4096),
-    ("data.resize", 64, 8192),
+    ("data.image_size", 16, 4096),
+    ("data.resize", 16, 8192),
     ("data.threads", 0, 1024),
     ("data.ahead", 1, 64),
     ("model.dropout", 0, 0.99),
