@@ -203,6 +203,7 @@ def mesh_of(world: int, towers: int = 1) -> Mesh:
         ("half_column", 2, {"towers": 2}, "wants a network of two towers"),
         ("owt", 2, {"towers": 2}, "wants a network of two towers"),
         ("torchvision", 2, {"towers": 2}, "wants a network of two towers"),
+        ("figure1_relu", 2, {"towers": 2}, "wants a network of two towers"),
         ("paper", 2, {"towers": 2, "fc": "sharded"}, "take one of them"),
         ("paper", 2, {"compress": "powersgd", "precision": "fp16"}, "take another runtime"),
     ],
