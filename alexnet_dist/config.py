@@ -35,7 +35,7 @@ class DataConfig:
     batch_size: int = 128
     """Images in a step, over all processes (the paper, section 5)."""
     eval_batch_size: int = 256
-    """Images in a step of an evaluation, over all processes."""
+    """Images in a step of an evaluation, over all processes; views, where an image has ten."""
     engine: Literal["auto", "dali", "dataloader"] = "auto"
     """What decodes; auto is DALI where it is installed."""
     decoder: Literal["auto", "region", "full", "cpu"] = "auto"
@@ -267,8 +267,8 @@ OF_ONE_LIFE = ("train.max_steps", "run.resume", "run.root", "run.name", "run.tim
 _BOUNDS: tuple[tuple[str, float, float], ...] = (
     ("data.batch_size", 1, float("inf")),
     ("data.eval_batch_size", 1, float("inf")),
-    ("data.image_size", 64, 4096),
-    ("data.resize", 64, 8192),
+    ("data.image_size", 16, 4096),
+    ("data.resize", 16, 8192),
     ("data.threads", 0, 1024),
     ("data.ahead", 1, 64),
     ("model.dropout", 0, 0.99),
@@ -443,6 +443,22 @@ def take_option(arguments: list[str], name: str) -> tuple[list[str], list[str]]:
         elif value:
             values.append(value)
     return values, rest
+
+
+def take_views(arguments: list[str]) -> tuple[Literal[1, 10], list[str]]:
+    """How many views of each image --views asks for, one unless it does, and the other words.
+
+    Raises:
+        Failure: neither one nor ten.
+    """
+    values, rest = take_option(arguments, "views")
+    if len(rest) < len(arguments) and values not in (["1"], ["10"]):
+        raise Failure(
+            f"views is {' '.join(values) or 'empty'}; it must be 1, the centre of an image, or 10, "
+            "its corners, its centre and their reflections",
+            everywhere=True,
+        )
+    return (10 if values == ["10"] else 1), rest
 
 
 def from_dict(record: dict[str, Any], where: str = "the run's config.yaml") -> Config:

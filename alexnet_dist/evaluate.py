@@ -1,8 +1,10 @@
 """Exact top-1 and top-5 error of a checkpoint on the validation images, on any number of processes.
 
-python -m alexnet_dist.evaluate --checkpoint RUN [RUN ...] [--data.root DIR]
+python -m alexnet_dist.evaluate --checkpoint RUN [RUN ...] [--views 10] [--data.root DIR]
 Of several checkpoints the chances are averaged, as the paper does with five networks (Krizhevsky et
-al. 2012, section 6). The last line is JSON: top1_error and top5_error in percent, loss, images.
+al. 2012, section 6), and with --views 10 those of ten views of each image: its corners, its centre,
+and their reflections (section 4.1). The last line is JSON: top1_error and top5_error in percent,
+loss, images.
 """
 
 import json
@@ -14,10 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from alexnet_dist.config import Config, parse, take_option
+from alexnet_dist.config import Config, parse, take_option, take_views
 from alexnet_dist.data import build_engine
 from alexnet_dist.data.engine import Batch, Engine
-from alexnet_dist.data.plan import EvaluationPlan
+from alexnet_dist.data.plan import EvaluationPlan, Views
 from alexnet_dist.data.sources import Catalogue, make_catalogue, open_sources
 from alexnet_dist.errors import Failure, run_command
 from alexnet_dist.parallel.arithmetic import choose_precision, set_arithmetic
@@ -32,6 +34,7 @@ from alexnet_dist.training.loop import Errors, check_count, evaluate
 
 def main(arguments: list[str]) -> None:
     """Evaluate as the command line says."""
+    views, arguments = take_views(arguments)
     paths, rest = take_option(arguments, "checkpoint")
     if not paths:
         _config(rest, None)  # which may be asked for --help
@@ -51,10 +54,12 @@ def main(arguments: list[str]) -> None:
             "trained on: give --data.root a folder with the same class folders",
             everywhere=True,
         )
-    if len(networks) == 1:
+    if len(networks) == views == 1:
         result = evaluate_one(networks[0], mesh, catalogue)
     else:
-        result = evaluate_average(networks, mesh, catalogue) | {"checkpoints": len(networks)}
+        result = evaluate_average(networks, views, mesh, catalogue)
+    asked = {"checkpoints": len(networks), "views": views}
+    result |= {name: count for name, count in asked.items() if count > 1}
     if mesh.rank == 0:
         print(json.dumps(result), flush=True)
 
@@ -87,8 +92,9 @@ def read_networks(paths: list[str], words: list[str]) -> list[Trained]:
 
 
 def evaluate_one(network: Trained, mesh: Mesh, catalogue: Catalogue) -> dict[str, float]:
-    """Errors of a network on the validation images."""
-    layout, engine, batches = lay_out(network, mesh, catalogue)
+    """Errors of a network on the validation images, by their central views."""
+    plan = EvaluationPlan(catalogue.val.sizes, network.config.data.eval_batch_size)
+    layout, engine, batches = lay_out(network, plan, mesh, catalogue)
     result = evaluate(layout, batches, mesh.device)
     left_out = sum(len(news) for news in mesh.gather(engine.bad.take_news()))
     check_count(result, left_out, len(catalogue.val))
@@ -96,26 +102,31 @@ def evaluate_one(network: Trained, mesh: Mesh, catalogue: Catalogue) -> dict[str
     return result | ({"left_out": left_out} if left_out else {})
 
 
-def evaluate_average(networks: list[Trained], mesh: Mesh, catalogue: Catalogue) -> dict[str, float]:
-    """Errors of the networks' averaged chances on the validation images.
+def evaluate_average(
+    networks: list[Trained], views: Views, mesh: Mesh, catalogue: Catalogue
+) -> dict[str, float]:
+    """Errors of the chances averaged over the networks and the views of the validation images.
 
     One network after another goes through the images. Of those of this process the logarithms of
     the summed chances are kept in float64, for ImageNet 400 MB over all processes. An image that
     one network has to leave out is left out.
     """
     batch_size = networks[0].config.data.eval_batch_size
-    draws = EvaluationPlan(catalogue.val.sizes, batch_size).draws(mesh.rows)
-    mine = np.concatenate([some.numbers for some in draws])
+    # a step has as many rows as with one view, unless that leaves a process without any image
+    images = batch_size if views == 1 else max(batch_size // views, mesh.replicas)
+    plan = EvaluationPlan(catalogue.val.sizes, images, views=views)
+    mine = np.concatenate([some.numbers[::views] for some in plan.draws(mesh.rows)])
     shape, device = (len(mine), networks[0].outputs), mesh.device
     chances = torch.full(shape, -torch.inf, dtype=torch.float64, device=device)
     added = torch.zeros(len(mine), dtype=torch.int64, device=device)
     left_out: set[Any] = set()
     for network in networks:
-        layout, engine, batches = lay_out(network, mesh, catalogue)
+        layout, engine, batches = lay_out(network, plan, mesh, catalogue)
         for batch in batches:
             if len(batch.numbers):
-                rows = torch.from_numpy(np.searchsorted(mine, batch.numbers)).to(device)
-                more = layout.logits(batch.images).double().log_softmax(1)
+                rows = torch.from_numpy(np.searchsorted(mine, batch.numbers[::views])).to(device)
+                each = layout.logits(batch.images).double().log_softmax(1)
+                more = each.unflatten(0, (-1, views)).logsumexp(1)
                 chances[rows] = torch.logaddexp(chances[rows], more)
                 added[rows] += 1
         everyone = mesh.gather(engine.bad.take_news())
@@ -135,18 +146,19 @@ def evaluate_average(networks: list[Trained], mesh: Mesh, catalogue: Catalogue) 
 
 
 def lay_out(
-    network: Trained, mesh: Mesh, catalogue: Catalogue
+    network: Trained, plan: EvaluationPlan, mesh: Mesh, catalogue: Catalogue
 ) -> tuple[DataParallel, Engine, Iterable[Batch]]:
-    """The network with its weights, and the engine with this process's images as it wants them."""
+    """The network with its weights, and the engine with this process's images as it wants them, in
+    the steps of the ``plan``."""
     config, data = network.config, network.config.data
-    plan = EvaluationPlan(catalogue.val.sizes, data.eval_batch_size, network.fraction)
+    plan = replace(plan, fraction=network.fraction)
     engine = build_engine(
         data.engine,
         open_sources(catalogue)[1],
         network.pixels,
         plan=None,
         fraction=network.fraction,
-        max_batch=max(mesh.local_batch(data.eval_batch_size), 1),
+        max_batch=max(mesh.local_batch(plan.batch), 1) * plan.views,
         device=mesh.device,
         decoder=data.decoder,
         threads=data.threads or mesh.threads,
@@ -155,7 +167,7 @@ def lay_out(
     )
     precision = choose_precision(config.runtime.precision, mesh.device)
     set_arithmetic(precision, config.runtime.deterministic)
-    layout = DataParallel(network.outline(), mesh, batch=data.eval_batch_size, precision=precision)
+    layout = DataParallel(network.outline(), mesh, batch=plan.batch, precision=precision)
     network.fill(layout.parameters)
     return layout, engine, engine.batches(plan.draws(mesh.rows))
 

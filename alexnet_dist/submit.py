@@ -2,7 +2,7 @@
 
 python -m alexnet_dist.submit --nodes 4 --gpus 8 --config configs/paper2012.yaml --data.root DIR
 python -m alexnet_dist.submit array5 --gpus 8 --config configs/paper2012.yaml --data.root DIR
-python -m alexnet_dist.submit evaluate --gpus 8 --checkpoint RUN [RUN ...] [--data.root DIR]
+python -m alexnet_dist.submit evaluate --gpus 8 --checkpoint RUN [RUN ...] [--views 10]
 
 train, which need not be said, is one run; array5 the paper's five networks, a job each, and one
 evaluation of their mean after all have ended. Each takes the options of what it runs
@@ -16,7 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from alexnet_dist.config import Config, parse, take_option
+from alexnet_dist.config import Config, parse, take_option, take_views
 from alexnet_dist.errors import Failure, run_command, stderr
 from alexnet_dist.tracking.run import read_status
 
@@ -210,7 +210,7 @@ def _check_evaluation(words: list[str]) -> None:
     Raises:
         Failure: that is not so.
     """
-    checkpoints, options = take_option(words, "checkpoint")
+    checkpoints, options = take_option(take_views(words)[1], "checkpoint")
     if not checkpoints:
         raise Failure(
             "there is nothing to evaluate: give --checkpoint runs, or checkpoints of them"

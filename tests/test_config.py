@@ -62,6 +62,7 @@ def test_what_a_run_kept_lies_below_what_is_said() -> None:
         (["--data.batch_size=0"], "data.batch_size is 0; it must be at least 1"),
         (["--config=nowhere.yaml"], "there is no config nowhere.yaml; the package brings"),
         (["--data.image_size=300"], "raise data.resize"),
+        (["--data.image_size=15"], "data.image_size is 15; it must be at least 16"),
         (["--optim.schedule.name=table"], "no row 'weights'"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The average of several networks' chances, and what may be averaged."""
+"""The average of several networks' chances and of ten views, and what may be averaged."""
 
 import json
 from collections.abc import Iterator
@@ -9,13 +9,17 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from PIL import Image
 
 from alexnet_dist import evaluate
 from alexnet_dist.config import Config, to_dict
-from alexnet_dist.data.sources import Index
+from alexnet_dist.data.sources import Index, make_catalogue
 from alexnet_dist.errors import Failure
+from alexnet_dist.model import build_model
 from alexnet_dist.parallel.mesh import Mesh
 from alexnet_dist.trained import Trained
+from alexnet_dist.training import checkpoint
+from tests.conftest import write_images
 
 IMAGES, CLASSES = 23, 7
 
@@ -57,7 +61,7 @@ def errors_of(
     names = [str(n) for n in range(IMAGES)]
     index = Index("", names, labels, np.ones((IMAGES, 2), np.int64), state["classes"])
     catalogue = SimpleNamespace(val=index)
-    return evaluate.evaluate_average(networks, mesh, catalogue)  # type: ignore[arg-type]
+    return evaluate.evaluate_average(networks, 1, mesh, catalogue)  # type: ignore[arg-type]
 
 
 def test_chances_are_averaged_and_counted_exactly(
@@ -102,6 +106,94 @@ def test_the_loss_is_that_of_the_averaged_chances(
     sure[:, 0] = 200.0  # chances of the others are too small for float32
     result = errors_of(mesh, monkeypatch, labels, [sure, sure], none)
     assert result["loss"] == pytest.approx(200 * (labels != 0).mean(), rel=1e-12)
+
+
+SIDES = {"figure1_relu": 32, "figure1_tanh": 27}
+"""Two networks, and how much each cuts from images of 40 pixels on the shorter side."""
+
+
+@pytest.mark.parametrize("engine", ["dali", "dataloader"])
+def test_ten_views_are_a_loop_over_crops(
+    engine: str, mesh: Mesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = write_images(tmp_path / "images", side=40)
+    files = sorted((root / "val").rglob("*.jpg"))
+    noise = np.random.default_rng(3).integers(0, 255, (2, 47, 40, 3), np.uint8)
+    Image.fromarray(noise[0]).save(files[2])
+    Image.fromarray(noise[1].transpose(1, 0, 2)).save(files[7])
+    catalogue = make_catalogue(str(root), str(tmp_path), lambda *_: None)
+    files.pop(4).write_bytes(b"")  # after the index was made, which knows it as good
+    right = np.delete(catalogue.val.labels, 4)
+
+    models, trained = {}, []
+    for variant in SIDES:
+        model = build_model(variant, num_classes=CLASSES, image_size=SIDES[variant])
+        generator = torch.Generator().manual_seed(len(models))
+        for name, weight in model.named_parameters():  # so that scores are spread, and views differ
+            if weight.dim() > 1:
+                size = (2 / weight[0].numel()) ** 0.5 / (30 if name == "conv1.weight" else 1)
+                weight.data.normal_(0, size, generator=generator)
+        models[variant] = model
+        config = Config()
+        config.data.engine = engine  # type: ignore[assignment]
+        config.data.image_size, config.data.resize = SIDES[variant], 40
+        config.data.eval_batch_size, config.data.threads = 25, 1
+        config.data.on_bad_image = "skip"
+        config.model.variant, config.model.num_classes = variant, CLASSES
+        config.runtime.precision = "fp32"
+        statistics = catalogue.statistics.to_json()
+        state = {"classes": catalogue.val.classes, "statistics": statistics}
+        trained.append(Trained(Path(variant), state, config))
+
+    def load(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+        for name, value in models[path.name].named_parameters():
+            tensors[f"model.{name}"].copy_(value.detach())
+
+    monkeypatch.setattr(checkpoint, "load", load)
+    results = [
+        evaluate.evaluate_average(some, 10, mesh, catalogue) for some in (trained[:1], trained)
+    ]
+    mean = catalogue.statistics.mean
+    views = np.array(
+        [_views(models[variant].double(), files, side, mean) for variant, side in SIDES.items()]
+    )
+    for result, chances in zip(results, (views[0].mean(1), views.mean((0, 2))), strict=True):
+        hits = np.argsort(-chances, 1) == right[:, None]
+        assert result["top1_error"] == 100 * (12 - hits[:, :1].sum()) / 12
+        assert result["top5_error"] == 100 * (12 - hits[:, :5].sum()) / 12
+        loss = -np.log(chances[np.arange(12), right]).mean()
+        assert result["loss"] == pytest.approx(loss, rel=1e-5)
+        assert (result["images"], result["left_out"]) == (12, 1)
+    without_reflections = views[0][:, ::2].mean(1)[np.arange(12), right]
+    assert abs(-np.log(without_reflections).mean() / results[0]["loss"] - 1) > 0.01
+
+
+@torch.no_grad()
+def _views(
+    model: torch.nn.Module, files: list[Path], side: int, mean: np.ndarray
+) -> list[list[np.ndarray]]:
+    """Chances of each image's ten views, each of which is computed alone: [images, 10, classes]."""
+    rows = []
+    for file in files:
+        image = Image.open(file)
+        left, top = (image.width - 40) // 2, (image.height - 40) // 2
+        right, low = left + 40 - side, top + 40 - side
+        centre = (image.width - side) // 2, (image.height - side) // 2
+        found = []
+        for x, y in ((left, top), (right, top), (left, low), (right, low), centre):
+            box = (x, y, x + side, y + side)
+            crop = np.asarray(image.crop(box), np.float64) - mean
+            found += [crop, crop[:, ::-1]]
+        inputs = [torch.tensor(view.transpose(2, 0, 1)[None].copy()) for view in found]
+        rows.append([model(view).softmax(1)[0].numpy() for view in inputs])
+    return rows
+
+
+@pytest.mark.parametrize("words", [["--views", "3"], ["--views=ten"], ["--views"]])
+def test_other_views_are_refused(words: list[str]) -> None:
+    with pytest.raises(Failure, match=r"^views is \w+; it must be 1, .* or 10, ") as failure:
+        evaluate.main(["--checkpoint", "somewhere", *words])
+    assert failure.value.everywhere
 
 
 def _checkpoint(folder: Path, classes: list[str], **model: object) -> str:

@@ -44,7 +44,7 @@ CASES = {
     "--data.root IMAGENET --optim.lr=0.02",
     "array5": "array5 --gpus 0 --processes 2 --time 2:00:00 --name five "
     "--config configs/paper2012.yaml --data.root IMAGENET --train.seed 7",
-    "evaluate": "evaluate --checkpoint runs/a runs/b --data.root IMAGENET --cpus 16",
+    "evaluate": "evaluate --checkpoint runs/a runs/b --views 10 --data.root IMAGENET --cpus 16",
 }
 
 
@@ -78,6 +78,7 @@ def test_dry_runs(kind: str, place: Path, capsys: pytest.CaptureFixture[str]) ->
         ("evaluate", "there is nothing to evaluate"),
         ("evaluate --checkpoint runs/done nowhere", "there is no checkpoint at nowhere"),
         ("evaluate --checkpoint runs/done --dota.root x", "did you mean data.root?"),
+        ("evaluate --checkpoint runs/done --views 5", "views is 5; it must be 1"),
     ],
 )
 def test_refusals(words: str, sentence: str, place: Path) -> None:

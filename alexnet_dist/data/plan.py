@@ -76,6 +76,20 @@ def centre_boxes(sizes: Ints, fraction: float) -> Ints:
     return np.column_stack([corner, side, side])
 
 
+def five_boxes(sizes: Ints, fraction: float) -> Ints:
+    """Five squares of ``fraction`` of the shorter side, [b, 5, 4]: in the corners of the central
+    square, and in its centre (``centre_boxes``).
+
+    On a stored 256 x 256 image at 224/256 these are the patches of Krizhevsky et al. 2012, section
+    4.1.
+    """
+    side, square = _centre(sizes, fraction)
+    room = (sizes.min(1) - side)[:, None]
+    corners = [square + room * np.array(at) for at in ((0, 0), (0, 1), (1, 0), (1, 1))]
+    boxes = [np.column_stack([corner, side, side]) for corner in corners]
+    return np.stack([*boxes, centre_boxes(sizes, fraction)], 1)
+
+
 def paper_boxes(sizes: Ints, fraction: float, where: Floats) -> Ints:
     """A square of ``fraction`` of the shorter side anywhere in the central square.
 
@@ -189,33 +203,48 @@ class Plan:
         return np.random.Generator(np.random.Philox(key=key, counter=count))
 
 
+Views = Literal[1, 10]
+
+_REFLECTED = {1: [False], 10: [False] * 5 + [True] * 5}
+
+
 @dataclass(frozen=True)
 class EvaluationPlan:
-    """Every image once, in order, by its central view.
+    """Every image once, in order: by its central view, or ten times in a row by the paper's views,
+    those of ``five_boxes`` and their reflections (Krizhevsky et al. 2012, section 4.1).
 
     ``draws`` gives each replica the same number of batches, empty ones where the images have run
     out, so that no process is left waiting.
+
+    Attributes:
+        batch: images in a global batch, however many views each has.
     """
 
     sizes: Ints
     batch: int
     fraction: float = 224 / 256
+    views: Views = 1
 
     @property
     def steps(self) -> int:
         return -(-len(self.sizes) // self.batch)
 
     def draws(self, rows: slice) -> Iterator[Draws]:
-        def boxes_of(numbers: Ints) -> Ints:
-            return centre_boxes(self.sizes[numbers], self.fraction)
-
         every = np.arange(len(self.sizes))
         for step in range(self.steps):
-            numbers = every[step * self.batch : (step + 1) * self.batch][rows]
+            images = every[step * self.batch : (step + 1) * self.batch][rows]
+            numbers = np.repeat(images, self.views)
             yield Draws(
                 numbers,
-                boxes_of(numbers),
-                np.zeros(len(numbers), np.bool_),
+                self._boxes_of(numbers),
+                np.tile(_REFLECTED[self.views], len(images)),
                 np.zeros((len(numbers), 3)),
-                boxes_of,
+                self._boxes_of,
             )
+
+    def _boxes_of(self, numbers: Ints) -> Ints:
+        sizes = self.sizes[numbers]
+        if self.views == 1:
+            return centre_boxes(sizes, self.fraction)
+        row = np.arange(len(numbers))
+        return five_boxes(sizes, self.fraction)[row, row % 5]

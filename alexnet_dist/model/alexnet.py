@@ -32,7 +32,7 @@ class Layer:
         reads: the towers whose outputs it reads.
         std: standard deviation of S's initial weights (P has 0.01 everywhere).
         bias: initial bias.
-        then: names of the layers behind it: relu, lrn, spatial, pool, average, dropout.
+        then: names of the layers behind it: relu, tanh, lrn, spatial, pool, average, dropout.
     """
 
     name: str
@@ -86,6 +86,10 @@ def _without(layers: tuple[Layer, ...], *kinds: str) -> tuple[Layer, ...]:
     return tuple(replace(row, then=rest(row.then)) for row in layers)
 
 
+def _replacing(layers: tuple[Layer, ...], kind: str, other: str) -> tuple[Layer, ...]:
+    return tuple(replace(row, then=row.then.replace(kind, other)) for row in layers)
+
+
 # fmt: off
 _145 = (  # S, layers-145.cfg
     Layer("conv1",   96, 11, 4, 0, "both", 0.01, 0, "lrn pool relu"),
@@ -112,6 +116,12 @@ _OWT = (  # cuda-convnet2, layers-imagenet-1gpu.cfg
     Layer("fc8",      0, std=0.01, bias=-7),
 )
 _CONV6 = Layer("conv6", 256, 3, 1, 1, "both", 0.03, 1, "relu")
+_FIGURE1 = (  # P gives four layers; theirs are those of cuda-convnet, layers-80sec.cfg, less fc64
+    Layer("conv1",   32,  5, 1, 2, std=0.0001, then="pool relu"),
+    Layer("conv2",   32,  5, 1, 2, std=0.01, then="pool relu"),
+    Layer("conv3",   64,  5, 1, 2, std=0.01, then="pool relu"),
+    Layer("fc4",      0, std=0.1),
+)
 
 VARIANTS: dict[str, Variant] = {
     "paper": Variant("P, figure 2 and section 3", _PAPER, lrn_alpha=5e-4),
@@ -131,6 +141,9 @@ VARIANTS: dict[str, Variant] = {
     "one_column": Variant("a review's single column, with adaptive average pooling to 6 x 6",
                           _with(_PAPER, conv5={"then": "relu pool average"}), towers=1),
     "owt": Variant("Krizhevsky 2014; cuda-convnet2, layers-imagenet-1gpu.cfg", _OWT, towers=1),
+    "figure1_relu": Variant("P, figure 1: four layers for images of 32 x 32", _FIGURE1, towers=1),
+    "figure1_tanh": Variant("P, figure 1: the same with tanh",
+                            _replacing(_FIGURE1, "relu", "tanh"), towers=1),
     "torchvision": Variant("torchvision.models.AlexNet", (), towers=1,
                            pixels="imagenet", init="torch", dropout="torch"),
 }
@@ -174,7 +187,8 @@ class TowerLinear(nn.Module):
 
 
 class AlexNet(nn.Sequential):
-    """A network of the table. Input [B, 3, H, W], sides 224 or 227; output [B, classes]."""
+    """A network of the table. Input [B, 3, H, W], the sides that it was built for, 224 or 227 in
+    2012; output [B, classes]."""
 
     variant: Variant
 
@@ -360,7 +374,7 @@ def _from_table(
 def _add_convolution(model: AlexNet, spec: Variant, row: Layer, channels: int, side: int) -> int:
     """Add a convolution and what follows it; the side of its maps in pixels."""
     groups = spec.towers if row.reads == "own" else 1
-    kind = StemConv2d if row.name == "conv1" else nn.Conv2d
+    kind = StemConv2d if row.stride > 1 else nn.Conv2d
     conv = kind(channels, row.out, row.kernel, row.stride, row.pad, groups=groups)
     model.add_module(row.name, conv)
     side = -((row.kernel - side - 2 * row.pad) // row.stride) + 1
@@ -368,6 +382,8 @@ def _add_convolution(model: AlexNet, spec: Variant, row: Layer, channels: int, s
         layer: nn.Module
         if name == "relu":
             layer = nn.ReLU()
+        elif name == "tanh":
+            layer = nn.Tanh()
         elif name == "lrn":
             layer = LocalResponseNorm(5, spec.lrn_alpha, 0.75, 2.0, groups=spec.towers)
         elif name == "spatial":

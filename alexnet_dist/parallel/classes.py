@@ -14,6 +14,9 @@ from torch.nn import functional as F
 from alexnet_dist.parallel.collectives import at_least_float, gather
 from alexnet_dist.parallel.shards import Share
 
+BEST = 5
+"""Labels that an image may be given where the top-5 error is counted."""
+
 
 @dataclass(frozen=True)
 class Classes:
@@ -34,14 +37,14 @@ class Classes:
     def places(self, scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Summed loss, float64, and the place of each label among all scores [b], 0 the best.
 
-        Of equal scores the lower class comes first, under any layout; what is not a number beats
-        everything.
+        Of equal scores the lower class comes first, under any layout. Where any score is not a
+        number there is no order, and the label's place is behind the best five.
         """
         loss, target, _, _ = _losses(scores.double(), labels, self)
         number = torch.arange(self.share.slice.start, self.share.slice.stop, device=labels.device)
         exact, own = target[:, None], labels[:, None]
         lower = (scores < exact) | ((scores == exact) & (number >= own))
-        places = (~lower).sum(1)
+        places = (~lower).sum(1) + BEST * scores.isnan().any(1)
         if self.group is not None:
             dist.all_reduce(places, group=self.group)
         return loss.sum(), places
@@ -58,7 +61,7 @@ class Classes:
 
 def counted(loss: Tensor, places: Tensor) -> Tensor:
     """What a layout's ``hits`` gives, of the summed loss and the places of the labels."""
-    first, five = (places < 1).sum(), (places < 5).sum()
+    first, five = (places < 1).sum(), (places < BEST).sum()
     images = torch.full_like(loss, len(places))  # whatever the loss is
     return torch.stack([loss, first.double(), five.double(), images])
 

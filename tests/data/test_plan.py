@@ -1,11 +1,13 @@
 """The plan: who sees which crop of which image when."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alexnet_dist.data.plan import EvaluationPlan, Plan
+from alexnet_dist.data.plan import EvaluationPlan, Plan, centre_boxes, five_boxes
 
 sizes = st.lists(st.tuples(st.integers(1, 900), st.integers(1, 900)), min_size=5, max_size=60)
 
@@ -116,3 +118,35 @@ def test_the_authors_crops_are_alike_for_32_images_in_a_row() -> None:
     assert len(np.unique(draws.boxes, axis=0)) == 4
     mine = whole.draw(0, 0, slice(1, None, 3))  # whoever has which rows
     assert np.array_equal(mine.boxes, draws.boxes[1::3])
+
+
+    ten = replace(whole, views=10)
+    for rows, batches in ((slice(r, None, replicas), each[r]) for r in range(replicas)):
+        for views, centre in zip(ten.draws(rows), batches, strict=True):
+            assert views.numbers.tolist() == np.repeat(centre.numbers, 10).tolist()
+            assert views.substituted(views.numbers).boxes.tolist() == views.boxes.tolist()
+
+
+def test_the_papers_ten_views_of_a_stored_256_image() -> None:
+    (draws,) = EvaluationPlan(np.full((2, 2), 256), batch=2, views=10).draws(slice(None))
+    corners = [(0, 0), (0, 32), (32, 0), (32, 32), (16, 16)]
+    wanted = {(n, *at, 224, 224, flip) for n in (0, 1) for at in corners for flip in (False, True)}
+    rows = zip(draws.numbers.tolist(), draws.boxes.tolist(), draws.flips.tolist(), strict=True)
+    found = [(number, *box, flip) for number, box, flip in rows]
+    assert len(found) == 20
+    assert set(found) == wanted
+    assert not draws.colours.any()
+
+
+@given(sizes, st.floats(0.3, 1.0))
+def test_five_boxes_reach_the_edges_of_the_central_square(
+    sizes: list[tuple[int, int]], fraction: float
+) -> None:
+    for (height, width), boxes in zip(sizes, five_boxes(np.array(sizes), fraction), strict=True):
+        short = min(height, width)
+        top, left = (height - short) // 2, (width - short) // 2
+        side = centre_boxes(np.array([(height, width)]), fraction)[0, 2]
+        low, right = top + short - side, left + short - side
+        assert boxes[:4, :2].tolist() == [[top, left], [top, right], [low, left], [low, right]]
+        assert (boxes[:, 2:] == side).all()
+        assert boxes[4].tolist() == [(height - side) // 2, (width - side) // 2, side, side]

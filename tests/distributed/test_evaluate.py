@@ -78,6 +78,14 @@ def test_two_networks_on_any_number_of_processes(
         assert counted["loss"] == pytest.approx(wanted["loss"], rel=1e-4)
 
 
+@pytest.mark.slow
+def test_ten_views_on_any_number_of_processes(networks: tuple[Path, Path]) -> None:
+    alone, three = (average(n, *networks, "--views=10") for n in (0, 3))
+    assert alone["images"] == 13
+    assert (alone["checkpoints"], alone["views"]) == (2, 10)
+    assert three == alone | {"loss": pytest.approx(alone["loss"], rel=1e-9)}
+
+
 def _chances(run: Path, files: list[Path]) -> torch.Tensor:
     """What the run's best network makes of the images' centres, float64 [images, classes]."""
     found = checkpoint.find(str(run))

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from alexnet_dist.model import VARIANTS, build_model
 from alexnet_dist.summary import megabytes, rows, table
@@ -121,8 +122,8 @@ def test_towers_of_net_150_meet_only_in_the_last_layer() -> None:
 def test_the_stem_reads_three_zeros_beyond_the_edge() -> None:
     conv = build_model("paper").get_submodule("conv1")
     x = torch.randn(1, 3, 224, 224)
-    padded = torch.nn.functional.pad(x, (0, 3, 0, 3))
-    plain = torch.nn.functional.conv2d(padded, conv.weight, conv.bias, stride=4)
+    padded = F.pad(x, (0, 3, 0, 3))
+    plain = F.conv2d(padded, conv.weight, conv.bias, stride=4)
     assert torch.equal(conv(x), plain)
     assert conv(x).shape[-1] == conv(padded).shape[-1] == 55
 
@@ -163,6 +164,25 @@ def test_torchvision_is_its_own_class() -> None:
     other.pow(2).sum().backward()
     for parameter, its in zip(model.parameters(), theirs.parameters(), strict=True):
         assert torch.allclose(parameter.grad, its.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["relu", "tanh"])
+def test_the_four_layers_of_figure_1(kind: str) -> None:
+    layers = rows(f"figure1_{kind}", num_classes=10, image_size=32)
+    assert sum(row.parameters for row in layers) == 89_578
+    torch.manual_seed(0)
+    model = build_model(f"figure1_{kind}", num_classes=10, image_size=32)
+    assert model.dropouts() == []
+    torch.manual_seed(0)
+    weights = build_model("figure1_relu", num_classes=10, image_size=32).state_dict()
+    x = images = 1000 * torch.randn(3, 3, 32, 32)
+    for name in ("conv1", "conv2", "conv3"):  # the order of the paper: what pooling sees is bent
+        x = F.conv2d(x, weights[f"{name}.weight"], weights[f"{name}.bias"], padding=2)
+        x = F.max_pool2d(getattr(torch, kind)(x), 3, 2, ceil_mode=True)
+    assert x.shape == (3, 64, 4, 4)
+    scores = F.linear(x.flatten(1), weights["fc4.weight"], weights["fc4.bias"])
+    assert torch.allclose(model(images), scores, rtol=1e-5, atol=1e-7)
+    assert scores.std() > 1e-3
 
 
 def test_what_cannot_be_built_is_refused() -> None:

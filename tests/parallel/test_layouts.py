@@ -203,6 +203,7 @@ def mesh_of(world: int, towers: int = 1) -> Mesh:
         ("half_column", 2, {"towers": 2}, "wants a network of two towers"),
         ("owt", 2, {"towers": 2}, "wants a network of two towers"),
         ("torchvision", 2, {"towers": 2}, "wants a network of two towers"),
+        ("figure1_relu", 2, {"towers": 2}, "wants a network of two towers"),
         ("paper", 2, {"towers": 2, "fc": "sharded"}, "take one of them"),
         ("paper", 2, {"compress": "powersgd", "precision": "fp16"}, "take another runtime"),
     ],
@@ -235,10 +236,11 @@ def test_shares_are_dealt_as_dtensor_deals_them() -> None:
 
 
 def test_equal_scores_are_placed_by_number_and_no_number_is_never_right() -> None:
-    classes = Classes(Share(4, 1, 0))
-    scores = torch.tensor([[1.0, 1, 1, 1], [0, 2, 2, 3], [torch.nan] * 4])
-    _, places = classes.places(scores, torch.tensor([2, 1, 0]))
-    assert places.tolist() == [2, 1, 4]
+    classes, nan, inf = Classes(Share(4, 1, 0)), torch.nan, torch.inf
+    scores = [[1.0, 1, 1, 1], [0, 2, 2, 3], [inf, 0, 0, 0], [nan] * 4, [nan, 0, 0, 0]]
+    loss, places = classes.places(torch.tensor(scores), torch.tensor([2, 1, 0, 1, 2]))
+    assert places[:3].tolist() == [2, 1, 0]
+    assert counted(loss, places).tolist()[1:] == [1, 3, 5]  # four classes are all among five
 
 
 def test_images_are_counted_whatever_their_loss_is() -> None:
