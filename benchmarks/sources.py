@@ -43,7 +43,7 @@ def some_images(data: Path, folder: Path, count: int) -> Path:
         for number, image in enumerate(sorted(path.iterdir())[: count // len(classes)]):
             for split in ("train", "val") if number == 0 else ("train",):
                 (folder / split / path.name).mkdir(parents=True, exist_ok=True)
-                os.link(image, folder / split / path.name / image.name)
+                (folder / split / path.name / image.name).symlink_to(image.resolve())
     return folder
 
 
@@ -112,7 +112,7 @@ def main() -> None:
 
     torch.set_num_threads(usable_processors())
     speeds: dict[str, list[tuple[float, float]]] = {" ".join(way): [] for way in WAYS}
-    with tempfile.TemporaryDirectory(dir=words.data) as folder:  # links stay on one disk
+    with tempfile.TemporaryDirectory() as folder:
         roots = {"folder": some_images(words.data, Path(folder) / "folder", words.images)}
         for kind in ("shards", "pixels"):
             roots[kind] = write_prepared(roots["folder"], Path(folder) / kind, kind)

@@ -30,7 +30,7 @@ from alexnet_dist.errors import Failure
 FORMAT = 1
 PREPARED = "prepared.json"
 _BEGUN = ("*-00000.tar*", "*.pixels*", "*.index.npz", "*.partial*", ".partial*")
-_AGAIN = "run python -m alexnet_dist.prepare again"
+_MEND = "copy it again from where it was prepared, or remove the folder and prepare it anew"
 _PLACES = {"shards": ("shards", "offsets", "lengths"), "pixels": ("rows",)}
 
 
@@ -44,7 +44,10 @@ def is_prepared(folder: Path) -> bool:
         return True
     plain = (folder / "train").is_dir()
     if not plain and any(found for pattern in _BEGUN for found in folder.glob(pattern)):
-        raise Failure(f"the preparation of {folder} did not finish: {_AGAIN}, and it goes on")
+        raise Failure(
+            f"the preparation of {folder} did not finish: run the same python -m "
+            "alexnet_dist.prepare again, and it goes on"
+        )
     return False
 
 
@@ -136,7 +139,7 @@ def _whole(path: Path) -> Iterator[Path]:
         yield path
     except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile) as error:
         reason = error.strerror if isinstance(error, OSError) else f"{error}"
-        raise Failure(f"{path} is damaged ({reason or type(error).__name__}): {_AGAIN}") from None
+        raise Failure(f"{path} is damaged ({reason or type(error).__name__}): {_MEND}") from None
 
 
 def _paths(index: Index) -> list[Path]:
@@ -149,12 +152,9 @@ def _check(index: Index) -> None:
         try:
             found = path.stat().st_size
         except OSError as error:
-            raise Failure(f"{path} cannot be read ({error.strerror}): {_AGAIN}") from None
+            raise Failure(f"{path} cannot be read ({error.strerror}): {_MEND}") from None
         if found != size:
-            raise Failure(
-                f"{path} has {found:,} bytes where {PREPARED} says {size:,}: copy it again from "
-                f"where it was prepared, or {_AGAIN}"
-            )
+            raise Failure(f"{path} has {found:,} bytes where {PREPARED} says {size:,}: {_MEND}")
 
 
 def _allow_files(count: int) -> None:

@@ -164,10 +164,10 @@ def test_what_is_wrong_with_a_prepared_folder_is_said(
         "pixels", cut("val.pixels")
     )
     gone = sentence("shards", lambda folder: (folder / "train-00000.tar").unlink())
-    assert "train-00000.tar cannot be read (No such file or directory): run python" in gone
+    assert "train-00000.tar cannot be read (No such file or directory): copy it again" in gone
     for form in FORMS:
         ended = sentence(form, lambda folder: (folder / "prepared.json").unlink())
-        assert "did not finish: run python -m alexnet_dist.prepare again" in ended
+        assert "did not finish: run the same python -m alexnet_dist.prepare again" in ended
     future = sentence("shards", lambda folder: changed(folder, format=2))
     assert "is of format 2, this version reads 1: take the version" in future
     for file in ("prepared.json", "train.index.npz", "statistics.npz"):
