@@ -28,8 +28,9 @@ class DataConfig:
     """The images."""
 
     root: str | None = None
-    """Folder with train/ and val/ (or test/), a folder a class in each; "digits" is the embedded
-    set. With neither --config nor --data.root the run is configs/quickstart.yaml."""
+    """Folder with train/ and val/ (or test/), a folder a class in each; or one that `python -m
+    alexnet_dist.prepare` made, of shards or pixels; or one with CIFAR-10's own files; "digits" is
+    the embedded set. With neither --config nor --data.root the run is configs/quickstart.yaml."""
     cache: str = "~/.cache/alexnet_dist"
     """Where the digits lie, and the indexes of data folders that cannot be written."""
     batch_size: int = 128

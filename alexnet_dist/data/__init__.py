@@ -45,12 +45,15 @@ def build_engine(
         )
     sides = np.unique(centre_boxes(source.index.sizes, fraction)[:, 2])
     resize = sides.tolist() != [pixels.side] or (plan is not None and plan.crop != "paper")
+    chosen: dali.Decoder = "none"
+    if not source.raw:
+        chosen = dali.choose_decoder(device) if decoder == "auto" else decoder
     return dali.DaliEngine(
         source,
         pixels,
         max_batch=max_batch,
         device=device,
-        decoder=dali.choose_decoder(device) if decoder == "auto" else decoder,
+        decoder=chosen,
         resize=resize,
         threads=threads,
         ahead=ahead,

@@ -41,7 +41,8 @@ class _Decoded(Dataset[tuple[Tensor, dict[int, str]]]):
         return images, bad
 
     def _image(self, number: int, box: NDArray[np.int64], flip: bool) -> Tensor:
-        pixels = torch.from_numpy(np.array(decode(self.source.read(number))))
+        image = self.source.read(number)
+        pixels = torch.from_numpy(np.array(image if self.source.raw else decode(image)))
         if pixels.shape[:2] != tuple(self.source.index.sizes[number]):
             raise OSError(OTHER_SIZE)
         return crop_resize_flip(pixels.permute(2, 0, 1), box, flip, self.side)

@@ -61,11 +61,14 @@ def decode(encoded: NDArray[np.uint8], near: int | None = None) -> Image.Image:
     """An image by Pillow, in RGB as DALI would give it: stored orientation, without its alpha.
 
     Args:
+        encoded: the bytes of a file; pixels [H, W, 3] are taken as they are.
         near: a smaller image will do, if no side of it is shorter than this.
 
     Raises:
         OSError: Pillow gives up on it.
     """
+    if encoded.ndim == 3:
+        return Image.fromarray(encoded)
     try:
         with Image.open(BytesIO(encoded.tobytes()), formats=FORMATS) as image:
             if near is not None:

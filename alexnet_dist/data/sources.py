@@ -1,7 +1,8 @@
-"""Where images come from: folders in ImageNet's layout, CIFAR-10's files, the embedded digits.
+"""Where images come from: folders in ImageNet's layout, prepared folders, CIFAR-10's files, the
+embedded digits.
 
 A split is an index, made once and kept: names, labels and sizes of its images. From there on an
-image is a number, and a source gives its encoded bytes.
+image is a number, and a source gives its encoded bytes or its pixels.
 """
 
 import hashlib
@@ -9,10 +10,8 @@ import os
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -21,6 +20,8 @@ from PIL import Image
 
 from alexnet_dist.data.digits import write_digits
 from alexnet_dist.data.formats import FORMATS, checked
+from alexnet_dist.data.index import Catalogue, Index, Source
+from alexnet_dist.data.prepared import PixelSource, ShardSource, is_prepared, read_prepared
 from alexnet_dist.data.statistics import Statistics, measure
 from alexnet_dist.errors import Failure
 
@@ -33,70 +34,10 @@ _FORMAT = 2  # of the kept index; raise it when its meaning changes
 Progress = Callable[[str, int, int], None]
 
 
-@dataclass(frozen=True)
-class Index:
-    """The images of one split.
-
-    Attributes:
-        folder: where they lie.
-        names: paths below ``folder``; for files that hold many images, their own numbers.
-        labels: [N], numbers of classes.
-        sizes: [N, 2], stored height and width in pixels; 0 where the header cannot be read.
-        classes: names, in the order of their numbers.
-    """
-
-    folder: str
-    names: list[str]
-    labels: NDArray[np.int64]
-    sizes: NDArray[np.int64]
-    classes: list[str]
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def unreadable(self) -> list[int]:
-        """Numbers of the images whose header cannot be read."""
-        return np.flatnonzero(self.sizes.min(1) == 0).tolist()
-
-
-@dataclass(frozen=True)
-class Catalogue:
-    """All that is known of a data set without its pixels: sent from the process that made it to
-    all others, and enough to open it."""
-
-    kind: str
-    train: Index
-    val: Index
-    statistics: Statistics
-
-    @property
-    def fingerprint(self) -> str:
-        """A digest of which images there are, wherever they lie."""
-        digest = hashlib.sha256()
-        for index in (self.train, self.val):
-            digest.update("\n".join(index.names).encode())
-            digest.update(index.labels.tobytes())
-            digest.update(index.sizes.tobytes())
-        return digest.hexdigest()[:16]
-
-
-class Source(Protocol):
-    """Encoded images by number."""
-
-    index: Index
-
-    def read(self, number: int) -> NDArray[np.uint8]:
-        """The encoded bytes of an image. Raises OSError where they cannot be had, or are not those
-        of a whole image."""
-        ...
-
-    def path(self, number: int) -> str:
-        """What to call the image when speaking to people."""
-        ...
-
-
 class FolderSource:
     """Files below a folder."""
+
+    raw = False
 
     def __init__(self, index: Index) -> None:
         self.index = index
@@ -109,16 +50,15 @@ class FolderSource:
 
 
 class MemorySource:
-    """Images of a small set in memory, handed out as PNG, so that every engine takes them as it
-    takes files."""
+    """The pixels of a small set, in memory."""
+
+    raw = True
 
     def __init__(self, index: Index, pixels: NDArray[np.uint8]) -> None:
         self.index, self._pixels = index, pixels
 
     def read(self, number: int) -> NDArray[np.uint8]:
-        buffer = BytesIO()
-        Image.fromarray(self._pixels[number]).save(buffer, "PNG", compress_level=0)
-        return np.frombuffer(buffer.getvalue(), np.uint8)
+        return self._pixels[number]
 
     def path(self, number: int) -> str:
         return f"{self.index.folder} (image {self.index.names[number]})"
@@ -128,13 +68,13 @@ def make_catalogue(root: str | None, cache: str, progress: Progress) -> Catalogu
     """Find out what lies at ``root``, and keep the answer.
 
     Args:
-        root: a folder with train/ and val/ (or test/), each with a folder a class; or one with
-            CIFAR-10's own files; None or "digits" for the embedded digits.
+        root: a folder with train/ and val/ (or test/), each with a folder a class; a prepared
+            folder; one with CIFAR-10's own files; None or "digits" for the embedded digits.
         cache: the folder for what is kept, where ``root`` cannot be written.
         progress: is called with what is being done, images done, images in all.
 
     Raises:
-        Failure: there is no such folder, or it is not laid out so.
+        Failure: there is no such folder, it is not laid out so, or its preparation has not ended.
     """
     kept = Path(cache).expanduser()
     folder = write_digits(kept / DIGITS) if root in (None, DIGITS) else Path(str(root)).absolute()
@@ -142,6 +82,8 @@ def make_catalogue(root: str | None, cache: str, progress: Progress) -> Catalogu
         raise Failure(
             f"there is no folder {folder}: give --data.root the folder that holds train/ and val/"
         )
+    if is_prepared(folder):
+        return read_prepared(folder)
     if (folder / "cifar-10-batches-py").is_dir():
         train, val = (_cifar10(folder, split)[0] for split in (True, False))
         kind, source = "cifar10", _open("cifar10", train)
@@ -168,7 +110,12 @@ def _open(kind: str, index: Index) -> Source:
     if kind == "cifar10":
         folder, split = index.folder.rsplit(":", 1)
         return MemorySource(index, _cifar10(Path(folder), split == "train")[1])
-    return FolderSource(index)
+    kinds: dict[str, Callable[[Index], Source]] = {
+        "folders": FolderSource,
+        "shards": ShardSource,
+        "pixels": PixelSource,
+    }
+    return kinds[kind](index)
 
 
 def _cifar10(folder: Path, train: bool) -> tuple[Index, NDArray[np.uint8]]:

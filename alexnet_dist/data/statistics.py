@@ -45,8 +45,9 @@ def measure(
 ) -> Statistics:
     """Measure a seeded sample of ``count`` images, each by the pixels of its central square.
 
-    Each image counts alike, whatever its size. ``read(number)`` gives encoded bytes; images that
-    cannot be decoded are passed over. With no image at all the statistics are those of grey.
+    Each image counts alike, whatever its size. ``read(number)`` gives encoded bytes, or pixels;
+    images that cannot be decoded are passed over. With no image at all the statistics are those of
+    grey.
     """
     chosen = np.random.Generator(np.random.Philox(145)).permutation(count)[:sample]
 

@@ -157,7 +157,7 @@ def test_cifar10s_own_files(tmp_path: Path) -> None:
         wanted = CIFAR10(str(tmp_path), train=True)
     assert (len(found.train), len(found.val)) == (20, 4)
     for number in (0, 19):
-        encoded = train.read(number)
-        (tmp_path / "one.png").write_bytes(encoded.tobytes())
-        assert np.array_equal(np.asarray(Image.open(tmp_path / "one.png")), wanted.data[number])
+        assert np.array_equal(train.read(number), wanted.data[number])
+    pixels = wanted.data.reshape(-1, 3).astype(np.float64)
+    assert np.allclose(found.statistics.mean, pixels.mean(0))
     assert val.index.labels.tolist() == [0, 1, 2, 3]

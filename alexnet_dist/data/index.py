@@ -1,0 +1,88 @@
+"""What is known of images without their pixels, and what every source of them offers."""
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from alexnet_dist.data.statistics import Statistics
+
+
+@dataclass(frozen=True)
+class Index:
+    """The images of one split.
+
+    Attributes:
+        folder: where they lie.
+        names: paths below ``folder``; for files that hold many images, what tells them apart.
+        labels: [N], numbers of classes.
+        sizes: [N, 2], stored height and width in pixels; 0 where the header cannot be read.
+        classes: names, in the order of their numbers.
+        files: of a prepared folder: the files that hold the images, and their bytes.
+        places: of a prepared folder, where in them: [N, 3], number of the file, offset and length
+            in bytes; or, of raw pixels, [N, 1], row of the array.
+    """
+
+    folder: str
+    names: list[str]
+    labels: NDArray[np.int64]
+    sizes: NDArray[np.int64]
+    classes: list[str]
+    files: dict[str, int] = field(default_factory=dict)
+    places: NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 0), np.int64))
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def unreadable(self) -> list[int]:
+        """Numbers of the images whose header cannot be read."""
+        return np.flatnonzero(self.sizes.min(1) == 0).tolist()
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """All that is known of a data set without its pixels: sent from the process that made it to
+    all others, and enough to open it.
+
+    Attributes:
+        titles: what people call the classes, for those that have such a name: {"n01440764":
+            "tench, Tinca tinca"}.
+    """
+
+    kind: str
+    train: Index
+    val: Index
+    statistics: Statistics
+    titles: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of which images there are, wherever and in whatever form they lie."""
+        digest = hashlib.sha256()
+        for index in (self.train, self.val):
+            digest.update("\n".join(index.names).encode())
+            digest.update(index.labels.tobytes())
+            digest.update(index.sizes.tobytes())
+        return digest.hexdigest()[:16]
+
+
+class Source(Protocol):
+    """Images by number.
+
+    Attributes:
+        raw: whether they are pixels, which need no decoder.
+    """
+
+    index: Index
+    raw: bool
+
+    def read(self, number: int) -> NDArray[np.uint8]:
+        """The encoded bytes of an image, or its raw pixels [H, W, 3]. Raises OSError where they
+        cannot be had, or are not those of a whole image."""
+        ...
+
+    def path(self, number: int) -> str:
+        """What to call the image when speaking to people."""
+        ...

@@ -1,0 +1,143 @@
+"""What it costs to load images from a folder, from shards and from raw pixels, by either engine.
+
+python -m benchmarks.sources --data DIR [--images N] [--out FILE.json]
+
+Images of DIR/train/CLASS that are square and of one size are put into each form as they are. All
+then make the same crops of them, without a resize, in turns and with nothing else to do; a figure
+is the median of several rounds, a ratio that of the rounds' ratios to a DataLoader on a folder.
+Images are counted by the second, and by the second of one processor's time, which depends less on
+what the machine does otherwise.
+"""
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from alexnet_dist.data import build_engine
+from alexnet_dist.data.augment import pixels_for
+from alexnet_dist.data.plan import Plan
+from alexnet_dist.data.sources import make_catalogue, open_sources
+from alexnet_dist.parallel.mesh import usable_processors
+from benchmarks.machine import machine
+from tests.data.prepared_folder import write_prepared
+
+CPU = torch.device("cpu")
+WAYS = list(itertools.product(("dataloader", "dali"), ("folder", "shards", "pixels")))
+
+
+def some_images(data: Path, folder: Path, count: int) -> Path:
+    """Links to ``count`` images, as many of each class, all for training; one of each for
+    validation."""
+    classes = sorted(path for path in (data / "train").iterdir() if path.is_dir())
+    for path in classes:
+        for number, image in enumerate(sorted(path.iterdir())[: count // len(classes)]):
+            for split in ("train", "val") if number == 0 else ("train",):
+                (folder / split / path.name).mkdir(parents=True, exist_ok=True)
+                (folder / split / path.name / image.name).symlink_to(image.resolve())
+    return folder
+
+
+def loading(root: Path, engine: str, batch: int) -> Iterator[int]:
+    """Images of batch after batch."""
+    catalogue = make_catalogue(str(root), str(root), lambda *_: None)
+    sizes = catalogue.train.sizes
+    side = int(sizes.min()) * 25 // 28
+    plan = Plan(sizes, batch, seed=1, fraction=side / int(sizes.min()))
+    running = build_engine(
+        engine,  # type: ignore[arg-type]
+        open_sources(catalogue)[0],
+        pixels_for("centred", catalogue.statistics, side=side),
+        plan=plan,
+        fraction=plan.fraction,
+        max_batch=batch,
+        device=CPU,
+        threads=usable_processors(),
+    )
+    for epoch in itertools.count():
+        for finished in running.batches(plan.epoch(epoch, 0, slice(None))):
+            yield len(finished.numbers)
+
+
+def speed(batches: Iterator[int], steps: int) -> tuple[float, float]:
+    """Images a second over ``steps`` batches, and by the second of a processor."""
+    for _ in range(4):  # what was prepared ahead meanwhile does not count
+        next(batches)
+    begin, used = time.perf_counter(), processor_seconds()
+    images = sum(next(batches) for _ in range(steps))
+    return images / (time.perf_counter() - begin), images / (processor_seconds() - used)
+
+
+def processor_seconds() -> float:
+    """What this process and its workers have used."""
+    seconds = time.process_time()
+    for worker in multiprocessing.active_children():
+        fields = Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()
+        seconds += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return seconds
+
+
+def medians(speeds: dict[str, list[float]]) -> dict[str, Any]:
+    """Of the figures, and of their ratios to the first one in the same round."""
+    first = next(iter(speeds.values()))
+    ratios = {
+        name: [round(one / other, 2) for one, other in zip(found, first, strict=True)]
+        for name, found in speeds.items()
+    }
+    return {
+        "median": {name: round(statistics.median(found)) for name, found in speeds.items()},
+        "ratio": {name: round(statistics.median(found), 2) for name, found in ratios.items()},
+        "ratios": ratios,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="a folder with train/CLASS/")
+    parser.add_argument("--images", type=int, default=4000)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=20, help="batches in a turn")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--out", type=Path, help="where the JSON goes")
+    words = parser.parse_args()
+
+    torch.set_num_threads(usable_processors())
+    speeds: dict[str, list[tuple[float, float]]] = {" ".join(way): [] for way in WAYS}
+    with tempfile.TemporaryDirectory() as folder:
+        roots = {"folder": some_images(words.data, Path(folder) / "folder", words.images)}
+        for kind in ("shards", "pixels"):
+            roots[kind] = write_prepared(roots["folder"], Path(folder) / kind, kind)
+        for number in range(words.rounds):
+            for engine, form in WAYS:
+                batches = loading(roots[form], engine, words.batch)
+                speeds[f"{engine} {form}"].append(speed(batches, words.steps))
+                batches.close()
+            last = {name: [round(one) for one in found[-1]] for name, found in speeds.items()}
+            print(f"round {number + 1}/{words.rounds}: {last}", flush=True)
+    record = {
+        "what": "benchmarks/sources.py",
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": machine(CPU),
+        "images": words.images,
+        "batch": words.batch,
+        "steps": words.steps,
+        "load_average": round(os.getloadavg()[1], 1),
+        "images_per_second": medians({k: [a for a, _ in v] for k, v in speeds.items()}),
+        "images_per_processor_second": medians({k: [b for _, b in v] for k, v in speeds.items()}),
+    }
+    print(json.dumps(record, indent=1))
+    if words.out:
+        words.out.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
