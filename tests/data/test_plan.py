@@ -106,20 +106,6 @@ def test_evaluation_has_each_image_once_and_as_many_batches_everywhere(replicas:
     assert sorted(numbers) == list(range(13))
     assert {tuple(box) for b in each for d in b for box in d.boxes} == {(16, 16, 224, 224)}
 
-
-def test_the_authors_crops_are_alike_for_32_images_in_a_row() -> None:
-    whole = plan([(256, 256)] * 128, batch=128, crop="chunked")
-    draws = whole.draw(0, 0)
-    for first in range(0, 128, 32):
-        chunk = slice(first, first + 32)
-        assert len(np.unique(draws.boxes[chunk], axis=0)) == 1
-        assert len(np.unique(draws.flips[chunk])) == 1
-        assert len(np.unique(draws.colours[chunk], axis=0)) == 32
-    assert len(np.unique(draws.boxes, axis=0)) == 4
-    mine = whole.draw(0, 0, slice(1, None, 3))  # whoever has which rows
-    assert np.array_equal(mine.boxes, draws.boxes[1::3])
-
-
     ten = replace(whole, views=10)
     for rows, batches in ((slice(r, None, replicas), each[r]) for r in range(replicas)):
         for views, centre in zip(ten.draws(rows), batches, strict=True):
@@ -150,3 +136,16 @@ def test_five_boxes_reach_the_edges_of_the_central_square(
         assert boxes[:4, :2].tolist() == [[top, left], [top, right], [low, left], [low, right]]
         assert (boxes[:, 2:] == side).all()
         assert boxes[4].tolist() == [(height - side) // 2, (width - side) // 2, side, side]
+
+
+def test_the_authors_crops_are_alike_for_32_images_in_a_row() -> None:
+    whole = plan([(256, 256)] * 128, batch=128, crop="chunked")
+    draws = whole.draw(0, 0)
+    for first in range(0, 128, 32):
+        chunk = slice(first, first + 32)
+        assert len(np.unique(draws.boxes[chunk], axis=0)) == 1
+        assert len(np.unique(draws.flips[chunk])) == 1
+        assert len(np.unique(draws.colours[chunk], axis=0)) == 32
+    assert len(np.unique(draws.boxes, axis=0)) == 4
+    mine = whole.draw(0, 0, slice(1, None, 3))  # whoever has which rows
+    assert np.array_equal(mine.boxes, draws.boxes[1::3])
