@@ -81,8 +81,8 @@ class ModelConfig:
     num_classes: int | None = None
     """Outputs; null: as many as the data has classes."""
     weights: str | None = None
-    """Start from the weights of this run, checkpoint, exported .safetensors or .pth of torchvision's
-    AlexNet; a last layer for other classes is made anew."""
+    """Start from the weights of this run, checkpoint or exported .safetensors, or of torchvision's
+    AlexNet in a .pth; a last layer for other classes is made anew."""
 
 
 @dataclass

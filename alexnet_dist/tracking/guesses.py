@@ -19,7 +19,7 @@ def guesses(
     title: str,
     columns: int = 4,
 ) -> None:
-    """Images [H, W, 3] with captions, and below each its ``best`` labels and their probabilities."""
+    """Images [H, W, 3] with captions, each above its ``best`` labels with their probabilities."""
     columns = min(columns, len(images))
     rows, bars = -(-len(images) // columns), max(len(some) for some in best)
     low = 0.21 * bars

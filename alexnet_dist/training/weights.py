@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -82,7 +82,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -
     """A file with ``tensors`` under their names, and ``state`` in its header."""
     header = {"format": "pt", _MARK: FORMAT}  # the first is asked for by other programs
     header |= {name: json.dumps(value) for name, value in state.items()}
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, header)
+    path.write_bytes(save({name: t.contiguous() for name, t in tensors.items()}, header))
 
 
 def _outline(path: Path) -> tuple[dict[str, list[int]], dict[str, str]]:
