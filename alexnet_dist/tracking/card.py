@@ -39,12 +39,14 @@ def card(state: Mapping[str, Any], network: Exported) -> str:
     table = [f"| `{file}` | {kind} | {said} |" for kind, (file, said) in network.files.items()]
     parts = [
         f"# AlexNet, variant {state['variant']}{run}{step}",
-        f"{network.source}. {network.outputs} classes. Trained and exported by alexnet_dist.",
+        f"{network.outputs} classes. Source: {network.source} (P is Krizhevsky, Sutskever, Hinton "
+        "2012, S their program of that year). Trained and exported by alexnet_dist.",
         "## Files",
         "\n".join(["| file | format | on random images, it |", "|---|---|---|", *table]),
         "## Images",
         _images(network),
         "## Use",
+        _preparation(network),
         *(_USES[kind](file, state, network) for kind, (file, _) in network.files.items()),
         "## Data",
         _data(state),
@@ -59,19 +61,37 @@ def card(state: Mapping[str, Any], network: Exported) -> str:
 
 
 def _images(network: Exported) -> str:
-    what = (
+    scaled = "" if set(network.std) == {1.0} else f", and they are divided by {_row(network.std)}"
+    said = (
         f"Red, green and blue of 0..255. The central square of {network.side}/{network.resize} of "
         f"the shorter side is resized (bilinear, antialiased) to {network.side} x {network.side}, "
-        f"{_numbers(network.mean)} is subtracted from the channels, and they are divided by "
-        f"{_numbers(network.std)}."
+        f"and {_row(network.mean)} is subtracted from the channels{scaled}."
     )
     if network.preprocess:
-        what += (
+        said += (
             " The graphs do all this, and take uint8 [batch, height, width, 3]: the same pixels "
             f"as in evaluation from images whose shorter side is {network.resize}; from others, "
             "which are resized, a value may differ by 1."
         )
-    return what + " Ten views: `python -m alexnet_dist.predict --views 10`."
+    return f"{said} Ten views: `python -m alexnet_dist.predict --views 10`."
+
+
+def _preparation(network: Exported) -> str:
+    """Code that makes ``image`` and, for whatever does not do it itself, ``images``."""
+    mean, std, side = _row(network.mean), _row(network.std), network.side
+    return _python(
+        "import numpy as np",
+        "import torch",
+        "from PIL import Image",
+        "",
+        'image = Image.open("photo.jpg").convert("RGB")',
+        f"side = round(min(image.size) * {side} / {network.resize})",
+        "left, top = (image.width - side) // 2, (image.height - side) // 2",
+        "central = image.crop((left, top, left + side, top + side))",
+        f"central = central.resize(({side}, {side}), Image.Resampling.BILINEAR)",
+        f"pixels = (np.asarray(central) - np.array([{mean}])) / np.array([{std}])",
+        "images = pixels.astype(np.float32).transpose(2, 0, 1)[None]",
+    )
 
 
 def _data(state: Mapping[str, Any]) -> str:
@@ -86,6 +106,8 @@ def _data(state: Mapping[str, Any]) -> str:
 
 
 def _errors(state: Mapping[str, Any]) -> str:
+    if "step" not in state:
+        return "Not known: these weights came without a record."
     best = state.get("best")
     if not best:
         return "Not evaluated at the end of a pass so far."
@@ -106,7 +128,7 @@ def _provenance(state: Mapping[str, Any]) -> str:
     return f"Trained with {versions}."
 
 
-def _numbers(values: list[float]) -> str:
+def _row(values: list[float]) -> str:
     return ", ".join(f"{value:.6g}" for value in values)
 
 
@@ -117,33 +139,8 @@ def _python(*lines: str) -> str:
     return "\n".join(["```python", *lines, "```"])
 
 
-def _finished(network: Exported) -> list[str]:
-    """Code that makes ``images`` as the network wants them."""
-    mean, std, side = _numbers(network.mean), _numbers(network.std), network.side
-    return [
-        "import numpy as np",
-        "from PIL import Image",
-        "",
-        'image = Image.open("photo.jpg").convert("RGB")',
-        f"side = round(min(image.size) * {side} / {network.resize})",
-        "left, top = (image.width - side) // 2, (image.height - side) // 2",
-        "image = image.crop((left, top, left + side, top + side))",
-        f"image = image.resize(({side}, {side}), Image.Resampling.BILINEAR)",
-        f"pixels = (np.asarray(image) - np.array([{mean}])) / np.array([{std}])",
-        "images = pixels.astype(np.float32).transpose(2, 0, 1)[None]",
-    ]
-
-
 def _taken(network: Exported) -> list[str]:
-    """Code that makes ``images`` as the graphs want them."""
-    if not network.preprocess:
-        return _finished(network)
-    return [
-        "import numpy as np",
-        "from PIL import Image",
-        "",
-        'images = np.asarray(Image.open("photo.jpg").convert("RGB"))[None]',
-    ]
+    return ["images = np.array(image)[None]"] if network.preprocess else []
 
 
 def _safetensors(file: str, state: Mapping[str, Any], network: Exported) -> str:
@@ -161,9 +158,6 @@ def _safetensors(file: str, state: Mapping[str, Any], network: Exported) -> str:
         f"image_size={network.side}, dropout={network.dropout})"
     )
     return f"`{file}` with this package:\n\n{shell}\n\n" + _python(
-        *_finished(network),
-        "",
-        "import torch",
         "from alexnet_dist.model import outline",
         "from safetensors.torch import load_file",
         "",
@@ -177,11 +171,10 @@ def _safetensors(file: str, state: Mapping[str, Any], network: Exported) -> str:
 
 def _onnx(file: str, state: Mapping[str, Any], network: Exported) -> str:
     return f"`{file}` with onnxruntime:\n\n" + _python(
-        *_taken(network),
-        "",
         "import json",
         "import onnxruntime",
         "",
+        *_taken(network),
         f'session = onnxruntime.InferenceSession("{file}")',
         'scores = session.run(None, {"images": images})[0]',
         'classes = json.loads(session.get_modelmeta().custom_metadata_map["classes"])',
@@ -191,23 +184,18 @@ def _onnx(file: str, state: Mapping[str, Any], network: Exported) -> str:
 
 def _torch_export(file: str, state: Mapping[str, Any], network: Exported) -> str:
     return f"`{file}` with torch alone:\n\n" + _python(
-        *_taken(network),
-        "",
         "import json",
-        "import torch",
         "",
+        *_taken(network),
         'also = {"classes.json": ""}',
         f'network = torch.export.load("{file}", extra_files=also).module()',
-        "scores = network(torch.from_numpy(images.copy())).detach().numpy()",
+        "scores = network(torch.from_numpy(images)).detach().numpy()",
         'print(json.loads(also["classes.json"])[scores.argmax()])',
     )
 
 
 def _torchvision(file: str, state: Mapping[str, Any], network: Exported) -> str:
     return f"`{file}` with torchvision alone:\n\n" + _python(
-        *_finished(network),
-        "",
-        "import torch",
         "import torchvision",
         "",
         f"network = torchvision.models.alexnet(num_classes={network.outputs}).eval()",
