@@ -31,7 +31,7 @@ def command(main: Callable[[list[str]], None], *words: object) -> None:
 
 
 def save_network(folder: Path, variant: str, *, more_outputs: int = 0) -> tuple[Path, Network]:
-    """A run with a checkpoint of random weights, as training would have left it, and the network."""
+    """A run with a checkpoint of random weights, as training would leave it, and the network."""
     config = Config()
     config.model.variant = variant
     config.model.num_classes = len(CLASSES) + more_outputs if more_outputs else None

@@ -6,7 +6,6 @@ import io
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -114,33 +113,43 @@ def test_a_run_starts_from_safetensors(paper: Made, weights: Path) -> None:
 
 def test_torchvisions_class_loads_what_is_written(place: Path) -> None:
     run, model = save_network(place / "vision", "torchvision")
-    out = place / "vision-out"
-    command(main, "--checkpoint", run, "--out", out, "--format", "torchvision", "safetensors")
+    out = place / "vision.pth"
+    command(main, "--checkpoint", run, "--out", out)
     x = (images(5).permute(0, 3, 1, 2).float() - 120) / 57
-    for state in (
-        torch.load(out / "torchvision.pth", weights_only=True),
-        load_file(out / "model.safetensors"),
-    ):
-        theirs = torchvision.models.alexnet(num_classes=3).eval()
-        theirs.load_state_dict(state)
-        np.testing.assert_allclose(scores(theirs, x), scores(model, x), atol=1e-5)
-    assert np.ptp(scores(model, x), 0).min() > 0.5
+    wanted = scores(model, x)
+    theirs = torchvision.models.alexnet(num_classes=3).eval()
+    theirs.load_state_dict(torch.load(out, weights_only=True))
+    np.testing.assert_allclose(scores(theirs, x), wanted, atol=1e-3)
+    assert np.abs(wanted).max() > 1
 
-    # and what torchvision writes is read, as far as it goes: a checkpoint without names
-    theirs = torchvision.models.alexnet(num_classes=4).eval()
-    torch.save(theirs.state_dict(), out / "theirs.pth")
-    alone()
-    found = read(str(out / "theirs.pth"))
-    x = (images(2, 224, 224).permute(0, 3, 1, 2).float() / 255 - 0.45) / 0.22
-    np.testing.assert_allclose(scores(found.model(CPU), x), scores(theirs, x), atol=1e-6)
+    alone()  # and its file is read as torchvision's own would be, without a record
+    found = read(str(out))
+    np.testing.assert_allclose(scores(found.model(CPU), x), wanted, atol=1e-3)
     mesh.leave()
-    assert found.labels == ["0", "1", "2", "3"]
-    assert found.knows(["a", "b", "c", "d"])
-    assert not found.knows(["a", "b", "c"])
+    assert found.labels == ["0", "1", "2"]
+    assert found.knows(["a", "b", "c"])
+    assert not found.knows(["a", "b", "c", "d"])
     assert found.pixels.mean == pytest.approx([123.675, 116.28, 103.53])
-    command(main, "--checkpoint", out / "theirs.pth", "--out", out / "again.safetensors")
-    assert read(str(out / "again.safetensors")).knows(["a", "b", "c", "d"])
-    shutil.rmtree(out)
+    assert (found.pixels.side, found.config.data.resize) == (224, 256)
+    out.unlink()
+
+
+@pytest.mark.slow
+def test_torchvisions_weights_are_read_and_go_on(place: Path) -> None:
+    theirs = torchvision.models.alexnet(num_classes=12).eval()
+    torch.save(theirs.state_dict(), place / "theirs.pth")
+    x = (images(2, 224, 224).permute(0, 3, 1, 2).float() / 255 - 0.45) / 0.22
+    command(main, "--checkpoint", place / "theirs.pth", "--out", place / "theirs")
+    alone()
+    for file in (place / "theirs.pth", place / "theirs/model.safetensors"):
+        found = read(str(file))
+        np.testing.assert_allclose(scores(found.model(CPU), x), scores(theirs, x), atol=1e-6)
+        assert found.knows([f"class {number}" for number in range(12)])
+    mesh.leave()
+    other = torchvision.models.alexnet(num_classes=12).eval()
+    other.load_state_dict(load_file(place / "theirs/model.safetensors"))
+    assert np.array_equal(scores(other, x), scores(theirs, x))
+    assert "came without a record" in (place / "theirs/MODEL_CARD.md").read_text()
 
 
 @pytest.mark.parametrize("size", [(SIDE, SIDE), (SIDE, 120), (200, 131), (131, 200), (40, 61)])
@@ -162,17 +171,6 @@ def test_preprocessing_is_an_evaluations(size: tuple[int, int], tmp_path: Path) 
     assert off.mean() < 0.25
 
 
-def test_a_graph_of_torchs_takes_stored_images(place: Path) -> None:
-    run, model = save_network(place / "145", "original145")
-    out = place / "145.pt2"
-    command(main, "--checkpoint", run, "--out", out, "--preprocess")
-    also = {"classes.json": ""}
-    graph = torch.export.load(out, extra_files=also).module()
-    assert json.loads(also["classes.json"]) == CLASSES
-    hold_to_checkpoint(lambda x: scores(graph, x), model, run)
-    out.unlink()
-
-
 def hold_to_checkpoint(graph: object, model: Network, run: Path) -> None:
     """A graph with preprocessing to the network behind our own pixels."""
     pixels = read(str(run)).pixels
@@ -187,7 +185,7 @@ def hold_to_checkpoint(graph: object, model: Network, run: Path) -> None:
             seen.append(found)
         wanted = scores(model, finish(torch.cat(seen), pixels, CPU))
         got = graph(stored)  # type: ignore[operator]
-        tolerance = 1e-4 if min(height, width) == SIDE else 0.05  # pixels that differ by 1
+        tolerance = 2e-3 if min(height, width) == SIDE else 0.15  # pixels that differ by 1
         np.testing.assert_allclose(got, wanted, atol=tolerance)
         assert np.abs(wanted).max() > 0.5
 
@@ -198,20 +196,17 @@ def test_onnx_and_the_models_card(paper: Made, place: Path) -> None:
 
     run, model = paper
     out = place / "out"
-    command(main, "--checkpoint", run, "--out", out, "--format", "onnx", "safetensors")
+    command(main, "--checkpoint", run, "--out", out, "--format", "onnx", "--preprocess")
     assert sorted(path.name for path in out.iterdir()) == [
-        "MODEL_CARD.md", "model.onnx", "model.safetensors"
+        "MODEL_CARD.md", "model.onnx"
     ]  # fmt: skip
     written = onnx.load(out / "model.onnx")
     onnx.checker.check_model(written)
     assert written.opset_import[0].version == 18
     session = onnxruntime.InferenceSession(out / "model.onnx")
-    assert session.get_inputs()[0].shape == ["batch", 3, 67, 67]
-    for count in (1, 5):
-        x = images(count).permute(0, 3, 1, 2).float() - torch.tensor(MEAN)[:, None, None]
-        (got,) = session.run(None, {"images": x.numpy()})
-        np.testing.assert_allclose(got, scores(model, x), atol=1e-4)
-        assert np.abs(got).max() > 0.5
+    assert session.get_inputs()[0].shape == ["batch", "height", "width", 3]
+    assert session.get_inputs()[0].type == "tensor(uint8)"
+    hold_to_checkpoint(lambda x: session.run(None, {"images": x.numpy()})[0], model, run)
 
     card = (out / "MODEL_CARD.md").read_text()
     for words in (
@@ -223,7 +218,7 @@ def test_onnx_and_the_models_card(paper: Made, place: Path) -> None:
     ):
         assert words in card
     assert str(place) not in card
-    follow(card, out, model, 2)
+    follow(card, out, model, 1)
 
 
 def follow(card: str, out: Path, model: Network, uses: int) -> None:
@@ -246,16 +241,36 @@ def follow(card: str, out: Path, model: Network, uses: int) -> None:
 
 
 @pytest.mark.slow
-def test_onnx_takes_stored_images(place: Path) -> None:
+@pytest.mark.parametrize("variant", ["original150", "torchvision"])
+def test_graphs_take_finished_images(variant: str, place: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
-    run, model = save_network(place / "one", "original150")
-    out = place / "one-out"
-    formats = ["--format", "onnx", "torch_export", "--preprocess", "--opset", "20"]
-    command(main, "--checkpoint", run, "--out", out, *formats)
+    run, model = save_network(place / variant, variant)
+    out = place / f"{variant}-out"
+    formats = ["onnx", "torch_export", *(["torchvision"] if variant == "torchvision" else [])]
+    command(main, "--checkpoint", run, "--out", out, "--format", *formats, "--opset", "20")
     session = onnxruntime.InferenceSession(out / "model.onnx")
-    assert session.get_inputs()[0].type == "tensor(uint8)"
-    hold_to_checkpoint(lambda x: session.run(None, {"images": x.numpy()})[0], model, run)
-    follow((out / "MODEL_CARD.md").read_text(), out, model, 2)
+    assert session.get_inputs()[0].shape == ["batch", 3, 67, 67]
+    graph = torch.export.load(out / "model.pt2").module()
+    for count in (1, 5):
+        stored = images(count, SIDE, SIDE)[:, 4:71, 4:71].permute(0, 3, 1, 2)
+        x = finish(stored, read(str(run)).pixels, CPU).contiguous()
+        (got,) = session.run(None, {"images": x.numpy()})
+        np.testing.assert_allclose(got, scores(model, x), atol=2e-3)
+        np.testing.assert_allclose(scores(graph, x), scores(model, x), atol=2e-3)
+        assert np.abs(got).max() > 0.5
+    if variant == "original150":
+        follow((out / "MODEL_CARD.md").read_text(), out, model, len(formats))
+
+
+@pytest.mark.slow
+def test_a_graph_of_torchs_takes_stored_images(place: Path) -> None:
+    run, model = save_network(place / "145", "original145")
+    out = place / "145.pt2"
+    command(main, "--checkpoint", run, "--out", out, "--preprocess")
+    also = {"classes.json": ""}
+    graph = torch.export.load(out, extra_files=also).module()
+    assert json.loads(also["classes.json"]) == CLASSES
+    hold_to_checkpoint(lambda x: scores(graph, x), model, run)
 
 
 @pytest.mark.slow
