@@ -3,6 +3,7 @@
 Options are given as YAML (--config) and as dotted words on the command line (--optim.lr 0.02).
 """
 
+import argparse
 import dataclasses
 import difflib
 import re
@@ -10,7 +11,7 @@ import signal
 from argparse import ArgumentError
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
@@ -86,8 +87,8 @@ class ModelConfig:
     num_classes: int | None = None
     """Outputs; null: as many as the data has classes."""
     weights: str | None = None
-    """Start from this run's or checkpoint's weights; a last layer for other classes is made
-    anew."""
+    """Start from the weights of this run, checkpoint or exported .safetensors, or of torchvision's
+    AlexNet in a .pth; a last layer for other classes is made anew."""
 
 
 @dataclass
@@ -460,6 +461,40 @@ def take_views(arguments: list[str]) -> tuple[Literal[1, 10], list[str]]:
             everywhere=True,
         )
     return (10 if values == ["10"] else 1), rest
+
+
+class OwnOptions(argparse.ArgumentParser):
+    """The options that a command has besides the dotted ones, and its other words."""
+
+    def __init__(self, program: str, description: str | None) -> None:
+        super().__init__(
+            prog=program,
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        self.add_argument("--debug", action="store_true", help="show where an error came from")
+
+    def understand(self, arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+        """The command's own words, and the dotted ones with their values.
+
+        Raises:
+            Failure: an unknown option, or a wrong value.
+        """
+        own: list[str] = []
+        dotted: list[str] = []
+        words = iter(arguments)
+        for word in words:
+            if not re.match(r"--[a-z]+\.[a-z]", word):
+                own.append(word)
+                continue
+            dotted.append(word)
+            if "=" not in word:
+                dotted += [value for value in [next(words, None)] if value is not None]
+        return self.parse_args(own), dotted
+
+    def error(self, message: str) -> NoReturn:
+        raise Failure(f"{message}; --help shows all options", everywhere=True)
 
 
 def from_dict(record: dict[str, Any], where: str = "the run's config.yaml") -> Config:

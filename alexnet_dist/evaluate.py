@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> None:
     mesh = start(config.runtime.device, config.runtime.threads)
     data = config.data
     catalogue = mesh.from_first(lambda: make_catalogue(data.root, data.cache, IndexProgress()))
-    if catalogue.val.classes != networks[0].classes:
+    if not networks[0].knows(catalogue.val.classes):
         raise Failure(
             f"the classes of {catalogue.val.folder} are not those that {networks[0].path} was "
             "trained on: give --data.root a folder with the same class folders",

@@ -437,6 +437,7 @@ class Run:
             "classes": self.catalogue.train.classes,
             "statistics": self.catalogue.statistics.to_json(),
             "fingerprint": self.catalogue.fingerprint,
+            "images": {"train": len(self.catalogue.train), "val": len(self.catalogue.val)},
             "wandb_id": self.report.wandb_id,
             "versions": _versions(),
         }

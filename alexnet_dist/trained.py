@@ -1,4 +1,4 @@
-"""A trained network: its checkpoint, the options it was trained under, what its images are like."""
+"""A trained network: its weights, the options it was trained under, what its images are like."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ from alexnet_dist.data.augment import Pixels, pixels_for
 from alexnet_dist.data.statistics import Statistics
 from alexnet_dist.errors import Failure
 from alexnet_dist.model import VARIANTS, Network, outline
-from alexnet_dist.training import checkpoint
+from alexnet_dist.training import weights
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A checkpoint, its state, and the options that it is used under."""
+    """A checkpoint or a file of weights, its state, and the options that it is used under."""
 
     path: Path
     state: dict[str, Any]
@@ -32,6 +32,17 @@ class Trained:
     def outputs(self) -> int:
         """Scores that it gives: as many as there are classes, unless it was asked for more."""
         return self.config.model.num_classes or len(self.state["classes"])
+
+    @property
+    def labels(self) -> list[str]:
+        """What to call each output: its class, or its number where there is none of that name."""
+        return self.classes + [str(number) for number in range(len(self.classes), self.outputs)]
+
+    def knows(self, classes: list[str]) -> bool:
+        """Whether ``classes`` are its own; where it has only numbers for its own, if they are as
+        many."""
+        unnamed = self.state.get("unnamed", False)
+        return classes == self.classes or (unnamed and len(classes) == self.outputs)
 
     @property
     def fraction(self) -> float:
@@ -63,7 +74,7 @@ class Trained:
             Failure: they are of another network, or damaged.
         """
         tensors = {f"model.{name}": p.detach() for name, p in parameters.items()}
-        checkpoint.load(self.path, tensors)
+        weights.load(self.path, tensors)
 
     def model(self, device: torch.device) -> Network:
         """The network with its weights, ready to answer, on one device; after ``mesh.start``."""
@@ -74,7 +85,8 @@ class Trained:
 
 
 def read(path: str, options: Callable[[dict[str, Any]], Config] = from_dict) -> Trained:
-    """The network at ``path``: a run, whose best checkpoint it is, or a checkpoint.
+    """The network at ``path``: a run, whose best checkpoint it is, a checkpoint, a file that export
+    wrote, or torchvision's AlexNet.
 
     Args:
         options: the options it is used under, of those it was trained under.
@@ -83,8 +95,8 @@ def read(path: str, options: Callable[[dict[str, Any]], Config] = from_dict) -> 
         Failure: there is none.
     """
     try:
-        found = checkpoint.find(path)
-        state = checkpoint.read_state(found)
+        found = weights.find(path)
+        state = weights.read_state(found)
     except Failure as failure:
         raise Failure(str(failure), everywhere=True) from None
     return Trained(found, state, options(state["config"]))

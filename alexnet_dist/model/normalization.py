@@ -51,8 +51,10 @@ class _ResponseNorm(torch.autograd.Function):
 def _normalise(
     x: Tensor, mean: Callable[[Tensor], Tensor], k: float, alpha: float, beta: float
 ) -> Tensor:
-    """In the type of ``x``, which autocast would lower inside; meta tensors have no autocast."""
-    context = nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+    """In the type of ``x``, which autocast would lower inside; meta tensors have no autocast, and
+    an exported graph is to be plain."""
+    plain = x.is_meta or torch.compiler.is_exporting()
+    context = nullcontext() if plain else torch.autocast(x.device.type, enabled=False)
     with context:
         y: Tensor = _ResponseNorm.apply(x, mean, k, alpha, beta)
     return y

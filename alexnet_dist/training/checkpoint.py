@@ -328,17 +328,7 @@ def load(checkpoint: Path, tensors: Mapping[str, Tensor]) -> None:
         raise Failure(
             f"the checkpoint {checkpoint} is damaged ({damage}): take another one", everywhere=True
         )
-    state = read_state(checkpoint)
-    for name, tensor in tensors.items():
-        shape = state["tensors"].get(name)
-        if shape != list(tensor.shape):
-            has = "no such tensor" if shape is None else f"one of {shape}"
-            raise Failure(
-                f"the checkpoint {checkpoint} is of another network: {name} should be "
-                f"{list(tensor.shape)}, and it has {has}; give the model options it was trained "
-                "with, or start from its weights alone by --model.weights",
-                everywhere=True,
-            )
+    check_shapes(checkpoint, read_state(checkpoint)["tensors"], tensors)
     try:
         with torch.no_grad():
             dcp.load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(checkpoint)))
@@ -348,6 +338,26 @@ def load(checkpoint: Path, tensors: Mapping[str, Tensor]) -> None:
             f"the checkpoint {checkpoint} cannot be read ({_cause(error)}): take another one",
             everywhere=True,
         ) from None
+
+
+def check_shapes(
+    where: Path, shapes: Mapping[str, list[int]], tensors: Mapping[str, Tensor]
+) -> None:
+    """Hold what is asked for to the ``shapes`` that there are.
+
+    Raises:
+        Failure: they are of another network.
+    """
+    for name, tensor in tensors.items():
+        shape = shapes.get(name)
+        if shape != list(tensor.shape):
+            has = "no such tensor" if shape is None else f"one of {shape}"
+            raise Failure(
+                f"the checkpoint {where} is of another network: {name} should be "
+                f"{list(tensor.shape)}, and it has {has}; give the model options it was trained "
+                "with, or start from its weights alone by --model.weights",
+                everywhere=True,
+            )
 
 
 def _share(tensors: Mapping[str, Tensor], rank: int, world: int) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from alexnet_dist.training import checkpoint
+from alexnet_dist.training import checkpoint, weights
 from alexnet_dist.training.checkpoint import Checkpoints
 from alexnet_dist.training.optim import velocities
 
@@ -130,11 +130,12 @@ class Saver:
         self.best = state["best"]
         return state, damaged
 
-    def start_from(self, weights: str) -> None:
-        """Read the weights of another run; a last layer for other classes stays as it is."""
-        found = checkpoint.find(weights)
-        shapes = checkpoint.read_state(found)["tensors"]
+    def start_from(self, path: str) -> None:
+        """Read the weights of another run, or of a file; a last layer for other classes stays as
+        it is."""
+        found = weights.find(path)
+        shapes = weights.read_state(found)["tensors"]
         mine = {n: t for n, t in self.tensors().items() if n.startswith("model.")}
         final = list(mine)[-2:]
         anew = [n for n in final if n in shapes and shapes[n] != list(mine[n].shape)]
-        checkpoint.load(found, {n: t for n, t in mine.items() if n not in anew})
+        weights.load(found, {n: t for n, t in mine.items() if n not in anew})

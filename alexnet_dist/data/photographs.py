@@ -1,0 +1,110 @@
+"""Photographs from anywhere: found, decoded in threads, and cut to the views that networks see."""
+
+import glob
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from alexnet_dist.data.augment import Pixels, crop_resize_flip, normalise
+from alexnet_dist.data.formats import checked, decode
+from alexnet_dist.data.plan import Ints, centre_boxes
+from alexnet_dist.data.sources import IMAGES
+
+AHEAD = 2
+"""Batches that are decoded while the network is at the one before."""
+
+
+def paths(words: Iterable[str]) -> Iterator[str]:
+    """The files that people mean: a file itself, the images anywhere below a folder, those that a
+    pattern fits. What is nothing of that stays as it is, to be missed when it is read."""
+    for word in words:
+        place = Path(word)
+        if place.is_dir():
+            within = (path for path in place.rglob("*") if path.suffix.lower() in IMAGES)
+            found = sorted(str(path) for path in within if path.is_file())
+        elif not place.exists() and glob.has_magic(word):
+            found = sorted(path for path in glob.glob(word, recursive=True) if Path(path).is_file())
+        else:
+            found = [word]
+        yield from found or [word]
+
+
+@dataclass(frozen=True)
+class Viewed:
+    """An image as it is looked at.
+
+    Attributes:
+        views: uint8 [v, 3, side, side], the central one first; None where it has none.
+        reason: why not.
+    """
+
+    path: str
+    views: Tensor | None
+    reason: str = ""
+
+
+def boxes_and_flips(size: Ints, fraction: float, views: Literal[1, 10]) -> tuple[Ints, list[bool]]:
+    """Where the views lie in an image of ``size`` [2], boxes [v, 4], and which are reflected.
+
+    One is an evaluation's; ten are the centre and the corners of the central square, and their
+    reflections (Krizhevsky et al. 2012, section 4.1).
+    """
+    (centre,) = centre_boxes(size[None], fraction)
+    if views == 1:
+        return centre[None], [False]
+    square, room = (size - size.min()) // 2, size.min() - centre[2]
+    corners = [[*(square + np.array(at) * room), *centre[2:]] for at in np.ndindex(2, 2)]
+    five = np.array([centre, *corners])
+    return np.concatenate([five, five]), [False] * 5 + [True] * 5
+
+
+def view(path: str, fraction: float, side: int, views: Literal[1, 10]) -> Viewed:
+    """An image's views, with an evaluation's pixels."""
+    try:
+        if Path(path).is_dir():
+            return Viewed(path, None, "there is no image in this folder")
+        pixels = torch.from_numpy(np.array(decode(checked(np.fromfile(path, np.uint8)))))
+    except OSError as error:
+        return Viewed(path, None, error.strerror or str(error))
+    image = pixels.permute(2, 0, 1)
+    boxes, flips = boxes_and_flips(np.array(image.shape[1:]), fraction, views)
+    cut = [crop_resize_flip(image, box, flip, side) for box, flip in zip(boxes, flips, strict=True)]
+    return Viewed(path, torch.stack(cut))
+
+
+def look(
+    files: Iterable[str],
+    *,
+    fraction: float,
+    side: int,
+    views: Literal[1, 10],
+    batch: int,
+    threads: int,
+) -> Iterator[list[Viewed]]:
+    """The files in order, ``batch`` by ``batch``, those ahead being decoded in ``threads``."""
+    remaining = iter(files)
+    under_way: deque[list[Future[Viewed]]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        while True:
+            while len(under_way) <= AHEAD and (some := list(islice(remaining, batch))):
+                under_way.append([pool.submit(view, one, fraction, side, views) for one in some])
+            if not under_way:
+                return
+            yield [future.result() for future in under_way.popleft()]
+
+
+def finish(views: Tensor, pixels: Pixels, device: torch.device) -> Tensor:
+    """Views uint8 [b, 3, side, side] as the network wants them, without colour noise."""
+    none: NDArray[np.float64] = np.zeros((len(views), 3))
+    means = torch.from_numpy(pixels.means(none)).to(device)
+    std = torch.tensor(pixels.std, dtype=torch.float32, device=device)
+    return normalise(views.to(device), means, std)

@@ -1,0 +1,193 @@
+"""The best labels of images, by a trained network.
+
+python -m alexnet_dist.predict IMAGE|FOLDER|GLOB... --checkpoint RUN [--views 10] [--json FILE]
+Each image's path and five best labels as text, as JSON lines, as a picture. "-" reads paths from
+standard input, one a line. An image that cannot be read is named, the others are done, and the exit
+code is 1. Dotted options are those of the trainer: --runtime.device cpu.
+"""
+
+import contextlib
+import json
+import sys
+from argparse import Namespace
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from alexnet_dist.config import Config, OwnOptions, parse
+from alexnet_dist.data.photographs import Viewed, finish, look, paths
+from alexnet_dist.errors import Failure, run_command, stderr
+from alexnet_dist.parallel.arithmetic import choose_precision, set_arithmetic
+from alexnet_dist.parallel.ddp import DataParallel
+from alexnet_dist.parallel.mesh import Mesh, start
+from alexnet_dist.tracking.guesses import guesses
+from alexnet_dist.trained import Trained, read
+
+PROGRAM = "python -m alexnet_dist.predict"
+PICTURED = 60
+"""Images that a picture shows at most."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An image's best labels with their probabilities, best first, and its central view."""
+
+    path: str
+    labels: list[str]
+    probabilities: list[float]
+    seen: NDArray[np.uint8]
+
+
+def main(arguments: list[str]) -> None:
+    """Predict as the command line says."""
+    words, dotted = _understand(arguments)
+    network = read(words.checkpoint, partial(_config, dotted))
+    runtime = network.config.runtime
+    mesh = start(runtime.device, runtime.threads)
+    if mesh.world > 1:
+        raise Failure("predict is one process: start it without torchrun", everywhere=True)
+    files = paths(_lines(words.images))
+    pictured: list[Answer] = []
+    good = bad = 0
+    with contextlib.ExitStack() as stack:
+        record = _json_file(words.json, stack)
+        for one in answers(network, mesh, files, words.views, words.top, words.batch):
+            if isinstance(one, Viewed):
+                stderr(f"{one.path} cannot be read ({one.reason}): it is left out")
+                bad += 1
+                continue
+            good += 1
+            if record is not None:
+                plain = {"path": one.path, "labels": one.labels, "probabilities": one.probabilities}
+                print(json.dumps(plain), file=record, flush=True)
+            if words.json != "-":
+                print(text(one), flush=True)
+            if words.picture and good <= PICTURED:
+                pictured.append(one)
+    if pictured:
+        _draw(Path(words.picture), pictured, network, good)
+    if bad or not good:
+        if not bad:
+            raise Failure("there is no image to predict: standard input names none")
+        raise SystemExit(1)
+
+
+def answers(
+    network: Trained, mesh: Mesh, files: Iterator[str], views: Any, top: int, batch: int
+) -> Iterator[Answer | Viewed]:
+    """The answer for each file, in order; what cannot be read comes back as it is.
+
+    Args:
+        views: 1 or 10, whose probabilities are averaged.
+        batch: views that the network is given at once.
+    """
+    config = network.config
+    precision = choose_precision(config.runtime.precision, mesh.device)
+    set_arithmetic(precision, config.runtime.deterministic)
+    layout = DataParallel(network.outline(), mesh, batch=batch, precision=precision)
+    network.fill(layout.parameters)
+    labels, top = network.labels, min(top, network.outputs)
+    for some in look(
+        files,
+        fraction=network.fraction,
+        side=config.data.image_size,
+        views=views,
+        batch=max(batch // views, 1),
+        threads=config.data.threads or mesh.threads,
+    ):
+        seen = [one.views for one in some if one.views is not None]
+        if seen:
+            scores = layout.logits(finish(torch.cat(seen), network.pixels, mesh.device))
+            chances = scores.double().softmax(1).reshape(len(seen), views, -1).mean(1)
+            best = chances.topk(top)
+            found = iter(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+        for one in some:
+            if one.views is None:
+                yield one
+                continue
+            numbers, values = next(found)
+            central = one.views[0].permute(1, 2, 0).numpy()
+            yield Answer(one.path, [labels[number] for number in numbers], values, central)
+
+
+def text(answer: Answer) -> str:
+    """An answer for people."""
+    rows = zip(answer.labels, answer.probabilities, strict=True)
+    return "\n".join([answer.path, *(f"  {100 * value:6.2f} %  {label}" for label, value in rows)])
+
+
+def _understand(arguments: list[str]) -> tuple[Namespace, list[str]]:
+    options = OwnOptions(PROGRAM, __doc__)
+    add = options.add_argument
+    add("images", nargs="*", metavar="IMAGE", help="a file, a folder, a pattern, or -")
+    add("--checkpoint", metavar="RUN", help="a run, a checkpoint, an export, torchvision's weights")
+    add("--views", type=int, choices=(1, 10), default=1, help="10: averaged, as in the paper")
+    add("--top", type=int, default=5, metavar="N", help="labels for each image (5)")
+    add("--json", metavar="FILE", help="JSON lines; - for standard output instead of text")
+    add("--picture", metavar="FILE.png", help=f"the first {PICTURED} images with their labels")
+    add("--batch", type=int, default=64, metavar="N", help="views in a step (64)")
+    words, dotted = options.understand(arguments)
+    if words.checkpoint is None:
+        raise Failure("there is no network: give --checkpoint a run's folder, or an exported file")
+    if not words.images:
+        raise Failure("there is no image to predict: give files, folders or patterns, or - to read")
+    for name in ("top", "batch"):
+        if getattr(words, name) < 1:
+            raise Failure(f"--{name} is {getattr(words, name)}; it must be at least 1")
+    if words.picture and Path(words.picture).suffix not in (".png", ".pdf"):
+        raise Failure(f"--picture {words.picture} must end in .png or .pdf")
+    for name in ("json", "picture"):
+        file = getattr(words, name)
+        if file and not Path(file).absolute().parent.is_dir():
+            raise Failure(f"--{name} {file} has no folder to lie in: make it first")
+    return words, dotted
+
+
+def _config(words: list[str], underneath: dict[str, Any]) -> Config:
+    return parse(
+        words, program=PROGRAM, description=PROGRAM, default=None, underneath=underneath
+    ).config
+
+
+def _lines(words: list[str]) -> Iterator[str]:
+    """The words, and in the place of - those of standard input."""
+    for word in words:
+        if word == "-":
+            yield from filter(None, (line.rstrip("\r\n") for line in sys.stdin))
+        else:
+            yield word
+
+
+def _json_file(name: str | None, stack: contextlib.ExitStack) -> Any:
+    if name is None or name == "-":
+        return sys.stdout if name else None
+    try:
+        return stack.enter_context(open(name, "w", encoding="utf-8"))
+    except OSError as error:
+        raise Failure(f"--json {name} cannot be written ({error.strerror})") from None
+
+
+def _draw(path: Path, pictured: list[Answer], network: Trained, good: int) -> None:
+    title = f"{network.config.model.variant}, {network.path.name}"
+    if good > len(pictured):
+        title += f": the first {len(pictured)} of {good} images"
+    try:
+        guesses(
+            path,
+            [one.seen for one in pictured],
+            [Path(one.path).name for one in pictured],
+            [list(zip(one.labels, one.probabilities, strict=True)) for one in pictured],
+            title,
+        )
+    except OSError as error:
+        raise Failure(f"--picture {path} cannot be written ({error.strerror})") from None
+
+
+if __name__ == "__main__":
+    run_command(main)

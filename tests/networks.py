@@ -1,0 +1,82 @@
+"""Small trained networks, made in this process: a checkpoint, and its commands."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from alexnet_dist.config import Config, to_dict
+from alexnet_dist.model import Network, build_model
+from alexnet_dist.parallel import mesh
+from alexnet_dist.training.checkpoint import Checkpoints
+from tests.conftest import SIDE
+
+CPU = torch.device("cpu")
+CLASSES = ["blue", "green", "red"]
+MEAN = [120.5, 110.25, 99.0]
+
+
+def alone() -> None:
+    """Be the only process of a group, until ``mesh.leave``."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+
+
+def command(main: Callable[[list[str]], None], *words: object) -> None:
+    """Run a command here, and leave its group as its process would."""
+    try:
+        main([str(word) for word in words])
+    finally:
+        mesh.leave()
+
+
+def save_network(folder: Path, variant: str, *, more_outputs: int = 0) -> tuple[Path, Network]:
+    """A run with a checkpoint of random weights, as training would leave it, and the network."""
+    config = Config()
+    config.model.variant = variant
+    config.model.num_classes = len(CLASSES) + more_outputs if more_outputs else None
+    config.data.image_size, config.data.resize = 67, SIDE
+    config.data.root = config.run.root = str(folder)
+    config.runtime.precision = "fp32"
+    torch.manual_seed(5)
+    outputs = config.model.num_classes or len(CLASSES)
+    model = build_model(variant, num_classes=outputs, image_size=67).eval()
+    _sharpen(model)
+    state = {
+        "run": folder.name,
+        "step": 12,
+        "config": to_dict(config),
+        "classes": CLASSES,
+        "statistics": {
+            "mean": MEAN,
+            "eigenvalues": [3.0, 2.0, 1.0],
+            "eigenvectors": torch.eye(3).tolist(),
+        },
+        "fingerprint": "0123456789abcdef",
+        "images": {"train": 31, "val": 13},
+        "versions": {"alexnet_dist": "0.1.0", "torch": torch.__version__},
+        "best": {"top1_error": 12.5, "top5_error": 0.0, "loss": 0.5, "images": 13, "step": 12},
+    }
+    alone()
+    group = dist.new_group(backend="gloo")
+    assert isinstance(group, dist.ProcessGroup)
+    checkpoints = Checkpoints(folder / "checkpoints", group, CPU)
+    tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
+    checkpoints.begin(state, tensors, best=True)
+    saved = checkpoints.settle()
+    mesh.leave()
+    assert saved is not None
+    assert saved.failure == ""
+    return folder, model
+
+
+@torch.no_grad()
+def _sharpen(model: Network) -> None:
+    """Have images make a difference to the scores, as they do to trained ones."""
+    blotches = torch.rand(32, 3, 5, 5)
+    images = torch.nn.functional.interpolate(blotches, size=67, mode="bicubic") * 255 - 110
+    scores = model(images / 57 if model.variant.pixels == "imagenet" else images)
+    *_, weight, bias = model.parameters()
+    scale = 2 / scores.std(0)
+    weight.mul_(scale[:, None])
+    bias.sub_(scores.mean(0)).mul_(scale)
