@@ -32,15 +32,13 @@ from alexnet_dist.errors import Failure, run_command
 from alexnet_dist.model import VARIANTS, Network
 from alexnet_dist.parallel.arithmetic import autocast, choose_precision, set_arithmetic
 from alexnet_dist.parallel.mesh import Mesh, start
-from alexnet_dist.tracking import paper_figures, plots
+from alexnet_dist.tracking import paper_figures, passes, plots
 from alexnet_dist.tracking.console import IndexProgress, with_progress
 from alexnet_dist.tracking.events import Event, read, surviving
 from alexnet_dist.trained import Trained
 from alexnet_dist.trained import read as read_network
 
 FIGURES = ("curves", "1", "3", "4")
-LEVEL = 25.0
-"""Training error in percent that figure 1 compares at."""
 IMAGES, QUERIES, NEIGHBOURS, LABELS = 8, 5, 6, 5
 """How many figure 4 shows: images with labels, test images, neighbours of each, and labels."""
 
@@ -83,7 +81,8 @@ def main(arguments: list[str]) -> None:
         raise Failure(f"{wanted.runs[0]} has neither records nor checkpoints: give a run's folder")
     if "curves" in drawn and records:
         draw_curves(wanted, records)
-    if "1" in wanted.only or ("1" in drawn and len(records) > 1):
+    comparable = len(records) > 1 and all(passes.errors(events)[0] for events in records.values())
+    if "1" in wanted.only or ("1" in drawn and comparable):
         draw_figure1(wanted, records)
     if not networks or not {"3", "4"} & set(drawn):
         return
@@ -92,9 +91,9 @@ def main(arguments: list[str]) -> None:
     for name, network in networks.items():
         which = "" if len(networks) == 1 else f"-{name.replace('/', '-')}"
         if "3" in drawn:
-            draw_figure3(wanted, network, f"figure3{which}")
+            draw_figure3(wanted, network, which)
         if "4" in drawn:
-            draw_figure4(wanted, network, mesh, f"figure4{{}}{which}")
+            draw_figure4(wanted, network, mesh, which)
 
 
 def understand(arguments: list[str]) -> Wanted:
@@ -155,7 +154,7 @@ def draw_curves(wanted: Wanted, records: dict[str, list[Event]]) -> None:
     for name, events in records.items():
         if not any(event["event"] == "train" for event in events):
             raise Failure(f"the records of {name} have no step of training yet: leave it out")
-    _write(wanted.out, "curves", lambda path: plots.curves(path, records))
+    _draw(wanted, "curves", lambda path: plots.curves(path, records))
 
 
 def draw_figure1(wanted: Wanted, records: dict[str, list[Event]]) -> None:
@@ -169,69 +168,23 @@ def draw_figure1(wanted: Wanted, records: dict[str, list[Event]]) -> None:
             "figure 1 compares runs, and here is one: give two or more, such as one with ReLU and "
             "one with tanh"
         )
-    lines = {name: (by_pass(events), _fine(events)) for name, events in records.items()}
+    lines = {
+        name: (passes.errors(events), passes.fine_errors(events))
+        for name, events in records.items()
+    }
     for name, (whole, _) in lines.items():
         if not whole[0]:
             raise Failure(
                 f"the records of {name} have no whole pass yet: train on, or leave it out"
             )
-    result = compare({name: whole for name, (whole, _) in lines.items()})
-    title = _verdict(result)
-    _write(
-        wanted.out,
-        "figure1",
-        lambda path: paper_figures.training_error(path, lines, LEVEL, title),
-    )
-    _write(
-        wanted.out,
-        "figure1",
-        lambda path: _dump(path, {"training_error": LEVEL, "runs": result}),
-        endings=(".json",),
-    )
+    result = passes.compare({name: whole for name, (whole, _) in lines.items()})
+    title = passes.verdict(result)
+    _draw(wanted, "figure1", lambda path: paper_figures.training_error(path, lines, title))
+    record = json.dumps({"training_error": passes.LEVEL, "runs": result}, indent=1) + "\n"
+    _write(wanted.out / "figure1.json", lambda path: path.write_text(record))
 
 
-def by_pass(events: list[Event]) -> plots.Points:
-    """Whole passes, and the training error in percent over each."""
-    errors = {
-        event["epoch"]: event["top1_error"]
-        for event in events
-        if event["event"] == "epoch" and abs(event["epoch"] - round(event["epoch"])) < 1e-9
-    }
-    passes = sorted(errors)
-    return passes, [errors[n] for n in passes]
-
-
-def reached(points: plots.Points, level: float) -> float | None:
-    """Passes after which the error first is at ``level``, on straight lines between the points;
-    those of the first one where it is below already, None where none is."""
-    before: tuple[float, float] | None = None
-    for passes, error in zip(*points, strict=True):
-        if error <= level:
-            if before is None or before[1] == error:
-                return passes
-            part = (before[1] - level) / (before[1] - error)
-            return before[0] + part * (passes - before[0])
-        before = passes, error
-    return None
-
-
-def compare(runs: dict[str, plots.Points]) -> list[dict[str, Any]]:
-    """Of each run the passes to LEVEL (None: never), how many times those of the first run they
-    are, and how many it has taken in all."""
-    taken = {name: reached(points, LEVEL) for name, points in runs.items()}
-    first = next(iter(taken.values()))
-    return [
-        {
-            "name": name,
-            "passes": passes,
-            "times_the_first": passes / first if passes is not None and first else None,
-            "passes_in_all": runs[name][0][-1],
-        }
-        for name, passes in taken.items()
-    ]
-
-
-def draw_figure3(wanted: Wanted, network: Trained, stem: str) -> None:
+def draw_figure3(wanted: Wanted, network: Trained, which: str) -> None:
     """The kernels of the first layer, tower by tower.
 
     Raises:
@@ -247,10 +200,10 @@ def draw_figure3(wanted: Wanted, network: Trained, stem: str) -> None:
     weights = torch.nn.Parameter(torch.empty(first.shape))
     network.fill({name: weights})
     towers, shown = VARIANTS[variant].towers, weights.detach().numpy()
-    _write(wanted.out, stem, lambda path: plots.kernels(path, shown, towers))
+    _draw(wanted, f"figure3{which}", lambda path: plots.kernels(path, shown, towers))
 
 
-def draw_figure4(wanted: Wanted, network: Trained, mesh: Mesh, stem: str) -> None:
+def draw_figure4(wanted: Wanted, network: Trained, mesh: Mesh, which: str) -> None:
     """Validation images with their five best labels; test images and the nearest training images.
 
     The validation images serve as test images.
@@ -267,7 +220,7 @@ def draw_figure4(wanted: Wanted, network: Trained, mesh: Mesh, stem: str) -> Non
         )
     chosen = find_images(catalogue, wanted.images)
     draw = np.random.default_rng(network.config.train.seed)
-    eight = draw.permutation(len(catalogue.val))[:IMAGES]
+    shown = draw.permutation(len(catalogue.val))[:IMAGES]
     queries = draw.permutation(len(catalogue.val))[: wanted.queries]
     among = np.sort(draw.permutation(len(catalogue.train))[: wanted.train_images])
 
@@ -278,40 +231,54 @@ def draw_figure4(wanted: Wanted, network: Trained, mesh: Mesh, stem: str) -> Non
     names = [wanted.words.get(name, name) for name in network.classes]
     names += [f"class {n}" for n in range(len(names), network.outputs)]
 
-    batch = val.of(chosen if len(chosen) else eight)
-    pixels, labels = network.pixels.seen(batch.images), batch.labels.tolist()
-    best = eye.scores(batch.images).softmax(1).topk(min(LABELS, len(names)))
+    _draw_labels(wanted, which, eye, val.of(chosen if len(chosen) else shown), val, names)
+    _draw_neighbours(wanted, which, eye, val.of(queries), train, among, names)
+    train.close()
+    val.close()
+
+
+def _draw_labels(
+    wanted: Wanted, which: str, eye: "Eye", batch: Batch, views: "Views", names: list[str]
+) -> None:
+    pixels, labels = views.seen(batch), batch.labels.tolist()
+    chances = eye.scores(batch.images).softmax(1)
     rows = [
-        [(names[n], chance, n == label) for n, chance in zip(places, chances, strict=True)]
-        for places, chances, label in zip(
-            best.indices.tolist(), best.values.tolist(), labels, strict=True
-        )
+        [(names[n], float(row[n]), n == label) for n in row.argsort(descending=True)[:LABELS]]
+        for row, label in zip(chances.cpu(), labels, strict=True)
     ]
     truths = [names[label] for label in labels]
-    _write(
-        wanted.out,
-        stem.format("-labels"),
+    _draw(
+        wanted,
+        f"figure4-labels{which}",
         lambda path: paper_figures.guesses(path, pixels, truths, rows),
     )
 
-    batch = val.of(queries)
-    pixels, labels = network.pixels.seen(batch.images), batch.labels.tolist()
-    steps = with_progress(train.batches(among), "nearest training images", train.steps(among))
+
+def _draw_neighbours(
+    wanted: Wanted,
+    which: str,
+    eye: "Eye",
+    batch: Batch,
+    views: "Views",
+    among: NDArray[np.int64],
+    names: list[str],
+) -> None:
+    steps = with_progress(views.batches(among), "nearest training images", views.steps(among))
     features = ((one.numbers, eye.features(one.images)) for one in steps)
     numbers, _ = nearest(eye.features(batch.images), features, wanted.neighbours)
-    found = [network.pixels.seen(train.of(row).images) for row in numbers]
-    of = catalogue.train.labels[numbers].tolist()
+    rows = [views.of(row) for row in numbers]
+    found = [views.seen(row) for row in rows]
+    pixels, labels = views.seen(batch), batch.labels.tolist()
     captions = [
-        [(names[n], n == label) for n in row] for row, label in zip(of, labels, strict=True)
+        [(names[n], n == label) for n in row.labels.tolist()]
+        for row, label in zip(rows, labels, strict=True)
     ]
     truths = [names[label] for label in labels]
-    _write(
-        wanted.out,
-        stem.format("-neighbours"),
+    _draw(
+        wanted,
+        f"figure4-neighbours{which}",
         lambda path: paper_figures.neighbours(path, pixels, truths, found, captions),
     )
-    train.close()
-    val.close()
 
 
 class Eye:
@@ -349,11 +316,11 @@ class Views:
     def __init__(self, source: Source, network: Trained, mesh: Mesh) -> None:
         data = network.config.data
         self._sizes, self._fraction = source.index.sizes, network.fraction
-        self._batch = data.eval_batch_size
+        self._batch, self._pixels = data.eval_batch_size, network.pixels
         self._engine = build_engine(
             data.engine,
             source,
-            network.pixels,
+            self._pixels,
             plan=None,
             fraction=network.fraction,
             max_batch=data.eval_batch_size,
@@ -381,6 +348,10 @@ class Views:
             torch.cat([part.labels for part in parts]),
             np.concatenate([part.numbers for part in parts]),
         )
+
+    def seen(self, batch: Batch) -> NDArray[np.uint8]:
+        """A batch as people see it, [b, H, W, 3]."""
+        return self._pixels.seen(batch.images)
 
     def close(self) -> None:
         self._engine.close()
@@ -469,52 +440,21 @@ def _read_words(path: str | None) -> dict[str, str]:
     return {pair[0]: pair[1].strip() for pair in pairs if len(pair) == 2}
 
 
-def _fine(events: list[Event]) -> plots.Points:
-    """Training error between records, its running mean over a quarter of a pass."""
-    train = [e for e in events if e["event"] == "train" and e["top1_error"] is not None]
-    passes = [event["epoch"] for event in train]
-    width = round(len(train) / max(passes[-1], 1) / 4) if train else 1
-    return passes, plots.smooth([event["top1_error"] for event in train], width) if train else []
+def _draw(wanted: Wanted, stem: str, draw: Callable[[Path], object]) -> None:
+    for ending in (".png", ".pdf"):
+        _write(wanted.out / f"{stem}{ending}", draw)
 
 
-def _verdict(result: list[dict[str, Any]]) -> str:
-    """What figure 1 shows, in words."""
-    first, *others = result
-    to = f"{LEVEL:g} % training error"
-    if first["passes"] is None:
-        return f"{first['name']} does not reach {to} in {first['passes_in_all']:g} passes"
-    said = [f"{first['name']} reaches {to} in {first['passes']:.3g} passes"]
-    for run in others:
-        if run["passes"] is None:
-            least = run["passes_in_all"] / first["passes"]
-            took = f"not in {run['passes_in_all']:g}, which is {least:.3g} times as many"
-        else:
-            took = f"in {run['passes']:.3g}, {run['times_the_first']:.3g} times as many"
-        said.append(f"{run['name']} {took}")
-    return "; ".join(said)
-
-
-def _write(
-    out: Path,
-    stem: str,
-    draw: Callable[[Path], None],
-    endings: tuple[str, ...] = (".png", ".pdf"),
-) -> None:
-    """Draw into files, and say where they are."""
-    for ending in endings:
-        path = out / f"{stem}{ending}"
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            draw(path)
-        except OSError as error:
-            raise Failure(
-                f"{path} could not be written ({error.strerror}): give another --out"
-            ) from None
-        print(path, flush=True)
-
-
-def _dump(path: Path, record: dict[str, Any]) -> None:
-    path.write_text(json.dumps(record, indent=1) + "\n")
+def _write(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file, and say where it is."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(path)
+    except OSError as error:
+        raise Failure(
+            f"{path} could not be written ({error.strerror}): give another --out"
+        ) from None
+    print(path, flush=True)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from alexnet_dist.data.statistics import Statistics
 from alexnet_dist.errors import Failure
 from alexnet_dist.model import build_model
 from alexnet_dist.parallel.mesh import Mesh
-from alexnet_dist.tracking import paper_figures, plots
+from alexnet_dist.tracking import paper_figures, passes, plots
 from alexnet_dist.tracking.events import JsonLines, Stream
 from alexnet_dist.training.checkpoint import Checkpoints
 from tests.conftest import write_images
@@ -67,10 +67,10 @@ def assert_seen(folder: Path, *stems: str) -> None:
 
 
 def test_25_percent_lies_on_the_line_between_two_passes() -> None:
-    assert figures.reached(([1, 2, 3], [60, 40, 20]), 25) == 2.75
-    assert figures.reached(([1, 2, 3, 4], [60, 25, 40, 20]), 25) == 2
-    assert figures.reached(([1, 2], [20, 10]), 25) == 1
-    assert figures.reached(([1, 2], [60, 26]), 25) is None
+    assert passes.reached(([1, 2, 3], [60, 40, 20]), 25) == 2.75
+    assert passes.reached(([1, 2, 3, 4], [60, 25, 40, 20]), 25) == 2
+    assert passes.reached(([1, 2], [20, 10]), 25) == 1
+    assert passes.reached(([1, 2], [60, 26]), 25) is None
 
 
 def test_figure_1_tells_how_many_times_the_passes(tmp_path: Path) -> None:
@@ -86,10 +86,10 @@ def test_figure_1_tells_how_many_times_the_passes(tmp_path: Path) -> None:
     assert (two["name"], two["passes"]) == ("tanh", 17.25)
     assert two["times_the_first"] == pytest.approx(17.25 / 2.75)
     assert (three["passes"], three["times_the_first"], three["passes_in_all"]) == (None, None, 2)
-    title = figures._verdict(found["runs"])
-    assert "relu reaches 25 % training error in 2.75 passes" in title
-    assert "tanh in 17.2, 6.27 times as many" in title
-    assert "never not in 2, which is 0.727 times as many" in title
+    assert passes.verdict(found["runs"]) == (
+        "passes to 25 % training error: relu 2.75; tanh 17.2 (6.27 times as many); "
+        "never more than 2 (more than 0.727 times as many)"
+    )
 
 
 def test_one_run_has_curves_and_no_figure_1(
@@ -113,7 +113,7 @@ def test_groups_and_steps_without_a_loss_are_drawn(tmp_path: Path) -> None:
         }
         for n in range(16)
     ]
-    assert plots._rates(events)["biases"] == ([n / 8 for n in range(16)], [0.02] * 16)
+    assert passes.rates_by_pass(events)["biases"] == ([n / 8 for n in range(16)], [0.02] * 16)
     plots.curves(tmp_path / "curves.png", {"a": events})
     plots.curves(tmp_path / "curves.pdf", {"a": events})
     assert_seen(tmp_path, "curves")
@@ -168,6 +168,7 @@ def trained(run: Path, root: Path, mesh: Mesh) -> tuple[str, torch.nn.Module]:
     config = to_dict(Config())
     config["data"] |= {"root": str(root), "image_size": SIDE, "resize": 76, "eval_batch_size": 8}
     config["runtime"] |= {"precision": "fp32", "threads": 1}
+    config["model"]["num_classes"] = 4
     grey = Statistics(np.full(3, 127.5), np.zeros(3), np.eye(3))
     state = {"step": 1, "config": config, "classes": ["blue", "green", "red"]}
     checkpoints = Checkpoints(run / "checkpoints", mesh.saving, CPU)

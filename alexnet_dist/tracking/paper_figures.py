@@ -12,20 +12,19 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from alexnet_dist.tracking.plots import Points, save, short
+from alexnet_dist.tracking.passes import LEVEL, Points
+from alexnet_dist.tracking.plots import save, short
 
 _STYLES = ("-", "--", ":", "-.")
 _RIGHT, _OTHER, _WRONG = "#e58f9a", "#a9c1e6", "#b3261e"
 
 
-def training_error(
-    path: Path, runs: Mapping[str, tuple[Points, Points]], level: float, title: str
-) -> None:
+def training_error(path: Path, runs: Mapping[str, tuple[Points, Points]], title: str) -> None:
     """Training error in percent by passes, the first run solid, the second dashed: figure 1.
 
     Args:
         runs: the points after whole passes, and those of finer records, which are drawn pale.
-        level: the error of which ``title`` says when it is reached.
+        title: says when each reaches LEVEL.
     """
     figure = Figure(figsize=(5.6, 4.2), layout="constrained")
     axis = figure.subplots()
@@ -35,10 +34,10 @@ def training_error(
         label = name.replace("$", r"\$")
         mark = "o" if len(whole[0]) < 40 else ""
         axis.plot(*whole, color="black", lw=1.5, ls=style, marker=mark, ms=2.5, label=label)
-    axis.axhline(level, color="#c44536", lw=0.8, zorder=0)
+    axis.axhline(LEVEL, color="#c44536", lw=0.8, zorder=0)
     axis.annotate(
-        f"{level:g} %",
-        (1, level),
+        f"{LEVEL:g} %",
+        (1, LEVEL),
         xycoords=("axes fraction", "data"),
         xytext=(3, 0),
         textcoords="offset points",
@@ -67,9 +66,9 @@ def guesses(
     """
     columns = min(4, len(pixels))
     rows = -(-len(pixels) // columns)
-    figure = Figure(figsize=(1.9 * columns, 2.95 * rows))
+    figure = Figure(figsize=(1.9 * columns, 2.87 * rows))
     grid = figure.add_gridspec(
-        rows, columns, wspace=0.09, hspace=0.07, left=0, right=1, bottom=0, top=1
+        rows, columns, wspace=0.09, hspace=0.06, left=0, right=1, bottom=0, top=1
     )
     for at, (image, truth, labels) in enumerate(zip(pixels, truths, best, strict=True)):
         cell = grid[at // columns, at % columns].subgridspec(
@@ -90,7 +89,7 @@ def _bars(axis: Any, labels: Sequence[tuple[str, float, bool]]) -> None:
     for place, (label, chance, right) in enumerate(labels):
         axis.barh(place, chance, height=0.82, color=_RIGHT if right else _OTHER)
         axis.text(0.03, place, short(label, 22), fontsize=7, va="center")
-        axis.text(0.97, place, f"{chance:.0%}", fontsize=7, va="center", ha="right")
+        axis.text(0.97, place, f"{100 * chance:.0f} %", fontsize=7, va="center", ha="right")
 
 
 def neighbours(

@@ -11,6 +11,7 @@ from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
 from alexnet_dist.tracking.events import Event
+from alexnet_dist.tracking.passes import Points, rates_by_pass, smooth
 
 mpl.rcParams.update(
     {
@@ -27,9 +28,6 @@ _TRAIN, _VALIDATION = "#8fb8de", "#c44536"
 _RUNS = ("#1f5a94", "#c44536", "#3d8b5f", "#8a5aa8", "#c98a1b", "#4d4d4d")
 _GROUPS = ("-", "--", ":", "-.")
 
-Points = tuple[Sequence[float], Sequence[float]]
-"""Passes, and a value after each."""
-
 
 def save(figure: Figure, path: Path, dpi: int = 200) -> None:
     """Write a figure of 8 inches, which a page of a paper shrinks to 5.5, at 290 dots an inch."""
@@ -41,14 +39,6 @@ def short(name: str, most: int) -> str:
     first = name.split(",")[0].strip()
     cut = first if len(first) <= most else first[: most - 1].rstrip() + "…"
     return cut.replace("$", r"\$")
-
-
-def smooth(values: Sequence[float], width: int) -> list[float]:
-    """The running mean of ``width`` values, of fewer at the ends."""
-    window = np.ones(min(max(width, 1), len(values)))
-    count = np.convolve(np.ones(len(values)), window, "same")
-    mean: list[float] = (np.convolve(values, window, "same") / count).tolist()
-    return mean
 
 
 def images(
@@ -104,7 +94,7 @@ def curves(path: Path, runs: Mapping[str, Sequence[Event]]) -> None:
     evaluation. A learning rate has a panel where the records have it.
     """
     alone = len(runs) == 1
-    rates = {name: _rates(events) for name, events in runs.items()}
+    rates = {name: rates_by_pass(events) for name, events in runs.items()}
     panels = 3 if any(rates.values()) else 2
     figure = Figure(figsize=(4 * panels, 3.3))
     figure.set_layout_engine("constrained", wspace=0.06)
@@ -135,6 +125,7 @@ def curves(path: Path, runs: Mapping[str, Sequence[Event]]) -> None:
         axes, ("cross-entropy", "top-1 error, %", "learning rate"), strict=False
     ):
         axis.set(xlabel="passes", ylabel=label)
+        axis.set_xlim(left=0)
         axis.set_ylim(bottom=0)
     if panels == 3:
         _finish_rates(axes[2], rates, alone)
@@ -149,27 +140,12 @@ def _line(colour: str, label: str, marker: str = "") -> Line2D:
     return Line2D([], [], color=colour, label=label.replace("$", r"\$"), **style)
 
 
-def _rates(events: Sequence[Event]) -> dict[str, Points]:
-    """The learning rate of each group that the records name, else of the weights."""
-    found: dict[str, tuple[list[float], list[float]]] = {}
-    for event in events:
-        if event["event"] != "train" or "lr" not in event:
-            continue
-        for group, rate in event.get("rates", {"weights": event["lr"]}).items():
-            passes, values = found.setdefault(group, ([], []))
-            passes.append(event["epoch"])
-            values.append(rate)
-    return dict(found)
-
-
 def _finish_rates(axis: Any, rates: Mapping[str, dict[str, Points]], alone: bool) -> None:
     every = [v for groups in rates.values() for _, values in groups.values() for v in values]
     moving = [value for value in every if value > 0]
     if moving and max(moving) > 30 * min(moving):
         axis.set_yscale("log")
         axis.set_ylim(min(moving) / 2, max(moving) * 2)
-    else:
-        axis.ticklabel_format(axis="y", scilimits=(-2, 3))
     groups = list(dict.fromkeys(group for each in rates.values() for group in each))
     if len(groups) > 1:
         colour = _RUNS[0] if alone else "#555555"
