@@ -67,15 +67,17 @@ def main(arguments: list[str]) -> None:
         )
     names = _names(wanted.runs)
     drawn = [figure for figure in FIGURES if figure in wanted.only or not wanted.only]
+    of_records, of_networks = {"curves", "1"} & set(drawn), {"3", "4"} & set(drawn)
+    # what was asked for must be there
     records = {
         name: surviving(read(Path(run) / "metrics.jsonl"))
         for name, run in names.items()
-        if {"curves", "1"} & set(wanted.only) or (Path(run) / "metrics.jsonl").is_file()
+        if of_records and (wanted.only or (Path(run) / "metrics.jsonl").is_file())
     }
     networks = {
         name: read_network(run, partial(_config, wanted.rest))
         for name, run in names.items()
-        if {"3", "4"} & set(wanted.only) or (Path(run) / "checkpoints" / "last").exists()
+        if of_networks and (wanted.only or (Path(run) / "checkpoints" / "last").exists())
     }
     if not records and not networks:
         raise Failure(f"{wanted.runs[0]} has neither records nor checkpoints: give a run's folder")
@@ -84,7 +86,7 @@ def main(arguments: list[str]) -> None:
     comparable = len(records) > 1 and all(passes.errors(events)[0] for events in records.values())
     if "1" in wanted.only or ("1" in drawn and comparable):
         draw_figure1(wanted, records)
-    if not networks or not {"3", "4"} & set(drawn):
+    if not networks:
         return
     runtime = next(iter(networks.values())).config.runtime
     mesh = start(runtime.device, runtime.threads)

@@ -48,7 +48,8 @@ def training_error(path: Path, runs: Mapping[str, tuple[Points, Points]], title:
     axis.set_xlim(left=0)
     axis.set_ylim(bottom=0)
     axis.legend(loc="best")
-    axis.set_title(textwrap.fill(title.replace("$", r"\$"), 75), fontsize=8.5)
+    lines = textwrap.fill(title.replace("$", r"\$"), 75, break_on_hyphens=False)
+    axis.set_title(lines, fontsize=8.5)
     save(figure, path)
 
 
@@ -77,7 +78,7 @@ def guesses(
         upper, lower = figure.add_subplot(cell[0]), figure.add_subplot(cell[1])
         _image(upper, image)
         upper.set_anchor("S")  # at its name, whatever room there is
-        upper.set_xlabel(short(truth, 30), fontsize=8, labelpad=2.5)
+        upper.set_xlabel(short(truth, 28), fontsize=8, labelpad=2.5)
         _bars(lower, labels)
     save(figure, path)
 
