@@ -2,7 +2,8 @@
 
 import math
 import sys
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, TypeVar
 
 from rich.console import Console as RichConsole
 from rich.progress import (
@@ -12,9 +13,17 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
+    track,
 )
 
 from alexnet_dist.tracking.events import Event
+
+T = TypeVar("T")
+
+
+def with_progress(things: Iterable[T], what: str, total: int) -> Iterable[T]:
+    """The ``things``, handed on under a bar with the time left on standard error."""
+    return track(things, what, total, console=RichConsole(stderr=True))
 
 
 class Console:

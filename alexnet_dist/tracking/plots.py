@@ -1,15 +1,17 @@
-"""Pictures of a run, as PNG."""
+"""Pictures of runs, as PNG or PDF after the ending of their path."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
 from alexnet_dist.tracking.events import Event
+from alexnet_dist.tracking.passes import Points, rates_by_pass, smooth
 
 mpl.rcParams.update(
     {
@@ -19,13 +21,24 @@ mpl.rcParams.update(
         "axes.grid": True,
         "grid.alpha": 0.25,
         "legend.frameon": False,
+        "pdf.fonttype": 42,  # outlines that a publisher's programs take, and text that can be found
     }
 )
 _TRAIN, _VALIDATION = "#8fb8de", "#c44536"
+_RUNS = ("#1f5a94", "#c44536", "#3d8b5f", "#8a5aa8", "#c98a1b", "#4d4d4d")
+_GROUPS = ("-", "--", ":", "-.")
 
 
-def _save(figure: Figure, path: Path) -> None:
-    figure.savefig(path, dpi=130, bbox_inches="tight")
+def save(figure: Figure, path: Path, dpi: int = 200) -> None:
+    """Write a figure of 8 inches, which a page of a paper shrinks to 5.5, at 290 dots an inch."""
+    figure.savefig(path, dpi=dpi, bbox_inches="tight", pad_inches=0.03)
+
+
+def short(name: str, most: int) -> str:
+    """The first of a class's names, cut to ``most`` letters, as matplotlib prints it."""
+    first = name.split(",")[0].strip()
+    cut = first if len(first) <= most else first[: most - 1].rstrip() + "…"
+    return cut.replace("$", r"\$")
 
 
 def images(
@@ -41,75 +54,104 @@ def images(
         axis.imshow(image)
         axis.text(0.5, -0.04, caption, fontsize=6, ha="center", va="top", transform=axis.transAxes)
     figure.suptitle(title, fontsize=10)
-    _save(figure, path)
+    save(figure, path, dpi=130)
 
 
-def kernels(path: Path, weights: NDArray[np.float32], towers: int, title: str) -> None:
-    """First-layer kernels [n, 3, h, w], a block of rows for each tower, as the paper's figure 3.
+def kernels(path: Path, weights: NDArray[np.float32], towers: int, title: str = "") -> None:
+    """First-layer kernels [n, 3, h, w], rows of 16 for each tower, as the paper's figure 3.
 
-    Each kernel is stretched to the full range on its own.
+    Grey is a weight of zero, and each kernel has a scale of its own, so that those without colour
+    are seen to have none, and the weak ones are seen.
     """
-    count, columns = len(weights) // towers, 16
-    low = weights.min((1, 2, 3), keepdims=True)
-    high = weights.max((1, 2, 3), keepdims=True)
-    shown = ((weights - low) / np.maximum(high - low, 1e-12)).transpose(0, 2, 3, 1)
-    side = shown.shape[1]
-    blocks = []
-    for tower in range(towers):
-        rows = -(-count // columns)
-        sheet = np.ones((rows * (side + 1) - 1, columns * (side + 1) - 1, 3))
+    columns, gap, grain = 16, 1, 8
+    count, side = len(weights) // towers, weights.shape[2]
+    rows, step = -(-count // columns), side + gap
+    strongest = np.abs(weights).max((1, 2, 3), keepdims=True)
+    shown = (0.5 + 0.5 * weights / np.maximum(strongest, 1e-12)).transpose(0, 2, 3, 1)
+    wide, high = columns * step - gap, rows * step - gap
+    figure = Figure(figsize=(8, 8 * high / wide * towers + 0.22 * (towers - 1) + bool(title) * 0.3))
+    figure.set_layout_engine("constrained", w_pad=0, h_pad=0.02)
+    for tower, axis in enumerate(figure.subplots(towers, 1, squeeze=False).flat):
+        sheet = np.ones((high, wide, 3))
         for at, kernel in enumerate(shown[tower * count : (tower + 1) * count]):
-            top, left = (at // columns) * (side + 1), (at % columns) * (side + 1)
+            top, left = (at // columns) * step, (at % columns) * step
             sheet[top : top + side, left : left + side] = kernel
-        blocks.append(sheet)
-    figure = Figure(figsize=(8, 0.5 * sum(-(-count // columns) for _ in blocks) + 0.6))
-    for tower, (axis, sheet) in enumerate(
-        zip(figure.subplots(towers, 1, squeeze=False).flat, blocks, strict=True)
-    ):
-        axis.imshow(sheet, interpolation="nearest")
-        axis.axis("off")
+        # readers of PDF smooth what has few pixels
+        axis.imshow(sheet.repeat(grain, 0).repeat(grain, 1), interpolation="nearest")
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
         if towers > 1:
-            axis.set_title(f"tower {tower + 1}", fontsize=8, loc="left")
-    figure.suptitle(title, fontsize=10)
-    _save(figure, path)
+            axis.set_ylabel(f"tower {tower + 1}", fontsize=9)
+    if title:
+        figure.suptitle(title, fontsize=10)
+    save(figure, path)
 
 
-def curves(path: Path, events: Sequence[Event], title: str) -> None:
-    """Loss and error by passes, of training and of validation."""
-    train = [event for event in events if event["event"] == "train"]
-    evaluations = [event for event in events if event["event"] == "eval"]
-    figure = Figure(figsize=(9, 3.2))
-    loss, error = figure.subplots(1, 2)
+def curves(path: Path, runs: Mapping[str, Sequence[Event]]) -> None:
+    """Loss, top-1 error and learning rates by passes, of one run's events or of several runs'.
 
-    def draw(axis: Any, name: str, label: str) -> None:
-        axis.plot(
-            [e["epoch"] for e in train], [e[name] for e in train], color=_TRAIN, lw=1, label="train"
-        )
-        axis.plot(
-            [e["epoch"] for e in evaluations],
-            [e[name] for e in evaluations],
-            color=_VALIDATION,
-            marker="o",
-            ms=3,
-            label="validation",
-        )
-        axis.set_xlabel("passes")
-        axis.set_ylabel(label)
+    Training is pale, a running mean where records are dense; validation has a point for each
+    evaluation. A learning rate has a panel where the records have it.
+    """
+    alone = len(runs) == 1
+    rates = {name: rates_by_pass(events) for name, events in runs.items()}
+    panels = 3 if any(rates.values()) else 2
+    figure = Figure(figsize=(4 * panels, 3.3))
+    figure.set_layout_engine("constrained", wspace=0.06)
+    axes = figure.subplots(1, panels)
+    lines: list[Any] = []
+    for number, (name, events) in enumerate(runs.items()):
+        own = _RUNS[number % len(_RUNS)]
+        pale, strong = (_TRAIN, _VALIDATION) if alone else (own, own)
+        train = [e for e in events if e["event"] == "train" and e["loss"] is not None]
+        evaluations = [e for e in events if e["event"] == "eval"]
+        for axis, value in zip(axes, ("loss", "top1_error"), strict=False):
+            values = smooth([e[value] for e in train], len(train) // 100)
+            passes = [e["epoch"] for e in train]
+            axis.plot(passes, values, color=pale, lw=1, alpha=1 if alone else 0.4)
+            passes, values = [e["epoch"] for e in evaluations], [e[value] for e in evaluations]
+            axis.plot(passes, values, color=strong, lw=1.5, marker="o", ms=3)
+        best = min((e["top1_error"] for e in evaluations), default=None)
+        found = "" if best is None else f", best {best:.2f} %"
+        if alone:
+            lines = [_line(pale, "training"), _line(strong, f"validation{found}", marker="o")]
+        else:
+            lines.append(_line(own, f"{name}{found}", marker="o"))
+        for style, (group, points) in zip(_GROUPS, rates[name].items(), strict=False):
+            axes[2].plot(*points, color=own, ls=style, lw=1.2, drawstyle="steps-pre", label=group)
+    if not alone:
+        lines.append(_line("#999999", "training"))
+    for axis, label in zip(
+        axes, ("cross-entropy", "top-1 error, %", "learning rate"), strict=False
+    ):
+        axis.set(xlabel="passes", ylabel=label)
+        axis.set_xlim(left=0)
         axis.set_ylim(bottom=0)
-        axis.legend()
+    if panels == 3:
+        _finish_rates(axes[2], rates, alone)
+    figure.legend(handles=lines, loc="outside lower center", ncols=min(len(lines), 4))
+    if alone:
+        figure.suptitle(next(iter(runs)).replace("$", r"\$"), fontsize=10)
+    save(figure, path)
 
-    draw(loss, "loss", "cross-entropy")
-    draw(error, "top1_error", "top-1 error, %")
-    if evaluations:
-        best = min(evaluations, key=lambda e: e["top1_error"])
-        error.annotate(
-            f"{best['top1_error']:.2f} %",
-            (best["epoch"], best["top1_error"]),
-            textcoords="offset points",
-            xytext=(0, -6),
-            ha="center",
-            va="top",
-            color=_VALIDATION,
+
+def _line(colour: str, label: str, marker: str = "") -> Line2D:
+    style = {"lw": 1.5, "marker": marker, "ms": 3} if marker else {"lw": 1, "alpha": 0.7}
+    return Line2D([], [], color=colour, label=label.replace("$", r"\$"), **style)
+
+
+def _finish_rates(axis: Any, rates: Mapping[str, dict[str, Points]], alone: bool) -> None:
+    every = [v for groups in rates.values() for _, values in groups.values() for v in values]
+    moving = [value for value in every if value > 0]
+    if moving and max(moving) > 30 * min(moving):
+        axis.set_yscale("log")
+        axis.set_ylim(min(moving) / 2, max(moving) * 2)
+    groups = list(dict.fromkeys(group for each in rates.values() for group in each))
+    if len(groups) > 1:
+        colour = _RUNS[0] if alone else "#555555"
+        axis.legend(
+            handles=[
+                Line2D([], [], color=colour, ls=style, lw=1.2, label=group)
+                for style, group in zip(_GROUPS, groups, strict=False)
+            ]
         )
-    figure.suptitle(title, fontsize=10)
-    _save(figure, path)

@@ -86,7 +86,7 @@ class Reporter:
         if self.folder is not None:
             run = self.folder.path
             events = surviving(read(run / "metrics.jsonl"))
-            self._draw("curves", step, lambda path: plots.curves(path, events, run.name))
+            self._draw("curves", step, lambda path: plots.curves(path, {run.name: events}))
 
     def close(self, status: Status, step: int, patience: float | None = None) -> None:
         """The run's last word; what follows may still be said in the terminal.

@@ -106,7 +106,7 @@ def test_pictures_show_something(tmp_path: Path) -> None:
         for s in range(1, 20)
         for kind in ("train", "eval")
     ]
-    plots.curves(tmp_path / "c.png", events, "title")
+    plots.curves(tmp_path / "c.png", {"title": events})
     assert _ink(tmp_path / "i.png") > 0.2
     assert _ink(tmp_path / "k.png") > 0.4
     assert 0.01 < _ink(tmp_path / "c.png") < 0.3
