@@ -20,6 +20,7 @@ import concurrent.futures
 import contextlib
 import difflib
 import fcntl
+import functools
 import json
 import multiprocessing
 import os
@@ -39,7 +40,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from alexnet_dist.data import shards
-from alexnet_dist.data.inputs import Listing, find_images
+from alexnet_dist.data.inputs import find_images
+from alexnet_dist.data.samples import Listing
 from alexnet_dist.data.shards import OnBadImage, Shard
 from alexnet_dist.data.shrink import Form
 from alexnet_dist.errors import Failure, run_command
@@ -93,27 +95,18 @@ def prepare(
             shards.make_room(out, listing, form)
             left = [shard for shard in work if not shards.record_of(out, shard).exists()]
             images = sum(len(shard.numbers) for shard in work)
-            with workers(words.workers, len(work)) as (pool, done):
+            with workers(words.workers) as (pool, done):
                 done.value = images - sum(len(shard.numbers) for shard in left)
                 if done.value:
                     meter.say(f"going on: {done.value:,} of {images:,} images are done")
-                jobs = [(out, shard, form, words.on_bad_image) for shard in left]
-                run(
-                    pool,
-                    _write,
-                    jobs,
-                    words.workers,
-                    lambda: meter.show("preparing", done.value, images),
-                )
-                done.value = 0
-                checks = [(out, shard, form) for shard in work]
-                run(
-                    pool,
-                    _check,
-                    checks,
-                    words.workers,
-                    lambda: meter.show("reading back", done.value, images),
-                )
+                for what, do, some in (
+                    ("preparing", functools.partial(_write, words.on_bad_image), left),
+                    ("reading back", _check, work),
+                ):
+                    jobs = [(out, form, shard) for shard in some]
+                    for _ in run(pool, words.workers, do, jobs):
+                        meter.show(what, done.value, images)
+                    done.value = 0
             checked.touch()
         return shards.finish(out, listing, work, form, asked, meter.show)
 
@@ -195,14 +188,14 @@ def only_one(out: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def workers(count: int, most: int) -> Iterator[tuple[ProcessPoolExecutor, Any]]:
+def workers(count: int) -> Iterator[tuple[ProcessPoolExecutor, Any]]:
     """Processes, and a counter that they share."""
     ways = multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if "forkserver" in ways else "spawn")
     if "forkserver" in ways:  # torch is imported once, and not by each
         context.set_forkserver_preload(["alexnet_dist.data.shards"])
     done = context.Value("q", 0)
-    pool = ProcessPoolExecutor(max(min(count, most), 1), context, _begin, (done,))
+    pool = ProcessPoolExecutor(count, context, _begin, (done,))
     try:
         yield pool, done
     finally:
@@ -210,20 +203,16 @@ def workers(count: int, most: int) -> Iterator[tuple[ProcessPoolExecutor, Any]]:
 
 
 def run(
-    pool: ProcessPoolExecutor,
-    job: Callable[..., None],
-    jobs: list[tuple[Any, ...]],
-    count: int,
-    show: Callable[[], None],
-) -> None:
-    """Have ``count`` workers do all jobs; a failure is raised once those under way have ended."""
+    pool: ProcessPoolExecutor, count: int, do: Callable[..., None], jobs: list[tuple[Any, ...]]
+) -> Iterator[None]:
+    """Have ``count`` workers do all jobs, coming back now and then; a failure is raised."""
     waiting = iter(jobs)
     running: set[Future[None]] = set()
     try:
         while True:
-            while len(running) < 2 * count and (one := next(waiting, None)):
-                running.add(pool.submit(job, *one))
-            show()
+            while len(running) < 2 * count and (job := next(waiting, None)):
+                running.add(pool.submit(do, *job))
+            yield
             if not running:
                 return
             ended, running = concurrent.futures.wait(
@@ -258,12 +247,12 @@ def _begin(done: Any) -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
-def _write(out: Path, shard: Shard, form: Form, on_bad_image: OnBadImage) -> None:
-    shards.write_shard(out, shard, form, on_bad_image, _done)
+def _write(on_bad_image: OnBadImage, out: Path, form: Form, shard: Shard) -> None:
+    shards.write_shard(out, form, shard, on_bad_image, _done)
 
 
-def _check(out: Path, shard: Shard, form: Form) -> None:
-    shards.check_shard(out, shard, form, _done)
+def _check(out: Path, form: Form, shard: Shard) -> None:
+    shards.check_shard(out, form, shard, _done)
 
 
 class Meter:

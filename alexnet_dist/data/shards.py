@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alexnet_dist.data.formats import checked, decode
-from alexnet_dist.data.inputs import WHOLE, Listing, Sample, read
+from alexnet_dist.data.samples import WHOLE, Listing, Sample, read
 from alexnet_dist.data.shrink import Form, Moments, shrink
 from alexnet_dist.data.sources import Progress
 from alexnet_dist.data.statistics import of_moments
@@ -104,7 +104,7 @@ def record_of(out: Path, shard: Shard) -> Path:
 
 
 def write_shard(
-    out: Path, shard: Shard, form: Form, on_bad_image: OnBadImage, done: Any = None
+    out: Path, form: Form, shard: Shard, on_bad_image: OnBadImage, done: Any = None
 ) -> None:
     """Prepare a shard's images, and then its record.
 
@@ -168,7 +168,7 @@ def write_shard(
     )
 
 
-def check_shard(out: Path, shard: Shard, form: Form, done: Any = None) -> None:
+def check_shard(out: Path, form: Form, shard: Shard, done: Any = None) -> None:
     """Read a shard back: its digest, how many images it has, and whether one of them decodes.
 
     Raises:
