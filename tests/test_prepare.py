@@ -257,7 +257,10 @@ def test_hostile_tars_write_nothing_elsewhere_and_name_nothing_oddly(tmp_path: P
     assert [path for path in sorted(tmp_path.rglob("*")) if out not in (path, *path.parents)] == (
         before
     )
-    written = [member for path in out.glob("*.tar") for member in tarfile.open(path)]
+    written = []
+    for path in out.glob("*.tar"):
+        with tarfile.open(path) as file:
+            written += file.getmembers()
     assert all(member.isreg() for member in written)
     stems = {member.name.partition(".")[0] for member in written}
     assert len(written) == 2 * len(stems) == 2 * 10  # a name that begins with a dot is hidden
@@ -367,24 +370,23 @@ def central(pixels: np.ndarray) -> np.ndarray:
 
 def test_statistics_against_numpy(prepared: Path) -> None:
     form = Form("shards", SIZE, "none", 95)
-    squares = []
-    for (label, name), content in of("train").items():
-        if (label, name) not in (
-            (CLASSES[0], f"{CLASSES[0]}_3.JPEG"),
-            (CLASSES[1], f"{CLASSES[1]}_1.JPEG"),
-        ):
-            squares.append(central(shrink(np.frombuffer(content, np.uint8), form).pixels))
+    bad = {f"{CLASSES[0]}_3.JPEG", f"{CLASSES[1]}_1.JPEG"}
+    squares = [
+        central(shrink(np.frombuffer(content, np.uint8), form).pixels)
+        for (_, name), content in of("train").items()
+        if name not in bad
+    ]
     ours = dict(np.load(prepared / "one/statistics.npz"))
-    weights = np.concatenate(
-        [np.full(square[..., 0].size, 1 / square[..., 0].size) for square in squares]
-    )
+    weights = np.concatenate([np.full(len(s) ** 2, 1 / len(s) ** 2) for s in squares])
     values = np.concatenate([square.reshape(-1, 3) for square in squares]).astype(np.float64)
     assert np.allclose(ours["mean"], np.average(values, 0, weights))
     assert np.allclose(ours["covariance"], np.cov(values.T, ddof=0, aweights=weights))
     rebuilt = ours["eigenvectors"] @ np.diag(ours["eigenvalues"]) @ ours["eigenvectors"].T
     assert np.allclose(rebuilt, ours["covariance"])
-    same = [np.asarray(Image.fromarray(square).resize((SIZE, SIZE)), float) for square in squares]
-    assert np.allclose(ours["mean_image"], np.mean(same, 0), atol=1e-3)
+    way = Image.Resampling.BICUBIC
+    same = [np.asarray(Image.fromarray(s).resize((SIZE, SIZE), way), float) for s in squares]
+    assert np.allclose(ours["mean_image"], np.mean(same, 0), atol=0.2)
+    assert np.abs(ours["mean_image"] - np.mean(same, 0)).mean() < 0.01
     assert ours["mean_image"].dtype == np.float32
 
 

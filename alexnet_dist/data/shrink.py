@@ -15,9 +15,13 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch.nn.functional import interpolate
-from torchvision.io import ImageReadMode, decode_jpeg
 
 from alexnet_dist.data.formats import FORMATS, GIVES_UP, checked, decode
+
+try:  # torchvision 0.29 announces that it will go
+    from torchvision.io import ImageReadMode, decode_jpeg
+except ImportError:
+    decode_jpeg = None
 
 Kind = Literal["shards", "pixels"]
 Crop = Literal["none", "center"]
@@ -66,15 +70,15 @@ def shrink(encoded: NDArray[np.uint8], form: Form) -> Small:
     short = min(width, height)
     fits = height == width == form.size if form.crop == "center" else short <= form.size
     if fits:
-        pixels = np.asarray(decode(good))
+        pixels = np.array(decode(good))
         return Small(encoded.tobytes(), _ENDINGS[kind], pixels)
     whole = _pixels(good, kind, mode)
     side = [(length * form.size + short // 2) // short for length in (height, width)]
-    small = interpolate(whole[None], side, mode="bicubic", antialias=True)[0]
+    small = _resized(whole, side)
     if form.crop == "center":
         top, left = (side[0] - form.size) // 2, (side[1] - form.size) // 2
-        small = small[:, top : top + form.size, left : left + form.size]
-    pixels = np.ascontiguousarray(small.permute(1, 2, 0).numpy())
+        small = small[top : top + form.size, left : left + form.size]
+    pixels = np.ascontiguousarray(small.numpy())
     if form.kind == "pixels":
         return Small(b"", "", pixels)
     buffer = BytesIO()
@@ -83,13 +87,21 @@ def shrink(encoded: NDArray[np.uint8], form: Form) -> Small:
 
 
 def _pixels(encoded: NDArray[np.uint8], kind: str, mode: str) -> torch.Tensor:
-    """RGB, uint8 [3, height, width], channels last."""
-    if kind == "JPEG" and mode in ("L", "RGB"):
+    """RGB, uint8 [height, width, 3]."""
+    if decode_jpeg is not None and kind == "JPEG" and mode in ("L", "RGB"):
         try:
-            return decode_jpeg(torch.from_numpy(encoded.copy()), mode=ImageReadMode.RGB)
+            whole = decode_jpeg(torch.from_numpy(encoded.copy()), mode=ImageReadMode.RGB)
+            return whole.permute(1, 2, 0).contiguous()
         except RuntimeError:
             pass  # Pillow has the last word
-    return torch.from_numpy(np.array(decode(encoded))).permute(2, 0, 1)
+    return torch.from_numpy(np.array(decode(encoded)))
+
+
+def _resized(image: torch.Tensor, size: list[int]) -> torch.Tensor:
+    """An image of uint8 [height, width, 3] as [*size, 3]."""
+    # as a batch of channels-last images, which torch neither takes apart nor puts together
+    batch = image[None].permute(0, 3, 1, 2)
+    return interpolate(batch, size, mode="bicubic", antialias=True)[0].permute(1, 2, 0)
 
 
 class Moments:
@@ -116,14 +128,11 @@ class Moments:
         square = pixels[top : top + side, left : left + side]
         # sums of 256 products of bytes are exact in float32, and so the fast way is the right one
         exact = np.float32 if side <= 256 else np.float64
-        planes = square.transpose(2, 0, 1).astype(exact, order="C")
-        for a in range(3):
-            self.first[a] += planes[a].sum(1).sum(dtype=np.float64) / side**2
-            for b in range(a + 1):
-                products = np.einsum("yx,yx->y", planes[a], planes[b])
-                self.second[a, b] += products.sum(dtype=np.float64) / side**2
+        rows = torch.from_numpy(square.transpose(2, 0, 1).astype(exact, order="C")).transpose(0, 1)
+        self.first += rows.sum(2).double().mean(0).numpy() / side
+        self.second += torch.bmm(rows, rows.mT).double().mean(0).numpy() / side
         if side != size:
-            square = np.asarray(Image.fromarray(square).resize((size, size)))
+            square = _resized(torch.from_numpy(square), [size, size]).numpy()
         self.mean_image += square
         self.count += 1
 
@@ -131,6 +140,6 @@ class Moments:
         return {
             "count": np.array(self.count),
             "first": self.first,
-            "second": np.tril(self.second) + np.tril(self.second, -1).T,
+            "second": self.second,
             "mean_image": self.mean_image,
         }
