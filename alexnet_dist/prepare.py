@@ -44,7 +44,7 @@ from alexnet_dist.data.inputs import find_images
 from alexnet_dist.data.samples import Listing
 from alexnet_dist.data.shards import OnBadImage, Shard
 from alexnet_dist.data.shrink import Form
-from alexnet_dist.errors import Failure, run_command
+from alexnet_dist.errors import Failure, run_command, stderr
 
 DOWNLOADS = {"imagenette": "imagenette2", "cifar10": "cifar-10-batches-py"}
 """What --download gets, and the folder that it makes."""
@@ -74,6 +74,9 @@ def main(arguments: list[str]) -> None:
             start = time.perf_counter()
             prepared = prepare(out, inputs, words, form, asked)
             print(summary(out, prepared, time.perf_counter() - start), flush=True)
+    except KeyboardInterrupt:
+        stderr("interrupted; the same command goes on with what is not done")
+        os._exit(130)  # the workers follow
     except OSError as error:
         raise Failure(
             f"{error.filename or out} cannot be written or read ({error.strerror or error}): make "
@@ -198,8 +201,10 @@ def workers(count: int) -> Iterator[tuple[ProcessPoolExecutor, Any]]:
     pool = ProcessPoolExecutor(count, context, _begin, (done,))
     try:
         yield pool, done
-    finally:
+    except Exception:  # shards under way may as well be finished
         pool.shutdown(wait=True, cancel_futures=True)
+        raise
+    pool.shutdown()
 
 
 def run(

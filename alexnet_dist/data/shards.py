@@ -6,6 +6,7 @@ records, in their order, index and statistics are made, so that every byte is th
 number of processes, killed or not. DIR/prepared.json comes last.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -31,6 +32,9 @@ FORMAT = 1  # of the folder; raise it when its meaning changes
 PREPARED = "prepared.json"
 PARTIAL = ".partial"
 BAD_IMAGES = "bad-images.jsonl"
+
+_OF_ONE_FILE = (errno.ENOENT, errno.EISDIR, errno.ELOOP, errno.EACCES)
+"""Errors that say something of one image; others, as of a disk that is gone, of the source."""
 
 _LOOK_AT = 64  # images by which the size of all is guessed
 _BLOCK = 1 << 22
@@ -294,7 +298,9 @@ def _write_index(
 def _write_statistics(out: Path, records: list[dict[str, Any]], form: Form) -> None:
     count = sum(int(record["count"]) for record in records)
     if count == 0:
-        raise Failure("not one training image could be decoded: see what is wrong with the source")
+        raise Failure(
+            f"not one training image could be decoded: mend the source, remove {out}, and prepare anew"
+        )
     total = Moments(form.size)
     mean_image = total.mean_image.astype(np.float64)
     for record in records:
@@ -376,12 +382,13 @@ def _bytes(sample: Sample) -> NDArray[np.uint8]:
     try:
         return read(sample)
     except OSError as error:
-        if error.errno is not None and not Path(sample.file).parent.is_dir():
-            raise Failure(
-                f"{sample.file} cannot be read ({error.strerror}): bring the source back; the same "
-                "command goes on"
-            ) from None
-        raise
+        alone = sample.length == WHOLE and error.errno in _OF_ONE_FILE
+        if error.errno is None or (alone and Path(sample.file).parent.is_dir()):
+            raise
+        raise Failure(
+            f"{sample.file} cannot be read ({error.strerror}): bring the source back; the same "
+            "command goes on"
+        ) from None
 
 
 def _path(sample: Sample) -> str:
