@@ -11,12 +11,11 @@ from typing import Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from alexnet_dist.data.augment import Pixels, crop_resize_flip, normalise
 from alexnet_dist.data.formats import checked, decode
-from alexnet_dist.data.plan import Ints, centre_boxes
+from alexnet_dist.data.plan import Ints, centre_boxes, five_boxes
 from alexnet_dist.data.sources import IMAGES
 
 AHEAD = 2
@@ -53,17 +52,11 @@ class Viewed:
 
 
 def boxes_and_flips(size: Ints, fraction: float, views: Literal[1, 10]) -> tuple[Ints, list[bool]]:
-    """Where the views lie in an image of ``size`` [2], boxes [v, 4], and which are reflected.
-
-    One is an evaluation's; ten are the centre and the corners of the central square, and their
-    reflections (Krizhevsky et al. 2012, section 4.1).
-    """
-    (centre,) = centre_boxes(size[None], fraction)
+    """Where the views lie in an image of ``size`` [2], boxes [v, 4], the centre first, and which
+    are reflected."""
     if views == 1:
-        return centre[None], [False]
-    square, room = (size - size.min()) // 2, size.min() - centre[2]
-    corners = [[*(square + np.array(at) * room), *centre[2:]] for at in np.ndindex(2, 2)]
-    five = np.array([centre, *corners])
+        return centre_boxes(size[None], fraction), [False]
+    five = five_boxes(size[None], fraction)[0][::-1]
     return np.concatenate([five, five]), [False] * 5 + [True] * 5
 
 
@@ -104,7 +97,5 @@ def look(
 
 def finish(views: Tensor, pixels: Pixels, device: torch.device) -> Tensor:
     """Views uint8 [b, 3, side, side] as the network wants them, without colour noise."""
-    none: NDArray[np.float64] = np.zeros((len(views), 3))
-    means = torch.from_numpy(pixels.means(none)).to(device)
-    std = torch.tensor(pixels.std, dtype=torch.float32, device=device)
-    return normalise(views.to(device), means, std)
+    means = torch.from_numpy(pixels.mean).to(device, torch.float32).expand(len(views), 3)
+    return normalise(views.to(device), means, torch.from_numpy(pixels.stds(0)).to(device))

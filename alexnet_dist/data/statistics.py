@@ -70,8 +70,12 @@ def measure(
                 first, second, used = first + result[0], second + result[1], used + 1
     if used == 0:
         return Statistics(np.full(3, 127.5), np.zeros(3), np.eye(3))
-    mean = first / used
-    values, vectors = np.linalg.eigh(second / used - np.outer(mean, mean))
+    return of_moments(first / used, second / used)
+
+
+def of_moments(mean: NDArray[np.float64], second: NDArray[np.float64]) -> Statistics:
+    """Statistics of the mean of RGB values, [3], and that of their products, [3, 3]."""
+    values, vectors = np.linalg.eigh(second - np.outer(mean, mean))
     # largest first, and a sign that does not depend on the linear algebra library
     vectors = vectors[:, ::-1] * np.where(vectors.sum(0)[::-1] < 0, -1.0, 1.0)
     return Statistics(mean, np.maximum(values[::-1], 0.0), vectors)
