@@ -449,8 +449,7 @@ class Run:
         that wrote it, and a sentence for each that was damaged."""
         state, damaged = self.saver.restore(self._refuse_other)
         if state is None:
-            self._begin()
-            return None, damaged
+            return None, damaged + self._begin()
         self.step, self.evaluated = state["step"], state["evaluated"]
         self.schedule.load(state["schedule"])
         self.meters.load(state["meters"])
@@ -471,8 +470,9 @@ class Run:
                 everywhere=True,
             )
 
-    def _begin(self) -> None:
-        """Stand at step 0, with initial weights or those asked for."""
+    def _begin(self) -> list[str]:
+        """Stand at step 0, with initial weights or those asked for; a sentence where these do not
+        have all."""
         _, weights = self._drawn()
         self.layout.sharding.fill(self.layout.parameters, weights)
         for velocity in velocities(self.optimizer, self.layout.parameters).values():
@@ -480,8 +480,9 @@ class Run:
         self.step, self.evaluated, self.saver.best = 0, -1, None
         self.meters = Meters(self.config.data.batch_size, self.mesh.replicas)
         self.schedule.load(self.schedule_at_first)
-        if self.config.model.weights:
-            self.saver.start_from(self.config.model.weights)
+        path = self.config.model.weights
+        anew = self.saver.start_from(path) if path else []
+        return [f"{path} has no {', '.join(anew)} for this network: drawn anew"] if anew else []
 
     def _leave(self, cause: str) -> None:
         """Save, and end before the run does, to go on another time."""

@@ -99,20 +99,23 @@ def test_safetensors_are_read_back_to_the_bit(paper: Made, weights: Path) -> Non
 
 @pytest.mark.usefixtures("group")
 def test_a_run_starts_from_safetensors(paper: Made, weights: Path) -> None:
-    for outputs in (3, 7):
-        mine = build_model("paper", num_classes=outputs, image_size=67)
-        anew = mine.get_parameter("fc8.weight").clone()
+    for variant, outputs, anew in (
+        ("paper", 3, []),
+        ("paper", 7, ["fc8.weight", "fc8.bias"]),
+        ("original146", 3, ["conv6.weight", "conv6.bias"]),
+    ):
+        mine = build_model(variant, num_classes=outputs, image_size=67)
+        drawn = {name: value.clone() for name, value in mine.named_parameters()}
         parameters = dict(mine.named_parameters())
         optimizer = build_optimizer("paper", parameters, lr=1, momentum=0, weight_decay=0, own={})
         layout = SimpleNamespace(
             parameters=parameters, sharding=SimpleNamespace(stored=lambda _, tensor: tensor)
         )
         saver = Saver(None, layout, optimizer, print)  # type: ignore[arg-type]
-        saver.start_from(str(weights))
-        for name, parameter in paper[1].named_parameters():
-            if outputs == 3 or not name.startswith("fc8"):
-                assert torch.equal(mine.get_parameter(name), parameter), name
-        assert torch.equal(mine.get_parameter("fc8.weight"), anew) == (outputs == 7)
+        assert saver.start_from(str(weights)) == anew
+        theirs = dict(paper[1].named_parameters())
+        for name, parameter in mine.named_parameters():
+            assert torch.equal(parameter, drawn[name] if name in anew else theirs[name]), name
     with pytest.raises(Failure, match=r"another network: model\.conv1\.weight should be \[64"):
         read(str(weights)).fill(dict(build_model("owt", image_size=67).named_parameters()))
 

@@ -130,12 +130,21 @@ class Saver:
         self.best = state["best"]
         return state, damaged
 
-    def start_from(self, path: str) -> None:
-        """Read the weights of another run, or of a file; a last layer for other classes stays as
-        it is."""
+    def start_from(self, path: str) -> list[str]:
+        """Read the weights of another run, or of a file.
+
+        A last layer for other classes stays as it is, and so do layers that the other network
+        does not have: net 146 began with those of net 145.
+
+        Returns:
+            The parameters that stay as they are.
+        """
         found = weights.find(path)
         shapes = weights.read_state(found)["tensors"]
         mine = {n: t for n, t in self.tensors().items() if n.startswith("model.")}
         final = list(mine)[-2:]
         anew = [n for n in final if n in shapes and shapes[n] != list(mine[n].shape)]
+        if set(shapes) & (set(mine) - set(final)):
+            anew += [n for n in mine if n not in shapes]
         weights.load(found, {n: t for n, t in mine.items() if n not in anew})
+        return [name.removeprefix("model.") for name in anew]
