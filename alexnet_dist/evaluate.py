@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from alexnet_dist.assembly.trained import Trained, read
 from alexnet_dist.config import Config, parse, take_option, take_views
 from alexnet_dist.data import build_engine
 from alexnet_dist.data.engine import Batch, Engine
@@ -28,7 +29,6 @@ from alexnet_dist.parallel.ddp import DataParallel
 from alexnet_dist.parallel.mesh import Mesh, start
 from alexnet_dist.parallel.shards import Share
 from alexnet_dist.tracking.console import IndexProgress
-from alexnet_dist.trained import Trained, read
 from alexnet_dist.training.loop import Errors, check_count, evaluate
 
 

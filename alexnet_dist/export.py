@@ -29,6 +29,7 @@ import torchvision
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from alexnet_dist.assembly.trained import Trained, read
 from alexnet_dist.config import OwnOptions
 from alexnet_dist.data.photographs import finish
 from alexnet_dist.errors import Failure, run_command
@@ -36,7 +37,6 @@ from alexnet_dist.model import VARIANTS
 from alexnet_dist.model.preprocessing import Preprocessed
 from alexnet_dist.parallel.mesh import start
 from alexnet_dist.tracking.card import Exported, card
-from alexnet_dist.trained import Trained, read
 from alexnet_dist.training import weights
 
 OPSET = 18

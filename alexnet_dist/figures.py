@@ -23,6 +23,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from alexnet_dist.assembly.trained import Trained
+from alexnet_dist.assembly.trained import read as read_network
 from alexnet_dist.config import Config, parse, take_option
 from alexnet_dist.data import build_engine
 from alexnet_dist.data.engine import Batch
@@ -35,8 +37,6 @@ from alexnet_dist.parallel.mesh import Mesh, start
 from alexnet_dist.tracking import paper_figures, passes, plots
 from alexnet_dist.tracking.console import IndexProgress, with_progress
 from alexnet_dist.tracking.events import Event, read, surviving
-from alexnet_dist.trained import Trained
-from alexnet_dist.trained import read as read_network
 
 FIGURES = ("curves", "1", "3", "4")
 IMAGES, QUERIES, NEIGHBOURS, LABELS = 8, 5, 6, 5

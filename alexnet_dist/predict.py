@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from alexnet_dist.assembly.trained import Trained, read
 from alexnet_dist.config import Config, OwnOptions, parse
 from alexnet_dist.data.photographs import Viewed, finish, look, paths
 from alexnet_dist.errors import Failure, run_command, stderr
@@ -27,7 +28,6 @@ from alexnet_dist.parallel.arithmetic import choose_precision, set_arithmetic
 from alexnet_dist.parallel.ddp import DataParallel
 from alexnet_dist.parallel.mesh import Mesh, start
 from alexnet_dist.tracking.guesses import guesses
-from alexnet_dist.trained import Trained, read
 
 PROGRAM = "python -m alexnet_dist.predict"
 PICTURED = 60

@@ -4,18 +4,12 @@ torchrun --nproc_per_node=2 -m alexnet_dist.train --config configs/imagenette.ya
 """
 
 import contextlib
-import os
-import platform
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-import numpy as np
-import torch
-from torch.distributed.tensor import DTensor
-
-from alexnet_dist import __version__
+from alexnet_dist.assembly import telling
+from alexnet_dist.assembly.parts import Images, Learner, check_network
 from alexnet_dist.config import (
     Config,
     Parsed,
@@ -25,34 +19,17 @@ from alexnet_dist.config import (
     time_limit,
     to_dict,
 )
-from alexnet_dist.data import build_engine
-from alexnet_dist.data.augment import pixels_for
-from alexnet_dist.data.engine import Batch, Engine
-from alexnet_dist.data.plan import EvaluationPlan, Plan
-from alexnet_dist.data.sources import Catalogue, make_catalogue, open_sources
+from alexnet_dist.data.engine import Engine
 from alexnet_dist.errors import Failure, run_command
-from alexnet_dist.model import VARIANTS, draw_masks, initial_weights, outline
-from alexnet_dist.parallel import build_layout, check_layout, warm_up
-from alexnet_dist.parallel.arithmetic import choose_precision, device_name, set_arithmetic
-from alexnet_dist.parallel.ddp import Compression
 from alexnet_dist.parallel.mesh import Mesh, start
 from alexnet_dist.parallel.watch import Watch
-from alexnet_dist.tracking.console import IndexProgress
 from alexnet_dist.tracking.reporter import Reporter
 from alexnet_dist.tracking.run import RunFolder, choose_folder, read_config
 from alexnet_dist.training.checkpoint import Checkpoints
-from alexnet_dist.training.loop import (
-    Clock,
-    Meters,
-    check_count,
-    evaluate,
-    set_rates,
-    train_step,
-)
-from alexnet_dist.training.optim import build_optimizer, velocities
+from alexnet_dist.training.loop import Clock, Meters, check_count, evaluate, train_step
+from alexnet_dist.training.optim import velocities
 from alexnet_dist.training.preemption import INTERRUPT, Preempted, Preemption
 from alexnet_dist.training.saver import Saver
-from alexnet_dist.training.schedules import Schedule, value_at
 
 
 def main(arguments: list[str]) -> None:
@@ -61,12 +38,12 @@ def main(arguments: list[str]) -> None:
     parsed = parse(arguments, program=program, description=__doc__)
     runtime = parsed.config.runtime
     mesh = start(runtime.device, runtime.threads, runtime.timeout)
-    _check_layout(parsed.config, mesh)
+    check_network(parsed.config, mesh)
     folder, path, kept = _open_run(mesh, parsed)
     try:
         if kept:
             parsed = parse(arguments, program=program, description=__doc__, underneath=kept)
-            _check_layout(parsed.config, mesh)
+            check_network(parsed.config, mesh)
         run = Run(parsed.config, mesh.arrange(parsed.config.parallel.towers), folder, path)
         run.train()
     except Failure as failure:  # for a person to mend: to start again by itself is of no use
@@ -87,89 +64,13 @@ HASTE_SECONDS = 5.0
 
 
 class Run:
-    """One life of a training run: everything it needs, built in the order it is needed."""
+    """One life of a training run: what it is made of, and where it stands."""
 
     def __init__(self, config: Config, mesh: Mesh, folder: RunFolder | None, path: Path) -> None:
         self.config, self.mesh, self.path = config, mesh, path
-        data, runtime = config.data, config.runtime
-        self.precision = choose_precision(runtime.precision, mesh.device)
-        set_arithmetic(self.precision, runtime.deterministic)
-        self.threads = data.threads or mesh.threads
-
-        # the images
-        self.catalogue = mesh.from_first(
-            lambda: make_catalogue(data.root, data.cache, IndexProgress())
-        )
-        _check_batch(config, mesh, self.catalogue)
-        train_source, val_source = open_sources(self.catalogue)
-        fraction = data.image_size / data.resize
-        self.plan = Plan(
-            self.catalogue.train.sizes,
-            data.batch_size,
-            config.train.seed,
-            crop=data.crop,
-            fraction=fraction,
-            scale=data.scale,
-            ratio=data.ratio,
-            flip=data.flip,
-            strength=self._colour_strength,
-        )
-        self.evaluation = EvaluationPlan(self.catalogue.val.sizes, data.eval_batch_size, fraction)
-        reads, statistics = VARIANTS[config.model.variant].pixels, self.catalogue.statistics
-        self.pixels = pixels_for(reads, statistics, side=data.image_size, colour=data.colour)
-        self.val_pixels = pixels_for(reads, statistics, side=data.image_size)
-        skip = data.on_bad_image == "skip"
-
-        def engine(source: Any, pixels: Any, plan: Plan | None, batch: int, policy: Any) -> Engine:
-            return build_engine(
-                data.engine,
-                source,
-                pixels,
-                plan=plan,
-                fraction=fraction,
-                max_batch=max(mesh.local_batch(batch), 1),
-                device=mesh.device,
-                decoder=data.decoder,
-                threads=self.threads,
-                ahead=data.ahead,
-                policy=policy if skip else "stop",
-            )
-
-        self.engine = engine(train_source, self.pixels, self.plan, data.batch_size, "substitute")
-        self.val_engine = engine(val_source, self.val_pixels, None, data.eval_batch_size, "omit")
-
-        # the network, its layout and its optimizer
-        self.classes = config.model.num_classes or len(self.catalogue.train.classes)
-        self.model, _ = self._drawn()
-        parallel = config.parallel
-        self.layout = build_layout(
-            self.model,
-            mesh,
-            batch=data.batch_size,
-            num_classes=self.classes,
-            precision=self.precision,
-            fc=parallel.fc,
-            fc_schedule=parallel.fc_schedule,
-            compression=Compression(
-                parallel.compress, parallel.powersgd_rank, parallel.powersgd_start
-            ),
-            compile_model=runtime.compile,
-        )
-        optim = config.optim
-        self.schedule = Schedule(
-            lr=optim.lr, bias_lr=optim.bias_lr, epochs=config.train.epochs, **vars(optim.schedule)
-        )
-        self.schedule_at_first = self.schedule.state()
-        self.optimizer = build_optimizer(
-            optim.name,
-            self.layout.parameters,
-            lr=optim.lr,
-            momentum=optim.momentum,
-            weight_decay=optim.weight_decay,
-            own=optim.schedule.table,
-        )
-
-        # where the run stands
+        self.images = Images(config, mesh)
+        self.learner = Learner(config, mesh, self.images)
+        self.layout, self.optimizer = self.learner.layout, self.learner.optimizer
         keep = config.checkpoint
         self.saver = Saver(
             Checkpoints(
@@ -186,7 +87,7 @@ class Run:
         )
         self.step = 0
         self.evaluated = -1  # the step of the last evaluation
-        self.meters = Meters(data.batch_size, mesh.replicas)
+        self.meters = Meters(config.data.batch_size, mesh.replicas)
         self.suspect = -1  # the step that a rollback was for
         self.layout.scaler.guarding = config.train.on_nan == "skip"
         self.before, self.damaged = self._restore()  # the options of the life before, if any
@@ -195,7 +96,7 @@ class Run:
             folder,
             to_dict(config),
             steps=self.steps,
-            steps_per_epoch=self.plan.steps,
+            steps_per_epoch=self.images.plan.steps,
             wandb=config.track.wandb,
             project=config.track.project,
             images=config.track.images,
@@ -205,25 +106,12 @@ class Run:
     def steps(self) -> int:
         """Steps of the whole run."""
         train = self.config.train
-        return max(round(train.epochs * train.epochs_scale * self.plan.steps), 1)
+        return max(round(train.epochs * train.epochs_scale * self.images.plan.steps), 1)
 
     @property
     def passes(self) -> float:
         """Passes over the training images so far."""
-        return self.step / self.plan.steps
-
-    @property
-    def life(self) -> float:
-        """Where the run is in the life that its schedules tell of, in that life's passes."""
-        return self.passes / self.config.train.epochs_scale
-
-    def _colour_strength(self, passes: float) -> float:
-        data = self.config.data
-        if data.colour == "none":
-            return 0.0
-        if not data.colour_table:
-            return data.colour_strength
-        return value_at(data.colour_table, passes / self.config.train.epochs_scale)
+        return self.step / self.images.plan.steps
 
     def train(self) -> None:
         """Train to the end of the run, or to train.max_steps of it, or until it is told to stop.
@@ -250,7 +138,7 @@ class Run:
             self._agree()
             self._announce()
             if mesh.world > 1:
-                self._warm_up()
+                self.learner.warm_up()
             self._train(last)
         except Preempted as stop:
             self._leave(stop.cause)
@@ -264,7 +152,7 @@ class Run:
         result: dict[str, float] = {}
         while self.step < last or self.evaluated < self.step:
             try:
-                end = min(last, (self._epoch + 1) * self.plan.steps)
+                end = min(last, (self._epoch + 1) * self.images.plan.steps)
                 if not self._wants_evaluation(last):
                     self._train_to(end)
                 self._collect()
@@ -278,17 +166,17 @@ class Run:
 
     def _wants_evaluation(self, last: int) -> bool:
         """Whether training has come to where it is evaluated, and was stopped before it was."""
-        due = self.step > 0 and (self.step % self.plan.steps == 0 or self.step >= last)
+        due = self.step > 0 and (self.step % self.images.plan.steps == 0 or self.step >= last)
         return due and self.evaluated < self.step
 
     def _end_epoch(self) -> dict[str, float]:
         """Evaluate, and save what training has come to."""
-        whole = self.step % self.plan.steps == 0 or self.step == self.steps
+        whole = self.step % self.images.plan.steps == 0 or self.step == self.steps
         result = self.evaluate()
         self._record_epoch()
         self.evaluated = self.step
         if whole:
-            self.schedule.observe(result["top1_error"])
+            self.learner.schedule.observe(result["top1_error"])
             self.meters.next_epoch()
         self.saver.settle()
         best = self.saver.best
@@ -298,13 +186,14 @@ class Run:
 
     @property
     def _epoch(self) -> int:
-        return self.step // self.plan.steps
+        return self.step // self.images.plan.steps
 
     def _train_to(self, end: int) -> None:
         """Steps up to ``end``, which lies in this epoch or is its last."""
         config = self.config
-        draws = self.plan.epoch(self._epoch, self.step % self.plan.steps, self.mesh.rows)
-        batches = self.engine.batches(draws)
+        plan = self.images.plan
+        draws = plan.epoch(self._epoch, self.step % plan.steps, self.mesh.rows)
+        batches = self.images.engine.batches(draws)
         try:
             self.clock.start()
             while self.step < end:
@@ -312,10 +201,11 @@ class Run:
                 batch = next(batches)
                 self.clock.waited()
                 if self.step == 0:
-                    self._show_first(batch)
+                    telling.show_first(self.report, self.images, batch)
                 self.watch.beat(f"computing step {self.step + 1}")
-                rates = set_rates(self.optimizer, self.schedule, self.life)
-                result = train_step(self.layout, self.optimizer, batch, self._masks(self.step))
+                rates = self.learner.set_rates(self.passes)
+                masks = self.learner.masks(self.step)
+                result = train_step(self.layout, self.optimizer, batch, masks)
                 self.step += 1
                 self.meters.add(self.step, result, batch.numbers)
                 self.clock.stepped()
@@ -330,27 +220,9 @@ class Run:
         finally:
             batches.close()
 
-    def _masks(self, step: int) -> tuple[torch.Tensor, ...]:
-        return draw_masks(
-            self.model.dropouts(),
-            seed=self.config.train.seed,
-            step=step,
-            batch=self.config.data.batch_size,
-            rows=self.layout.mask_rows,
-            device=self.mesh.device,
-        )
-
-    def _warm_up(self) -> None:
-        count = self.mesh.local_batch(self.config.data.batch_size)
-        side, device = self.config.data.image_size, self.mesh.device
-        images = torch.zeros(count, 3, side, side, device=device)
-        images = images.to(memory_format=torch.channels_last)
-        labels = torch.zeros(count, dtype=torch.int64, device=device)
-        warm_up(self.layout, images, labels, self._masks(0))
-
     def _record(self, rates: dict[str, float]) -> None:
         """A line of the records: the steps since the last one."""
-        self._report_bad(self.engine)
+        self._report_bad(self.images.engine)
         self._collect()
         self.saver.settle(wait=False)
         steps = len(self.meters.losses)
@@ -365,7 +237,7 @@ class Run:
             top1_error=error,
             lr=rates["weights"],
             rates=rates,
-            colour_strength=self._colour_strength((self.step - 1) / self.plan.steps),
+            colour_strength=self.images.colour_strength((self.step - 1) / self.images.plan.steps),
             steps=steps,
             images_per_second=timed / max(seconds, 1e-9),
             data_wait=waited / max(seconds, 1e-9),
@@ -374,7 +246,7 @@ class Run:
 
     def _record_epoch(self) -> None:
         """What the epoch so far was made of."""
-        self._report_bad(self.engine)
+        self._report_bad(self.images.engine)
         steps = max(self.meters.epoch_steps, 1)
         self.report.emit(
             "epoch",
@@ -397,13 +269,13 @@ class Run:
             self.watch.beat(f"evaluating after step {self.step}")
             self.preemption.check(2 * longest + 2 * self.saver.longest)
 
-        batches = self.val_engine.batches(self.evaluation.draws(self.mesh.rows))
+        batches = self.images.val_engine.batches(self.images.evaluation.draws(self.mesh.rows))
         try:
             result = evaluate(self.layout, batches, self.mesh.device, between)
         finally:
             batches.close()
-        left_out = self._report_bad(self.val_engine)
-        check_count(result, left_out, len(self.catalogue.val))
+        left_out = self._report_bad(self.images.val_engine)
+        check_count(result, left_out, len(self.images.catalogue.val))
         if left_out:
             result["left_out"] = left_out
         seconds = time.perf_counter() - begin
@@ -426,20 +298,21 @@ class Run:
         self._collect()
         if not self.saver.finite():
             self._not_finite(self.step, "a weight is not finite")
+        catalogue = self.images.catalogue
         standing = {
             "run": self.path.name,
             "step": self.step,
             "evaluated": self.evaluated,
-            "schedule": self.schedule.state(),
+            "schedule": self.learner.schedule.state(),
             "meters": self.meters.state(),
             "scaler": self.layout.scaler.state_dict(),
             "config": to_dict(self.config),
-            "classes": self.catalogue.train.classes,
-            "statistics": self.catalogue.statistics.to_json(),
-            "fingerprint": self.catalogue.fingerprint,
-            "images": {"train": len(self.catalogue.train), "val": len(self.catalogue.val)},
+            "classes": catalogue.train.classes,
+            "statistics": catalogue.statistics.to_json(),
+            "fingerprint": catalogue.fingerprint,
+            "images": {"train": len(catalogue.train), "val": len(catalogue.val)},
             "wandb_id": self.report.wandb_id,
-            "versions": _versions(),
+            "versions": telling.versions(),
         }
         self.saver.save(standing, best)
         self.clock.start()
@@ -451,7 +324,7 @@ class Run:
         if state is None:
             return None, damaged + self._begin()
         self.step, self.evaluated = state["step"], state["evaluated"]
-        self.schedule.load(state["schedule"])
+        self.learner.schedule.load(state["schedule"])
         self.meters.load(state["meters"])
         if state["scaler"]:  # empty where the run was not in fp16 before
             self.layout.scaler.load_state_dict(state["scaler"])
@@ -464,22 +337,21 @@ class Run:
             "one begins by --run.name NAME or --run.resume never"
         )
         refuse_other_meaning(state["config"], to_dict(self.config), way_out)
-        if state["fingerprint"] != self.catalogue.fingerprint:
+        catalogue = self.images.catalogue
+        if state["fingerprint"] != catalogue.fingerprint:
             raise Failure(
-                f"the images below {self.catalogue.train.folder} are others than before: {way_out}",
+                f"the images below {catalogue.train.folder} are others than before: {way_out}",
                 everywhere=True,
             )
 
     def _begin(self) -> list[str]:
         """Stand at step 0, with initial weights or those asked for; a sentence where these do not
         have all."""
-        _, weights = self._drawn()
-        self.layout.sharding.fill(self.layout.parameters, weights)
+        self.learner.draw()
         for velocity in velocities(self.optimizer, self.layout.parameters).values():
             velocity.zero_()
         self.step, self.evaluated, self.saver.best = 0, -1, None
         self.meters = Meters(self.config.data.batch_size, self.mesh.replicas)
-        self.schedule.load(self.schedule_at_first)
         path = self.config.model.weights
         anew = self.saver.start_from(path) if path else []
         return [f"{path} has no {', '.join(anew)} for this network: drawn anew"] if anew else []
@@ -499,29 +371,13 @@ class Run:
         self.report.say(
             f"stopped by {cause} at step {here[0]} of {self.steps}, {saved} same command goes on"
         )
-        self.engine.close()
-        self.val_engine.close()
+        self.images.close()
         if by_hand:
             raise SystemExit(130)
 
     def _warn(self, sentences: list[str]) -> None:
         for sentence in sentences:
             self.report.emit("warning", step=self.step, message=sentence)
-
-    def _drawn(self) -> tuple[Any, Iterator[tuple[str, torch.Tensor]]]:
-        """The network without memory, and its initial weights, each drawn when it is asked for."""
-        config = self.config
-        torch.manual_seed(config.train.seed)
-        try:
-            model = outline(
-                config.model.variant,
-                num_classes=self.classes,
-                dropout=config.model.dropout,
-                image_size=config.data.image_size,
-            )
-            return model, initial_weights(model, config.model.init)
-        except ValueError as error:
-            raise Failure(str(error), everywhere=True) from None
 
     # numbers that are not finite
 
@@ -537,7 +393,7 @@ class Run:
             return
         guarded = self.layout.scaler.guarding
         for one in bad if guarded else bad[:1]:  # without a guard the others follow from it
-            paths = [self.engine.bad.source.path(number) for number in one.numbers.tolist()]
+            paths = [self.images.engine.bad.source.path(number) for number in one.numbers.tolist()]
             self.report.emit("nan", step=one.step, what=one.what, left_out=guarded, paths=paths)
         if not guarded or self.meters.bad_in_a_row >= BAD_STEPS_IN_A_ROW:
             self._not_finite(bad[0].step, bad[0].what)
@@ -573,7 +429,7 @@ class Run:
 
     def _agree(self) -> None:
         """See to it that all processes were given the same run, and share its images out."""
-        mine = (to_dict(self.config), self.catalogue.fingerprint, self.step)
+        mine = (to_dict(self.config), self.images.catalogue.fingerprint, self.step)
         rows = range(self.config.data.batch_size)[self.mesh.rows] if self.mesh.speaks else range(0)
         everyone = self.mesh.gather((mine, rows))
         positions = sorted(position for _, rows in everyone for position in rows)
@@ -585,113 +441,29 @@ class Run:
             )
 
     def _announce(self) -> None:
-        config, mesh = self.config, self.mesh
-        facts = {
-            "world_size": mesh.world,
-            "device": device_name(mesh.device),
-            "precision": self.precision,
-            "threads": mesh.threads,
-            "engine": self.engine.description,
-            "layout": self.layout.description,
-            "parameters": sum(p.numel() for p in self.model.parameters()),
-            "train_images": len(self.catalogue.train),
-            "val_images": len(self.catalogue.val),
-            "fingerprint": self.catalogue.fingerprint,
-            "versions": _versions(),
-            "lives": _lives(),
-        }
-        many = "processes" if mesh.world > 1 else "process"
-        self.report.say(
-            f"{config.model.variant}: {facts['parameters']:,} parameters, "
-            f"{len(self.catalogue.train.classes)} classes, {facts['train_images']:,} training "
-            f"and {facts['val_images']:,} validation images\n"
-            f"{mesh.world} {many} on {facts['device']}, {mesh.threads} threads each, "
-            f"{self.precision}; {self.engine.description}\n"
-            f"{self.layout.description}\n"
-            f"the run is in {self.path}"
-        )
-        if self.before is not None:
-            self.report.emit(
-                "resume",
-                step=self.step,
-                epoch=self.passes,
-                changed=changes(self.before, to_dict(config)),
-                **facts,
-            )
+        known = telling.facts(self.mesh, self.images, self.learner)
+        config = to_dict(self.config)
+        self.report.say(telling.opening(self.config, self.images, known, self.path))
+        if self.before is None:
+            self.report.emit("start", step=0, epoch=0.0, config=config, **known)
         else:
-            self.report.emit("start", step=0, epoch=0.0, config=to_dict(config), **facts)
+            changed = changes(self.before, config)
+            self.report.emit("resume", step=self.step, epoch=self.passes, changed=changed, **known)
         self._warn(self.damaged)
-
-    def _show_first(self, batch: Batch) -> None:
-        """What the network really sees, as a picture."""
-        if not self.report.speaks:
-            return
-        classes = self.catalogue.train.classes
-        seen = self.pixels.seen(batch.images[:32], self._colour_strength(0))
-        captions = [classes[label] for label in batch.labels[:32].tolist()]
-        title = "the first training batch, as the network sees it"
-        self.report.sheet("first_batch", self.step, seen, captions, title)
-
-    def _predictions(self) -> None:
-        """A few validation images with what the network takes them for.
-
-        All processes compute the same ones: under some layouts it takes all of them.
-        """
-        first = next(iter(self.evaluation.draws(slice(None))))
-        room = self.config.data.eval_batch_size // self.mesh.replicas
-        count = min(16, len(first.numbers), max(room, 1))
-        spread = np.linspace(0, len(self.catalogue.val) - 1, count).astype(np.int64)
-        some = first.only(np.arange(len(first.numbers)) < count).substituted(spread)
-        batch = next(iter(self.val_engine.batches([some])))
-        chances = self.layout.logits(batch.images).softmax(1).max(1)
-        if not self.report.speaks:
-            return
-        classes = self.catalogue.train.classes
-        captions = [
-            f"{classes[best]} {chance:.0%}" + ("" if best == label else f"\n(is {classes[label]})")
-            for best, chance, label in zip(
-                chances.indices.tolist(),
-                chances.values.tolist(),
-                batch.labels.tolist(),
-                strict=True,
-            )
-        ]
-        seen = self.val_pixels.seen(batch.images)
-        self.report.sheet("predictions", self.step, seen, captions, "validation images")
 
     def _finish(self, result: dict[str, float]) -> None:
         ended = self.step >= self.steps
-        self._predictions()
+        telling.show_predictions(self.report, self.images, self.learner, self.mesh, self.step)
         self.report.curves(self.step)
-        first = next(t for t in self.saver.tensors().values() if t.dim() == 4)
-        kernels = first.full_tensor() if isinstance(first, DTensor) else first
-        self.report.kernels(
-            self.step,
-            kernels.float().cpu().numpy(),
-            VARIANTS[self.config.model.variant].towers,
-            f"first-layer kernels after {self.passes:.4g} passes",
-        )
+        tensors = self.saver.tensors()
+        telling.show_kernels(self.report, self.config, tensors, self.step, self.passes)
         self.report.emit(
             "end", step=self.step, epoch=self.passes, ended=ended, **result, best=self.saver.best
         )
         self.report.close("ended" if ended else "stopped", self.step)
-        self.engine.close()
-        self.val_engine.close()
-        self.report.say(
-            f"top-1 accuracy {100 - result['top1_error']:.2f} %  (error {result['top1_error']:.2f} "
-            f"%, top-5 {result['top5_error']:.2f} %) on {result['images']} validation images\n"
-            f"records, curves and kernels: {self.path}"
-        )
-        if not ended:
-            self.report.say(
-                f"stopped at step {self.step} of {self.steps}; the same command goes on from here"
-            )
-        if self.catalogue.train.folder.endswith("digits/train"):
-            self.report.say(
-                "next: Imagenette  --config configs/imagenette.yaml --data.root DIR\n"
-                "      CIFAR-10    --data.root DIR (its own files, or folders of images)\n"
-                "      ImageNet    --config configs/paper2012.yaml --data.root IMAGENET"
-            )
+        self.images.close()
+        stopped = "" if ended else f"step {self.step} of {self.steps}"
+        self.report.say(telling.closing(self.images, result, self.path, stopped))
 
     def _already_there(self, last: int) -> None:
         self.report.close("ended" if self.step >= self.steps else "stopped", self.step)
@@ -717,71 +489,6 @@ def _open_run(mesh: Mesh, parsed: Parsed) -> tuple[RunFolder | None, Path, dict[
 
     path, kept = mesh.from_first(choose)
     return (opened[0] if opened else None), Path(path), kept
-
-
-def _check_layout(config: Config, mesh: Mesh) -> None:
-    if config.model.variant not in VARIANTS:
-        raise Failure(
-            f"there is no model.variant {config.model.variant}; there are {', '.join(VARIANTS)}",
-            everywhere=True,
-        )
-    parallel = config.parallel
-    check_layout(
-        VARIANTS[config.model.variant],
-        mesh.world,
-        towers=parallel.towers,
-        fc=parallel.fc,
-        compress=parallel.compress,
-        precision=choose_precision(config.runtime.precision, mesh.device),
-    )
-
-
-def _check_batch(config: Config, mesh: Mesh, catalogue: Catalogue) -> None:
-    batch, images = config.data.batch_size, len(catalogue.train)
-    classes, asked = len(catalogue.train.classes), config.model.num_classes
-    if batch < mesh.replicas:
-        raise Failure(
-            f"data.batch_size {batch} is the global batch, and has no image for some of the "
-            f"{mesh.replicas} {'processes' if mesh.towers == 1 else 'pairs of processes'}: raise "
-            "it, or take fewer processes",
-            everywhere=True,
-        )
-    if images < batch:
-        raise Failure(
-            f"data.batch_size {batch} is more than the {images} images of "
-            f"{catalogue.train.folder}: take a smaller one",
-            everywhere=True,
-        )
-    if classes < 2:
-        raise Failure(
-            f"{catalogue.train.folder} has one class only, of which nothing can be learned: it "
-            "wants a folder for each class",
-            everywhere=True,
-        )
-    if asked is not None and asked < classes:
-        raise Failure(
-            f"model.num_classes is {asked}, but {catalogue.train.folder} has {classes} classes: "
-            "leave it out, and the data decides",
-            everywhere=True,
-        )
-
-
-def _lives() -> dict[str, str]:
-    """Which of its lives this is, as launcher and cluster count them."""
-    names = {
-        "torchrun_restarts": "TORCHELASTIC_RESTART_COUNT",
-        "slurm_job": "SLURM_JOB_ID",
-        "slurm_restarts": "SLURM_RESTART_COUNT",
-    }
-    return {name: os.environ[word] for name, word in names.items() if word in os.environ}
-
-
-def _versions() -> dict[str, str]:
-    return {
-        "alexnet_dist": __version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
 
 
 if __name__ == "__main__":

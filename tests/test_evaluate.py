@@ -12,12 +12,12 @@ import torch.distributed as dist
 from PIL import Image
 
 from alexnet_dist import evaluate
+from alexnet_dist.assembly.trained import Trained
 from alexnet_dist.config import Config, to_dict
 from alexnet_dist.data.sources import Index, make_catalogue
 from alexnet_dist.errors import Failure
 from alexnet_dist.model import build_model
 from alexnet_dist.parallel.mesh import Mesh
-from alexnet_dist.trained import Trained
 from alexnet_dist.training import checkpoint
 from tests.conftest import write_images
 

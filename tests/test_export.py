@@ -19,13 +19,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from alexnet_dist import evaluate, export
+from alexnet_dist.assembly.trained import read
 from alexnet_dist.data.photographs import finish, view
 from alexnet_dist.errors import Failure
 from alexnet_dist.export import FORMATS, main
 from alexnet_dist.model import Network, build_model
 from alexnet_dist.model.preprocessing import Preprocessed
 from alexnet_dist.parallel import mesh
-from alexnet_dist.trained import read
 from alexnet_dist.training.optim import build_optimizer
 from alexnet_dist.training.saver import Saver
 from tests.conftest import SIDE, train, write_images

@@ -9,13 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
+from alexnet_dist.assembly.trained import read
 from alexnet_dist.data.dataloader import DataLoaderEngine
 from alexnet_dist.data.plan import EvaluationPlan
 from alexnet_dist.data.sources import FolderSource, Index
 from alexnet_dist.errors import Failure
 from alexnet_dist.model import Network
 from alexnet_dist.predict import main
-from alexnet_dist.trained import read
 from tests.conftest import SIDE
 from tests.networks import CLASSES, CPU, command, save_network
 

@@ -1,0 +1,1 @@
+"""What commands put together of the other rooms, by the options of a config."""
