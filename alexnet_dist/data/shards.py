@@ -299,7 +299,8 @@ def _write_statistics(out: Path, records: list[dict[str, Any]], form: Form) -> N
     count = sum(int(record["count"]) for record in records)
     if count == 0:
         raise Failure(
-            f"not one training image could be decoded: mend the source, remove {out}, and prepare anew"
+            f"not one training image could be decoded: mend the source, remove {out}, and prepare "
+            "it anew"
         )
     total = Moments(form.size)
     mean_image = total.mean_image.astype(np.float64)
