@@ -383,7 +383,7 @@ def understand(arguments: list[str]) -> argparse.Namespace:
     add(
         "--workers",
         type=_number(1, 1024),
-        default=len(os.sched_getaffinity(0)),
+        default=_processors(),
         help="processes (as many as there are CPUs)",
     )
     add("--seed", type=_number(0, 2**63), default=0, help="of the order of images in shards (0)")
@@ -405,6 +405,12 @@ def understand(arguments: list[str]) -> argparse.Namespace:
     if words.format == "pixels" and words.crop != "center":
         raise Failure("--format pixels wants images of one size: give --crop center, too")
     return words
+
+
+def _processors() -> int:
+    """CPUs that this process may use."""
+    bound = getattr(os, "sched_getaffinity", None)  # Linux has it
+    return len(bound(0)) if bound else os.cpu_count() or 1
 
 
 def _number(low: float, high: float, kind: type = int) -> Callable[[str], Any]:

@@ -8,6 +8,7 @@ import pickle
 import resource
 import signal
 import subprocess
+import sys
 import tarfile
 import time
 from collections.abc import Callable
@@ -228,6 +229,7 @@ def test_cifar10s_own_files(tmp_path: Path) -> None:
         batch = {"data": pixels[at].reshape(1, -1), "labels": [at % 2]}
         put(folder / name, pickle.dumps(batch, 2))
     put(folder / "batches.meta", pickle.dumps({"label_names": ["cat", "ship"]}))
+    assert prepare._downloaded("cifar10", tmp_path) == folder  # which is not got again
     found = listing(tmp_path, ([tmp_path], []))
     assert [(s.split, s.label) for s in found.samples].count(("val", "ship")) == 1
     by_name = {sample.name: sample for sample in found.samples}
@@ -472,7 +474,7 @@ def test_a_damaged_shard_is_found_when_read_back(tmp_path: Path) -> None:
     assert not shards.record_of(tmp_path / "out", shard).exists()
 
 
-def test_what_is_wrong_is_said(tmp_path: Path) -> None:
+def test_what_is_wrong_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def sentence(*words: str) -> str:
         with pytest.raises(Failure) as failure:
             prepare.main([*words])
@@ -499,6 +501,9 @@ def test_what_is_wrong_is_said(tmp_path: Path) -> None:
     cut = official(tmp_path / "official")[0][0]
     cut.write_bytes(cut.read_bytes()[:9000])
     assert "is damaged or cut short" in sentence(str(cut), "--out", out)
+    tables = parquet(tmp_path / "tables")[0][0]
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert "pip install 'alexnet-dist[prepare]'" in sentence(str(tables), "--out", out)
 
 
 def many_images(root: Path) -> Path:
