@@ -45,6 +45,7 @@ from alexnet_dist.data.samples import Listing
 from alexnet_dist.data.shards import OnBadImage, Shard
 from alexnet_dist.data.shrink import Form
 from alexnet_dist.errors import Failure, run_command, stderr
+from alexnet_dist.parallel.mesh import usable_processors
 
 DOWNLOADS = {"imagenette": "imagenette2", "cifar10": "cifar-10-batches-py"}
 """What --download gets, and the folder that it makes."""
@@ -196,7 +197,7 @@ def workers(count: int) -> Iterator[tuple[ProcessPoolExecutor, Any]]:
     ways = multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if "forkserver" in ways else "spawn")
     if "forkserver" in ways:  # torch is imported once, and not by each
-        context.set_forkserver_preload(["alexnet_dist.data.shards"])
+        context.set_forkserver_preload(["alexnet_dist.data.shards", "alexnet_dist.parallel.mesh"])
     done = context.Value("q", 0)
     pool = ProcessPoolExecutor(count, context, _begin, (done,))
     try:
@@ -383,7 +384,7 @@ def understand(arguments: list[str]) -> argparse.Namespace:
     add(
         "--workers",
         type=_number(1, 1024),
-        default=len(os.sched_getaffinity(0)),
+        default=usable_processors(),
         help="processes (as many as there are CPUs)",
     )
     add("--seed", type=_number(0, 2**63), default=0, help="of the order of images in shards (0)")

@@ -1,5 +1,6 @@
 """Preparation: every form of input, what is written, and what a kill or a full disk leaves."""
 
+import contextlib
 import csv
 import json
 import os
@@ -7,6 +8,7 @@ import pickle
 import resource
 import signal
 import subprocess
+import sys
 import tarfile
 import time
 from collections.abc import Callable
@@ -18,12 +20,14 @@ import pytest
 from PIL import Image
 
 from alexnet_dist import prepare
+from alexnet_dist.data import shards
+from alexnet_dist.data.formats import checked, decode
 from alexnet_dist.data.inputs import find_images
 from alexnet_dist.data.samples import Listing, read
 from alexnet_dist.data.shrink import Form, shrink
 from alexnet_dist.errors import Failure
 from tests.conftest import command, environment
-from tests.data.bad_images import encode, photograph
+from tests.data.bad_images import damaged, encode, photograph, whole
 
 CLASSES = ("n01440764", "n02102040", "n03000684")
 WORDS = ("tench, Tinca tinca", "English springer", "chain saw, chainsaw")
@@ -225,6 +229,7 @@ def test_cifar10s_own_files(tmp_path: Path) -> None:
         batch = {"data": pixels[at].reshape(1, -1), "labels": [at % 2]}
         put(folder / name, pickle.dumps(batch, 2))
     put(folder / "batches.meta", pickle.dumps({"label_names": ["cat", "ship"]}))
+    assert prepare._downloaded("cifar10", tmp_path) == folder  # which is not got again
     found = listing(tmp_path, ([tmp_path], []))
     assert [(s.split, s.label) for s in found.samples].count(("val", "ship")) == 1
     by_name = {sample.name: sample for sample in found.samples}
@@ -279,8 +284,8 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("prepared")
     class_folders(root / "in")
     (root / "in/train/n01440764/n01440764_3.JPEG").write_bytes(b"no image")
-    whole = root / "in/train/n02102040/n02102040_1.JPEG"
-    whole.write_bytes(whole.read_bytes()[:900])
+    cut = root / "in/train/n02102040/n02102040_1.JPEG"
+    cut.write_bytes(cut.read_bytes()[:900])
     for name, count in (("one", "1"), ("four", "4")):
         words = ["--size", str(SIZE), "--shard_mb", "0.01", "--workers", count]
         prepare.main([str(root / "in"), "--out", str(root / name), *words])
@@ -306,11 +311,11 @@ def test_one_worker_and_four_write_the_same_bits(prepared: Path) -> None:
     ours = {path.name: path.read_bytes() for path in (prepared / "one").iterdir()}
     assert {path.name: path.read_bytes() for path in (prepared / "four").iterdir()} == ours
     about = json.loads(ours["prepared.json"])
-    shards = [file["name"] for file in about["splits"]["train"]["files"]]
-    assert len(shards) > 2
+    tars = [file["name"] for file in about["splits"]["train"]["files"]]
+    assert len(tars) > 2
     assert sorted(ours) == sorted(
         [
-            *shards,
+            *tars,
             *(file["name"] for file in about["splits"]["val"]["files"]),
             *("prepared.json", "statistics.npz", "train.index.npz", "val.index.npz"),
             "bad-images.jsonl",
@@ -400,6 +405,29 @@ def test_the_small_image_is_pillows_to_rounding() -> None:
     assert difference.max() <= 2
 
 
+def test_odd_images_become_what_the_package_decodes_and_damaged_ones_nothing() -> None:
+    form = Form("shards", 64, "none", 95)
+    for kind, content in whole().items():
+        encoded = np.frombuffer(content, np.uint8)
+        image, ours = decode(checked(encoded)), shrink(encoded, form)
+        if min(image.size) <= 64:
+            assert ours.encoded == content, kind
+            continue
+        height, width, _ = ours.pixels.shape
+        assert min(height, width) == 64, kind
+        pillow = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
+        assert np.abs(ours.pixels.astype(int) - pillow).max() <= 2, kind
+        again = np.asarray(Image.open(BytesIO(ours.encoded)))
+        assert np.abs(ours.pixels.astype(int) - again).mean() < 5, kind
+    accepted = []
+    for kind, damage in damaged().items():
+        if isinstance(damage, bytes):
+            with contextlib.suppress(OSError):
+                shrink(np.frombuffer(damage, np.uint8), form)
+                accepted.append(kind)
+    assert not accepted
+
+
 def test_pixels_are_one_array_without_gaps(prepared: Path) -> None:
     out = prepared / "pixels"
     words = ["--format", "pixels", "--crop", "center", "--size", "64", "--shard_mb", "0.05"]
@@ -431,8 +459,6 @@ def test_a_finished_folder_is_left_alone(
 
 
 def test_a_damaged_shard_is_found_when_read_back(tmp_path: Path) -> None:
-    from alexnet_dist.data import shards
-
     found = listing(tmp_path, class_folders(tmp_path / "in"))
     (tmp_path / "out/.partial").mkdir(parents=True)
     form = Form("shards", SIZE, "none", 95)
@@ -448,7 +474,7 @@ def test_a_damaged_shard_is_found_when_read_back(tmp_path: Path) -> None:
     assert not shards.record_of(tmp_path / "out", shard).exists()
 
 
-def test_what_is_wrong_is_said(tmp_path: Path) -> None:
+def test_what_is_wrong_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def sentence(*words: str) -> str:
         with pytest.raises(Failure) as failure:
             prepare.main([*words])
@@ -467,11 +493,17 @@ def test_what_is_wrong_is_said(tmp_path: Path) -> None:
     assert "has other things in it" in sentence(str(folder / "train"), "--out", str(tmp_path))
     put(tmp_path / "file", b"")
     assert "cannot be written" in sentence(str(folder), "--out", str(tmp_path / "file/out"))
+    with prepare.only_one(tmp_path / "held"):
+        words = str(folder), "--out", str(tmp_path / "held")
+        assert "another command is preparing" in sentence(*words)
     put(folder / "val/n09999999/a.JPEG", b"")
     assert "classes without training images (n09999999)" in sentence(str(folder), "--out", out)
     cut = official(tmp_path / "official")[0][0]
     cut.write_bytes(cut.read_bytes()[:9000])
     assert "is damaged or cut short" in sentence(str(cut), "--out", out)
+    tables = parquet(tmp_path / "tables")[0][0]
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert "pip install 'alexnet-dist[prepare]'" in sentence(str(tables), "--out", out)
 
 
 def many_images(root: Path) -> Path:

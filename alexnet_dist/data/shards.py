@@ -300,7 +300,7 @@ def _write_statistics(out: Path, records: list[dict[str, Any]], form: Form) -> N
     if count == 0:
         raise Failure(
             f"not one training image could be decoded: mend the source, remove {out}, and prepare "
-            "anew"
+            "it anew"
         )
     total = Moments(form.size)
     mean_image = total.mean_image.astype(np.float64)
