@@ -105,18 +105,28 @@ def test_one_run_has_curves_and_no_figure_1(
     ]
 
 
-def test_groups_and_steps_without_a_loss_are_drawn(tmp_path: Path) -> None:
+def test_groups_and_steps_without_a_loss_are_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     events: list[dict[str, Any]] = [
         {
             **{"event": "train", "epoch": n / 8, "lr": 0.01, "top1_error": 50.0},
-            **{"loss": None if n == 3 else 1.0, "rates": {"weights": 0.01, "biases": 0.02}},
+            **{"loss": None if n == 3 else 1.0, "rates": {"weights": 0.1 / n, "conv1.bias": 0.2}},
         }
-        for n in range(16)
+        for n in range(1, 33)
     ]
-    assert passes.rates_by_pass(events)["biases"] == ([n / 8 for n in range(16)], [0.02] * 16)
+    drawn = []
+    monkeypatch.setattr(plots, "save", lambda figure, _: drawn.append(figure))
     plots.curves(tmp_path / "curves.png", {"a": events})
-    plots.curves(tmp_path / "curves.pdf", {"a": events})
-    assert_seen(tmp_path, "curves")
+    loss, _, rate = drawn[0].axes
+    assert 3 not in loss.lines[0].get_xdata() * 8
+    weights, biases = rate.lines
+    assert weights.get_ydata().tolist() == [0.1 / n for n in range(1, 33)]
+    assert biases.get_ydata().tolist() == [0.2] * 32
+    assert rate.get_xlim()[1] >= 4  # all of it is seen
+    assert rate.get_ylim()[0] < 0.1 / 32
+    legend = [text.get_text() for text in rate.get_legend().get_texts()]
+    assert legend == ["weights", "conv1.bias"]
 
 
 def test_the_nearest_are_those_of_a_plain_loop() -> None:

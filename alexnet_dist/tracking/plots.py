@@ -26,7 +26,7 @@ mpl.rcParams.update(
 )
 _TRAIN, _VALIDATION = "#8fb8de", "#c44536"
 _RUNS = ("#1f5a94", "#c44536", "#3d8b5f", "#8a5aa8", "#c98a1b", "#4d4d4d")
-_GROUPS = ("-", "--", ":", "-.")
+_GROUPS = ("-", "--", "-.", ":")
 
 
 def save(figure: Figure, path: Path, dpi: int = 200) -> None:
@@ -91,7 +91,7 @@ def curves(path: Path, runs: Mapping[str, Sequence[Event]]) -> None:
     """Loss, top-1 error and learning rates by passes, of one run's events or of several runs'.
 
     Training is pale, a running mean where records are dense; validation has a point for each
-    evaluation. A learning rate has a panel where the records have it.
+    evaluation, of few. A learning rate has a panel where the records have it.
     """
     alone = len(runs) == 1
     rates = {name: rates_by_pass(events) for name, events in runs.items()}
@@ -110,48 +110,49 @@ def curves(path: Path, runs: Mapping[str, Sequence[Event]]) -> None:
             passes = [e["epoch"] for e in train]
             axis.plot(passes, values, color=pale, lw=1, alpha=1 if alone else 0.4)
             passes, values = [e["epoch"] for e in evaluations], [e[value] for e in evaluations]
-            axis.plot(passes, values, color=strong, lw=1.5, marker="o", ms=3)
+            mark = "o" if len(evaluations) <= 30 else ""
+            axis.plot(passes, values, color=strong, lw=1.5, marker=mark, ms=3)
         best = min((e["top1_error"] for e in evaluations), default=None)
         found = "" if best is None else f", best {best:.2f} %"
         if alone:
-            lines = [_line(pale, "training"), _line(strong, f"validation{found}", marker="o")]
+            lines = [_line(pale, "training", lw=1), _line(strong, f"validation{found}")]
         else:
-            lines.append(_line(own, f"{name}{found}", marker="o"))
-        for style, (group, points) in zip(_GROUPS, rates[name].items(), strict=False):
-            axes[2].plot(*points, color=own, ls=style, lw=1.2, drawstyle="steps-pre", label=group)
+            lines.append(_line(own, f"{name}{found}"))
+    if panels == 3:
+        _draw_rates(axes[2], list(rates.values()))
     if not alone:
-        lines.append(_line("#999999", "training"))
+        lines.append(_line("#aaaaaa", "training", lw=1))
     for axis, label in zip(
         axes, ("cross-entropy", "top-1 error, %", "learning rate"), strict=False
     ):
         axis.set(xlabel="passes", ylabel=label)
         axis.set_xlim(left=0)
-        axis.set_ylim(bottom=0)
-    if panels == 3:
-        _finish_rates(axes[2], rates, alone)
+        if axis.get_yscale() == "linear":
+            axis.set_ylim(bottom=0)
     figure.legend(handles=lines, loc="outside lower center", ncols=min(len(lines), 4))
     if alone:
         figure.suptitle(next(iter(runs)).replace("$", r"\$"), fontsize=10)
     save(figure, path)
 
 
-def _line(colour: str, label: str, marker: str = "") -> Line2D:
-    style = {"lw": 1.5, "marker": marker, "ms": 3} if marker else {"lw": 1, "alpha": 0.7}
-    return Line2D([], [], color=colour, label=label.replace("$", r"\$"), **style)
+def _line(colour: str, label: str, lw: float = 1.5) -> Line2D:
+    return Line2D([], [], color=colour, lw=lw, label=label.replace("$", r"\$"))
 
 
-def _finish_rates(axis: Any, rates: Mapping[str, dict[str, Points]], alone: bool) -> None:
-    every = [v for groups in rates.values() for _, values in groups.values() for v in values]
-    moving = [value for value in every if value > 0]
+def _draw_rates(axis: Any, runs: Sequence[Mapping[str, Points]]) -> None:
+    """The rates of each run's groups: a style for each group, and a colour for each run, or, of
+    one run, for each group."""
+    groups = list(dict.fromkeys(group for rates in runs for group in rates))
+    for run, rates in enumerate(runs):
+        for group, points in rates.items():
+            number = groups.index(group)
+            colour = _RUNS[(run if len(runs) > 1 else number) % len(_RUNS)]
+            style = _GROUPS[number % len(_GROUPS)]
+            axis.plot(*points, color=colour, ls=style, lw=1.3, drawstyle="steps-pre", label=group)
+    moving = [v for rates in runs for _, values in rates.values() for v in values if v > 0]
     if moving and max(moving) > 30 * min(moving):
-        axis.set_yscale("log")
+        axis.set_yscale("log")  # on which a rate of zero drops out at the bottom
         axis.set_ylim(min(moving) / 2, max(moving) * 2)
-    groups = list(dict.fromkeys(group for each in rates.values() for group in each))
     if len(groups) > 1:
-        colour = _RUNS[0] if alone else "#555555"
-        axis.legend(
-            handles=[
-                Line2D([], [], color=colour, ls=style, lw=1.2, label=group)
-                for style, group in zip(_GROUPS, groups, strict=False)
-            ]
-        )
+        first = {line.get_label(): line for line in reversed(axis.lines)}
+        axis.legend(handles=[first[group] for group in groups], fontsize=7)
