@@ -169,8 +169,10 @@ def _export(kind: Format, subject: Subject, place: Path) -> float:
             )
         os.replace(partial, place)
         return far
-    except OSError as error:
-        reason = error.strerror or error
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or "the disk takes no more"
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):
+            raise  # else it is torch's writer of archives, which does not say why it stopped
         raise Failure(
             f"{place} cannot be written ({reason}): make room, or give another --out"
         ) from None
