@@ -13,12 +13,14 @@ in others a value of 0..255 may differ by 1.
 A folder gets a MODEL_CARD.md, too. --out may be a file, of one format.
 """
 
+import contextlib
 import importlib.util
 import json
+import logging
 import os
 import warnings
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,14 +76,14 @@ class Subject:
         return torch.randint(0, 256, (batch, short, long, 3), generator=generator).to(torch.uint8)
 
     def finished(self, images: Tensor) -> Tensor:
-        """They as the network wants them, from their central view, which is not resized."""
+        """The input that the network wants for them: their central view, which is not resized."""
         side = self.trained.config.data.image_size
         top, left = ((length - side) // 2 for length in images.shape[1:3])
         central = images[:, top : top + side, left : left + side].permute(0, 3, 1, 2)
         return finish(central, self.trained.pixels, torch.device("cpu")).contiguous()
 
     def takes(self, images: Tensor) -> Tensor:
-        """They as the graphs want them."""
+        """The input that the graphs want for them."""
         return images if self.preprocess else self.finished(images)
 
     def sizes(self) -> dict[int, Any]:
@@ -121,7 +123,7 @@ def main(arguments: list[str]) -> None:
 
 
 def shared(trained: Trained) -> dict[str, Any]:
-    """What is known of a network, without what is of nobody's interest but its owner's: paths."""
+    """What is known of a network, less the paths of the machine that it was trained on."""
     state = trained.state
     config = {part: dict(options) for part, options in state["config"].items()}
     for name in ("root", "cache"):
@@ -158,8 +160,7 @@ def _export(kind: Format, subject: Subject, place: Path) -> float:
     largest."""
     partial = place.with_name(f".partial-{place.name}")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of torch's and onnx's internals
+        with _quiet():
             kind.write(subject, partial)
         far = _distance(subject, kind.read(subject, partial))
         if not far <= TOLERANCE:
@@ -169,13 +170,27 @@ def _export(kind: Format, subject: Subject, place: Path) -> float:
             )
         os.replace(partial, place)
         return far
-    except OSError as error:
-        reason = error.strerror or error
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or "the disk takes no more"
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):
+            raise  # else it is torch's writer of archives, which does not say why it stopped
         raise Failure(
             f"{place} cannot be written ({reason}): make room, or give another --out"
         ) from None
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what torch and onnx say of their internals."""
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 @torch.no_grad()
@@ -231,6 +246,11 @@ def _write_onnx(subject: Subject, path: Path) -> None:
         verbose=False,
     )
     assert program is not None
+    if program.model.opset_imports[""] != subject.opset:  # it says so in a log, and goes on
+        raise Failure(
+            f"--opset {subject.opset} cannot be written by the torch and onnx that are installed: "
+            f"leave it out, for {OPSET}"
+        )
     program.model.metadata_props["classes"] = json.dumps(subject.trained.labels)
     program.save(path, external_data=False)
 
