@@ -27,7 +27,7 @@ from alexnet_dist.data.index import Catalogue, Index
 from alexnet_dist.data.statistics import Statistics
 from alexnet_dist.errors import Failure
 
-FORMAT = 1
+FORMAT = 1  # of the folder; raise it when its meaning changes
 PREPARED = "prepared.json"
 _BEGUN = ("*-00000.tar*", "*.pixels*", "*.index.npz", "*.partial*", ".partial*")
 _MEND = "copy it again from where it was prepared, or remove the folder and prepare it anew"

@@ -22,14 +22,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alexnet_dist.data.formats import checked, decode
+from alexnet_dist.data.prepared import FORMAT, PREPARED
 from alexnet_dist.data.samples import WHOLE, Listing, Sample, read
 from alexnet_dist.data.shrink import Form, Moments, shrink
 from alexnet_dist.data.sources import Progress
 from alexnet_dist.data.statistics import of_moments
 from alexnet_dist.errors import Failure
 
-FORMAT = 1  # of the folder; raise it when its meaning changes
-PREPARED = "prepared.json"
 PARTIAL = ".partial"
 BAD_IMAGES = "bad-images.jsonl"
 
