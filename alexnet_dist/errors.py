@@ -48,6 +48,8 @@ def run_command(main: Callable[[list[str]], None]) -> NoReturn:
         if first:
             stderr("interrupted; the same command goes on from the last checkpoint")
         _end(130)
+    except BrokenPipeError:  # whoever read along has heard enough: "... | head"
+        os._exit(1)
     except RuntimeError as error:
         if "--debug" not in arguments and _lost_peer(error):
             time.sleep(1)
