@@ -64,7 +64,7 @@ def test_dry_runs(kind: str, place: Path, capsys: pytest.CaptureFixture[str]) ->
     ("words", "sentence"),
     [
         ("--optim.lrr 1", "no option --optim.lrr; did you mean optim.lr?"),
-        ("--train.epochs many", "train.epochs wants a whole number, not many"),
+        ("--train.epochs many", "train.epochs wants a number, not many"),
         ("--config nowhere.yaml", "there is no config nowhere.yaml"),
         ("--node 4", "there is no option --node; did you mean nodes?"),
         ("--nodes four", "nodes wants a whole number from 1 on, not four"),
