@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from alexnet_dist.data import dali
+from alexnet_dist.data import build_engine, dali
 from alexnet_dist.data.augment import Pixels, pixels_for
 from alexnet_dist.data.dataloader import DataLoaderEngine
 from alexnet_dist.data.plan import Plan
@@ -24,6 +24,7 @@ from alexnet_dist.training.checkpoint import Checkpoints
 from alexnet_dist.training.optim import PaperSGD
 from tests.conftest import TINY, events, launch, losses, train, write_images
 from tests.data.bad_images import damaged, encode, photograph, put, whole, write_folder
+from tests.data.prepared_folder import write_prepared
 from tests.distributed.groups import running, tensors, workers
 
 pytestmark = pytest.mark.gpu
@@ -70,6 +71,26 @@ def test_mixed_decoding_is_that_of_the_reference(decoder: str, opened: tuple) ->
         assert torch.equal(mine.labels, other.labels)
         assert (mine.images - other.images).abs().mean() < 2.0  # of 255
         assert mine.images.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_raw_pixels_are_those_of_the_reference(tmp_path: Path) -> None:
+    pytest.importorskip("nvidia.dali", reason="DALI is not installed here")
+    plain = write_images(tmp_path / "i", train=64, side=160)
+    folder = write_prepared(plain, tmp_path / "pixels", "pixels")
+    catalogue = make_catalogue(str(folder), str(tmp_path), lambda *_: None)
+    pixels = pixels_for("centred", catalogue.statistics, side=128, colour="source")
+    source = open_sources(catalogue)[0]
+    plan = Plan(source.index.sizes, 16, 1, fraction=0.7, strength=lambda _: 0.1)
+    options = {"plan": plan, "fraction": 0.7, "max_batch": 16, "device": GPU, "threads": 2}
+    draws = [plan.draw(0, step) for step in range(plan.steps)]
+    batches = [
+        build_engine(name, source, pixels, **options).batches(draws)  # type: ignore[arg-type]
+        for name in ("dali", "dataloader")
+    ]
+    for mine, other in zip(*batches, strict=True):
+        assert mine.images.device == GPU
+        assert mine.numbers.tolist() == other.numbers.tolist()
+        assert (mine.images - other.images).abs().mean() < 1.0  # of 255: resized
 
 
 @pytest.mark.parametrize("decoder", ["region", "full"])
