@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -214,10 +215,12 @@ def test_a_host_that_leaves_is_done_without(calm: Path, images: Path, tmp_path: 
     run = tmp_path / "run"
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True,
                "env": environment(), "start_new_session": True}  # fmt: skip
-    with subprocess.Popen(words, **options) as stays, subprocess.Popen(words, **options) as goes:
-        wait_for(lambda: started(run, 6))
-        for pid in (*workers(goes.pid), goes.pid):
-            os.kill(pid, signal.SIGKILL)
+    with subprocess.Popen(words, **options) as stays:
+        wait_for(lambda: _listens(29653))  # who comes first has the store, and must not die
+        with subprocess.Popen(words, **options) as goes:
+            wait_for(lambda: started(run, 6))
+            for pid in (*workers(goes.pid), goes.pid):
+                os.kill(pid, signal.SIGKILL)
         out, _ = stays.communicate(timeout=240)
         assert stays.returncode == 0, out[-3000:]
     first, *later = events(run, "start", "resume")
@@ -228,6 +231,11 @@ def test_a_host_that_leaves_is_done_without(calm: Path, images: Path, tmp_path: 
     assert [e["order_digest"] for e in kept if e["event"] == "epoch"] == [
         e["order_digest"] for e in events(calm, "epoch")
     ]
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 @pytest.mark.slow
