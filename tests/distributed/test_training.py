@@ -152,7 +152,7 @@ def test_a_run_goes_on_under_another_layout(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("processes", "layout"), [*LAYOUTS, (4, "--parallel.towers=2")])
+@pytest.mark.parametrize(("processes", "layout"), LAYOUTS)
 def test_a_killed_run_of_any_layout_goes_on_bit_for_bit(
     processes: int, layout: str, images: Path, tmp_path: Path
 ) -> None:
