@@ -182,8 +182,22 @@ def draw_figure1(wanted: Wanted, records: dict[str, list[Event]]) -> None:
     result = passes.compare({name: whole for name, (whole, _) in lines.items()})
     title = passes.verdict(result)
     _draw(wanted, "figure1", lambda path: paper_figures.training_error(path, lines, title))
+    for run in result:
+        whole, _ = lines[run["name"]]
+        run["errors"] = dict(zip(*whole, strict=True))
+        run |= _origin(records[run["name"]])
     record = json.dumps({"training_error": passes.LEVEL, "runs": result}, indent=1) + "\n"
     _write(wanted.out / "figure1.json", lambda path: path.write_text(record))
+
+
+def _origin(events: list[Event]) -> dict[str, Any]:
+    """What a run was, and what it was computed by."""
+    start = next((event for event in events if event["event"] == "start"), {})
+    config = start.get("config", {})
+    kept = {"variant": ("model", "variant"), "lr": ("optim", "lr"), "seed": ("train", "seed")}
+    known = {name: config.get(room, {}).get(option) for name, (room, option) in kept.items()}
+    facts = ("train_images", "world_size", "device", "precision", "versions")
+    return known | {name: start[name] for name in facts if name in start}
 
 
 def draw_figure3(wanted: Wanted, network: Trained, which: str) -> None:
