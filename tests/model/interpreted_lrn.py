@@ -29,15 +29,17 @@ def gradients(
     return y, ours, wanted, theirs
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    ("shape", "groups", "constants"),
+    ("shape", "groups", "constants", "dtype"),
     [
-        ((3, 48, 5, 7), 1, PAPER),  # a tower by itself, and 630 eights: the last program's few
-        ((1, 96, 3, 5), 2, PAPER),
-        ((1, 128, 3, 1), 1, SOURCE),
-        ((3, 256, 1, 3), 2, SOURCE),
-        ((2, 8, 3, 3), 1, (1.0, 2e-3)),  # a group of one eight has no neighbour
+        # a tower by itself; 630 eights, which the last program has not enough of
+        ((3, 48, 5, 7), 1, PAPER, torch.float32),
+        ((1, 96, 3, 5), 2, PAPER, torch.bfloat16),
+        ((1, 128, 3, 1), 1, SOURCE, torch.float16),
+        ((1, 128, 3, 1), 1, SOURCE, torch.bfloat16),
+        ((3, 256, 1, 3), 2, SOURCE, torch.float32),
+        # a group of one eight, which has no neighbour
+        ((2, 8, 3, 3), 1, (1.0, 2e-3), torch.float32),
     ],
 )
 def test_against_the_definition(
@@ -50,7 +52,7 @@ def test_against_the_definition(
     assert (theirs - plain).abs().max() > 0.05  # the sum over neighbours is there to be missed
     rtol, atol = {
         torch.float32: (2e-6, 1e-6),
-        torch.bfloat16: (2**-8, 2**-9),
+        torch.bfloat16: (2**-7, 2**-9),  # the interpreter cuts off, where a GPU rounds
         torch.float16: (2**-11, 2**-12),
     }[dtype]
     for mine, other in ((y, wanted), (ours, theirs)):
