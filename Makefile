@@ -31,9 +31,10 @@ bench: $(ENV)
 bench-layouts: $(ENV)
 	$(PY) -m benchmarks.communication --bytes --speed
 
-# The tests and the measurement that want an NVIDIA GPU.
+# The tests and the measurements that want an NVIDIA GPU.
 bench-gpu: $(ENV)
 	$(PY) -m pytest -q -m gpu
+	$(PY) -m benchmarks.lrn
 	$(PY) -m benchmarks.vs_pytorch_example --data $(DATA) --batch 512 --steps 100
 
 $(ENV): pyproject.toml

@@ -211,6 +211,9 @@ class RuntimeConfig:
     """auto: bf16 where the device is good at it, else fp32. Weights stay in fp32."""
     compile: bool = False
     """Compile the network with torch.compile."""
+    lrn: Literal["auto", "triton", "band"] = "auto"
+    """Response normalisation: by Triton's kernels, which want an NVIDIA GPU, or as a product with a
+    band; auto: by Triton where it is there."""
     deterministic: bool = False
     """The same bits on a GPU in each run, more slowly; CPUs give them anyway."""
     threads: int = 0

@@ -13,7 +13,15 @@ from alexnet_dist.data.engine import Engine
 from alexnet_dist.data.plan import EvaluationPlan, Plan
 from alexnet_dist.data.sources import Catalogue, make_catalogue, open_sources
 from alexnet_dist.errors import Failure
-from alexnet_dist.model import VARIANTS, Network, draw_masks, initial_weights, outline
+from alexnet_dist.model import (
+    VARIANTS,
+    Network,
+    allow_triton,
+    draw_masks,
+    initial_weights,
+    outline,
+    triton_runs_on,
+)
 from alexnet_dist.parallel import build_layout, check_layout, warm_up
 from alexnet_dist.parallel.arithmetic import choose_precision, set_arithmetic
 from alexnet_dist.parallel.ddp import Compression
@@ -113,6 +121,7 @@ class Learner:
         set_arithmetic(self.precision, config.runtime.deterministic)
         self.outputs = config.model.num_classes or len(images.catalogue.train.classes)
         self.model, _ = self._outline()
+        allow_triton(self.model, config.runtime.lrn != "band")
         parallel, optim = config.parallel, config.optim
         self.layout = build_layout(
             self.model,
@@ -195,6 +204,12 @@ def check_network(config: Config, mesh: Mesh) -> None:
     if config.model.variant not in VARIANTS:
         raise Failure(
             f"there is no model.variant {config.model.variant}; there are {', '.join(VARIANTS)}",
+            everywhere=True,
+        )
+    if config.runtime.lrn == "triton" and not triton_runs_on(mesh.device):
+        raise Failure(
+            "runtime.lrn is triton, which wants Triton and an NVIDIA GPU no older than Ampere: "
+            "take auto or band",
             everywhere=True,
         )
     parallel = config.parallel

@@ -11,7 +11,7 @@ from alexnet_dist.config import Config, from_dict
 from alexnet_dist.data.augment import Pixels, pixels_for
 from alexnet_dist.data.statistics import Statistics
 from alexnet_dist.errors import Failure
-from alexnet_dist.model import VARIANTS, Network, outline
+from alexnet_dist.model import VARIANTS, Network, allow_triton, outline
 from alexnet_dist.training import weights
 
 
@@ -60,12 +60,14 @@ class Trained:
 
     def outline(self) -> Network:
         """The network without memory, for a layout; see ``fill``."""
-        return outline(
+        model = outline(
             self.config.model.variant,
             num_classes=self.outputs,
             dropout=self.config.model.dropout,
             image_size=self.config.data.image_size,
         )
+        allow_triton(model, self.config.runtime.lrn != "band")
+        return model
 
     def fill(self, parameters: dict[str, torch.nn.Parameter]) -> None:
         """Read the weights into ``parameters``, by name; all processes call it together.

@@ -9,13 +9,16 @@ from alexnet_dist.model.alexnet import (
     outline,
 )
 from alexnet_dist.model.dropout import draw_masks
+from alexnet_dist.model.normalization import allow_triton, triton_runs_on
 
 __all__ = [
     "VARIANTS",
     "Network",
     "Variant",
+    "allow_triton",
     "build_model",
     "draw_masks",
     "initial_weights",
     "outline",
+    "triton_runs_on",
 ]

@@ -18,6 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+try:
+    from alexnet_dist.model import lrn_triton
+except ImportError:  # Triton is not to be had for every platform
+    lrn_triton = None  # type: ignore[assignment]
+
 
 class _ResponseNorm(torch.autograd.Function):
     """y = x * s ** -beta for any window whose mean is a symmetric linear map.
@@ -67,6 +72,9 @@ class LocalResponseNorm(nn.Module):
         size: kernels in the window, n; odd.
         alpha, beta, k: as in torch.nn.LocalResponseNorm (alpha is divided by ``size``).
         groups: towers; a window never reaches across two of them.
+        triton: whether Triton's kernels may compute it where they can: on a GPU, from a
+            channels-last tensor, with the paper's size and beta. Elsewhere it is a product with a
+            band.
 
     Input and output: [B, C, H, W], C a multiple of ``groups``; the output has the input's type.
     Source: Krizhevsky et al. 2012, section 3.3.
@@ -79,11 +87,13 @@ class LocalResponseNorm(nn.Module):
         beta: float = 0.75,
         k: float = 2.0,
         groups: int = 1,
+        triton: bool = True,
     ) -> None:
         super().__init__()
         if size % 2 == 0:
             raise ValueError(f"the window must be odd to have a middle, not {size}")
         self.size, self.alpha, self.beta, self.k, self.groups = size, alpha, beta, k, groups
+        self.triton = triton
         self._bands: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
 
     def _band(self, x: Tensor) -> Tensor:
@@ -97,7 +107,19 @@ class LocalResponseNorm(nn.Module):
             self._bands[key] = band.to(x.dtype).repeat(self.groups, 1)[:, :, None, None]
         return self._bands[key]
 
+    def _suits_triton(self, x: Tensor) -> bool:
+        return (
+            self.triton
+            and not torch.compiler.is_exporting()  # other programs have no such kernels
+            and triton_runs_on(x.device)
+            and (self.size, self.beta) == (5, 0.75)
+            and lrn_triton.suits(x, self.groups)
+        )
+
     def forward(self, x: Tensor) -> Tensor:
+        if self._suits_triton(x):
+            y: Tensor = lrn_triton.response_norm(x, self.k, self.alpha / self.size, self.groups)
+            return y
         band = self._band(x)
 
         def mean(squares: Tensor) -> Tensor:
@@ -110,6 +132,22 @@ class LocalResponseNorm(nn.Module):
             f"size={self.size}, alpha={self.alpha:g}, beta={self.beta:g}, k={self.k:g}, "
             f"groups={self.groups}"
         )
+
+
+def triton_runs_on(device: torch.device) -> bool:
+    """Whether Triton is installed, and compiles for ``device``: a GPU no older than Ampere."""
+    return (
+        lrn_triton is not None
+        and device.type == "cuda"
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+    )
+
+
+def allow_triton(model: nn.Module, allowed: bool) -> None:
+    """Let Triton's kernels compute the response normalisations of ``model``, or not."""
+    for layer in model.modules():
+        if isinstance(layer, LocalResponseNorm):
+            layer.triton = allowed
 
 
 class SpatialResponseNorm(nn.Module):

@@ -73,7 +73,7 @@ def _half(layer: nn.Module, mesh: Mesh) -> nn.Module:
         share = Share(layer.out_features, 2, mesh.tower)
         return _LinearOfBoth(mesh, layer.in_features, len(share))
     if isinstance(layer, LocalResponseNorm):
-        return LocalResponseNorm(layer.size, layer.alpha, layer.beta, layer.k)
+        return LocalResponseNorm(layer.size, layer.alpha, layer.beta, layer.k, triton=layer.triton)
     if isinstance(layer, Dropout):
         return DropoutShare(Share(layer.units, 2, mesh.tower), layer.p, layer.form)
     return layer

@@ -17,7 +17,7 @@ from alexnet_dist.data.plan import Plan
 from alexnet_dist.data.sources import make_catalogue, open_sources
 from alexnet_dist.model import draw_masks
 from alexnet_dist.model.dropout import Dropout
-from alexnet_dist.model.normalization import LocalResponseNorm
+from alexnet_dist.model.normalization import LocalResponseNorm, lrn_triton
 from alexnet_dist.parallel.arithmetic import Scaler, choose_precision
 from alexnet_dist.training import checkpoint
 from alexnet_dist.training.checkpoint import Checkpoints
@@ -208,6 +208,33 @@ def test_response_normalisation() -> None:
     x = torch.randn(2, 96, 9, 9, device=GPU, dtype=torch.float64)
     ours, cpu = LocalResponseNorm(groups=2)(x), LocalResponseNorm(groups=2)(x.cpu())
     assert torch.allclose(ours.cpu(), cpu, rtol=1e-12)
+
+
+@pytest.mark.skipif(lrn_triton is None, reason="Triton is not installed here")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("shape", "groups"), [((3, 96, 55, 55), 2), ((5, 256, 27, 27), 2)])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_response_normalisation_by_triton(
+    shape: tuple[int, ...], groups: int, dtype: torch.dtype, compiled: bool
+) -> None:
+    x = torch.randn(shape, device=GPU).mul_(60).to(dtype).to(memory_format=torch.channels_last)
+    grad = torch.randn_like(x)
+    layer = LocalResponseNorm(5, 5e-4, 0.75, 2.0, groups)
+    asked = torch.compile(layer, fullgraph=True) if compiled else layer
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        mine = x.clone().requires_grad_()
+        y = asked(mine)
+        (ours,) = torch.autograd.grad(y, mine, grad)
+    names = [event.key for event in profile.key_averages()]
+    assert {"_forward", "_backward"} <= set(names)
+    exact = x.double().requires_grad_()
+    wanted = LocalResponseNorm(5, 5e-4, 0.75, 2.0, groups, triton=False)(exact)
+    (theirs,) = torch.autograd.grad(wanted, exact, grad.double())
+    error = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
+    for one, other in ((y, wanted), (ours, theirs)):
+        assert one.dtype == dtype
+        assert one.is_contiguous(memory_format=torch.channels_last)
+        assert torch.allclose(one.double(), other, rtol=error, atol=error)
 
 
 def test_the_papers_update() -> None:

@@ -1,0 +1,94 @@
+"""Response normalisation by Triton: its kernels interpreted, compiled for a GPU that is not there,
+and left alone where they do not suit."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from alexnet_dist.model import allow_triton, outline
+from alexnet_dist.model import normalization as room
+from alexnet_dist.model.normalization import LocalResponseNorm
+from tests.conftest import environment
+
+needs_triton = pytest.mark.skipif(
+    room.lrn_triton is None, reason="Triton is not installed here, as it is for Linux only"
+)
+
+
+@needs_triton
+def test_in_the_interpreter() -> None:
+    tests = Path(__file__).with_name("interpreted_lrn.py")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests)],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        env=environment(TRITON_INTERPRET="1"),
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-5000:]
+    assert "passed" in done.stdout
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "tensors"), [("_forward", 1), ("_backward", 2)])
+def test_each_way_reads_and_writes_once(name: str, tensors: int) -> None:
+    """As compiled for an H100 in bf16: 16 bytes to a thread of each tensor, besides the four or
+    eight on either side that its neighbours have loaded, and nothing through shared memory."""
+    from triton import compile as compiled
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = getattr(room.lrn_triton, name)
+    names = kernel.arg_names
+    kinds = {"count": "i32", "k": "fp32", "scale": "fp32"}
+    kinds |= dict.fromkeys(("per_group", "eights"), "constexpr")
+    pointers = [at for at, arg in enumerate(names) if arg.endswith("pointer")]
+    source = ASTSource(
+        kernel,
+        {arg: kinds.get(arg, "*bf16") for arg in names},
+        {(names.index("per_group"),): 6, (names.index("eights"),): 128},
+        {(at,): [["tt.divisibility", 16]] for at in pointers},
+    )
+    binary = compiled(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    code = binary.asm["ptx"]
+    assert binary.metadata.shared == 0
+    assert re.findall(r"st\.global[.\w]*", code) == ["st.global.v4.b32"]
+    loads = re.findall(r"ld\.global[.\w]*", code)
+    assert loads.count("ld.global.v4.b32") == tensors
+    assert len(loads) == 3 * tensors
+
+
+def test_the_option_reaches_the_layers() -> None:
+    model = outline("paper")
+    norms = [layer for layer in model.modules() if isinstance(layer, LocalResponseNorm)]
+    assert len(norms) == 2
+    assert all(layer.triton for layer in norms)
+    allow_triton(model, False)
+    assert not any(layer.triton for layer in norms)
+
+
+@needs_triton
+def test_who_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a GPU made believe: the kernels, unless the layer, the tensor or an export forbids."""
+    monkeypatch.setattr(room, "triton_runs_on", lambda device: True)
+    x = torch.randn(2, 96, 3, 3).to(memory_format=torch.channels_last)
+    asked = []
+    monkeypatch.setattr(room.lrn_triton, "response_norm", lambda x, *numbers: asked.append(numbers))
+    LocalResponseNorm(5, 5e-4, 0.75, 2.0, 2)(x)
+    assert asked == [(2.0, pytest.approx(1e-4), 2)]
+    for layer, tensor in (
+        (LocalResponseNorm(groups=2, triton=False), x),
+        (LocalResponseNorm(groups=2), x.contiguous()),
+        (LocalResponseNorm(groups=2), x.double()),
+        (LocalResponseNorm(3, groups=2), x),
+        (LocalResponseNorm(beta=0.5), x),
+    ):
+        assert layer(tensor).shape == x.shape
+    torch.export.export(LocalResponseNorm(groups=2), (x,))
+    assert len(asked) == 1
