@@ -137,3 +137,12 @@ def test_lars_moves_a_tensor_of_zeros_and_bears_a_gradient_of_zeros(decay: float
     assert zeros.flatten().tolist() == [-0.5] * 4
     left = 1 - 0.5 * 0.001 if decay else 1.0  # the decay alone: trust / decay * decay * w
     assert ones.flatten().tolist() == pytest.approx([left] * 4)
+
+
+def test_lars_adds_up_the_squares_of_four_million_weights() -> None:
+    w = nn.Parameter(torch.full((2048, 2048), 0.1))
+    optimizer = build_optimizer("lars", {"fc.weight": w}, lr=1.0, momentum=0.9, weight_decay=0.0)
+    w.grad = torch.zeros_like(w)
+    w.grad[0, 0] = 1.0
+    optimizer.step()
+    assert w[0, 0].item() == pytest.approx(0.1 - 0.001 * 204.8, rel=1e-5)
