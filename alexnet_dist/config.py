@@ -95,9 +95,10 @@ class ModelConfig:
 class ScheduleConfig:
     """How the learning rate moves. A pass is an epoch; passes are real numbers."""
 
-    name: Literal["constant", "plateau", "one_cycle", "table"] = "plateau"
+    name: Literal["constant", "plateau", "one_cycle", "polynomial", "table"] = "plateau"
     """plateau: divided by ten when the validation error stops improving, three times, as the
-    paper did; table: values at given passes."""
+    paper did; polynomial: times the square of the part of the run that is left; table: values at
+    given passes."""
     warmup: float = 0.0
     """Passes over which the rate rises from nothing, before any other schedule."""
     patience: int = 3
@@ -115,8 +116,9 @@ class ScheduleConfig:
 class OptimConfig:
     """The optimizer."""
 
-    name: Literal["paper", "sgd"] = "paper"
-    """The paper's update, with the rate inside the velocity, or torch's SGD."""
+    name: Literal["paper", "sgd", "lars"] = "paper"
+    """The paper's update, with the rate inside the velocity; torch's SGD; or LARS, the paper's
+    with a rate of its own for each weight tensor (You, Gitman, Ginsburg 2017)."""
     lr: float = 0.01
     """Learning rate."""
     bias_lr: float = 1.0
@@ -125,6 +127,9 @@ class OptimConfig:
     """Momentum."""
     weight_decay: float = 0.0005
     """Weight decay; never on biases."""
+    trust: float = 0.001
+    """lars: a step is at most lr * trust of a tensor's norm, before momentum; biases have the plain
+    rate, so give them a bias_lr that is small."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
 
 
@@ -139,6 +144,9 @@ class TrainConfig:
     shrink or stretch in proportion."""
     max_steps: int | None = None
     """Stop early, as at a normal end; schedules keep to train.epochs, and the run can go on."""
+    accumulate: int = 1
+    """Parts in which a process computes its images of a step, one after another, where memory does
+    not hold all; gradients add up and travel once."""
     log_every: int = 20
     """Steps between two records."""
     seed: int = 2012
@@ -279,8 +287,10 @@ _BOUNDS: tuple[tuple[str, float, float], ...] = (
     ("model.dropout", 0, 0.99),
     ("optim.momentum", 0, 0.9999),
     ("optim.weight_decay", 0, float("inf")),
+    ("optim.trust", 1e-9, 1),
     ("train.epochs", 0.001, float("inf")),
     ("train.epochs_scale", 0.0001, 1000),
+    ("train.accumulate", 1, float("inf")),
     ("train.log_every", 1, float("inf")),
     ("train.seed", 0, 2**63),
     ("checkpoint.keep", 1, float("inf")),

@@ -64,6 +64,8 @@ def test_what_a_run_kept_lies_below_what_is_said() -> None:
         (["--data.image_size=300"], "raise data.resize"),
         (["--data.image_size=15"], "data.image_size is 15; it must be at least 16"),
         (["--optim.schedule.name=table"], "no row 'weights'"),
+        (["--train.accumulate=0"], "train.accumulate is 0; it must be at least 1"),
+        (["--optim.trust=0"], "optim.trust is 0.0; it must be at least"),
     ],
 )
 def test_refusals_name_the_thing_and_the_mend(words: list[str], sentence: str) -> None:

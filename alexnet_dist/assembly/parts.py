@@ -127,6 +127,7 @@ class Learner:
             self.model,
             mesh,
             batch=config.data.batch_size,
+            accumulate=config.train.accumulate,
             num_classes=self.outputs,
             precision=self.precision,
             fc=parallel.fc,
@@ -147,6 +148,8 @@ class Learner:
             momentum=optim.momentum,
             weight_decay=optim.weight_decay,
             own=optim.schedule.table,
+            trust=optim.trust,
+            whole=self.layout.sharding.whole_sums,
         )
 
     def draw(self) -> None:
@@ -231,6 +234,12 @@ def _check_batch(config: Config, mesh: Mesh, catalogue: Catalogue) -> None:
             f"data.batch_size {batch} is the global batch, and has no image for some of the "
             f"{mesh.replicas} {'processes' if mesh.towers == 1 else 'pairs of processes'}: raise "
             "it, or take fewer processes",
+            everywhere=True,
+        )
+    if config.train.accumulate > batch // mesh.replicas:
+        raise Failure(
+            f"train.accumulate {config.train.accumulate} is more than the {batch // mesh.replicas} "
+            f"images of data.batch_size {batch} that fall to a process: lower it",
             everywhere=True,
         )
     if images < batch:

@@ -4,7 +4,9 @@ A replica is a process with the whole network, or, under towers.py, a pair with 
 """
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -47,6 +49,7 @@ class DataParallel:
         model: the network, or this process's tower of it; one without memory gets its own here,
             and waits for ``sharding.fill``.
         batch: images in a global batch.
+        accumulate: parts in which it is computed, one after another.
         classes: those whose scores ``model`` gives.
         sharding: None where each process has the whole network.
 
@@ -64,6 +67,7 @@ class DataParallel:
         mesh: Mesh,
         *,
         batch: int,
+        accumulate: int = 1,
         precision: Precision = "fp32",
         compile_model: bool = False,
         compression: Compression = PLAIN,
@@ -75,6 +79,7 @@ class DataParallel:
         self.parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
         self.sharding = sharding or Sharding(mesh, {}, "dp")
         self.mask_rows = mesh.rows
+        self._parts = parts(batch, mesh.replicas, accumulate)
         self._classes = classes
         group = mesh.group("mp") if mesh.towers > 1 else None
         self.scaler = Scaler(precision, mesh.device, group)
@@ -100,6 +105,14 @@ class DataParallel:
             values, added in float64.
         """
         self.model.train()
+        masks = tuple(masks)
+        result = torch.zeros(2, dtype=torch.float64, device=images.device)
+        for rows in self._parts:
+            with summing(self._compute, last=rows is self._parts[-1]):
+                result += self._pass(images[rows], labels[rows], [mask[rows] for mask in masks])
+        return result * self.mesh.speaks
+
+    def _pass(self, images: Tensor, labels: Tensor, masks: list[Tensor]) -> Tensor:
         with autocast(self.precision, self.mesh.device):
             scores = self._compute(images, tuple(masks))
         total, best = self.classes(scores).cross_entropy(scores, labels)
@@ -107,7 +120,7 @@ class DataParallel:
         self.scaler.scale(total * (self.mesh.replicas / self.batch)).backward()
         with torch.no_grad():
             right = (best == labels).sum()
-            return torch.stack([total.detach().double(), right.double()]) * self.mesh.speaks
+            return torch.stack([total.detach().double(), right.double()])
 
     @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:
@@ -146,6 +159,24 @@ def compiled(module: nn.Module) -> nn.Module:
     result = torch.compile(module)
     assert isinstance(result, nn.Module)
     return result
+
+
+def parts(batch: int, replicas: int, count: int) -> list[slice]:
+    """The rows of a replica in each of ``count`` parts of the global batch.
+
+    Row i of replica r is image i * R + r, so that a part is a stretch of the batch. The last part
+    is never smaller than another: there a replica may have a row less.
+    """
+    most = -(-batch // replicas)
+    return [slice(*ends) for ends in pairwise(most * at // count for at in range(count + 1))]
+
+
+def summing(module: nn.Module, *, last: bool) -> AbstractContextManager[None]:
+    """Within it gradients of ``module`` add up in their process, to travel with those of the
+    ``last`` part."""
+    if last or not isinstance(module, DistributedDataParallel):
+        return nullcontext()
+    return module.no_sync()
 
 
 def averaged(

@@ -36,7 +36,15 @@ from alexnet_dist.model.dropout import Dropout
 from alexnet_dist.parallel.arithmetic import Precision, Scaler, autocast
 from alexnet_dist.parallel.classes import Classes, counted
 from alexnet_dist.parallel.collectives import Gathering, Summing, at_least_float, gather
-from alexnet_dist.parallel.ddp import PLAIN, Compression, averaged, compiled, on_device
+from alexnet_dist.parallel.ddp import (
+    PLAIN,
+    Compression,
+    averaged,
+    compiled,
+    on_device,
+    parts,
+    summing,
+)
 from alexnet_dist.parallel.mesh import Mesh
 from alexnet_dist.parallel.shards import DropoutShare, Sharding, Share
 
@@ -48,6 +56,7 @@ class Hybrid:
     Args:
         model: the whole network as ``outline`` gives it, without memory.
         batch: images in a global batch.
+        accumulate: parts in which it is computed, one after another.
         schedule: "whole" or "pipelined", as above.
     """
 
@@ -57,6 +66,7 @@ class Hybrid:
         mesh: Mesh,
         *,
         batch: int,
+        accumulate: int = 1,
         precision: Precision = "fp32",
         schedule: Literal["whole", "pipelined"] = "whole",
         compile_model: bool = False,
@@ -64,6 +74,7 @@ class Hybrid:
     ) -> None:
         self.mesh, self.batch, self.precision = mesh, batch, precision
         self.turns = mesh.replicas if schedule == "pipelined" else 1
+        self._parts = parts(batch, mesh.replicas, accumulate)
         self._group = mesh.group("dp")
         shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         convolutions, connected = model.parts()
@@ -91,25 +102,37 @@ class Hybrid:
         self._compute.train()
         self._connected.train()
         replicas, masks = self.mesh.replicas, tuple(masks)
+        result = torch.zeros(2, dtype=torch.float64, device=images.device)
+        for rows in self._parts:
+            stretch = slice(rows.start * replicas, min(rows.stop * replicas, self.batch))
+            count, some = stretch.stop - stretch.start, [mask[stretch] for mask in masks]
+            with summing(self._compute, last=rows is self._parts[-1]):
+                result += self._pass(images[rows], labels[rows], some, count)
+        return result * (self.mesh.rank == 0)
+
+    def _pass(self, images: Tensor, labels: Tensor, masks: list[Tensor], count: int) -> Tensor:
+        """``masks`` are those of all ``count`` images of the part, whose rows of this process the
+        others are."""
+        replicas = self.mesh.replicas
         with autocast(self.precision, self.mesh.device):
             features = self._compute(images)
-        most = -(-self.batch // replicas)
+        most = -(-count // replicas)
         turn = -(-most // self.turns)  # rows of each process
-        sent, labels = features.detach(), self._labels(labels, most)
+        sent, labels = features.detach(), self._labels(labels, most)[:count]
         result = torch.zeros(2, dtype=torch.float64, device=images.device)
 
         gradients = []
         with autocast(self.precision, self.mesh.device):  # one, so that weights are cast once
             coming = _rows(sent[:turn], min(turn, most), self._group)
             for first in range(0, most, turn):
-                # row i of process r is image i * R + r: a turn is a stretch of the global batch
-                stretch = slice(first * replicas, min((first + turn) * replicas, self.batch))
+                # row i of process r is image i * R + r: a turn is a stretch of the part
+                stretch = slice(first * replicas, min((first + turn) * replicas, count))
                 x = coming.wait().transpose(0, 1).flatten(0, 1)
                 x = x[: stretch.stop - stretch.start].requires_grad_()
                 after = first + turn
                 if after < most:
-                    count = min(turn, most - after)
-                    coming = _rows(sent[after : after + count], count, self._group)
+                    next_turn = min(turn, most - after)
+                    coming = _rows(sent[after : after + next_turn], next_turn, self._group)
                 scores = self._connected(x, [mask[stretch] for mask in masks])
                 total, best = self._classes.cross_entropy(scores, labels[stretch])
                 self.scaler.scale(total / self.batch).backward()
@@ -120,7 +143,7 @@ class Hybrid:
         gradient = torch.cat([part.wait() for part in gradients])[: len(features)]
         # the sum over all images' losses has arrived, of which DDP will take the mean
         features.backward((gradient * replicas).to(features.dtype))
-        return result * (self.mesh.rank == 0)
+        return result
 
     @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:
@@ -139,11 +162,11 @@ class Hybrid:
         return counted(*found) * (self.mesh.rank == 0)
 
     def _labels(self, labels: Tensor, most: int, ordered: bool = True) -> Tensor:
-        """The labels of all processes: in the global batch's order, or [R, most] with padding."""
+        """The labels of all processes with padding: in the global batch's order, or [R, most]."""
         padded = labels.new_full((most,), -1)
         padded[: len(labels)] = labels
         everyone = gather(padded, self._group)
-        return everyone.t().flatten()[: self.batch] if ordered else everyone
+        return everyone.t().flatten() if ordered else everyone
 
     def _features(self, images: Tensor) -> tuple[Tensor, list[int]]:
         """In evaluation: the features of all processes' images, and how many each has."""

@@ -2,8 +2,10 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
@@ -48,7 +50,7 @@ class Sharding:
 
     mesh: Mesh
     shapes: dict[str, torch.Size]
-    over: str
+    over: Literal["dp", "mp"]
 
     def part(self, name: str, whole: Tensor) -> Tensor:
         """What this process holds of a ``whole`` parameter, or of what is shaped like it."""
@@ -68,6 +70,16 @@ class Sharding:
         """Take this process's part of each whole parameter in ``weights``, one after another."""
         for name, whole in weights:
             parameters[name].copy_(self.part(name, whole))
+
+    def whole_sums(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Sums over this process's parts of parameters, by name and of one shape, as those over
+        the whole parameters: one all-reduce, of those that are dealt out."""
+        dealt = [name for name in sums if name in self.shapes]
+        if not dealt:
+            return sums
+        total = torch.stack([sums[name] for name in dealt])
+        dist.all_reduce(total, group=self.mesh.group(self.over))
+        return sums | dict(zip(dealt, total.unbind(), strict=True))
 
     def stored(self, name: str, local: Tensor) -> Tensor:
         """``local`` as a checkpoint knows it: a DTensor over the mesh where it is a part.

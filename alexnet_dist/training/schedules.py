@@ -18,7 +18,7 @@ class Schedule:
         epochs: passes of the whole run.
     """
 
-    name: Literal["constant", "plateau", "one_cycle", "table"]
+    name: Literal["constant", "plateau", "one_cycle", "polynomial", "table"]
     lr: float
     epochs: float
     bias_lr: float = 1.0
@@ -44,6 +44,8 @@ class Schedule:
             return self.lr * 0.1**self.dropped
         if self.name == "one_cycle":
             return self.lr * _one_cycle(passes / self.epochs, self.rise)
+        if self.name == "polynomial":  # of power 2, as You, Gitman and Ginsburg 2017 have it
+            return self.lr * max(1 - passes / self.epochs, 0.0) ** 2
         if self.name == "table":
             return value_at(self.table["weights"], passes)
         return self.lr

@@ -23,7 +23,7 @@ def test_precision_follows_the_processor(monkeypatch: pytest.MonkeyPatch) -> Non
     assert arithmetic.choose_precision("fp16", cpu) == "fp16"
 
 
-@pytest.mark.parametrize("name", ["paper", "sgd"])
+@pytest.mark.parametrize("name", ["paper", "sgd", "lars"])
 def test_an_update_that_is_not_finite_is_left_out_without_a_trace(name: str) -> None:
     """Guarded or not, the updates around it have the same bits."""
     cpu, weights = torch.device("cpu"), []

@@ -48,6 +48,9 @@ GRADIENTS = {
         "whole original150 7 6",
         "whole paper 7 5",
         "pipelined paper 7 5",
+        "ddp*2 paper 7 5",  # parts of 1 and 2 images of one process, 1 and 1 of the other
+        "towers*3 paper 7 5",
+        "pipelined*2 paper 7 7",
     ],
     # uneven shares of outputs, one of no classes; parts of 3, 2, 2 images
     3: ["whole owt 2 7", "pipelined paper 2 7"],
@@ -71,6 +74,7 @@ CHECKPOINTS = {  # groups run in this order; three shares of four classes are of
 STEPS = ("ddp", "towers", "whole", "pipelined")
 COMPRESSED = ("ddp", "ddp+bf16", "ddp+fp16", "ddp+powersgd")
 Answers = dict[tuple[int, str], Any]
+LARS = {2: ["lars towers 7", "lars whole 7"], 3: ["lars whole 2"]}
 OVERFLOW = ("towers 0", "towers all", "whole 0", "whole all", "ddp all")
 
 
@@ -80,6 +84,8 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Answers:
     group takes longer than most of them."""
     folder = tmp_path_factory.mktemp("checkpoints")
     jobs = {n: [f"gradients {job}" for job in some] for n, some in GRADIENTS.items()}
+    for n, some in LARS.items():
+        jobs[n] += some
     for n, some in EVALUATION.items():
         jobs[n] += [f"evaluation {job}" for job in some]
     jobs[1] += ["steps ddp 20 6", "held ddp"]
@@ -103,6 +109,12 @@ def test_loss_and_gradients_are_those_of_one_device(answers: Answers) -> None:
             assert answer["loss"] < 1e-9, job
             assert answer["hits"][0] == answer["hits"][1], job
             assert max(answer["gradients"].values()) < 1e-9, job
+
+
+def test_lars_has_the_norms_of_whole_tensors(answers: Answers) -> None:
+    for n, jobs in LARS.items():
+        for job in jobs:
+            assert max(answers[n, job]["apart"].values()) < 1e-5, job
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 for, with "/" between them, and rank 0 prints a line of JSON for each.
 
     worker.py gradients LAYOUT VARIANT CLASSES BATCH     against the network on one device, float64
+    worker.py lars LAYOUT CLASSES                        two updates against those of one device
     worker.py steps LAYOUT STEPS BATCH                   losses of float32 steps, with dropout
     worker.py evaluation LAYOUT CLASSES BATCH            loss, hits and scores, in uneven parts
     worker.py memory LAYOUT                              bytes of parameters and momentum
@@ -64,14 +65,17 @@ def lay_out(
     variant: str = "paper",
     precision: Precision = "fp32",
 ) -> DataParallel | Hybrid:
-    """A layout by its name: ddp, towers, whole or pipelined, and perhaps "+" a compression."""
+    """A layout by its name: ddp, towers, whole or pipelined, and perhaps "*" the parts of a batch,
+    and "+" a compression."""
     model = outline(variant, image_size=SIDE, num_classes=num_classes)
     weights = initial_weights(model)
-    kind, _, compress = name.partition("+")
+    name, _, compress = name.partition("+")
+    kind, _, accumulate = name.partition("*")
     layout = build_layout(
         model,
         mesh.arrange(2 if kind == "towers" else 1),
         batch=batch,
+        accumulate=int(accumulate or 1),
         num_classes=num_classes,
         precision=precision,
         fc="sharded" if kind in ("whole", "pipelined") else "replicated",
@@ -137,6 +141,32 @@ def _gradients(mesh: Mesh, name: str, variant: str, classes: int, batch: int) ->
         "hits": [int(result[1]), hits],
         "gradients": worst,
     }
+
+
+def lars(mesh: Mesh, name: str, classes: int) -> dict:
+    layout = lay_out(name, mesh, 8, num_classes=classes)
+    torch.manual_seed(SEED)
+    model = build_model("paper", num_classes=classes, image_size=SIDE).to(DEVICE)
+    alone, sharding = dict(model.named_parameters()), layout.sharding
+    options = {"lr": 50, "momentum": 0.9, "weight_decay": 0.01}
+    both = [
+        build_optimizer("lars", layout.parameters, **options, whole=sharding.whole_sums),
+        build_optimizer("lars", alone, **options),
+    ]
+    for seed in range(2):
+        generator = torch.Generator().manual_seed(seed)
+        for key, parameter in alone.items():
+            gradient = torch.randn(parameter.shape, generator=generator) / len(parameter)
+            parameter.grad = gradient.to(DEVICE)
+            own = torch.zeros_like(layout.parameters[key])
+            layout.parameters[key].grad = own.copy_(sharding.part(key, gradient))
+        for optimizer in both:
+            optimizer.step()
+    apart = {}
+    for key, parameter in alone.items():
+        got = whole(sharding.stored(key, layout.parameters[key].detach()))
+        apart[key] = float((got - parameter).abs().max() / parameter.abs().max())
+    return {"apart": apart}
 
 
 def steps(mesh: Mesh, name: str, count: int, batch: int) -> dict:
@@ -282,7 +312,8 @@ def shrink() -> None:
 
 
 JOBS: dict[str, Callable[..., dict]] = {
-    one.__name__: one for one in (gradients, steps, evaluation, memory, overflow, held, write, read)
+    one.__name__: one
+    for one in (gradients, lars, steps, evaluation, memory, overflow, held, write, read)
 }
 
 

@@ -1,4 +1,6 @@
-"""The paper's update against numbers worked out from its formula."""
+"""The paper's update, and LARS, against numbers worked out from their formulas."""
+
+import math
 
 import pytest
 import torch
@@ -91,3 +93,56 @@ def test_velocities_are_those_of_the_optimizer() -> None:
     w.grad = torch.zeros(3)
     optimizer.step()
     assert w.tolist() == pytest.approx([1 - 0.1 * 0.9 * 2] * 3)
+
+
+def test_lars_by_hand() -> None:
+    """Two steps; norms are of whole tensors, and biases keep the plain rate."""
+    w = nn.Parameter(torch.tensor([[3.0, 4.0]], dtype=torch.float64))
+    bias = nn.Parameter(torch.tensor([1.0], dtype=torch.float64))
+    optimizer = build_optimizer(
+        "lars",
+        {"fc.weight": w, "fc.bias": bias},
+        lr=2.0,
+        momentum=0.5,
+        weight_decay=0.1,
+        trust=0.01,
+    )
+    w.grad = torch.tensor([[0.0, 1.5]], dtype=torch.float64)
+    bias.grad = torch.tensor([0.25], dtype=torch.float64)
+    optimizer.step()  # |w| = 5, |g| = 1.5: local = 0.01 * 5 / (1.5 + 0.1 * 5) = 0.025
+    # v = -2 * 0.025 * [0 + 0.3, 1.5 + 0.4] = [-0.015, -0.095]
+    assert w.tolist() == [pytest.approx([2.985, 3.905])]
+    assert bias.item() == pytest.approx(0.5)
+    for group in optimizer.param_groups:
+        group["lr"] = 1.0
+    w.grad = torch.tensor([[0.6, -0.8]], dtype=torch.float64)
+    bias.grad = torch.tensor([0.0], dtype=torch.float64)
+    optimizer.step()
+    norm = math.hypot(2.985, 3.905)
+    local = 0.01 * norm / (1.0 + 0.1 * norm)
+    v = [-0.0075 - local * (0.6 + 0.2985), -0.0475 - local * (-0.8 + 0.3905)]
+    assert w.tolist() == [pytest.approx([2.985 + v[0], 3.905 + v[1]])]
+    assert bias.item() == pytest.approx(0.25)
+    assert optimizer.state[w]["momentum_buffer"].tolist() == [pytest.approx([-v[0], -v[1]])]
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_lars_moves_a_tensor_of_zeros_and_bears_a_gradient_of_zeros(decay: float) -> None:
+    zeros, ones = nn.Parameter(torch.zeros(2, 2)), nn.Parameter(torch.ones(2, 2))
+    parameters = {"a.weight": zeros, "b.weight": ones}
+    optimizer = build_optimizer("lars", parameters, lr=0.5, momentum=0.9, weight_decay=decay)
+    zeros.grad, ones.grad = torch.ones(2, 2), torch.zeros(2, 2)
+    optimizer.step()
+    assert zeros.flatten().tolist() == [-0.5] * 4
+    left = 1 - 0.5 * 0.001 if decay else 1.0  # the decay alone: trust / decay * decay * w
+    assert ones.flatten().tolist() == pytest.approx([left] * 4)
+
+
+def test_lars_adds_up_the_squares_of_four_million_weights() -> None:
+    w = nn.Parameter(torch.full((2048, 2048), 0.1))
+    optimizer = build_optimizer("lars", {"fc.weight": w}, lr=1.0, momentum=0.9, weight_decay=0.0)
+    w.grad = torch.zeros_like(w)
+    w.grad[0, 0] = 1.0
+    optimizer.step()
+    assert w[0, 0].item() == pytest.approx(0.1 - 0.001 * 204.8, rel=1e-5)

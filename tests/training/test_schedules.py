@@ -45,6 +45,13 @@ def test_one_cycle_rises_to_its_peak_and_falls_to_nothing() -> None:
     assert rates[100] == pytest.approx(0)
 
 
+def test_polynomial_falls_as_the_square_of_what_is_left() -> None:
+    schedule = Schedule("polynomial", lr=10.0, epochs=100, warmup=2.0)
+    assert schedule.rate("weights", 1.0) == pytest.approx(10 * 0.99**2 / 2)
+    assert schedule.rate("weights", 75.0) == pytest.approx(0.625)
+    assert schedule.rate("weights", 100.0) == 0
+
+
 def test_warmup_and_biases() -> None:
     schedule = Schedule("constant", lr=0.01, epochs=5, warmup=2.0, bias_lr=2.0)
     assert schedule.rate("weights", 0.0) == 0
