@@ -22,6 +22,7 @@ from alexnet_dist.config import (
 from alexnet_dist.data.engine import Engine
 from alexnet_dist.errors import Failure, run_command
 from alexnet_dist.parallel.mesh import Mesh, start
+from alexnet_dist.parallel.waits import WAITS
 from alexnet_dist.parallel.watch import Watch
 from alexnet_dist.tracking.reporter import Reporter
 from alexnet_dist.tracking.run import RunFolder, choose_folder, read_config
@@ -138,7 +139,8 @@ class Run:
             self._agree()
             self._announce()
             if mesh.world > 1:
-                self.learner.warm_up()
+                with WAITS.paused():
+                    self.learner.warm_up()
             self._train(last)
         except Preempted as stop:
             self._leave(stop.cause)
@@ -241,6 +243,7 @@ class Run:
             steps=steps,
             images_per_second=timed / max(seconds, 1e-9),
             data_wait=waited / max(seconds, 1e-9),
+            communication=WAITS.take() / max(seconds, 1e-9),
             seconds=seconds,
         )
 
@@ -271,7 +274,8 @@ class Run:
 
         batches = self.images.val_engine.batches(self.images.evaluation.draws(self.mesh.rows))
         try:
-            result = evaluate(self.layout, batches, self.mesh.device, between)
+            with WAITS.paused():
+                result = evaluate(self.layout, batches, self.mesh.device, between)
         finally:
             batches.close()
         left_out = self._report_bad(self.images.val_engine)

@@ -6,6 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from alexnet_dist.parallel.waits import WAITS
+
 # torch 2.14 gave both other names, and warns of the old ones
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
@@ -24,7 +26,9 @@ class Gathering:
         return self._everyone.view(self._shape)
 
     def wait(self) -> Tensor:
+        WAITS.begin(self._sent.device)
         self._work.wait()
+        WAITS.end()
         return self.promised()
 
 
@@ -43,7 +47,9 @@ class Summing:
         )
 
     def wait(self) -> Tensor:
+        WAITS.begin(self._sent.device)
         self._work.wait()
+        WAITS.end()
         return at_least_float(self._received).sum(0)
 
 

@@ -20,6 +20,7 @@ from alexnet_dist.parallel.classes import Classes, counted
 from alexnet_dist.parallel.collectives import at_least_float
 from alexnet_dist.parallel.mesh import Mesh
 from alexnet_dist.parallel.shards import Sharding, Share
+from alexnet_dist.parallel.waits import WAITS, wait_from_last_gradient
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,8 @@ class DataParallel:
         total, best = self.classes(scores).cross_entropy(scores, labels)
         # DDP takes the mean over replicas, which may have different numbers of images
         self.scaler.scale(total * (self.mesh.replicas / self.batch)).backward()
+        if self.mesh.replicas > 1:
+            WAITS.end()
         with torch.no_grad():
             right = (best == labels).sum()
             return torch.stack([total.detach().double(), right.double()])
@@ -184,6 +187,7 @@ def averaged(
 ) -> DistributedDataParallel:
     """``module`` with gradients that are averaged over the replicas."""
     group = dist.group.WORLD if mesh.towers == 1 else mesh.group("dp")
+    wait_from_last_gradient(module, mesh.device)
     # views, because a second copy of 61 million gradients costs a pass over memory; the two large
     # layers fill a bucket each, whose sums run under the convolutions' backward
     parallel = DistributedDataParallel(

@@ -47,6 +47,7 @@ from alexnet_dist.parallel.ddp import (
 )
 from alexnet_dist.parallel.mesh import Mesh
 from alexnet_dist.parallel.shards import DropoutShare, Sharding, Share
+from alexnet_dist.parallel.waits import WAITS
 
 
 class Hybrid:
@@ -143,6 +144,8 @@ class Hybrid:
         gradient = torch.cat([part.wait() for part in gradients])[: len(features)]
         # the sum over all images' losses has arrived, of which DDP will take the mean
         features.backward((gradient * replicas).to(features.dtype))
+        if replicas > 1:
+            WAITS.end()
         return result
 
     @torch.no_grad()

@@ -86,6 +86,8 @@ class Console:
             f"loss {loss}  lr {event['lr']:.2g}  "
             f"{event['images_per_second']:.0f} img/s  wait {100 * event['data_wait']:.0f} %"
         )
+        if event.get("communication"):
+            numbers += f"  comm {100 * event['communication']:.0f} %"
         epoch = max(math.ceil(event["epoch"] - 1e-9), 1)
         where = f"epoch {epoch}/{self._epochs}"
         if self._bar is None:

@@ -16,7 +16,7 @@ INIT_SECONDS = 30
 CLOSE_SECONDS = 60
 
 _CURVES = {
-    "train": ("loss", "top1_error", "lr", "images_per_second", "data_wait"),
+    "train": ("loss", "top1_error", "lr", "images_per_second", "data_wait", "communication"),
     "eval": ("loss", "top1_error", "top5_error"),
 }
 
@@ -44,7 +44,7 @@ def send(run: Any, event: Event) -> None:
     """Tell a run of ``begin`` what W&B shows of an event; of most it shows nothing."""
     kind = event["event"]
     if kind in _CURVES:
-        values = {f"{kind}/{n}": event[n] for n in _CURVES[kind] if event[n] is not None}
+        values = {f"{kind}/{n}": event[n] for n in _CURVES[kind] if event.get(n) is not None}
         values |= {f"lr/{group}": rate for group, rate in event.get("rates", {}).items()}
         run.log({**values, "epoch": event["epoch"], "global_step": event["step"]})
     elif kind == "picture":

@@ -32,6 +32,15 @@ def test_any_number_of_processes_trains_alike(calm: dict[int, Path]) -> None:
         assert rates == pytest.approx([e["top1_error"] for e in events(calm[0], "eval")])
 
 
+def test_the_records_say_where_the_time_went(calm: dict[int, Path]) -> None:
+    for processes, run in calm.items():
+        for event in events(run, "train"):
+            waits = event["data_wait"], event["communication"]
+            assert all(0 <= share <= 1 for share in waits)
+            assert sum(waits) < 1
+            assert (waits[1] > 0) == (processes > 0)
+
+
 def test_any_number_of_processes_sees_the_same_images_in_the_same_order(
     calm: dict[int, Path],
 ) -> None:
