@@ -25,7 +25,7 @@ lint: $(ENV)
 
 # The measurement in the README. DATA is a folder of JPEGs in train/CLASS/.
 bench: $(ENV)
-	$(PY) -m benchmarks.vs_pytorch_example --data $(DATA)
+	$(PY) -m alexnet_dist.bench --baseline --config configs/fast.yaml --data.root $(DATA) $(ARGS)
 
 # What layouts send, on network namespaces as hosts; as root.
 bench-layouts: $(ENV)
@@ -35,7 +35,7 @@ bench-layouts: $(ENV)
 bench-gpu: $(ENV)
 	$(PY) -m pytest -q -m gpu
 	$(PY) -m benchmarks.lrn
-	$(PY) -m benchmarks.vs_pytorch_example --data $(DATA) --batch 512 --steps 100
+	$(PY) -m alexnet_dist.bench --baseline --config configs/fast.yaml --data.root $(DATA) --data.batch_size 512
 
 $(ENV): pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv .venv

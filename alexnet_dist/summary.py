@@ -4,64 +4,14 @@ python -m alexnet_dist.summary VARIANT [--num_classes N] [--image_size S]
 """
 
 from argparse import ArgumentParser
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
 
 from alexnet_dist.errors import Failure, run_command
-from alexnet_dist.model import VARIANTS, outline
+from alexnet_dist.model import VARIANTS
+from alexnet_dist.model.accounting import Row, rows
 
 MEGABYTE = 2**20
-
-
-@dataclass(frozen=True)
-class Row:
-    """A layer: what it gives for one image, and what that costs."""
-
-    kind: str
-    name: str
-    shape: tuple[int, ...]
-    parameters: int
-    multiply_adds: int
-
-
-def _kind(layer: nn.Module) -> str:
-    """A layer's name in torch, where it is one of torch's or made from one."""
-    for kind in type(layer).__mro__:
-        if kind.__module__.startswith("torch.nn") and kind is not nn.Module:
-            return kind.__name__
-    return type(layer).__name__
-
-
-def rows(variant: str, *, num_classes: int = 1000, image_size: int = 224) -> list[Row]:
-    """The layers of a variant in order; nothing is computed, and no weight takes memory."""
-    found: list[Row] = []
-
-    def note(name: str) -> object:
-        def hook(layer: nn.Module, _: object, output: Tensor) -> None:
-            parameters = sum(p.numel() for p in layer.parameters())
-            weight = getattr(layer, "weight", None)
-            per_output = weight[0].numel() if weight is not None else 0
-            found.append(
-                Row(
-                    _kind(layer),
-                    name,
-                    tuple(output.shape[1:]),
-                    parameters,
-                    per_output * output[0].numel(),
-                )
-            )
-
-        return hook
-
-    with torch.device("meta"):
-        model = outline(variant, num_classes=num_classes, image_size=image_size).eval()
-        for name, layer in model.named_modules():
-            if not list(layer.children()) and not isinstance(layer, nn.Flatten):
-                layer.register_forward_hook(note(name))
-        model(torch.empty(1, 3, image_size, image_size))
-    return found
 
 
 def megabytes(layers: list[Row], image_size: int) -> dict[str, float]:

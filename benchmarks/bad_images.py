@@ -28,7 +28,7 @@ from alexnet_dist.data.engine import Engine
 from alexnet_dist.data.formats import checked, plain_size
 from alexnet_dist.data.plan import Plan
 from alexnet_dist.data.sources import Source, make_catalogue, open_sources
-from benchmarks.machine import machine
+from alexnet_dist.measuring.machine import machine
 from tests.data.bad_images import (
     damaged,
     encode,

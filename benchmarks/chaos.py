@@ -29,8 +29,8 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
+from alexnet_dist.measuring.machine import machine
 from alexnet_dist.tracking.events import Event, read, surviving
-from benchmarks.machine import machine
 
 SIDE, BATCH, IMAGES, BAD = 76, 7, 199, (17, 91, 154)
 OPTIONS = [

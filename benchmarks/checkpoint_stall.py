@@ -21,8 +21,8 @@ import torch
 from PIL import Image
 
 from alexnet_dist.config import CheckpointConfig
+from alexnet_dist.measuring.machine import machine
 from alexnet_dist.tracking.events import read
-from benchmarks.machine import machine
 
 BATCH, STEPS, EVERY = 32, 31, 10
 KINDS = {

@@ -26,13 +26,13 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from alexnet_dist.measuring.machine import machine
 from alexnet_dist.model import draw_masks, initial_weights, outline
 from alexnet_dist.parallel import build_layout
 from alexnet_dist.parallel.arithmetic import choose_precision
 from alexnet_dist.parallel.ddp import Compression
 from alexnet_dist.parallel.mesh import Mesh, start
 from alexnet_dist.training.optim import build_optimizer
-from benchmarks.machine import machine
 
 COMPRESSED = ("", "+bf16", "+fp16", "+powersgd")
 LAYOUTS = [f"{kind}{how}" for kind in ("ddp", "towers", "whole", "pipelined") for how in COMPRESSED]

@@ -23,9 +23,9 @@ from alexnet_dist.data.augment import pixels_for
 from alexnet_dist.data.engine import Engine
 from alexnet_dist.data.plan import Plan
 from alexnet_dist.data.sources import FolderSource, make_catalogue
+from alexnet_dist.measuring.machine import machine
 from alexnet_dist.parallel.collectives import gather
 from alexnet_dist.parallel.mesh import Mesh, start
-from benchmarks.machine import machine
 
 
 def batches(engine: Engine, plan: Plan, rows: slice, mesh: Mesh) -> Iterator[int]:

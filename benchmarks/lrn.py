@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
+from alexnet_dist.measuring.machine import machine
 from alexnet_dist.model import triton_runs_on
 from alexnet_dist.model.normalization import LocalResponseNorm, lrn_triton
-from benchmarks.machine import machine
 
 GPU = torch.device("cuda", 0)
 RESULTS = Path(__file__).with_name("results")

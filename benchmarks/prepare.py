@@ -26,7 +26,7 @@ from PIL import Image
 from torch.nn.functional import interpolate
 
 from alexnet_dist.data.shrink import Form, Moments, shrink
-from benchmarks.machine import machine
+from alexnet_dist.measuring.machine import machine
 
 SIDE, QUALITY = 256, 95
 FORM = Form("shards", SIDE, "none", QUALITY)

@@ -27,8 +27,8 @@ from alexnet_dist.data import build_engine
 from alexnet_dist.data.augment import pixels_for
 from alexnet_dist.data.plan import Plan
 from alexnet_dist.data.sources import make_catalogue, open_sources
+from alexnet_dist.measuring.machine import machine
 from alexnet_dist.parallel.mesh import usable_processors
-from benchmarks.machine import machine
 from tests.data.prepared_folder import write_prepared
 
 CPU = torch.device("cpu")

@@ -8,10 +8,11 @@ import pytest
 import alexnet_dist
 
 HOUSE = Path(alexnet_dist.__file__).parent
-ROOMS = {"assembly", "model", "data", "parallel", "training", "tracking"}
+ROOMS = {"assembly", "measuring", "model", "data", "parallel", "training", "tracking"}
 COMMANDS = {path.stem for path in HOUSE.glob("*.py")} - {"__init__", "config", "errors"}
 MAY_KNOW = {
     "assembly": {*ROOMS, "config", "errors"},
+    "measuring": {"measuring", "model", "data", "parallel", "tracking", "errors"},
     "model": {"model"},
     "data": {"data", "errors"},
     "parallel": {"parallel", "model", "errors"},

@@ -30,6 +30,9 @@ from alexnet_dist.errors import Failure
 
 Decoder = Literal["region", "full", "cpu", "none"]
 
+HARDWARE_SHARE = 0.65
+"""Part of the images that a GPU's own JPEG engine decodes, where there is one."""
+
 _READ_TOGETHER = 16
 """Files that a thread reads in a row: handing over one at a time costs more than reading it."""
 
@@ -51,7 +54,7 @@ def build_pipeline(
     decoder: Decoder,
     resize: bool,
     pixels: Pixels,
-    hw_decoder_load: float = 0.65,
+    hw_decoder_load: float = HARDWARE_SHARE,
 ) -> Any:
     """A pipeline that is fed by name: encoded, start, shape, mirror, mean, std, number; where there
     is nothing to decode, cut pixels [h, w, 3] take the place of the first three.
@@ -84,7 +87,7 @@ def build_pipeline(
             encoded = feed("encoded", types.UINT8, 1, no_copy=True)
             start = feed("start", types.INT32, 1)
             shape = feed("shape", types.INT32, 1)
-            images = _decoded(encoded, start, shape, decoder, gpu, hw_decoder_load)
+            images = decoded(encoded, start, shape, decoder, gpu, hw_decoder_load)
         if resize:
             images = fn.resize(images, size=[pixels.side, pixels.side], antialias=True)
         images = fn.crop_mirror_normalize(
@@ -100,8 +103,13 @@ def build_pipeline(
     return pipeline
 
 
-def _decoded(
-    encoded: Any, start: Any, shape: Any, decoder: Decoder, gpu: bool, hw_decoder_load: float
+def decoded(
+    encoded: Any,
+    start: Any,
+    shape: Any,
+    decoder: Decoder,
+    gpu: bool,
+    hw_decoder_load: float = HARDWARE_SHARE,
 ) -> Any:
     """The boxes of encoded images, as part of a pipeline."""
     from nvidia.dali import fn, types

@@ -1,0 +1,1 @@
+"""Taking the measure of a machine and of what runs on it."""
