@@ -219,9 +219,14 @@ class RuntimeConfig:
     """auto: bf16 where the device is good at it, else fp32. Weights stay in fp32."""
     compile: bool = False
     """Compile the network with torch.compile."""
-    lrn: Literal["auto", "triton", "band"] = "auto"
-    """Response normalisation: by Triton's kernels, which want an NVIDIA GPU, or as a product with a
-    band; auto: by Triton where it is there."""
+    lrn: Literal["auto", "triton", "band", "torch"] = "auto"
+    """Response normalisation: by Triton's kernels, which want an NVIDIA GPU, as a product with a
+    band, or by torch's own function; auto: by Triton where it is there, else the band."""
+    stem: Literal["auto", "folded", "plain"] = "auto"
+    """The first convolution on an image folded stride by stride pixels into channels, or plain;
+    auto: folded where that is known to be faster, in bf16 on CPUs."""
+    pool_first: bool = True
+    """ReLU behind the max pooling that follows it, on a quarter of the values; they commute."""
     deterministic: bool = False
     """The same bits on a GPU in each run, more slowly; CPUs give them anyway."""
     threads: int = 0

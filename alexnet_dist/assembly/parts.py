@@ -16,7 +16,7 @@ from alexnet_dist.errors import Failure
 from alexnet_dist.model import (
     VARIANTS,
     Network,
-    allow_triton,
+    choose_kernels,
     draw_masks,
     initial_weights,
     outline,
@@ -121,7 +121,10 @@ class Learner:
         set_arithmetic(self.precision, config.runtime.deterministic)
         self.outputs = config.model.num_classes or len(images.catalogue.train.classes)
         self.model, _ = self._outline()
-        allow_triton(self.model, config.runtime.lrn != "band")
+        runtime = config.runtime
+        choose_kernels(
+            self.model, lrn=runtime.lrn, stem=runtime.stem, pool_first=runtime.pool_first
+        )
         parallel, optim = config.parallel, config.optim
         self.layout = build_layout(
             self.model,

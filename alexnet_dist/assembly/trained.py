@@ -11,7 +11,7 @@ from alexnet_dist.config import Config, from_dict
 from alexnet_dist.data.augment import Pixels, pixels_for
 from alexnet_dist.data.statistics import Statistics
 from alexnet_dist.errors import Failure
-from alexnet_dist.model import VARIANTS, Network, allow_triton, outline
+from alexnet_dist.model import VARIANTS, Network, choose_kernels, outline
 from alexnet_dist.training import weights
 
 
@@ -66,7 +66,8 @@ class Trained:
             dropout=self.config.model.dropout,
             image_size=self.config.data.image_size,
         )
-        allow_triton(model, self.config.runtime.lrn != "band")
+        runtime = self.config.runtime
+        choose_kernels(model, lrn=runtime.lrn, stem=runtime.stem, pool_first=runtime.pool_first)
         return model
 
     def fill(self, parameters: dict[str, torch.nn.Parameter]) -> None:

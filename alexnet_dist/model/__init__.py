@@ -9,14 +9,15 @@ from alexnet_dist.model.alexnet import (
     outline,
 )
 from alexnet_dist.model.dropout import draw_masks
-from alexnet_dist.model.normalization import allow_triton, triton_runs_on
+from alexnet_dist.model.kernels import choose_kernels
+from alexnet_dist.model.normalization import triton_runs_on
 
 __all__ = [
     "VARIANTS",
     "Network",
     "Variant",
-    "allow_triton",
     "build_model",
+    "choose_kernels",
     "draw_masks",
     "initial_weights",
     "outline",

@@ -221,7 +221,6 @@ class TorchvisionAlexNet(torchvision.models.AlexNet):
         super().__init__(num_classes=num_classes, dropout=dropout)
         self.avgpool = AveragePool(6)
         self.features[0] = PaddedConv2d(3, 64, 11, 4, 2)
-        self.features = nn.Sequential(_relu_behind_pool(self.features))
         self.classifier[0] = Dropout(256 * 6 * 6, dropout, form)
         self.classifier[3] = Dropout(4096, dropout, form)
 
@@ -244,16 +243,6 @@ class TorchvisionAlexNet(torchvision.models.AlexNet):
 
 
 Network = AlexNet | TorchvisionAlexNet
-
-
-def _relu_behind_pool(layers: nn.Sequential) -> "OrderedDict[str, nn.Module]":
-    """The layers under their names, each ReLU behind the max pooling that follows it: they
-    commute, and a quarter of the values are left."""
-    order = list(layers.named_children())
-    for at in range(len(order) - 1):
-        if isinstance(order[at][1], nn.ReLU) and isinstance(order[at + 1][1], nn.MaxPool2d):
-            order[at], order[at + 1] = order[at + 1], order[at]
-    return OrderedDict(order)
 
 
 def build_model(

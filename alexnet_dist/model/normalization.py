@@ -12,7 +12,7 @@ alpha of 1e-4 at n = 5 is 5e-4 here.
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -72,9 +72,9 @@ class LocalResponseNorm(nn.Module):
         size: kernels in the window, n; odd.
         alpha, beta, k: as in torch.nn.LocalResponseNorm (alpha is divided by ``size``).
         groups: towers; a window never reaches across two of them.
-        triton: whether Triton's kernels may compute it where they can: on a GPU, from a
-            channels-last tensor, with the paper's size and beta. Elsewhere it is a product with a
-            band.
+        kernel: "triton": Triton's kernels compute it where they can, on a GPU from a channels-last
+            tensor with the paper's size and beta, and elsewhere a product with a band does;
+            "band": that everywhere; "torch": torch's own function.
 
     Input and output: [B, C, H, W], C a multiple of ``groups``; the output has the input's type.
     Source: Krizhevsky et al. 2012, section 3.3.
@@ -87,13 +87,13 @@ class LocalResponseNorm(nn.Module):
         beta: float = 0.75,
         k: float = 2.0,
         groups: int = 1,
-        triton: bool = True,
+        kernel: Literal["triton", "band", "torch"] = "triton",
     ) -> None:
         super().__init__()
         if size % 2 == 0:
             raise ValueError(f"the window must be odd to have a middle, not {size}")
         self.size, self.alpha, self.beta, self.k, self.groups = size, alpha, beta, k, groups
-        self.triton = triton
+        self.kernel = kernel
         self._bands: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
 
     def _band(self, x: Tensor) -> Tensor:
@@ -109,7 +109,7 @@ class LocalResponseNorm(nn.Module):
 
     def _suits_triton(self, x: Tensor) -> bool:
         return (
-            self.triton
+            self.kernel == "triton"
             and not torch.compiler.is_exporting()  # other programs have no such kernels
             and triton_runs_on(x.device)
             and (self.size, self.beta) == (5, 0.75)
@@ -120,12 +120,19 @@ class LocalResponseNorm(nn.Module):
         if self._suits_triton(x):
             y: Tensor = lrn_triton.response_norm(x, self.k, self.alpha / self.size, self.groups)
             return y
+        if self.kernel == "torch":
+            return self._by_torch(x)
         band = self._band(x)
 
         def mean(squares: Tensor) -> Tensor:
             return F.conv2d(squares, band, groups=self.groups).div_(self.size)
 
         return _normalise(x, mean, self.k, self.alpha, self.beta)
+
+    def _by_torch(self, x: Tensor) -> Tensor:
+        numbers = self.size, self.alpha, self.beta, self.k
+        towers = [F.local_response_norm(tower, *numbers) for tower in x.chunk(self.groups, 1)]
+        return towers[0] if self.groups == 1 else torch.cat(towers, 1)
 
     def extra_repr(self) -> str:
         return (
@@ -141,13 +148,6 @@ def triton_runs_on(device: torch.device) -> bool:
         and device.type == "cuda"
         and torch.cuda.get_device_capability(device) >= (8, 0)
     )
-
-
-def allow_triton(model: nn.Module, allowed: bool) -> None:
-    """Let Triton's kernels compute the response normalisations of ``model``, or not."""
-    for layer in model.modules():
-        if isinstance(layer, LocalResponseNorm):
-            layer.triton = allowed
 
 
 class SpatialResponseNorm(nn.Module):

@@ -1,5 +1,7 @@
 """The first convolution: the zeros that it reads past the edge, and how processors like it best."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -8,9 +10,11 @@ from torch.nn import functional as F
 class PaddedConv2d(nn.Conv2d):
     """torchvision's first convolution, padded on every side, computed as ``stem_convolution``."""
 
+    stem: Literal["auto", "folded", "plain"] = "auto"
+
     def forward(self, input: Tensor) -> Tensor:
         side = int(self.padding[0])
-        return stem_convolution(input, self, (side, side, side, side))
+        return stem_convolution(input, self, (side, side, side, side), self.stem)
 
 
 class StemConv2d(nn.Conv2d):
@@ -21,27 +25,35 @@ class StemConv2d(nn.Conv2d):
     are added on the right and at the bottom until the stride divides: three for 224, none for 227.
     """
 
+    stem: Literal["auto", "folded", "plain"] = "auto"
+
     def forward(self, input: Tensor) -> Tensor:
         height, width = input.shape[-2:]
         kernel, stride = self.kernel_size[0], self.stride[0]
         zeros = (0, (kernel - width) % stride, 0, (kernel - height) % stride)
-        return stem_convolution(input, self, zeros)
+        return stem_convolution(input, self, zeros, self.stem)
 
 
-def stem_convolution(x: Tensor, conv: nn.Conv2d, zeros: tuple[int, int, int, int]) -> Tensor:
+def stem_convolution(
+    x: Tensor,
+    conv: nn.Conv2d,
+    zeros: tuple[int, int, int, int],
+    stem: Literal["auto", "folded", "plain"] = "auto",
+) -> Tensor:
     """``conv`` on ``x`` [B, 3, H, W] behind ``zeros`` (left, right, top, bottom).
 
-    In bf16 on a CPU the image is first folded, stride by stride pixels into channels, and the
-    kernel with it: 11 x 11 by 4 on 3 channels is 3 x 3 by 1 on 48. The same sums, whose gradient
-    takes a third of the time, because matrix units want more than 3 channels.
+    Folded, stride by stride pixels of the image go into channels, and the kernel's with them: 11 x
+    11 by 4 on 3 channels is 3 x 3 by 1 on 48. The same sums, whose gradient takes a third of the
+    time in bf16 on a CPU, because matrix units want more than 3 channels: there "auto" folds.
     """
-    if x.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
+    lowered = torch.is_autocast_enabled(x.device.type) if not x.is_meta else False
+    if stem == "plain" or (stem == "auto" and not (lowered and x.device.type == "cpu")):
         padded = F.pad(x, zeros) if any(zeros) else x
         return F.conv2d(padded, conv.weight, conv.bias, conv.stride)
     left, right, top, bottom = zeros
     fold, kernel = conv.stride[0], conv.kernel_size[0]
     more = -kernel % fold  # zeros that fill the kernel up to whole folds, and the image with it
-    dtype = torch.get_autocast_dtype("cpu")
+    dtype = torch.get_autocast_dtype(x.device.type) if lowered else x.dtype
     padded = F.pad(x.to(dtype), (left, right + more, top, bottom + more))
     weight = F.pad(conv.weight, (0, more, 0, more))
     return F.conv2d(_folded(padded, fold), _folded(weight, fold), conv.bias)

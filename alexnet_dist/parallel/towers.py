@@ -64,8 +64,11 @@ def _half(layer: nn.Module, mesh: Mesh) -> nn.Module:
         inputs, outputs = layer.in_channels // layer.groups, layer.out_channels // 2
         numbers = inputs, outputs, layer.kernel_size[0], layer.stride[0], int(layer.padding[0])
         # what reads its own tower only, and the first layer: the image is there on both sides
-        alone = layer.groups == 2 or isinstance(layer, StemConv2d)
-        return type(layer)(*numbers) if alone else _ConvOfBoth(mesh, numbers)
+        if isinstance(layer, StemConv2d):
+            half = StemConv2d(*numbers)
+            half.stem = layer.stem
+            return half
+        return nn.Conv2d(*numbers) if layer.groups == 2 else _ConvOfBoth(mesh, numbers)
     if isinstance(layer, TowerLinear):
         out, inputs = layer.weight.shape
         return nn.Linear(inputs, out // 2)
@@ -73,7 +76,7 @@ def _half(layer: nn.Module, mesh: Mesh) -> nn.Module:
         share = Share(layer.out_features, 2, mesh.tower)
         return _LinearOfBoth(mesh, layer.in_features, len(share))
     if isinstance(layer, LocalResponseNorm):
-        return LocalResponseNorm(layer.size, layer.alpha, layer.beta, layer.k, triton=layer.triton)
+        return LocalResponseNorm(layer.size, layer.alpha, layer.beta, layer.k, kernel=layer.kernel)
     if isinstance(layer, Dropout):
         return DropoutShare(Share(layer.units, 2, mesh.tower), layer.p, layer.form)
     return layer

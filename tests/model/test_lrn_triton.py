@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from alexnet_dist.model import allow_triton, outline
 from alexnet_dist.model import normalization as room
 from alexnet_dist.model.normalization import LocalResponseNorm
 from tests.conftest import environment
@@ -64,15 +63,6 @@ def test_each_way_reads_and_writes_once(name: str, tensors: int) -> None:
     assert len(loads) == 3 * tensors
 
 
-def test_the_option_reaches_the_layers() -> None:
-    model = outline("paper")
-    norms = [layer for layer in model.modules() if isinstance(layer, LocalResponseNorm)]
-    assert len(norms) == 2
-    assert all(layer.triton for layer in norms)
-    allow_triton(model, False)
-    assert not any(layer.triton for layer in norms)
-
-
 @needs_triton
 def test_who_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a GPU made believe: the kernels, unless the layer, the tensor or an export forbids."""
@@ -83,7 +73,7 @@ def test_who_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     LocalResponseNorm(5, 5e-4, 0.75, 2.0, 2)(x)
     assert asked == [(2.0, pytest.approx(1e-4), 2)]
     for layer, tensor in (
-        (LocalResponseNorm(groups=2, triton=False), x),
+        (LocalResponseNorm(groups=2, kernel="band"), x),
         (LocalResponseNorm(groups=2), x.contiguous()),
         (LocalResponseNorm(groups=2), x.double()),
         (LocalResponseNorm(3, groups=2), x),
