@@ -4,7 +4,8 @@ python -m alexnet_dist.bench [--config configs/fast.yaml] [--data.root DIR] [--b
 Computing alone, loading alone by each engine, both together, evaluating, saving; under torchrun the
 layouts, too, and what each waits for. --baseline takes turns with the loop of PyTorch's ImageNet
 example, its DataLoader, and NVIDIA's DALI example, on the JPEGs of a folder with train/CLASS/
-(data.root, unless another is named). Nothing is trained. Dotted options are those of the trainer.
+(data.root, unless another is named); --each turns off, one at a time, what makes computing faster.
+Nothing is trained. Dotted options are those of the trainer.
 """
 
 import itertools
@@ -27,7 +28,7 @@ import numpy as np
 import torch
 
 from alexnet_dist.assembly.parts import Images, Learner, check_network
-from alexnet_dist.config import Config, OwnOptions, Parsed, parse
+from alexnet_dist.config import Config, OwnOptions, Parsed, flatten, parse, to_dict
 from alexnet_dist.data import build_engine, dali
 from alexnet_dist.data.engine import Batch
 from alexnet_dist.data.sources import make_catalogue, open_sources
@@ -48,6 +49,14 @@ IMAGENET_VAL = 50_000
 ENGINES = ("dali", "dataloader", "resident")
 CROPS = ["--data.crop=random_resized", "--data.colour=none"]
 """The options with which our engine makes the crops of PyTorch's ImageNet example."""
+OFF = {
+    "runtime.precision": "fp32",
+    "runtime.compile": False,
+    "runtime.lrn": "torch",
+    "runtime.stem": "plain",
+    "runtime.pool_first": False,
+}
+"""What each way to compute faster is where it is off."""
 WARM = 4
 """Steps of a plain loop that do not count: processes start, queues fill."""
 PLAIN = {"example": baseline.training, "dataloader": baseline.dataloader, "dali": baseline.dali}
@@ -87,7 +96,7 @@ class Bench:
     def __init__(self, config: Config, mesh: Mesh, words: Namespace) -> None:
         self.config, self.mesh = config, mesh
         self.measure = partial(in_turns, rounds=words.rounds, seconds=words.seconds)
-        self.seconds = words.seconds
+        self.seconds, self.turn_off_each = words.seconds, words.each
         self.images = Images(config, mesh)
         self.learner = _learner(config, mesh, self.images)
         self.batch = config.data.batch_size
@@ -105,6 +114,8 @@ class Bench:
             "checkpoint": self.checkpoint,
             "layouts": self.layouts,
         }
+        if self.turn_off_each:
+            measures["each"] = self.each
         for name, measure in measures.items():
             with report.busy(f"measuring {name}", self.mesh.rank == 0):
                 record[name] = measure()
@@ -311,6 +322,28 @@ class Bench:
             record[name] = {"images_per_second": figure.record()}
         return record
 
+    def each(self) -> dict[str, Any]:
+        """Steps on one batch, in turns with the same where one way to compute faster is off."""
+        batches = self.batches()
+        batch = next(batches)
+        batches.close()
+        works = {"on": Work(partial(self.step, batch))}
+        on = dict(flatten(to_dict(self.config))) | {"runtime.precision": self.learner.precision}
+        for name, off in OFF.items():
+            if on[name] != off:
+                learner = _learner(_with(self.config, name, off), self.mesh, self.images)
+                works[name] = Work(partial(_step, learner, batch, self.steps))
+        found = self.measure(works, self.mesh)
+        return {
+            name: {
+                "off": OFF[name],
+                "images_per_second": figure.record(),
+                "brings": rounded(found["on"].over(figure)),
+            }
+            for name, figure in found.items()
+            if name != "on"
+        }
+
     def peak_memory(self) -> int:
         """Bytes: of the device, or of this process where that is the processor."""
         if self.mesh.device.type == "cuda":
@@ -363,6 +396,13 @@ def _learner(config: Config, mesh: Mesh, images: Images) -> Learner:
     for group in learner.optimizer.param_groups:
         group["lr"] = 0.0
     return learner
+
+
+def _with(config: Config, name: str, value: Any) -> Config:
+    """The config with one option changed."""
+    section, field = name.split(".")
+    changed = replace(getattr(config, section), **{field: value})
+    return replace(config, **{section: changed})
 
 
 def _made(config: Config, mesh: Mesh) -> Batch:
@@ -463,6 +503,9 @@ def _understand(arguments: list[str]) -> tuple[Namespace, list[str]]:
         const="",
         metavar="DIR",
         help="measure the usual beside it, on the JPEGs of this folder (data.root)",
+    )
+    options.add_argument(
+        "--each", action="store_true", help="turn off, one at a time, what makes computing faster"
     )
     options.add_argument("--rounds", type=int, default=5, help="turns of each (5)")
     options.add_argument("--seconds", type=float, default=3.0, help="of a turn, at least (3)")

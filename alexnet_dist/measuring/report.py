@@ -122,6 +122,12 @@ def _rows(record: Record) -> list[tuple[str, ...]]:
     rows.append(_row("end to end", training["images_per_second"], note=note))
     for name, layout in record["layouts"].items():
         rows.append(_row(f"computing alone, {name}", layout["images_per_second"]))
+    for name, one in record.get("each", {}).items():
+        title, note = (
+            f"  {name} {one['off']}".lower(),
+            f"with it {one['brings']:.2f} times the speed",
+        )
+        rows.append(_row(title, one["images_per_second"], note=note))
     evaluation, checkpoint = record["evaluation"], record["checkpoint"]
     note = f"50,000 images take {evaluation['seconds_for_50000_images']:,.0f} s"
     rows.append(_row("evaluating", evaluation["images_per_second"], note=note))
