@@ -1,9 +1,9 @@
 """Copies of a network's weights in bf16, so that no step has to cast them.
 
-Autocast reads each weight in fp32 and writes it in bf16, 6 bytes, in each step. Here the copy stays,
-and whoever updates the weights writes it in the same pass (training/sgd_triton.py), for 2. The
-gradient of a copy is its weight's, in fp32, so that all that waits for gradients of weights, DDP
-among it, hears of them as before, and a checkpoint knows of no copy.
+Autocast reads each weight in fp32 and writes it in bf16, 6 bytes, in each step. Here the copy
+stays, and whoever updates the weights writes it in the same pass (training/sgd_triton.py), for 2.
+The gradient of a copy is its weight's, in fp32, so that all that waits for gradients of weights,
+DDP among it, hears of them as before; and a checkpoint knows of no copy.
 """
 
 from collections.abc import Iterable

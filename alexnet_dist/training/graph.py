@@ -1,8 +1,8 @@
-"""A training step as one CUDA graph: launched at once, where it is some two hundred launches.
+"""A training step as one CUDA graph: one launch, in place of one for each of its operations.
 
-What is captured is ``train_step`` as it is, between buffers that stay where they are: images, labels
-and masks are copied into the first, the result out of the last. Of the numbers that Python computes
-only the rates change from step to step; they lie in the device's memory (sgd_triton.py).
+What is captured is ``train_step`` as it is, between buffers that stay where they are: images,
+labels and masks are copied into the first, the result out of the last. Of the numbers that Python
+computes only the rates change from step to step; they lie in the device's memory (sgd_triton.py).
 
 The first steps run as ever, and count: cuDNN chooses its kernels then, Triton and torch.compile
 make theirs, none of which can happen while a graph is captured.
@@ -121,32 +121,14 @@ class GraphedStep:
         return self._buffers
 
 
-def check_graph(
-    *,
-    triton: bool,
-    processes: int,
-    fc: str,
-    precision: str,
-    optimizer: str,
-    update: str,
-    on_nan: str,
-) -> None:
-    """Refuse what runtime.cuda_graph cannot capture, before anything is begun.
-
-    Args:
-        triton: whether Triton compiles for the device.
-        others: the options' values.
+def check_graph(*, processes: int, fc: str, precision: str, on_nan: str) -> None:
+    """Refuse what cannot be captured, by its options' values, before anything is begun.
 
     Raises:
         Failure: in one sentence.
     """
     refusal = ""
-    if not triton:
-        refusal = (
-            "wants Triton and an NVIDIA GPU no older than Ampere, for its rates to change: leave "
-            "it out here"
-        )
-    elif processes > 1:
+    if processes > 1:
         refusal = (
             f"captures no sums over processes yet, and there are {processes}: leave it out, or "
             "take one process"
@@ -155,10 +137,6 @@ def check_graph(
         refusal = "captures no sharded layers: take --parallel.fc replicated"
     elif precision == "fp16":
         refusal = "cannot capture the scale of fp16: take --runtime.precision bf16"
-    elif optimizer == "sgd":
-        refusal = "would keep the rate of torch's SGD for ever: take --optim.name paper or lars"
-    elif update == "fused":
-        refusal = "would keep the rate of torch's update for ever: take --runtime.update auto"
     elif on_nan != "stop":
         refusal = f"cannot look at gradients for train.on_nan {on_nan}: take --train.on_nan stop"
     if refusal:

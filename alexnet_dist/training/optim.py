@@ -177,7 +177,9 @@ def build_optimizer(
             name_of, {"params": [], "name": name_of, "bias": bias, "weight_decay": decay}
         )
         group["params"].append((full_name, parameter))
-    of_each = {parameters[name_of]: copy for name_of, copy in (copies or {}).items()}
+    of_each: dict[Tensor, Tensor] = {
+        parameters[name_of]: copy for name_of, copy in (copies or {}).items()
+    }
     kind: Any = torch.optim.SGD
     if name == "paper":
         kind = partial(PaperSGD, triton=triton, copies=of_each)
