@@ -40,26 +40,26 @@ class WithCopies(nn.Module):
             name: torch.empty_like(parameter, dtype=torch.bfloat16, requires_grad=False)
             for name, parameter in model.named_parameters()
         }
-        self._apart: dict[str, int | None] = dict.fromkeys(self.copies)
+        self._seen = {
+            name: (weight._version, self.copies[name]._version)
+            for name, weight in model.named_parameters()
+        }
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Cast the weights that were written without their copies, as a checkpoint's are.
+        """Cast the weights, but for those whose copies were written with them since the last time.
 
-        torch counts how often a tensor was written: an update that writes both leaves the two
-        counts as far apart as they were.
+        torch counts how often a tensor was written. Its fused updates do not tell, so that a weight
+        that seems to be what it was is cast too.
         """
         for name, weight in self.model.named_parameters():
-            copy = self.copies[name]
-            if weight._version - copy._version != self._apart[name]:
+            copy, (weight_then, copy_then) = self.copies[name], self._seen[name]
+            if not 0 < copy._version - copy_then == weight._version - weight_then:
                 copy.copy_(weight)
-                self._apart[name] = weight._version - copy._version
+            self._seen[name] = weight._version, copy._version
 
     def forward(self, images: Tensor, masks: Iterable[Tensor] = ()) -> Tensor:
         """After ``refresh``."""
-        lowered = {
-            name: _Copy.apply(weight, self.copies[name])
-            for name, weight in self.model.named_parameters()
-        }
+        lowered = {name: _Copy.apply(weight, self.copies[name]) for name, weight in self._weights()}
         scores: Tensor = functional_call(self.model, lowered, (images, masks))
         return scores

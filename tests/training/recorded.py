@@ -4,7 +4,7 @@ Numbers that Python passed stay what they were, tensors are read where they lie,
 a number of the device while it is recorded is refused. Memory alone is not used twice.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,9 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class Recording(TorchDispatchMode):
-    """Attributes:
-    calls: operations, their arguments, and what they gave.
-    """
+    """What was computed within it: operations, their arguments, and what they gave."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,6 +28,15 @@ class Recording(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         self.calls.append((func, args, kwargs or {}, result))
         return result
+
+    def reading(self, tensors: Mapping[str, Tensor]) -> list[tuple[Any, Any, Any, Any]]:
+        """The calls that were given one of ``tensors``."""
+        places = {tensor.data_ptr() for tensor in tensors.values()}
+        return [
+            call
+            for call in self.calls
+            if any(isinstance(x, Tensor) and x.data_ptr() in places for x in tree_leaves(call[1]))
+        ]
 
     @torch.no_grad()
     def replay(self) -> None:
