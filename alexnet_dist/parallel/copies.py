@@ -60,6 +60,9 @@ class WithCopies(nn.Module):
 
     def forward(self, images: Tensor, masks: Iterable[Tensor] = ()) -> Tensor:
         """After ``refresh``."""
-        lowered = {name: _Copy.apply(weight, self.copies[name]) for name, weight in self._weights()}
+        lowered = {
+            name: _Copy.apply(weight, self.copies[name])
+            for name, weight in self.model.named_parameters()
+        }
         scores: Tensor = functional_call(self.model, lowered, (images, masks))
         return scores
