@@ -35,6 +35,7 @@ bench-layouts: $(ENV)
 bench-gpu: $(ENV)
 	$(PY) -m pytest -q -m gpu
 	$(PY) -m benchmarks.lrn
+	$(PY) -m benchmarks.update
 	$(PY) -m benchmarks.vs_pytorch_example --data $(DATA) --batch 512 --steps 100
 
 $(ENV): pyproject.toml
