@@ -89,7 +89,7 @@ def compare_updates(device: torch.device, rounds: int) -> dict[str, Any]:
         with torch.no_grad():
             torch._foreach_copy_(list(copies.values()), weights)
 
-    # foreach: decay to gradient, momentum, gradient to velocity, velocity to weight: 7 reads, 4 writes
+    # foreach: decay to gradient, momentum, both to velocity, that to weight: 7 reads and 4 writes
     ways: dict[str, tuple[int, Callable[[], object]]] = {
         "sum": (12, lambda: torch.add(a, b, out=c)),
         "foreach": (44, PaperSGD(weights, **NUMBERS, foreach=True).step),

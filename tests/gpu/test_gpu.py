@@ -289,7 +289,7 @@ def test_a_graphed_step_is_the_plain_one(options: list[str], tmp_path: Path) -> 
     """Over twelve steps, nine of them replayed, each with a rate of its own."""
     root = write_images(tmp_path / "i")
     same = ["--runtime.precision=bf16", "--runtime.deterministic=true", "--train.epochs=3"]
-    same += ["--optim.schedule.name=one_cycle", "--optim.lr=0.01", *options]
+    same += ["--optim.schedule.name=one_cycle", "--optim.lr=0.002", *options]
     train(1, root, tmp_path, "--run.name=plain", "--runtime.update=triton", *same)
     train(1, root, tmp_path, "--run.name=graph", "--runtime.cuda_graph=true", *same)
     plain, graph = losses(tmp_path / "plain"), losses(tmp_path / "graph")
