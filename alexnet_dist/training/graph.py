@@ -26,8 +26,7 @@ WARM_UP = 3
 
 
 def aside(work: Work) -> Tensor:
-    """``work`` on a stream of its own, as what is captured will be: a stream that autograd has
-    seen before would be waited for."""
+    """``work`` on a stream of its own, as torch wants what comes before a capture."""
     here, there = torch.cuda.current_stream(), torch.cuda.Stream()
     there.wait_stream(here)
     with torch.cuda.stream(there):
