@@ -141,7 +141,7 @@ def batches(count: int) -> list[Batch]:
 
 @pytest.mark.parametrize(
     ("name", "precision", "copies", "parts"),
-    [("paper", "fp32", False, 1), ("lars", "fp32", False, 2), ("paper", "bf16", True, 1)],
+    [("paper", "bf16", True, 1), ("lars", "fp32", False, 2)],
 )
 def test_a_graphed_step_is_the_plain_one(
     name: str, precision: str, copies: bool, parts: int, here: mesh.Mesh
@@ -172,7 +172,7 @@ def test_a_graphed_step_is_the_plain_one(
         recorders.append(recorder)
         step = GraphedStep(layout, update, aside=lambda work: work(), capture=recorder)
         found = []
-        for number, batch in enumerate(batches(8)):
+        for number, batch in enumerate(batches(WARM_UP + 3)):
             for group in update.param_groups:
                 group["lr"] = 0.1 / (1 + number) * (2 if group["bias"] else 1)
             if graphed:
@@ -181,7 +181,7 @@ def test_a_graphed_step_is_the_plain_one(
                 found.append(train_step(layout, update, batch, batch.masks))
         results.append(torch.stack(found))
         weights.append([w.detach() for w in written])
-    assert len(results[0][:, 0].unique()) == 8  # each step has a loss of its own
+    assert len(results[0][:, 0].unique()) == WARM_UP + 3  # each step has a loss of its own
     assert torch.equal(*results)
     assert all(torch.equal(one, other) for one, other in zip(*weights, strict=True))
     assert [len(recorder.recordings) for recorder in recorders] == [0, 1]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from alexnet_dist.assembly import parts
-from alexnet_dist.config import parse
+from alexnet_dist.config import Config
 from alexnet_dist.errors import Failure
 from alexnet_dist.parallel import mesh
 from alexnet_dist.training.optim import sgd_triton
@@ -83,9 +83,13 @@ def here() -> Iterator[mesh.Mesh]:
 
 
 def refusal(here: mesh.Mesh, *words: str) -> str:
-    parsed = parse([*words, "--runtime.precision=bf16"], program="train", description="")
+    config = Config()
+    config.runtime.precision = "bf16"
+    for word in words:
+        room, name, value = re.split("[.=]", word)
+        setattr(getattr(config, room), name, value)
     with pytest.raises(Failure) as failure:
-        parts.check_network(parsed.config, here)
+        parts.check_network(config, here)
     assert failure.value.everywhere
     return str(failure.value)
 
@@ -93,18 +97,18 @@ def refusal(here: mesh.Mesh, *words: str) -> str:
 def test_refusals_name_the_thing_and_the_mend(
     here: mesh.Mesh, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    graph, copies = "--runtime.cuda_graph=true", "--runtime.weight_copies=true"
-    triton = "--runtime.update=triton"
+    graph, copies = "runtime.cuda_graph=true", "runtime.weight_copies=true"
+    triton = "runtime.update=triton"
     for option in (graph, copies, triton):
         assert "an NVIDIA GPU no older than Ampere: leave it out" in refusal(here, option)
     monkeypatch.setattr(parts, "triton_runs_on", lambda device: True)
     for words, sentence in (
-        ((graph, "--optim.name=sgd"), "take --optim.name paper or lars"),
-        ((copies, "--runtime.update=fused"), "runtime.update is fused: take --runtime.update auto"),
-        ((copies, "--parallel.fc=sharded"), "take --parallel.fc replicated"),
-        ((graph, "--parallel.fc=sharded"), "take --parallel.fc replicated"),
-        ((graph, "--train.on_nan=skip"), "take --train.on_nan stop"),
-        ((graph, "--train.on_nan=rollback"), "take --train.on_nan stop"),
+        ((graph, "optim.name=sgd"), "take --optim.name paper or lars"),
+        ((copies, "runtime.update=fused"), "runtime.update is fused: take --runtime.update auto"),
+        ((copies, "parallel.fc=sharded"), "take --parallel.fc replicated"),
+        ((graph, "parallel.fc=sharded"), "take --parallel.fc replicated"),
+        ((graph, "train.on_nan=skip"), "take --train.on_nan stop"),
+        ((graph, "train.on_nan=rollback"), "take --train.on_nan stop"),
     ):
         assert sentence in refusal(here, *words)
     monkeypatch.setattr(parts, "choose_precision", lambda wanted, device: "fp16")
