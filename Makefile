@@ -35,6 +35,7 @@ bench-layouts: $(ENV)
 bench-gpu: $(ENV)
 	$(PY) -m pytest -q -m gpu
 	$(PY) -m benchmarks.lrn
+	$(PY) -m benchmarks.update
 	$(PY) -m alexnet_dist.bench --baseline --config configs/fast.yaml --data.root $(DATA) --data.batch_size 512
 
 $(ENV): pyproject.toml

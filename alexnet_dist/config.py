@@ -227,6 +227,14 @@ class RuntimeConfig:
     auto: folded where that is known to be faster, in bf16 on CPUs."""
     pool_first: bool = True
     """ReLU behind the max pooling that follows it, on a quarter of the values; they commute."""
+    update: Literal["auto", "triton", "fused"] = "auto"
+    """The paper's update, and that of lars: by Triton's kernel, which wants an NVIDIA GPU, or by
+    torch's fused one; auto: by torch's, unless cuda_graph or weight_copies want the other."""
+    weight_copies: bool = False
+    """bf16: keep a copy of each weight, which the update writes by Triton, rather than cast weights
+    in each step."""
+    cuda_graph: bool = False
+    """Launch a whole step at once, as a CUDA graph; one process, with the update by Triton."""
     deterministic: bool = False
     """The same bits on a GPU in each run, more slowly; CPUs give them anyway."""
     threads: int = 0

@@ -27,6 +27,7 @@ from alexnet_dist.parallel.arithmetic import choose_precision, set_arithmetic
 from alexnet_dist.parallel.ddp import Compression
 from alexnet_dist.parallel.mesh import Mesh
 from alexnet_dist.tracking.console import IndexProgress
+from alexnet_dist.training.graph import check_graph
 from alexnet_dist.training.loop import set_rates
 from alexnet_dist.training.optim import build_optimizer
 from alexnet_dist.training.schedules import Schedule, value_at
@@ -139,6 +140,7 @@ class Learner:
                 parallel.compress, parallel.powersgd_rank, parallel.powersgd_start
             ),
             compile_model=config.runtime.compile,
+            weight_copies=config.runtime.weight_copies,
         )
         self.schedule = Schedule(
             lr=optim.lr, bias_lr=optim.bias_lr, epochs=config.train.epochs, **vars(optim.schedule)
@@ -153,6 +155,8 @@ class Learner:
             own=optim.schedule.table,
             trust=optim.trust,
             whole=self.layout.sharding.whole_sums,
+            triton=bool(_wants_triton(config)),
+            copies=self.layout.copies,
         )
 
     def draw(self) -> None:
@@ -219,14 +223,58 @@ def check_network(config: Config, mesh: Mesh) -> None:
             everywhere=True,
         )
     parallel = config.parallel
+    precision = choose_precision(config.runtime.precision, mesh.device)
     check_layout(
         VARIANTS[config.model.variant],
         mesh.world,
         towers=parallel.towers,
         fc=parallel.fc,
         compress=parallel.compress,
-        precision=choose_precision(config.runtime.precision, mesh.device),
+        precision=precision,
     )
+    _check_update(config, mesh, precision)
+
+
+def _wants_triton(config: Config) -> str:
+    """The option that has the update computed by Triton, or ""."""
+    runtime = config.runtime
+    if runtime.cuda_graph:  # whose launches keep their arguments, the rate among them
+        return "runtime.cuda_graph"
+    if runtime.weight_copies:
+        return "runtime.weight_copies"
+    # auto: which of the two is faster has not been measured, and they move the same bytes
+    return "runtime.update triton" if runtime.update == "triton" else ""
+
+
+def _check_update(config: Config, mesh: Mesh, precision: str) -> None:
+    runtime, fc, wants = config.runtime, config.parallel.fc, _wants_triton(config)
+    refusal = ""
+    if wants and not triton_runs_on(mesh.device):
+        refusal = f"{wants} wants Triton and an NVIDIA GPU no older than Ampere: leave it out"
+    elif wants and config.optim.name == "sgd":
+        refusal = (
+            f"{wants} wants an update that Triton computes, and optim.name is sgd: take "
+            "--optim.name paper or lars"
+        )
+    elif wants and runtime.update == "fused":
+        refusal = (
+            f"{wants} wants the update by Triton, and runtime.update is fused: take "
+            "--runtime.update auto"
+        )
+    elif runtime.weight_copies and precision != "bf16":
+        refusal = (
+            f"runtime.weight_copies are copies in bf16, and the precision is {precision}: leave "
+            "them out, or take --runtime.precision bf16"
+        )
+    elif runtime.weight_copies and fc == "sharded":
+        refusal = (
+            "runtime.weight_copies wants whole layers: leave it out, or take --parallel.fc "
+            "replicated"
+        )
+    if refusal:
+        raise Failure(refusal, everywhere=True)
+    if runtime.cuda_graph:
+        check_graph(processes=mesh.world, fc=fc, precision=precision, on_nan=config.train.on_nan)
 
 
 def _check_batch(config: Config, mesh: Mesh, catalogue: Catalogue) -> None:

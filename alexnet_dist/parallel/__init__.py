@@ -68,6 +68,7 @@ def build_layout(
     fc_schedule: str = "whole",
     compression: Compression,
     compile_model: bool = False,
+    weight_copies: bool = False,
 ) -> DataParallel | Hybrid:
     """Lay ``model``, as ``outline`` gives it, out on the ``mesh``, as it is arranged.
 
@@ -103,6 +104,7 @@ def build_layout(
         compression=compression,
         classes=classes,
         sharding=sharding,
+        weight_copies=weight_copies,
     )
 
 

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from alexnet_dist.parallel.arithmetic import Precision, Scaler, autocast
 from alexnet_dist.parallel.classes import Classes, counted
 from alexnet_dist.parallel.collectives import at_least_float
+from alexnet_dist.parallel.copies import WithCopies
 from alexnet_dist.parallel.mesh import Mesh
 from alexnet_dist.parallel.shards import Sharding, Share
 from alexnet_dist.parallel.waits import WAITS, wait_from_last_gradient
@@ -53,6 +54,7 @@ class DataParallel:
         accumulate: parts in which it is computed, one after another.
         classes: those whose scores ``model`` gives.
         sharding: None where each process has the whole network.
+        weight_copies: in bf16, whether weights have copies that are not cast in each step.
 
     Attributes:
         parameters: by name, ordinary local tensors.
@@ -60,6 +62,7 @@ class DataParallel:
         description: a line for people.
         sharding: how the parameters lie on the mesh.
         mask_rows: the positions of the global batch whose dropout masks it wants.
+        copies: those of weights, by name, which an update may write; or none.
     """
 
     def __init__(
@@ -74,6 +77,7 @@ class DataParallel:
         compression: Compression = PLAIN,
         classes: Classes | None = None,
         sharding: Sharding | None = None,
+        weight_copies: bool = False,
     ) -> None:
         self.mesh, self.batch, self.precision = mesh, batch, precision
         self.model = on_device(model, mesh.device)
@@ -84,7 +88,10 @@ class DataParallel:
         self._classes = classes
         group = mesh.group("mp") if mesh.towers > 1 else None
         self.scaler = Scaler(precision, mesh.device, group)
-        self._compute = compiled(self.model) if compile_model else self.model
+        self._lowered = WithCopies(self.model) if weight_copies else None
+        self.copies = self._lowered.copies if self._lowered else {}
+        network = self._lowered or self.model
+        self._compute = compiled(network) if compile_model else network
         if mesh.replicas > 1:
             self._compute = averaged(self._compute, mesh, compression)
         alone = "the whole network in a process" if mesh.towers == 1 else "a tower in each process"
@@ -106,6 +113,8 @@ class DataParallel:
             values, added in float64.
         """
         self.model.train()
+        if self._lowered:
+            self._lowered.refresh()
         masks = tuple(masks)
         result = torch.zeros(2, dtype=torch.float64, device=images.device)
         for rows in self._parts:

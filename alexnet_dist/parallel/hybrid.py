@@ -85,6 +85,7 @@ class Hybrid:
         self.parameters: dict[str, nn.Parameter] = {name: held[name] for name in shapes}
         dealt = {name: shapes[name] for name in self._connected.named()}
         self.sharding = Sharding(mesh, dealt, "dp")
+        self.copies: dict[str, Tensor] = {}  # none, where DataParallel may have some
         self.mask_rows = slice(None)
         self.scaler = Scaler(precision, mesh.device, self._group)
         self._classes = Classes(self._connected.classes, self._group)

@@ -9,6 +9,11 @@ from torch import Tensor, nn
 
 from alexnet_dist.errors import Failure
 
+try:
+    from alexnet_dist.training import sgd_triton
+except ImportError:  # Triton is not to be had for every platform
+    sgd_triton = None  # type: ignore[assignment]
+
 Sums = dict[str, Tensor]
 
 
@@ -24,18 +29,35 @@ class PaperSGD(torch.optim.SGD):
 
     torch's fused update computes b <- momentum * b + (1 - dampening) * (g + weight_decay * w),
     then w <- w - rate * b: with a rate of 1 and a dampening of 1 - lr its b is -v.
+
+    Args:
+        triton: compute it by the kernel of sgd_triton.py instead, to rounding the same.
+        copies: of each parameter in 16 bits, which that kernel writes too; or none.
     """
 
-    def __init__(self, params: Any, lr: float, momentum: float = 0.9, **options: Any) -> None:
+    def __init__(
+        self,
+        params: Any,
+        lr: float,
+        momentum: float = 0.9,
+        *,
+        triton: bool = False,
+        copies: Mapping[Tensor, Tensor] | None = None,
+        **options: Any,
+    ) -> None:
         super().__init__(params, lr=lr, momentum=momentum, **options)
         for group in self.param_groups:
             for parameter in group["params"]:  # torch's first step would leave the rate out
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(
                     parameter, memory_format=torch.preserve_format
                 )
+        self.by_triton = sgd_triton.Update(self, copies) if triton else None
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update all parameters by their gradients."""
+        if self.by_triton is not None:
+            self.by_triton(getattr(self, "found_inf", None))  # a scaler's, which has unscaled
+            return None
         rates = [group["lr"] for group in self.param_groups]
         for group, rate in zip(self.param_groups, rates, strict=True):
             if group["momentum"]:  # without any, torch leaves the dampening out: plain descent
@@ -126,12 +148,15 @@ def build_optimizer(
     own: Iterable[str] = (),
     trust: float = 0.001,
     whole: Callable[[Sums], Sums] = dict,
+    triton: bool = False,
+    copies: Mapping[str, Tensor] | None = None,
 ) -> torch.optim.SGD:
     """An optimizer with groups named "weights", "biases" (without decay), and one for each
     parameter that is named in ``own``.
 
     Args:
         trust, whole: those of Lars.
+        triton, copies: those of PaperSGD, by name; torch's SGD has neither.
 
     Raises:
         Failure: there is no parameter of a name in ``own``.
@@ -152,9 +177,14 @@ def build_optimizer(
             name_of, {"params": [], "name": name_of, "bias": bias, "weight_decay": decay}
         )
         group["params"].append((full_name, parameter))
-    kind: Any = torch.optim.SGD if name == "sgd" else PaperSGD
-    if name == "lars":
-        kind = partial(Lars, trust=trust, whole=whole)
+    of_each: dict[Tensor, Tensor] = {
+        parameters[name_of]: copy for name_of, copy in (copies or {}).items()
+    }
+    kind: Any = torch.optim.SGD
+    if name == "paper":
+        kind = partial(PaperSGD, triton=triton, copies=of_each)
+    elif name == "lars":
+        kind = partial(Lars, trust=trust, whole=whole, triton=triton, copies=of_each)
     optimizer: torch.optim.SGD = kind(list(groups.values()), lr=lr, momentum=momentum, fused=True)
     velocities(optimizer, parameters)  # torch leaves them unwritten where fp16 skips the first step
     return optimizer

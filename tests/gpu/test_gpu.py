@@ -21,7 +21,7 @@ from alexnet_dist.model.normalization import LocalResponseNorm, lrn_triton
 from alexnet_dist.parallel.arithmetic import Scaler, choose_precision
 from alexnet_dist.training import checkpoint
 from alexnet_dist.training.checkpoint import Checkpoints
-from alexnet_dist.training.optim import PaperSGD
+from alexnet_dist.training.optim import PaperSGD, sgd_triton
 from tests.conftest import TINY, events, launch, losses, train, write_images
 from tests.data.bad_images import damaged, encode, photograph, put, whole, write_folder
 from tests.data.prepared_folder import write_prepared
@@ -248,6 +248,53 @@ def test_the_papers_update() -> None:
         v = 0.9 * v - 0.0005 * rate * wanted - rate * w.grad.double()
         wanted += v
     assert torch.allclose(w.detach().double(), wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(sgd_triton is None, reason="Triton is not installed here")
+def test_the_papers_update_by_triton() -> None:
+    torch.manual_seed(0)
+    shapes = [(96, 3, 11, 11), (96,), (1000, 4096), (1000,), (7, 3)]
+    ours = [torch.nn.Parameter(torch.randn(shape, device=GPU)) for shape in shapes]
+    ours[0].data = ours[0].data.to(memory_format=torch.channels_last)
+    theirs = [torch.nn.Parameter(w.detach().clone()) for w in ours]
+    copies = {w: torch.empty_like(w, dtype=torch.bfloat16, requires_grad=False) for w in ours}
+    options = {"lr": 0.0, "momentum": 0.9, "weight_decay": 0.0005, "fused": True}
+    optimizer = PaperSGD(ours, **options, triton=True, copies=copies)
+    other = PaperSGD(theirs, **options)
+    for rate in (0.01, 0.001, 0.02):
+        for mine, w in zip(ours, theirs, strict=True):
+            mine.grad = torch.randn_like(mine)
+            w.grad = mine.grad.clone()
+        for each in (optimizer, other):
+            each.param_groups[0]["lr"] = rate
+            each.step()
+    for mine, w in zip(ours, theirs, strict=True):
+        assert torch.allclose(mine, w, rtol=1e-6, atol=1e-6)
+        moving = optimizer.state[mine]["momentum_buffer"], other.state[w]["momentum_buffer"]
+        assert torch.allclose(*moving, rtol=1e-6, atol=1e-6)
+        assert torch.equal(copies[mine], mine.detach().bfloat16())  # rounded as a cast does it
+
+
+@pytest.mark.skipif(sgd_triton is None, reason="Triton is not installed here")
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["--runtime.weight_copies=true"],
+        ["--runtime.compile=true"],
+        ["--optim.name=lars", "--optim.trust=0.01", "--train.accumulate=2"],
+    ],
+)
+def test_a_graphed_step_is_the_plain_one(options: list[str], tmp_path: Path) -> None:
+    """Over twelve steps, nine of them replayed, each with a rate of its own."""
+    root = write_images(tmp_path / "i")
+    same = ["--runtime.precision=bf16", "--runtime.deterministic=true", "--train.epochs=3"]
+    same += ["--optim.schedule.name=one_cycle", "--optim.lr=0.002", *options]
+    train(1, root, tmp_path, "--run.name=plain", "--runtime.update=triton", *same)
+    train(1, root, tmp_path, "--run.name=graph", "--runtime.cuda_graph=true", *same)
+    plain, graph = losses(tmp_path / "plain"), losses(tmp_path / "graph")
+    assert len(plain) == 12
+    assert graph == pytest.approx(plain, rel=1e-4)
 
 
 def test_masks_are_rows_of_one_mask() -> None:
