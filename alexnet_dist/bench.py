@@ -41,7 +41,7 @@ from alexnet_dist.model.accounting import rows, training_operations
 from alexnet_dist.parallel.mesh import Mesh, start, usable_processors
 from alexnet_dist.parallel.waits import WAITS
 from alexnet_dist.training.checkpoint import Checkpoints
-from alexnet_dist.training.loop import Clock, train_step
+from alexnet_dist.training.loop import Clock
 from alexnet_dist.training.saver import Saver
 
 PROGRAM = "python -m alexnet_dist.bench"
@@ -52,6 +52,9 @@ CROPS = ["--data.crop=random_resized", "--data.colour=none"]
 OFF = {
     "runtime.precision": "fp32",
     "runtime.compile": False,
+    "runtime.cuda_graph": False,
+    "runtime.weight_copies": False,
+    "runtime.update": "foreach",
     "runtime.lrn": "torch",
     "runtime.stem": "plain",
     "runtime.pool_first": False,
@@ -328,7 +331,11 @@ class Bench:
         batch = next(batches)
         batches.close()
         works = {"on": Work(partial(self.step, batch))}
-        on = dict(flatten(to_dict(self.config))) | {"runtime.precision": self.learner.precision}
+        on = flatten(to_dict(self.config)) | {
+            "runtime.precision": self.learner.precision,
+            "runtime.compile": self.learner.compiles,
+            "runtime.cuda_graph": self.learner.graphs,
+        }
         for name, off in OFF.items():
             if on[name] != off:
                 learner = _learner(_with(self.config, name, off), self.mesh, self.images)
@@ -385,7 +392,7 @@ class Bench:
 
 
 def _step(learner: Learner, batch: Batch, numbers: Iterator[int]) -> float:
-    train_step(learner.layout, learner.optimizer, batch, learner.masks(next(numbers)))
+    learner.take_step(batch, learner.masks(next(numbers)))
     return float(learner.config.data.batch_size)
 
 

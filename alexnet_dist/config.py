@@ -217,8 +217,8 @@ class RuntimeConfig:
     """auto: GPUs where there are any."""
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
     """auto: bf16 where the device is good at it, else fp32. Weights stay in fp32."""
-    compile: bool = False
-    """Compile the network with torch.compile."""
+    compile: bool | Literal["auto"] = False
+    """Compile the network with torch.compile; auto: on GPUs."""
     lrn: Literal["auto", "triton", "band", "torch"] = "auto"
     """Response normalisation: by Triton's kernels, which want an NVIDIA GPU, as a product with a
     band, or by torch's own function; auto: by Triton where it is there, else the band."""
@@ -227,14 +227,16 @@ class RuntimeConfig:
     auto: folded where that is known to be faster, in bf16 on CPUs."""
     pool_first: bool = True
     """ReLU behind the max pooling that follows it, on a quarter of the values; they commute."""
-    update: Literal["auto", "triton", "fused"] = "auto"
-    """The paper's update, and that of lars: by Triton's kernel, which wants an NVIDIA GPU, or by
-    torch's fused one; auto: by torch's, unless cuda_graph or weight_copies want the other."""
+    update: Literal["auto", "triton", "fused", "foreach"] = "auto"
+    """The paper's update, and that of lars: by Triton's kernel, which wants an NVIDIA GPU, by
+    torch's fused one, or by one of torch's operations after another; auto: by torch's fused one,
+    unless cuda_graph or weight_copies want Triton's."""
     weight_copies: bool = False
     """bf16: keep a copy of each weight, which the update writes by Triton, rather than cast weights
     in each step."""
-    cuda_graph: bool = False
-    """Launch a whole step at once, as a CUDA graph; one process, with the update by Triton."""
+    cuda_graph: bool | Literal["auto"] = False
+    """Launch a whole step at once, as a CUDA graph; one process, with the update by Triton; auto:
+    where that can be."""
     deterministic: bool = False
     """The same bits on a GPU in each run, more slowly; CPUs give them anyway."""
     threads: int = 0

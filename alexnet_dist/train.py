@@ -5,11 +5,8 @@ torchrun --nproc_per_node=2 -m alexnet_dist.train --config configs/imagenette.ya
 
 import contextlib
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
-
-from torch import Tensor
 
 from alexnet_dist.assembly import telling
 from alexnet_dist.assembly.parts import Images, Learner, check_network
@@ -30,8 +27,7 @@ from alexnet_dist.parallel.watch import Watch
 from alexnet_dist.tracking.reporter import Reporter
 from alexnet_dist.tracking.run import RunFolder, choose_folder, read_config
 from alexnet_dist.training.checkpoint import Checkpoints
-from alexnet_dist.training.graph import GraphedStep
-from alexnet_dist.training.loop import Clock, Meters, check_count, evaluate, train_step
+from alexnet_dist.training.loop import Clock, Meters, check_count, evaluate
 from alexnet_dist.training.optim import velocities
 from alexnet_dist.training.preemption import INTERRUPT, Preempted, Preemption
 from alexnet_dist.training.saver import Saver
@@ -76,11 +72,6 @@ class Run:
         self.images = Images(config, mesh)
         self.learner = Learner(config, mesh, self.images)
         self.layout, self.optimizer = self.learner.layout, self.learner.optimizer
-        self.take_step: GraphedStep | partial[Tensor] = partial(
-            train_step, self.layout, self.optimizer
-        )
-        if config.runtime.cuda_graph:
-            self.take_step = GraphedStep(self.layout, self.optimizer)
         keep = config.checkpoint
         self.saver = Saver(
             Checkpoints(
@@ -216,7 +207,7 @@ class Run:
                 self.watch.beat(f"computing step {self.step + 1}")
                 rates = self.learner.set_rates(self.passes)
                 masks = self.learner.masks(self.step)
-                result = self.take_step(batch, masks)
+                result = self.learner.take_step(batch, masks)
                 self.step += 1
                 self.meters.add(self.step, result, batch.numbers)
                 self.clock.stepped()

@@ -1,6 +1,8 @@
 """What a training run is made of: its images, and what learns from them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,12 +25,12 @@ from alexnet_dist.model import (
     triton_runs_on,
 )
 from alexnet_dist.parallel import build_layout, check_layout, warm_up
-from alexnet_dist.parallel.arithmetic import choose_precision, set_arithmetic
+from alexnet_dist.parallel.arithmetic import Precision, choose_precision, set_arithmetic
 from alexnet_dist.parallel.ddp import Compression
 from alexnet_dist.parallel.mesh import Mesh
 from alexnet_dist.tracking.console import IndexProgress
-from alexnet_dist.training.graph import check_graph
-from alexnet_dist.training.loop import set_rates
+from alexnet_dist.training.graph import GraphedStep, check_graph
+from alexnet_dist.training.loop import Batch, set_rates, train_step
 from alexnet_dist.training.optim import build_optimizer
 from alexnet_dist.training.schedules import Schedule, value_at
 
@@ -111,6 +113,8 @@ class Learner:
         outputs: scores that the network gives.
         model: the network without memory.
         layout: what the loop calls; see parallel/ddp.py.
+        take_step: one update of the parameters; see training/loop.py's train_step.
+        compiles, graphs: whether the network is compiled, and a step is to be a CUDA graph.
 
     Raises:
         Failure: there is no such network, or it does not suit the layout.
@@ -123,6 +127,10 @@ class Learner:
         self.outputs = config.model.num_classes or len(images.catalogue.train.classes)
         self.model, _ = self._outline()
         runtime = config.runtime
+        self.compiles = runtime.compile is True or (
+            runtime.compile == "auto" and mesh.device.type == "cuda"
+        )
+        self.graphs = wants_graph(config, mesh, self.precision)
         choose_kernels(
             self.model, lrn=runtime.lrn, stem=runtime.stem, pool_first=runtime.pool_first
         )
@@ -139,7 +147,7 @@ class Learner:
             compression=Compression(
                 parallel.compress, parallel.powersgd_rank, parallel.powersgd_start
             ),
-            compile_model=config.runtime.compile,
+            compile_model=self.compiles,
             weight_copies=config.runtime.weight_copies,
         )
         self.schedule = Schedule(
@@ -155,8 +163,15 @@ class Learner:
             own=optim.schedule.table,
             trust=optim.trust,
             whole=self.layout.sharding.whole_sums,
-            triton=bool(_wants_triton(config)),
+            triton=self.graphs or bool(_wants_triton(config)),
             copies=self.layout.copies,
+            fused=config.runtime.update != "foreach",
+        )
+
+        self.take_step: Callable[[Batch, Iterable[Tensor]], Tensor] = (
+            GraphedStep(self.layout, self.optimizer)
+            if self.graphs
+            else partial(train_step, self.layout, self.optimizer)
         )
 
     def draw(self) -> None:
@@ -238,7 +253,7 @@ def check_network(config: Config, mesh: Mesh) -> None:
 def _wants_triton(config: Config) -> str:
     """The option that has the update computed by Triton, or ""."""
     runtime = config.runtime
-    if runtime.cuda_graph:  # whose launches keep their arguments, the rate among them
+    if runtime.cuda_graph is True:  # whose launches keep their arguments, the rate among them
         return "runtime.cuda_graph"
     if runtime.weight_copies:
         return "runtime.weight_copies"
@@ -246,7 +261,7 @@ def _wants_triton(config: Config) -> str:
     return "runtime.update triton" if runtime.update == "triton" else ""
 
 
-def _check_update(config: Config, mesh: Mesh, precision: str) -> None:
+def _check_update(config: Config, mesh: Mesh, precision: Precision) -> None:
     runtime, fc, wants = config.runtime, config.parallel.fc, _wants_triton(config)
     refusal = ""
     if wants and not triton_runs_on(mesh.device):
@@ -256,9 +271,9 @@ def _check_update(config: Config, mesh: Mesh, precision: str) -> None:
             f"{wants} wants an update that Triton computes, and optim.name is sgd: take "
             "--optim.name paper or lars"
         )
-    elif wants and runtime.update == "fused":
+    elif wants and runtime.update in ("fused", "foreach"):
         refusal = (
-            f"{wants} wants the update by Triton, and runtime.update is fused: take "
+            f"{wants} wants the update by Triton, and runtime.update is {runtime.update}: take "
             "--runtime.update auto"
         )
     elif runtime.weight_copies and precision != "bf16":
@@ -273,8 +288,20 @@ def _check_update(config: Config, mesh: Mesh, precision: str) -> None:
         )
     if refusal:
         raise Failure(refusal, everywhere=True)
-    if runtime.cuda_graph:
+    if runtime.cuda_graph is True:
         check_graph(processes=mesh.world, fc=fc, precision=precision, on_nan=config.train.on_nan)
+
+
+def wants_graph(config: Config, mesh: Mesh, precision: Precision) -> bool:
+    """Whether a step is to be a CUDA graph: as asked for, or where it can be."""
+    if config.runtime.cuda_graph != "auto":
+        return config.runtime.cuda_graph
+    asked = replace(config, runtime=replace(config.runtime, cuda_graph=True))
+    try:
+        _check_update(asked, mesh, precision)
+    except Failure:
+        return False
+    return True
 
 
 def _check_batch(config: Config, mesh: Mesh, catalogue: Catalogue) -> None:

@@ -33,6 +33,8 @@ def facts(mesh: Mesh, images: Images, learner: Learner) -> dict[str, Any]:
         "world_size": mesh.world,
         "device": device_name(mesh.device),
         "precision": learner.precision,
+        "compiled": learner.compiles,
+        "cuda_graph": learner.graphs,
         "threads": mesh.threads,
         "engine": images.engine.description,
         "layout": learner.layout.description,
@@ -48,12 +50,13 @@ def facts(mesh: Mesh, images: Images, learner: Learner) -> dict[str, Any]:
 def opening(config: Config, images: Images, known: dict[str, Any], path: Path) -> str:
     """The same for people."""
     many = "processes" if known["world_size"] > 1 else "process"
+    more = ", compiled" * known["compiled"] + ", a step a CUDA graph" * known["cuda_graph"]
     return (
         f"{config.model.variant}: {known['parameters']:,} parameters, "
         f"{len(images.catalogue.train.classes)} classes, {known['train_images']:,} training "
         f"and {known['val_images']:,} validation images\n"
         f"{known['world_size']} {many} on {known['device']}, {known['threads']} threads each, "
-        f"{known['precision']}; {known['engine']}\n"
+        f"{known['precision']}{more}; {known['engine']}\n"
         f"{known['layout']}\n"
         f"the run is in {path}"
     )

@@ -150,6 +150,7 @@ def build_optimizer(
     whole: Callable[[Sums], Sums] = dict,
     triton: bool = False,
     copies: Mapping[str, Tensor] | None = None,
+    fused: bool = True,
 ) -> torch.optim.SGD:
     """An optimizer with groups named "weights", "biases" (without decay), and one for each
     parameter that is named in ``own``.
@@ -157,6 +158,7 @@ def build_optimizer(
     Args:
         trust, whole: those of Lars.
         triton, copies: those of PaperSGD, by name; torch's SGD has neither.
+        fused: whether torch's own update is one kernel, or one operation after another.
 
     Raises:
         Failure: there is no parameter of a name in ``own``.
@@ -185,7 +187,7 @@ def build_optimizer(
         kind = partial(PaperSGD, triton=triton, copies=of_each)
     elif name == "lars":
         kind = partial(Lars, trust=trust, whole=whole, triton=triton, copies=of_each)
-    optimizer: torch.optim.SGD = kind(list(groups.values()), lr=lr, momentum=momentum, fused=True)
+    optimizer: torch.optim.SGD = kind(list(groups.values()), lr=lr, momentum=momentum, fused=fused)
     velocities(optimizer, parameters)  # torch leaves them unwritten where fp16 skips the first step
     return optimizer
 

@@ -87,7 +87,7 @@ def refusal(here: mesh.Mesh, *words: str) -> str:
     config.runtime.precision = "bf16"
     for word in words:
         room, name, value = re.split("[.=]", word)
-        setattr(getattr(config, room), name, value)
+        setattr(getattr(config, room), name, value == "true" or value)
     with pytest.raises(Failure) as failure:
         parts.check_network(config, here)
     assert failure.value.everywhere
@@ -114,5 +114,11 @@ def test_refusals_name_the_thing_and_the_mend(
     monkeypatch.setattr(parts, "choose_precision", lambda wanted, device: "fp16")
     assert "the precision is fp16" in refusal(here, copies)
     assert "cannot capture the scale of fp16" in refusal(here, graph)
+    choose = parts.wants_graph
+    config = Config()
+    config.runtime.cuda_graph = "auto"
+    assert choose(config, here, "bf16")
+    assert not choose(config, here, "fp16")
     object.__setattr__(here, "world", 2)
+    assert not choose(config, here, "bf16")
     assert "no sums over processes yet, and there are 2" in refusal(here, graph)
