@@ -26,9 +26,6 @@ from alexnet_dist.data.prepared import PixelSource
 from alexnet_dist.data.sources import Source
 from alexnet_dist.errors import Failure
 
-_CUT_TOGETHER = 16
-"""Images that a thread cuts in a row: fewer are gone before the next thread has woken."""
-
 _RESIZED_TOGETHER = 64
 """Images that a GPU resizes at once: their pixels as float32 take 100 MB or so."""
 
@@ -72,7 +69,8 @@ class ResidentEngine:
         self.bad = BadImages(source, policy)
         self._rows = source.index.places[:, 0]
         self._labels = torch.from_numpy(source.index.labels)
-        self._threads = ThreadPoolExecutor(max(threads, 1), thread_name_prefix="cut")
+        self._count = max(threads, 1)
+        self._threads = ThreadPoolExecutor(self._count, thread_name_prefix="cut")
         self._memory = _Memory(max_batch * pixels.side**2 * 3)
         size = f"{self.source.pixels.nbytes / 1e9:.1f} GB of raw pixels"
         if device.type == "cuda":
@@ -100,8 +98,9 @@ class ResidentEngine:
         self._threads.shutdown(cancel_futures=True)
 
     def _in_parts(self, do: Callable[[slice], Any], count: int) -> None:
-        starts = range(0, count, _CUT_TOGETHER)
-        for _ in self._threads.map(do, [slice(at, at + _CUT_TOGETHER) for at in starts]):
+        """Two parts to a thread: what is less is done before the next thread has woken."""
+        part = max(-(-count // (2 * self._count)), 8)
+        for _ in self._threads.map(do, [slice(at, at + part) for at in range(0, count, part)]):
             pass
 
     def _arithmetic(self, draws: Draws) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
