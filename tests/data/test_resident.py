@@ -3,6 +3,7 @@
 import gc
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from alexnet_dist.data.augment import Pixels, crop_resize_flip, pixels_for
 from alexnet_dist.data.engine import Batch, Engine
 from alexnet_dist.data.plan import Draws, EvaluationPlan, Plan, random_resized_boxes
 from alexnet_dist.data.prepared import PixelSource
-from alexnet_dist.data.resident import ResidentEngine
+from alexnet_dist.data.resident import ResidentEngine, fits
 from alexnet_dist.data.sources import Source, make_catalogue, open_sources
 from alexnet_dist.errors import Failure
 from tests.conftest import environment, events, losses, train, write_images
@@ -64,7 +65,7 @@ def alike(ours: list[Batch], theirs: list[Batch]) -> None:
 
 
 @pytest.fixture(params=["c", "torch"])
-def by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """With a compiler, and without one."""
     crops.compiled.cache_clear()
     if request.param == "torch":
@@ -220,6 +221,15 @@ def test_what_is_refused(folders: dict[str, Path]) -> None:
     source.index = replace(source.index, sizes=sizes)
     with pytest.raises(Failure, match=r"images of one size, and those of .*train have several"):
         engine("resident", source, pixels, 4, None)
+
+
+def test_what_fits_on_a_gpu(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    source, _, _ = opened(folders["pixels"])
+    assert isinstance(source, PixelSource)
+    size, total = 31 * 96 * 96 * 3, 10_000_000
+    for free, wanted in ((total // 2 + size, True), (total // 2 + size - 1, False)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free, total))
+        assert fits(source, torch.device("cuda", 0)) is wanted
 
 
 @pytest.mark.slow
