@@ -204,9 +204,9 @@ def _of_pixels(source: Source) -> PixelSource:
         folder = index.folder.rpartition(":")[0] if source.raw else Path(index.folder).parent
         holds = "its own form of them" if source.raw else "shards" if index.files else "image files"
         raise Failure(
-            f"data.engine resident wants raw pixels as python -m alexnet_dist.prepare {folder} "
-            f"--out DIR --crop center --format pixels makes them, and {folder} holds {holds}: "
-            "prepare it so, or take --data.engine auto",
+            f"data.engine resident wants raw pixels, and {folder} holds {holds}: prepare them by "
+            "python -m alexnet_dist.prepare IN --out DIR --crop center --format pixels, or take "
+            "--data.engine auto",
             everywhere=True,
         )
     if (index.sizes != source.pixels.shape[1:3]).any():

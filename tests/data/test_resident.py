@@ -210,7 +210,7 @@ def check_cut(cut: object, source: Source, pixels: Pixels, draws: Draws, batch: 
 def test_what_is_refused(folders: dict[str, Path]) -> None:
     for kind, holds in (("plain", "image files"), ("shards", "shards")):
         source, _, pixels = opened(folders[kind])
-        said = f"--format pixels makes them, and {folders[kind]} holds {holds}: prepare it so"
+        said = f"wants raw pixels, and {folders[kind]} holds {holds}: prepare them by python"
         with pytest.raises(Failure, match=said):
             engine("resident", source, pixels, 4, None)
         assert not isinstance(engine("auto", source, pixels, 4, None), ResidentEngine)
