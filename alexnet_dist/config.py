@@ -38,8 +38,9 @@ class DataConfig:
     """Images in a step, over all processes (the paper, section 5)."""
     eval_batch_size: int = 256
     """Images in a step of an evaluation, over all processes; views, where an image has ten."""
-    engine: Literal["auto", "dali", "dataloader"] = "auto"
-    """What decodes; auto is DALI where it is installed."""
+    engine: Literal["auto", "dali", "dataloader", "resident"] = "auto"
+    """What makes batches. resident is for folders of raw pixels, which lie on the GPU where they
+    fit; auto takes it there, else DALI where it is installed."""
     decoder: Literal["auto", "region", "full", "cpu"] = "auto"
     """What DALI decodes on a GPU: the crop only, the whole image, or the crop on the CPU; auto
     tries them in this order, in a process of their own."""

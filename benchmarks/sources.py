@@ -1,4 +1,4 @@
-"""What it costs to load images from a folder, from shards and from raw pixels, by either engine.
+"""What it costs to load images from a folder, from shards and from raw pixels, by each engine.
 
 python -m benchmarks.sources --data DIR [--images N] [--out FILE.json]
 
@@ -32,7 +32,10 @@ from alexnet_dist.parallel.mesh import usable_processors
 from tests.data.prepared_folder import write_prepared
 
 CPU = torch.device("cpu")
-WAYS = list(itertools.product(("dataloader", "dali"), ("folder", "shards", "pixels")))
+WAYS = [
+    *itertools.product(("dataloader", "dali"), ("folder", "shards", "pixels")),
+    ("resident", "pixels"),
+]
 
 
 def some_images(data: Path, folder: Path, count: int) -> Path:

@@ -10,12 +10,14 @@ from alexnet_dist.data.augment import Pixels
 from alexnet_dist.data.dataloader import DataLoaderEngine
 from alexnet_dist.data.engine import Engine, OnBadImage
 from alexnet_dist.data.plan import Plan, centre_boxes
+from alexnet_dist.data.prepared import PixelSource
+from alexnet_dist.data.resident import ResidentEngine, fits
 from alexnet_dist.data.sources import Source
 from alexnet_dist.errors import Failure
 
 
 def build_engine(
-    name: Literal["auto", "dali", "dataloader"],
+    name: Literal["auto", "dali", "dataloader", "resident"],
     source: Source,
     pixels: Pixels,
     *,
@@ -31,13 +33,26 @@ def build_engine(
     """The engine that carries out ``plan``, or an evaluation where it is None.
 
     Raises:
-        Failure: DALI is asked for by name and not installed.
+        Failure: DALI is asked for by name and not installed, or the resident engine for images that
+            are not raw pixels.
     """
     if name == "dali" and not dali.available():
         raise Failure(
             "DALI is not installed here: pip install nvidia-dali-cuda130 (Linux), or take "
             "--data.engine dataloader",
             everywhere=True,
+        )
+    on_gpu = device.type == "cuda" and isinstance(source, PixelSource) and fits(source, device)
+    if name == "resident" or (name == "auto" and on_gpu):
+        return ResidentEngine(
+            source,
+            pixels,
+            max_batch=max_batch,
+            device=device,
+            on_gpu=on_gpu,
+            threads=threads,
+            ahead=ahead,
+            policy=policy,
         )
     if name == "dataloader" or not dali.available():
         return DataLoaderEngine(

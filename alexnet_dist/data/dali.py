@@ -12,8 +12,6 @@ import sys
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
-from queue import Empty, Full, Queue
-from threading import Event, Thread
 from typing import Any, Literal
 
 import numpy as np
@@ -22,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from alexnet_dist.data.augment import Pixels
-from alexnet_dist.data.engine import BadImages, Batch, OnBadImage
+from alexnet_dist.data.engine import BadImages, Batch, OnBadImage, ahead_of_need
 from alexnet_dist.data.formats import GIVES_UP, OTHER_SIZE, plain_size
 from alexnet_dist.data.plan import Draws
 from alexnet_dist.data.sources import Source
@@ -245,39 +243,8 @@ class DaliEngine:
         Raises:
             Failure: an image cannot be decoded and the policy is to stop.
         """
-        ready: Queue[Batch | BaseException | None] = Queue(self.ahead)
-        stop = Event()
-
-        def offer(item: Batch | BaseException | None) -> bool:
-            while not stop.is_set():
-                try:
-                    ready.put(item, timeout=0.1)
-                    return True
-                except Full:
-                    continue
-            return False
-
-        def produce() -> None:
-            try:
-                for item, encoded in self._read_ahead(draws):
-                    if not offer(self._finish(item, encoded)):
-                        return
-                offer(None)
-            except BaseException as error:  # handed on to the thread that trains
-                offer(error)
-
-        producer = Thread(target=produce, name="dali", daemon=True)
-        producer.start()
-        try:
-            while (item := ready.get()) is not None:
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
-        finally:
-            stop.set()
-            while producer.is_alive():
-                with_room = _drain(ready)
-                producer.join(0.1 if with_room else 1.0)
+        finished = (self._finish(item, encoded) for item, encoded in self._read_ahead(draws))
+        return ahead_of_need(finished, self.ahead)
 
     def close(self) -> None:
         self._readers.shutdown(cancel_futures=True)
@@ -405,14 +372,6 @@ class DaliEngine:
         if len(self.bad.reasons) == before:
             first = cause.partition("\n")[0] or type(error).__name__
             raise Failure(f"DALI failed on a batch whose images decode one by one: {first}")
-
-
-def _drain(queue: "Queue[Any]") -> bool:
-    try:
-        queue.get_nowait()
-        return True
-    except Empty:
-        return False
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from queue import Empty, Full, Queue
+from threading import Event, Thread
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +15,7 @@ from alexnet_dist.data.sources import Source
 from alexnet_dist.errors import Failure
 
 OnBadImage = Literal["stop", "substitute", "omit"]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -111,3 +114,49 @@ class BadImages:
             f"{self.source.path(number)}{others} cannot be decoded ({self.reasons[number]}): mend "
             "or remove it, or go on without it by --data.on_bad_image skip"
         )
+
+
+def ahead_of_need(items: Iterable[T], ahead: int) -> Generator[T, None, None]:
+    """The ``items``, made in a thread of their own, where up to ``ahead`` of them may wait."""
+    ready: Queue[Any] = Queue(ahead)
+    stop = Event()
+    end = object()
+
+    def offer(item: Any) -> bool:
+        while not stop.is_set():
+            try:
+                ready.put(item, timeout=0.1)
+                return True
+            except Full:
+                continue
+        return False
+
+    def produce() -> None:
+        try:
+            for item in items:
+                if not offer(item):
+                    return
+            offer(end)
+        except BaseException as error:  # handed on to the thread that trains
+            offer(error)
+
+    producer = Thread(target=produce, name="ahead", daemon=True)
+    producer.start()
+    try:
+        while (item := ready.get()) is not end:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        stop.set()
+        while producer.is_alive():
+            with_room = _drain(ready)
+            producer.join(0.1 if with_room else 1.0)
+
+
+def _drain(queue: "Queue[Any]") -> bool:
+    try:
+        queue.get_nowait()
+        return True
+    except Empty:
+        return False

@@ -98,7 +98,11 @@ class ShardSource:
 
 
 class PixelSource:
-    """Raw pixels in one file, seen through a memory map."""
+    """Raw pixels in one file, seen through a memory map.
+
+    Attributes:
+        pixels: [N, size, size, 3], in the order of the file: image n is that of its place.
+    """
 
     raw = True
 
@@ -106,10 +110,10 @@ class PixelSource:
         _check(index)
         self.index = index
         pixels = np.memmap(_paths(index)[0], np.uint8, "r").view(np.ndarray)
-        self._pixels = pixels.reshape(-1, *index.sizes[0].tolist(), 3)
+        self.pixels = pixels.reshape(-1, *index.sizes[0].tolist(), 3)
 
     def read(self, number: int) -> NDArray[np.uint8]:
-        return self._pixels[self.index.places[number, 0]]
+        return self.pixels[self.index.places[number, 0]]
 
     def path(self, number: int) -> str:
         return f"{_paths(self.index)[0]}: {self.index.names[number]}"

@@ -14,6 +14,7 @@ from alexnet_dist.data import build_engine, dali
 from alexnet_dist.data.augment import Pixels, pixels_for
 from alexnet_dist.data.dataloader import DataLoaderEngine
 from alexnet_dist.data.plan import Plan
+from alexnet_dist.data.resident import ResidentEngine
 from alexnet_dist.data.sources import make_catalogue, open_sources
 from alexnet_dist.model import draw_masks
 from alexnet_dist.model.dropout import Dropout
@@ -91,6 +92,55 @@ def test_raw_pixels_are_those_of_the_reference(tmp_path: Path) -> None:
         assert mine.images.device == GPU
         assert mine.numbers.tolist() == other.numbers.tolist()
         assert (mine.images - other.images).abs().mean() < 1.0  # of 255: resized
+
+
+@pytest.mark.parametrize("on_gpu", [True, False])
+@pytest.mark.parametrize("crop", ["paper", "random_resized"])
+def test_resident_pixels(crop: str, on_gpu: bool, tmp_path: Path) -> None:
+    """From the GPU's memory or the host's: the reference's batches, to the bit where no box is
+    resized, and in an epoch that is longer than what is prepared ahead."""
+    plain = write_images(tmp_path / "i", train=64, side=160)
+    folder = write_prepared(plain, tmp_path / "pixels", "pixels")
+    catalogue = make_catalogue(str(folder), str(tmp_path), lambda *_: None)
+    pixels = pixels_for("centred", catalogue.statistics, side=112, colour="source")
+    source = open_sources(catalogue)[0]
+    plan = Plan(
+        source.index.sizes,
+        7,
+        1,
+        crop=crop,  # type: ignore[arg-type]
+        fraction=0.7,
+        strength=lambda _: 0.1,
+    )
+    options: dict = {"max_batch": 7, "device": GPU, "threads": 2}
+    ours = ResidentEngine(source, pixels, on_gpu=on_gpu, **options)
+    theirs = DataLoaderEngine(source, pixels, device=GPU, threads=0)
+    draws = [*plan.epoch(0, 0, slice(None)), plan.draw(0, 0, slice(7, None, 8))]
+    kept = list(ours.batches(draws))
+    for mine, other in zip(kept, theirs.batches(draws), strict=True):
+        assert mine.images.device == GPU
+        assert mine.numbers.tolist() == other.numbers.tolist()
+        assert torch.equal(mine.labels, other.labels)
+        assert mine.images.shape == other.images.shape
+        assert mine.images.is_contiguous(memory_format=torch.channels_last)
+        difference = (mine.images - other.images).abs()
+        if crop == "paper":
+            assert torch.equal(mine.images, other.images)
+        elif len(mine.numbers):
+            assert difference.max() <= 1.001
+            assert difference.mean() < 0.05
+    ours.close()
+
+
+def test_auto_takes_resident_pixels(tmp_path: Path) -> None:
+    plain = write_images(tmp_path / "i")
+    folder = write_prepared(plain, tmp_path / "pixels", "pixels")
+    for name in ("auto", "dataloader"):
+        plainly = [f"--data.engine={name}", "--runtime.deterministic=true"]
+        train(1, folder, tmp_path / name, "--run.name=run", *plainly)
+    (start,) = events(tmp_path / "auto" / "run", "start")
+    assert start["engine"] == "resident: 0.0 GB of raw pixels on the GPU"
+    assert losses(tmp_path / "auto/run") == losses(tmp_path / "dataloader/run")
 
 
 @pytest.mark.parametrize("decoder", ["region", "full"])

@@ -1,0 +1,154 @@
+"""The last steps from raw pixels to a finished batch, many images at once: crop, resize, flip, mean
+and scale. The arithmetic is that of augment.py, to the bit where nothing is resized.
+
+On CPUs memory is the limit: a crop of 200 x 200 is read as 120 KB and written as 480 KB, which
+torch's operators write three times, and through the caches. So crops.c does it in one go, and is
+compiled here in less than a second; without a compiler torch does it. On GPUs it is Triton, or
+torch where there is none.
+"""
+
+import ctypes
+import functools
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from alexnet_dist.data.augment import crop_resize_flip
+
+try:
+    from alexnet_dist.data.crops_triton import cut_by_triton
+except ImportError:  # Triton is there for Linux only
+    cut_by_triton = None  # type: ignore[assignment]
+
+Bytes = NDArray[np.uint8]
+Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
+Floats = NDArray[np.float32]
+
+
+@functools.cache
+def compiled() -> Callable[..., None] | None:
+    """``cut`` of crops.c, compiled for this processor; None where that cannot be done."""
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    if compiler is None:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "crops.so"
+        options = ["-O3", "-march=native", "-ffp-contract=off", "-shared", "-fPIC"]
+        command = [compiler, *options, "-o", str(library), str(Path(__file__).with_name("crops.c"))]
+        try:
+            subprocess.run(command, check=True, capture_output=True, timeout=60)
+            cut = ctypes.CDLL(str(library)).cut  # leaves the GIL while it runs
+        except (OSError, subprocess.SubprocessError):
+            return None
+    cut.argtypes = [ctypes.c_void_p, *[ctypes.c_int64] * 4, *[ctypes.c_void_p] * 6]
+    cut.restype = None
+    return cut
+
+
+def cut_on_cpu(
+    pixels: Bytes,
+    rows: Ints,
+    boxes: Ints,
+    flips: Bools,
+    means: Floats,
+    scales: Floats,
+    out: Tensor,
+) -> None:
+    """Finish crops that need no resize.
+
+    Args:
+        pixels: [N, H, W, 3].
+        rows: [b], which of them.
+        boxes: [b, 4], of the side of ``out``.
+        means, scales: [b, 3] and [3]; out = (pixels - mean) * scale.
+        out: float32 [b, side, side, 3].
+    """
+    cut, side = compiled(), out.shape[1]
+    if cut is None:
+        for row, (top, left, *_) in enumerate(boxes.tolist()):
+            box = pixels[rows[row], top : top + side, left : left + side].copy()
+            image = torch.from_numpy(box)
+            image = image.flip(1) if flips[row] else image
+            mean, scale = (torch.from_numpy(np.tile(x, side)) for x in (means[row], scales))
+            out[row].flatten(1).copy_(image.flatten(1)).sub_(mean).mul_(scale)
+        return
+    _, height, width, _ = pixels.shape
+    arrays = [np.ascontiguousarray(each) for each in (rows, boxes, flips, means, scales)]
+    given = (each.ctypes.data for each in arrays)
+    cut(pixels.ctypes.data, height, width, side, len(rows), *given, out.data_ptr())
+
+
+def resized_on_cpu(pixels: Bytes, rows: Ints, boxes: Ints, flips: Bools, side: int) -> Bytes:
+    """The boxes of images, resized and flipped: [b, side, side, 3].
+
+    One by one: torchvision's resize of bytes is five times as fast here as matrix products are.
+    """
+    images = np.empty((len(rows), side, side, 3), np.uint8)
+    for row, (top, left, height, width) in enumerate(boxes.tolist()):
+        box = pixels[rows[row], top : top + height, left : left + width].copy()
+        image = torch.from_numpy(box).permute(2, 0, 1)
+        whole = np.array([0, 0, height, width])
+        image = crop_resize_flip(image, whole, bool(flips[row]), side)
+        torch.from_numpy(images[row]).copy_(image.permute(1, 2, 0))
+    return images
+
+
+def cut_by_torch(
+    pixels: Tensor,
+    rows: Tensor,
+    boxes: Tensor,
+    flips: Tensor,
+    means: Tensor,
+    scales: Tensor,
+    out: Tensor,
+) -> None:
+    """As ``cut_on_cpu``, of tensors on any device."""
+    side = out.shape[1]
+    at = torch.arange(side, device=pixels.device)
+    lines = boxes[:, :1] + at
+    columns = boxes[:, 1:2] + torch.where(flips[:, None], side - 1 - at, at)
+    cut = pixels[rows[:, None, None], lines[:, :, None], columns[:, None, :]]
+    out.copy_(cut).sub_(means[:, None, None, :]).mul_(scales)
+
+
+def choose_cut(device: torch.device) -> Callable[..., None]:
+    """The fastest way to cut that works on a GPU: Triton wants one no older than Ampere."""
+    capable = torch.cuda.get_device_capability(device) >= (8, 0)
+    return cut_by_triton if cut_by_triton is not None and capable else cut_by_torch
+
+
+def resized(images: Tensor, boxes: Tensor, flips: Tensor, side: int) -> Tensor:
+    """The boxes [b, 4] of uint8 ``images`` [b, H, W, 3], resized and flipped: [b, side, side, 3].
+
+    Bilinear with antialiasing, by two batched matrix products, and rounded after each as
+    torchvision's resize of bytes is.
+    """
+    _, height, width, _ = images.shape
+    across = _weights(boxes[:, 1], boxes[:, 3], width, side)
+    across = torch.where(flips[:, None, None], across.flip(1), across)
+    down = _weights(boxes[:, 0], boxes[:, 2], height, side)
+    planes = images.permute(0, 3, 1, 2).float()
+    planes = (planes @ across[:, None].mT).round_()
+    planes = (down[:, None] @ planes).round_()
+    return planes.to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def _weights(start: Tensor, length: Tensor, stored: int, side: int) -> Tensor:
+    """[b, side, stored]: what each stored pixel of a line gives to each finished one; triangles, as
+    wide as two stored pixels, or two finished ones where those are larger."""
+    start, length = start.float()[:, None, None], length.float()[:, None, None]
+    scale = length / side
+    centres = (torch.arange(side, device=start.device) + 0.5)[:, None] * scale
+    pixels = torch.arange(stored, device=start.device) - start
+    inside = (pixels >= 0) & (pixels < length)
+    weights = (1 - (pixels + 0.5 - centres).abs() / scale.clamp(min=1)).clamp(min=0) * inside
+    return weights / weights.sum(2, keepdim=True)

@@ -1,0 +1,229 @@
+"""The engine for raw pixels, which need no decoder: they stay where they lie, and a batch is cut
+out of them in one go.
+
+On a GPU the whole set lies in the GPU's memory where that has room for it, else the pixels of a
+batch are gathered from the file's memory map and uploaded under the running step. On CPUs batches
+are cut straight from the memory map, which all processes of a machine share.
+"""
+
+import math
+import weakref
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from alexnet_dist.data import crops
+from alexnet_dist.data.augment import Pixels
+from alexnet_dist.data.engine import BadImages, Batch, OnBadImage, ahead_of_need
+from alexnet_dist.data.plan import Draws
+from alexnet_dist.data.prepared import PixelSource
+from alexnet_dist.data.sources import Source
+from alexnet_dist.errors import Failure
+
+_RESIZED_TOGETHER = 64
+"""Images that a GPU resizes at once: their pixels as float32 take 100 MB or so."""
+
+_UPLOADED_TOGETHER = 2**28
+"""Bytes of the file that are uploaded at once."""
+
+
+def fits(source: PixelSource, device: torch.device) -> bool:
+    """Whether a GPU has room for the pixels, besides half of its memory for training."""
+    free, total = torch.cuda.mem_get_info(device)
+    return source.pixels.nbytes <= free - total // 2
+
+
+class ResidentEngine:
+    """Carries out draws on raw pixels, in a thread that stays ahead of the training step.
+
+    Args:
+        max_batch: the most images that draws usually have.
+        on_gpu: whether the pixels are to lie on the device, a GPU.
+        threads: that cut or gather.
+        ahead: finished batches that may wait.
+
+    Raises:
+        Failure: the source is not of raw pixels, or of several sizes.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        pixels: Pixels,
+        *,
+        max_batch: int,
+        device: torch.device,
+        on_gpu: bool,
+        threads: int,
+        ahead: int = 2,
+        policy: OnBadImage = "stop",
+    ) -> None:
+        self.source = _of_pixels(source)
+        self.pixels, self.device, self.ahead = pixels, device, ahead
+        self.bad = BadImages(source, policy)
+        self._rows = source.index.places[:, 0]
+        self._labels = torch.from_numpy(source.index.labels)
+        self._count = max(threads, 1)
+        self._threads = ThreadPoolExecutor(self._count, thread_name_prefix="cut")
+        self._memory = _Memory(max_batch * pixels.side**2 * 3)
+        size = f"{self.source.pixels.nbytes / 1e9:.1f} GB of raw pixels"
+        if device.type == "cuda":
+            self._cut, self._stream = crops.choose_cut(device), torch.cuda.Stream(device)
+            self._all = _upload(self.source.pixels, device) if on_gpu else None
+            where = "on the GPU" if on_gpu else f"in host memory, gathered by {threads} threads"
+        else:
+            how = "torch, for want of a C compiler" if crops.compiled() is None else "C"
+            where = f"in host memory, cut by {how} in {threads} threads"
+        self.description = f"resident: {size} {where}"
+
+    def batches(self, draws: Iterable[Draws]) -> Generator[Batch, None, None]:
+        """One finished batch for each of ``draws``, in order."""
+        if self.device.type != "cuda":
+            yield from ahead_of_need(map(self._on_cpu, draws), self.ahead)
+            return
+        for batch, done in ahead_of_need(map(self._on_gpu, draws), self.ahead):
+            current = torch.cuda.current_stream(self.device)
+            current.wait_event(done)
+            for tensor in (batch.images, batch.labels):  # which are of another stream's memory
+                tensor.record_stream(current)
+            yield batch
+
+    def close(self) -> None:
+        self._threads.shutdown(cancel_futures=True)
+
+    def _in_parts(self, do: Callable[[slice], Any], count: int) -> None:
+        """Two parts to a thread: what is less is done before the next thread has woken."""
+        part = max(-(-count // (2 * self._count)), 8)
+        for _ in self._threads.map(do, [slice(at, at + part) for at in range(0, count, part)]):
+            pass
+
+    def _arithmetic(self, draws: Draws) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        return self.pixels.means(draws), np.reciprocal(self.pixels.stds(draws.strength))
+
+    def _on_cpu(self, draws: Draws) -> Batch:
+        side, count = self.pixels.side, len(draws.numbers)
+        images = self._memory.lend(count, side, side, 3)
+        means, scales = self._arithmetic(draws)
+
+        def cut(part: slice) -> None:
+            rows, boxes, flips = (
+                self._rows[draws.numbers[part]],
+                draws.boxes[part],
+                draws.flips[part],
+            )
+            every = self.source.pixels
+            if (boxes[:, 2:] != side).any():
+                every = crops.resized_on_cpu(every, rows, boxes, flips, side)
+                rows, boxes, flips = np.arange(len(rows)), 0 * boxes, flips & False
+            crops.cut_on_cpu(every, rows, boxes, flips, means[part], scales, images[part])
+
+        self._in_parts(cut, count)
+        return Batch(images.permute(0, 3, 1, 2), self._labels[draws.numbers], draws.numbers)
+
+    def _on_gpu(self, draws: Draws) -> tuple[Batch, torch.cuda.Event]:
+        """The batch, and what has to happen on the GPU before it is one."""
+        side, count = self.pixels.side, len(draws.numbers)
+        resize = bool((draws.boxes[:, 2:] != side).any())
+        with torch.cuda.stream(self._stream):
+            every, rows, boxes = self._all, self._rows[draws.numbers], draws.boxes
+            if every is None:
+                every = self._gathered(rows, None if resize else boxes)
+                rows, boxes = np.arange(count), boxes if resize else 0 * boxes
+            of, where, flips, means, scales, labels = (
+                torch.as_tensor(each).pin_memory().to(self.device, non_blocking=True)
+                for each in (
+                    rows,
+                    boxes,
+                    draws.flips,
+                    *self._arithmetic(draws),
+                    self._labels[draws.numbers],
+                )
+            )
+            if resize:
+                parts = zip(*(x.split(_RESIZED_TOGETHER) for x in (of, where, flips)), strict=True)
+                every = torch.cat([crops.resized(every[n], b, f, side) for n, b, f in parts])
+                of, where, flips = torch.arange(count, device=self.device), 0 * where, flips & False
+            images = torch.empty(count, side, side, 3, device=self.device)
+            self._cut(every, of, where, flips, means, scales, images)
+            done = torch.cuda.Event()
+            done.record()
+        return Batch(images.permute(0, 3, 1, 2), labels, draws.numbers), done
+
+    def _gathered(self, rows: NDArray[np.int64], boxes: NDArray[np.int64] | None) -> Tensor:
+        """The images, or their boxes of the finished side, uint8 on the device."""
+        every, side = self.source.pixels, self.pixels.side
+        shape = every.shape[1:3] if boxes is None else (side, side)
+        pinned = torch.empty(len(rows), *shape, 3, dtype=torch.uint8, pin_memory=True)
+        gathered = pinned.numpy()
+
+        def gather(part: slice) -> None:
+            for at in range(*part.indices(len(rows))):
+                top, left = (0, 0) if boxes is None else boxes[at, :2]
+                box = every[rows[at], top : top + shape[0], left : left + shape[1]]
+                gathered[at] = box
+
+        self._in_parts(gather, len(rows))
+        return pinned.to(self.device, non_blocking=True)
+
+
+class _Memory:
+    """Memory for finished batches, lent again once torch has let go of it: to have new memory from
+    the system takes longer than to fill it.
+
+    Args:
+        largest: numbers in the largest batch.
+    """
+
+    def __init__(self, largest: int) -> None:
+        self._largest = largest
+        self._free: list[NDArray[np.float32]] = []
+
+    def lend(self, *shape: int) -> Tensor:
+        """float32 of any content."""
+        count = math.prod(shape)
+        if count > self._largest:
+            return torch.empty(shape)
+        try:
+            memory = self._free.pop()
+        except IndexError:
+            memory = np.empty(self._largest, np.float32)
+        lent = memory[:count]  # this view lives as long as any tensor on it
+        weakref.finalize(lent, self._free.append, memory).atexit = False
+        return torch.from_numpy(lent).view(shape)
+
+
+def _of_pixels(source: Source) -> PixelSource:
+    index = source.index
+    if not isinstance(source, PixelSource):
+        folder = index.folder.rpartition(":")[0] if source.raw else Path(index.folder).parent
+        holds = "its own form of them" if source.raw else "shards" if index.files else "image files"
+        raise Failure(
+            f"data.engine resident wants raw pixels, and {folder} holds {holds}: prepare them by "
+            "python -m alexnet_dist.prepare IN --out DIR --crop center --format pixels, or take "
+            "--data.engine auto",
+            everywhere=True,
+        )
+    if (index.sizes != source.pixels.shape[1:3]).any():
+        raise Failure(
+            f"data.engine resident wants images of one size, and those of {index.folder} have "
+            "several: prepare them anew",
+            everywhere=True,
+        )
+    return source
+
+
+def _upload(pixels: NDArray[np.uint8], device: torch.device) -> Tensor:
+    """The whole set, on the device."""
+    every = torch.empty(pixels.shape, dtype=torch.uint8, device=device)
+    together = max(_UPLOADED_TOGETHER // max(pixels[:1].nbytes, 1), 1)
+    for first in range(0, len(pixels), together):
+        part = torch.from_numpy(pixels[first : first + together].copy())  # from a map not writable
+        every[first : first + together].copy_(part)
+    torch.cuda.synchronize(device)
+    return every

@@ -1,0 +1,246 @@
+"""The resident engine: the batches of the others, from raw pixels."""
+
+import gc
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from alexnet_dist.data import build_engine, crops
+from alexnet_dist.data.augment import Pixels, crop_resize_flip, pixels_for
+from alexnet_dist.data.engine import Batch, Engine
+from alexnet_dist.data.plan import Draws, EvaluationPlan, Plan, random_resized_boxes
+from alexnet_dist.data.prepared import PixelSource
+from alexnet_dist.data.resident import ResidentEngine, fits
+from alexnet_dist.data.sources import Source, make_catalogue, open_sources
+from alexnet_dist.errors import Failure
+from tests.conftest import environment, events, losses, train, write_images
+from tests.data.prepared_folder import write_prepared
+
+CPU = torch.device("cpu")
+SIDE = 61  # of the finished images: no row of them is a whole number of vectors
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("resident")
+    plain = write_images(root / "plain", side=96)
+    return {"plain": plain} | {
+        kind: write_prepared(plain, root / kind, kind) for kind in ("shards", "pixels")
+    }
+
+
+def opened(folder: Path) -> tuple[Source, Source, Pixels]:
+    """Training and validation images, and arithmetic in which nothing is a whole number."""
+    catalogue = make_catalogue(str(folder), str(folder), lambda *_: None)
+    pixels = pixels_for("imagenet", catalogue.statistics, side=SIDE, colour="source")
+    return *open_sources(catalogue), pixels
+
+
+def engine(name: str, source: Source, pixels: Pixels, batch: int, plan: Plan | None) -> Engine:
+    return build_engine(
+        name,  # type: ignore[arg-type]
+        source,
+        pixels,
+        plan=plan,
+        fraction=SIDE / 96,
+        max_batch=batch,
+        device=CPU,
+        threads=0 if name == "dataloader" else 2,
+    )
+
+
+def alike(ours: list[Batch], theirs: list[Batch]) -> None:
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.numbers.tolist() == other.numbers.tolist()
+        assert torch.equal(one.labels, other.labels)
+        assert one.images.dtype == torch.float32
+        assert one.images.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(one.images, other.images)
+
+
+@pytest.fixture(params=["c", "torch"])
+def by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """With a compiler, and without one."""
+    crops.compiled.cache_clear()
+    if request.param == "torch":
+        monkeypatch.setenv("CC", "a-compiler-that-is-not-there")
+    elif crops.compiled() is None:
+        pytest.skip("there is no C compiler here")
+    yield request.param
+    crops.compiled.cache_clear()
+
+
+@pytest.mark.parametrize("crop", ["paper", "random_resized"])
+def test_batches_are_those_of_the_dataloader(crop: str, by: str, folders: dict[str, Path]) -> None:
+    """To the bit: cut or resized, flipped, with colour noise that ends in mid-epoch; from the
+    beginning of an epoch or its middle; the rows of one process of two, and of one with none."""
+    source, _, pixels = opened(folders["pixels"])
+    plan = Plan(
+        source.index.sizes,
+        10,
+        3,
+        crop=crop,  # type: ignore[arg-type]
+        fraction=SIDE / 96,
+        strength=lambda passes: 0.1 * (passes < 0.5),
+    )
+    flips = np.concatenate([draws.flips for draws in plan.epoch(0, 0, slice(None))])
+    assert 0 < flips.sum() < len(flips)
+    ours, theirs = (engine(name, source, pixels, 10, plan) for name in ("resident", "dataloader"))
+    assert {"c": "by C", "torch": "want of a C compiler"}[by] in ours.description
+    for first, rows in ((0, slice(None)), (1, slice(1, None, 2)), (2, slice(10, None, 11))):
+        draws = list(plan.epoch(0, first, rows))
+        alike(list(ours.batches(draws)), list(theirs.batches(draws)))
+    ours.close()
+
+
+def test_ten_views_of_every_image_once(folders: dict[str, Path]) -> None:
+    _, source, pixels = opened(folders["pixels"])
+    plan = EvaluationPlan(source.index.sizes, 6, SIDE / 96, views=10)
+    ours, theirs = (engine(name, source, pixels, 60, None) for name in ("resident", "dataloader"))
+    for rows in (slice(None), slice(1, None, 2)):  # the second has no image of the last batch
+        draws = list(plan.draws(rows))
+        batches = list(ours.batches(draws))
+        alike(batches, list(theirs.batches(draws)))
+    assert len(batches[-1].numbers) == 0
+    assert batches[-1].images.shape == (0, 3, SIDE, SIDE)
+    assert ours.bad.take_news() == []
+    ours.close()
+
+
+def test_a_batch_that_is_kept_stays_as_it_was(folders: dict[str, Path]) -> None:
+    """And memory that has been let go of is used again."""
+    source, _, pixels = opened(folders["pixels"])
+    plan = Plan(source.index.sizes, 5, 3, fraction=SIDE / 96)
+    ours = engine("resident", source, pixels, 5, plan)
+    kept = [batch.images[2:] for batch in ours.batches(plan.epoch(0, 0, slice(None)))]
+    again = [batch.images[2:].clone() for batch in ours.batches(plan.epoch(0, 0, slice(None)))]
+    assert all(torch.equal(one, other) for one, other in zip(kept, again, strict=True))
+    places = {images.data_ptr() for images in kept}
+    del kept
+    gc.collect()
+    for batch in ours.batches(plan.epoch(0, 0, slice(None))):
+        assert batch.images[2:].data_ptr() in places
+    ours.close()
+
+
+def test_a_loop_that_leaves_early_is_no_burden(folders: dict[str, Path]) -> None:
+    source, _, pixels = opened(folders["pixels"])
+    plan = Plan(source.index.sizes, 4, 5, fraction=SIDE / 96)
+    ours = engine("resident", source, pixels, 4, plan)
+    for _ in range(3):
+        batches = ours.batches(plan.epoch(0, 0, slice(None)))
+        assert next(batches).numbers.tolist() == plan.draw(0, 0).numbers.tolist()
+        batches.close()
+    ours.close()
+
+
+def boxes_of_all_shapes(count: int, stored: int) -> tuple[np.ndarray, ...]:
+    """Boxes larger and smaller than the finished image, and which of them are flipped."""
+    generator = np.random.default_rng(2)
+    sizes = np.full((count, 2), stored)
+    attempts, where = generator.random((count, 10, 2)), generator.random((count, 2))
+    boxes = random_resized_boxes(sizes, (0.05, 1.0), (0.5, 2.0), attempts, where)
+    boxes[0] = [0, 0, stored, stored]
+    boxes[1] = [3, 5, SIDE, SIDE]  # as it is
+    boxes[2] = [stored - 1, 0, 1, stored]  # a line
+    return boxes, generator.random(count) < 0.5
+
+
+def test_matrix_products_resize_as_torchvision_does(folders: dict[str, Path]) -> None:
+    source, _, _ = opened(folders["pixels"])
+    assert isinstance(source, PixelSource)
+    images = torch.from_numpy(source.pixels.copy())
+    boxes, flips = boxes_of_all_shapes(len(images), 96)
+    ours = crops.resized(images, torch.from_numpy(boxes), torch.from_numpy(flips), SIDE)
+    assert ours.is_contiguous()
+    for image, box, flip, finished in zip(images, boxes, flips, ours, strict=True):
+        wanted = crop_resize_flip(image.permute(2, 0, 1), box, bool(flip), SIDE)
+        difference = (finished.permute(2, 0, 1).int() - wanted.int()).abs()
+        assert difference.max() <= 1
+        assert difference.float().mean() < 0.05
+    as_it_was = images[1, 3 : 3 + SIDE, 5 : 5 + SIDE]
+    assert torch.equal(ours[1], as_it_was.flip(1) if flips[1] else as_it_was)
+
+
+def test_kernels_of_gpus(folders: dict[str, Path]) -> None:
+    """By torch's operators on any device; by Triton in its interpreter, in a process of its own."""
+    source, _, pixels = opened(folders["pixels"])
+    draws = Plan(source.index.sizes, 9, 3, fraction=SIDE / 96).draw(0, 0)
+    (batch,) = engine("resident", source, pixels, 9, None).batches([draws])
+    check_cut(crops.cut_by_torch, source, pixels, draws, batch)
+    if crops.cut_by_triton is None:
+        pytest.skip("Triton is not installed here, as it is for Linux only")
+    program = (
+        "import sys; from pathlib import Path; from tests.data import test_resident as t\n"
+        "s, _, p = t.opened(Path(sys.argv[1]))\n"
+        "d = t.Plan(s.index.sizes, 9, 3, fraction=t.SIDE / 96).draw(0, 0)\n"
+        "(b,) = t.engine('resident', s, p, 9, None).batches([d])\n"
+        "t.check_cut(t.crops.cut_by_triton, s, p, d, b); print('alike')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(folders["pixels"])],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=environment(TRITON_INTERPRET="1"),
+        check=False,
+    )
+    assert done.stdout == "alike\n", done.stderr[-3000:]
+
+
+def check_cut(cut: object, source: Source, pixels: Pixels, draws: Draws, batch: Batch) -> None:
+    """That a kernel finishes the crops as the CPU does, and nothing where there are none."""
+    assert isinstance(source, PixelSource)
+    scales = np.reciprocal(pixels.stds(draws.strength))
+    rows = source.index.places[draws.numbers, 0]
+    given = (source.pixels.copy(), rows, draws.boxes, draws.flips, pixels.means(draws), scales)
+    every, rows, boxes, flips, means, scales = map(torch.as_tensor, given)
+    out = torch.full((len(rows), SIDE, SIDE, 3), torch.nan)
+    cut(every, rows, boxes, flips, means, scales, out)  # type: ignore[operator]
+    assert torch.equal(out.permute(0, 3, 1, 2), batch.images)
+    cut(every, rows[:0], boxes[:0], flips[:0], means[:0], scales, out[:0])  # type: ignore[operator]
+
+
+def test_what_is_refused(folders: dict[str, Path]) -> None:
+    for kind, holds in (("plain", "image files"), ("shards", "shards")):
+        source, _, pixels = opened(folders[kind])
+        said = f"wants raw pixels, and {folders[kind]} holds {holds}: prepare them by python"
+        with pytest.raises(Failure, match=said):
+            engine("resident", source, pixels, 4, None)
+        assert not isinstance(engine("auto", source, pixels, 4, None), ResidentEngine)
+    source, _, pixels = opened(folders["pixels"])
+    assert not isinstance(engine("auto", source, pixels, 4, None), ResidentEngine)  # not on a CPU
+    sizes = source.index.sizes.copy()
+    sizes[3] = 95, 96
+    source.index = replace(source.index, sizes=sizes)
+    with pytest.raises(Failure, match=r"images of one size, and those of .*train have several"):
+        engine("resident", source, pixels, 4, None)
+
+
+def test_what_fits_on_a_gpu(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    source, _, _ = opened(folders["pixels"])
+    assert isinstance(source, PixelSource)
+    size, total = 31 * 96 * 96 * 3, 10_000_000
+    for free, wanted in ((total // 2 + size, True), (total // 2 + size - 1, False)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free, total))
+        assert fits(source, torch.device("cuda", 0)) is wanted
+
+
+@pytest.mark.slow
+def test_training_is_the_same_as_with_dali(tmp_path: Path) -> None:
+    pytest.importorskip("nvidia.dali", reason="DALI is not installed here")
+    folder = write_prepared(write_images(tmp_path / "plain"), tmp_path / "pixels", "pixels")
+    options = ["--train.max_steps=2", "--data.colour=source"]
+    for name in ("resident", "dali"):
+        train(0, folder, tmp_path / name, f"--data.engine={name}", *options)
+    (start,) = events(tmp_path / "resident" / "run", "start")
+    assert start["engine"].startswith("resident: 0.0 GB of raw pixels in host memory, cut by ")
+    ours, theirs = (losses(tmp_path / name / "run") for name in ("resident", "dali"))
+    assert ours == pytest.approx(theirs, rel=1e-5)
+    assert len(ours) == 2
