@@ -209,6 +209,12 @@ def _of_pixels(source: Source) -> PixelSource:
             "--data.engine auto",
             everywhere=True,
         )
+    if len(index) and not 0 <= index.places.min() <= index.places.max() < len(source.pixels):
+        raise Failure(
+            f"the index of {index.folder} names images that its pixels do not have: copy it again "
+            "from where it was prepared, or prepare it anew",
+            everywhere=True,
+        )
     if (index.sizes != source.pixels.shape[1:3]).any():
         raise Failure(
             f"data.engine resident wants images of one size, and those of {index.folder} have "

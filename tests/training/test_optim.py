@@ -9,12 +9,13 @@ from torch import nn
 from alexnet_dist.training.optim import PaperSGD, build_optimizer, velocities
 
 
+@pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_against_the_formula(dtype: torch.dtype) -> None:
+def test_against_the_formula(dtype: torch.dtype, fused: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     w = nn.Parameter(torch.randn(50, dtype=dtype, generator=generator))
     wanted, v = w.detach().double().clone(), torch.zeros(50, dtype=torch.float64)
-    optimizer = PaperSGD([w], lr=0.0, momentum=0.9, weight_decay=0.0005, fused=True)
+    optimizer = PaperSGD([w], lr=0.0, momentum=0.9, weight_decay=0.0005, fused=fused)
     for rate in (0.01, 0.01, 0.001, 0.02, 1e-5):
         gradient = torch.randn(50, dtype=dtype, generator=generator)
         w.grad = gradient
