@@ -1,0 +1,290 @@
+"""Images a second of ``paper`` on 1 to 1,024 GPUs, from a model of a step's time; and the model
+held against steps on hosts of this machine.
+
+python -m benchmarks.scaling [--parts FILE.json] [--out FILE.json] [--png FILE.png]
+python -m benchmarks.scaling --check [--hosts 2 4 8] [--rates 1gbit 4gbit] [--out FILE.json]
+torchrun --nproc_per_node=8 -m benchmarks.scaling --measure FILE.json [--data DIR]
+
+The model is benchmarks/step_model.py. Its parts are read from a JSON file (the keys are those of
+Parts there), which ``--measure`` writes for the machine that it runs on; without one they are those
+of a node of eight H100s, and assumed. ``--check`` measures parts on network namespaces whose links
+are slow, predicts steps from them, and then takes these steps. FILE.json keeps what is not made
+anew.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+
+from alexnet_dist.parallel.mesh import usable_processors
+from alexnet_dist.tracking.plots import save
+from benchmarks.hosts import Hosts
+from benchmarks.machine import machine
+from benchmarks.step_model import LAYOUTS, Parts, network, predict
+from benchmarks.step_parts import KINDS, images_a_core, measure
+
+COUNTS = [2**power for power in range(11)]
+STRONG, WEAK = 1024, 128
+
+_TERABYTES = 2.7e12  # a second, of a memory of 3.35
+ASSUMED: dict[str, Any] = {
+    "name": "nodes of 8 H100",
+    "assumed": [
+        "convolutions, with norms and pools: 8 us an image forward, 15 us backward (a quarter of "
+        "the peak in bf16), and 0.5 and 1 ms a step to launch them",
+        "fully connected layers: 400 TFLOP/s, and 14 bytes a parameter of a memory of 2.7 TB/s",
+        "update: 20 bytes a parameter; what DDP copies of a gradient value: 8 bytes, 20 where it "
+        "goes as bf16, 40 for PowerSGD's products",
+        "NVLink: 360 GB/s a GPU and direction, 3 us a hop; hops by the logarithm of the group",
+        "InfiniBand: 400 Gbit/s a GPU, of which 45 GB/s, 8 us a hop; no switch is oversubscribed",
+        "collectives take a tenth of a GPU from what computes beside them",
+        "loader: 14 cores a GPU, 4,000 images a second and core, which raw pixels may give and "
+        "JPEGs do not",
+    ],
+    "width": 2,
+    "convolutions_forward": [0.5e-3, 8e-6],
+    "convolutions_backward": [1e-3, 15e-6],
+    "connected": [14 / _TERABYTES, 6 / 400e12],
+    "connected_backward": 2 / 3,
+    "update": 20 / _TERABYTES,
+    "sending": {
+        "none": 8 / _TERABYTES,
+        "bf16": 20 / _TERABYTES,
+        "powersgd": 40 / _TERABYTES,
+    },
+    "processes_a_node": 8,
+    "inside": {kind: [3e-6, 360e9] for kind in KINDS},
+    "between": {kind: [8e-6, 45e9] for kind in KINDS},
+    "hops": "tree",
+    "taken": 0.1,
+    "powersgd_waits": False,
+    "loader": [4000, 14],
+}
+
+ASSUMPTIONS = (
+    "all processes are as fast as each other, and nothing else is on the network",
+    "buckets of 32 MB leave one after another, each when its last gradient is there; an all-reduce "
+    "is as long beside computing as alone, and takes a fixed part of the processor from it",
+    "the backward pass of the convolutions is dealt out over their layers by multiply-adds",
+    "whole: gathers and their gradients are waited for, gradients of convolutions are not",
+    "across nodes, sums and gathers are put together within a node first; an all-to-all is not",
+    "loading is beside all else, and bounds a step only where it is longer",
+)
+
+
+def check(words: argparse.Namespace) -> list[dict[str, Any]]:
+    """Steps on hosts, predicted and measured."""
+    found = []
+    for n in words.hosts:
+        for rate in words.rates:
+            numbers = [str(number) for number in (words.classes, words.image_size)]
+            with Hosts(n, rate) as hosts:
+                answer = hosts.run(
+                    *("benchmarks.scaling", "--work", "--classes", numbers[0]),
+                    *("--image-size", numbers[1], "--local-batch", str(words.local_batch)),
+                )
+            parts = Parts(**answer["parts"])
+            layers = network(words.classes, words.image_size)
+            for layout, seconds in answer["steps"].items():
+                step = predict(layers, parts, layout, n, n * words.local_batch)
+                measured = statistics.median(seconds)
+                row = {
+                    "hosts": n,
+                    "rate": rate,
+                    "layout": layout,
+                    "predicted_s": round(step.seconds, 3),
+                    "measured_s": round(measured, 3),
+                    "error_percent": round(100 * (step.seconds / measured - 1), 1),
+                    "of_it_waiting_s": round(step.waiting, 3),
+                    "each_s": [round(one, 3) for one in seconds],
+                }
+                found.append(row)
+                print(row, flush=True)
+            found[-1]["from"] = answer
+    return found
+
+
+def scale(parts: Parts) -> list[dict[str, Any]]:
+    """The table: each layout on 1 to 1,024 processes, with a fixed global or local batch."""
+    layers = network()
+    found = []
+    for scaling in ("strong", "weak"):
+        for layout in LAYOUTS:
+            alone = 0.0
+            for n in COUNTS:
+                batch = STRONG if scaling == "strong" else WEAK * n
+                step = predict(layers, parts, layout, n, batch)
+                speed = batch / step.seconds
+                alone = alone or speed
+                found.append(
+                    {
+                        "scaling": scaling,
+                        "layout": layout,
+                        "processes": n,
+                        "global_batch": batch,
+                        "images_per_second": round(speed),
+                        "efficiency_percent": round(100 * speed / (n * alone), 1),
+                        "bound": step.bound,
+                    }
+                )
+    return found
+
+
+def show(parts: Parts, table: Sequence[dict[str, Any]]) -> None:
+    """Print the table, and what it assumes."""
+    letters = {"compute": "", "communication": "c", "loader": "l"}
+    for scaling, title in (
+        ("strong", f"global batch {STRONG:,}"),
+        ("weak", f"{WEAK} images a process"),
+    ):
+        print(f"\n{parts.name}, {title}: images a second, efficiency in %, what bounds it")
+        print(f"{'processes':>9}" + "".join(f"{layout:>26}" for layout in LAYOUTS))
+        for n in COUNTS:
+            cells = [r for r in table if r["scaling"] == scaling and r["processes"] == n]
+            texts = [
+                f"{one['images_per_second']:>12,} {one['efficiency_percent']:>5} "
+                f"{letters[one['bound']]:<1}".rjust(26)
+                for one in cells
+            ]
+            print(f"{n:>9}" + "".join(texts))
+    print("\nc: communication bounds it, l: the loader; else compute. Of the model:")
+    print("\n".join(f"- {one}" for one in ASSUMPTIONS))
+    if parts.assumed:
+        print("Assumed, not measured:")
+        print("\n".join(f"- {one}" for one in parts.assumed))
+
+
+def draw(record: dict[str, Any], parts: Parts, path: Path) -> None:
+    """The check, where there was one, and the table, as a figure."""
+    styles = dict(
+        zip(
+            LAYOUTS,
+            (("#1f5a94", "o"), ("#3d8b5f", "s"), ("#c98a1b", "^"), ("#c44536", "D")),
+            strict=True,
+        )
+    )
+    checked = record.get("check", [])
+    figure = Figure(figsize=(8, 3.1), layout="constrained")
+    axes = list(figure.subplots(1, 2 + bool(checked)))
+    if checked:
+        axis = axes.pop(0)
+        for layout, (colour, sign) in styles.items():
+            rows = [row for row in checked if row["layout"] == layout]
+            axis.plot(
+                [row["measured_s"] for row in rows],
+                [row["predicted_s"] for row in rows],
+                sign,
+                color=colour,
+                markersize=4,
+                markerfacecolor="none",
+            )
+        every = [row[key] for row in checked for key in ("measured_s", "predicted_s")]
+        ends = [0.8 * min(every), 1.25 * max(every)]
+        axis.plot(ends, ends, color="0.3", linewidth=0.8)
+        axis.fill_between(
+            ends,
+            [0.85 * x for x in ends],
+            [1.15 * x for x in ends],
+            color="0.5",
+            alpha=0.2,
+            linewidth=0,
+        )
+        axis.set(
+            xscale="log",
+            yscale="log",
+            xlim=ends,
+            ylim=ends,
+            aspect="equal",
+            xlabel="measured (s a step)",
+            ylabel="predicted (s a step)",
+        )
+        axis.set_title("a step on 2, 4, 8 hosts\nlinks of 1 and 4 Gbit/s; ±15 %", fontsize=8)
+    what = "assumed" if parts.assumed else "measured"
+    for axis, scaling, title in zip(
+        axes,
+        ("weak", "strong"),
+        (f"{WEAK} images a process", f"global batch {STRONG:,}"),
+        strict=True,
+    ):
+        for layout, (colour, sign) in styles.items():
+            rows = [r for r in record["table"] if (r["scaling"], r["layout"]) == (scaling, layout)]
+            axis.plot(
+                [row["processes"] for row in rows],
+                [row["efficiency_percent"] for row in rows],
+                sign + "-",
+                color=colour,
+                markersize=3,
+                linewidth=1,
+                label=layout,
+            )
+        axis.set_xscale("log", base=2)
+        axis.set(xlabel="GPUs" if "H100" in parts.name else "processes", ylim=(0, 105))
+        axis.set_xticks([1, 4, 16, 64, 256, 1024], ["1", "4", "16", "64", "256", "1024"])
+        axis.set_title(f"{title}\n{parts.name}, parts {what}", fontsize=8)
+    axes[0].set_ylabel("efficiency (% of one alone)")
+    axes[-1].legend(fontsize=8)
+    save(figure, path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--parts", type=Path, help="a JSON file with the keys of Parts")
+    parser.add_argument("--check", action="store_true", help="predict and take steps on hosts")
+    parser.add_argument("--hosts", nargs="*", type=int, default=[2, 4, 8])
+    parser.add_argument("--rates", nargs="*", default=["1gbit", "4gbit"])
+    parser.add_argument("--local-batch", type=int, default=8, help="images a host there")
+    parser.add_argument("--classes", type=int, default=1000, help="of the network there")
+    parser.add_argument("--image-size", type=int, default=115, help="of the network there")
+    parser.add_argument("--measure", type=Path, help="where parts of this machine go")
+    parser.add_argument("--batches", nargs="*", type=int, help="images a process to measure with")
+    parser.add_argument("--data", type=Path, help="a folder with train/CLASS/, for the loader")
+    parser.add_argument("--work", action="store_true", help="for the script itself")
+    parser.add_argument("--out", type=Path, help="where the JSON goes")
+    parser.add_argument("--png", type=Path, help="where the figure goes")
+    words = parser.parse_args()
+    if words.work or words.measure:
+        answer = measure(words)
+        if answer is None:
+            return
+        if words.work:
+            print(json.dumps(answer))
+            return
+        if words.data:
+            by_cores = images_a_core(words.data)
+            a_core = statistics.median(speed / cores for cores, speed in by_cores)
+            node = answer["parts"]["processes_a_node"]
+            answer["parts"]["loader"] = [round(a_core), max(usable_processors() // node, 1)]
+        words.measure.write_text(json.dumps(answer["parts"], indent=1) + "\n")
+        return
+    record: dict[str, Any] = {}
+    if words.out and words.out.exists():
+        record = json.loads(words.out.read_text())
+    record |= {"what": "benchmarks/scaling.py"}
+    if words.check:
+        anew = check(words)
+        kept = [
+            row
+            for row in record.get("check", [])
+            if (row["hosts"], row["rate"]) not in {(new["hosts"], new["rate"]) for new in anew}
+        ]
+        record["check"] = sorted(kept + anew, key=lambda row: (row["hosts"], row["rate"]))
+        record["date"] = time.strftime("%Y-%m-%d")
+        record["machine"] = machine(torch.device("cpu"))
+    parts = Parts(**(json.loads(words.parts.read_text()) if words.parts else ASSUMED))
+    record["table"] = scale(parts)
+    show(parts, record["table"])
+    if words.out:
+        words.out.write_text(json.dumps(record, indent=1) + "\n")
+    if words.png:
+        draw(record, parts, words.png)
+
+
+if __name__ == "__main__":
+    main()
