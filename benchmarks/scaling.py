@@ -14,12 +14,16 @@ anew.
 
 import argparse
 import json
+import os
+import resource
 import statistics
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 
@@ -27,8 +31,10 @@ from alexnet_dist.parallel.mesh import usable_processors
 from alexnet_dist.tracking.plots import save
 from benchmarks.hosts import Hosts
 from benchmarks.machine import machine
+from benchmarks.sources import loading, some_images, speed
+from benchmarks.step_fit import fit_parts
 from benchmarks.step_model import LAYOUTS, Parts, network, predict
-from benchmarks.step_parts import KINDS, images_a_core, measure
+from benchmarks.step_parts import KINDS, observe
 
 COUNTS = [2**power for power in range(11)]
 STRONG, WEAK = 1024, 128
@@ -81,18 +87,22 @@ ASSUMPTIONS = (
 
 def check(words: argparse.Namespace) -> list[dict[str, Any]]:
     """Steps on hosts, predicted and measured."""
-    found = []
+    rows = []
+    layers = network(words.classes, words.image_size)
     for n in words.hosts:
+        computed: dict[str, Any] = {}  # once, because links have no part in it
         for rate in words.rates:
-            numbers = [str(number) for number in (words.classes, words.image_size)]
+            before = _load()
             with Hosts(n, rate) as hosts:
-                answer = hosts.run(
-                    *("benchmarks.scaling", "--work", "--classes", numbers[0]),
-                    *("--image-size", numbers[1], "--local-batch", str(words.local_batch)),
-                )
-            parts = Parts(**answer["parts"])
-            layers = network(words.classes, words.image_size)
-            for layout, seconds in answer["steps"].items():
+                options = [f"--classes={words.classes}", f"--image-size={words.image_size}"]
+                options += [f"--local-batch={words.local_batch}"]
+                options += ["--computed"] if computed else []
+                found = hosts.run("benchmarks.scaling", "--work", *options)
+            ticks, idle, mine = _load() - before
+            others = round(float((ticks - idle - mine) / ticks), 2)
+            computed = found["computing"] = computed or found["computing"]
+            parts = Parts(**fit_parts(layers, found))
+            for layout, seconds in found["steps"].items():
                 step = predict(layers, parts, layout, n, n * words.local_batch)
                 measured = statistics.median(seconds)
                 row = {
@@ -102,13 +112,23 @@ def check(words: argparse.Namespace) -> list[dict[str, Any]]:
                     "predicted_s": round(step.seconds, 3),
                     "measured_s": round(measured, 3),
                     "error_percent": round(100 * (step.seconds / measured - 1), 1),
-                    "of_it_waiting_s": round(step.waiting, 3),
+                    "waiting_s": round(step.waiting, 3),
                     "each_s": [round(one, 3) for one in seconds],
+                    "others_took": others,  # of the processors, meanwhile
                 }
-                found.append(row)
+                rows.append(row)
                 print(row, flush=True)
-            found[-1]["from"] = answer
-    return found
+            rows[-1]["found"] = found
+    return rows
+
+
+def _load() -> np.ndarray:
+    """Ticks of all processors, those in which they had nothing to do, and those that children of
+    this process took."""
+    ticks = [int(field) for field in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+    own = resource.getrusage(resource.RUSAGE_CHILDREN)
+    mine = (own.ru_utime + own.ru_stime) * os.sysconf("SC_CLK_TCK")
+    return np.array([sum(ticks), ticks[3] + ticks[4], mine])
 
 
 def scale(parts: Parts) -> list[dict[str, Any]]:
@@ -233,6 +253,37 @@ def draw(record: dict[str, Any], parts: Parts, path: Path) -> None:
     save(figure, path)
 
 
+def images_a_core(data: Path, batch: int = 64) -> list[tuple[int, float]]:
+    """Images a second of DALI on a folder's JPEGs, by cores."""
+    before = os.sched_getaffinity(0)
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        root = some_images(data, Path(folder), 1000)
+        for cores in sorted({1, usable_processors()}):
+            os.sched_setaffinity(0, sorted(before)[:cores])
+            try:
+                batches = loading(root, "dali", batch)
+                found.append((cores, statistics.median(speed(batches, 10)[0] for _ in range(3))))
+                batches.close()  # type: ignore[attr-defined]
+            finally:
+                os.sched_setaffinity(0, before)
+    return found
+
+
+def write_parts(words: argparse.Namespace) -> None:
+    """Measure the parts of the machine that this process runs on, alone or under torchrun."""
+    shape = {"classes": 1000, "image_size": 224}
+    found = observe(shape, words.batches)
+    if found is None:
+        return
+    parts = fit_parts(network(**shape), found)
+    if words.data:
+        a_core = [each / cores for cores, each in images_a_core(words.data)]
+        cores = max(usable_processors() // found["node"], 1)
+        parts["loader"] = [round(statistics.median(a_core)), cores]
+    words.measure.write_text(json.dumps(parts, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", type=Path, help="a JSON file with the keys of Parts")
@@ -243,25 +294,22 @@ def main() -> None:
     parser.add_argument("--classes", type=int, default=1000, help="of the network there")
     parser.add_argument("--image-size", type=int, default=115, help="of the network there")
     parser.add_argument("--measure", type=Path, help="where parts of this machine go")
-    parser.add_argument("--batches", nargs="*", type=int, help="images a process to measure with")
+    parser.add_argument("--batches", nargs="*", type=int, default=[], help="images a process there")
     parser.add_argument("--data", type=Path, help="a folder with train/CLASS/, for the loader")
     parser.add_argument("--work", action="store_true", help="for the script itself")
+    parser.add_argument("--computed", action="store_true", help="likewise")
     parser.add_argument("--out", type=Path, help="where the JSON goes")
     parser.add_argument("--png", type=Path, help="where the figure goes")
     words = parser.parse_args()
-    if words.work or words.measure:
-        answer = measure(words)
-        if answer is None:
-            return
-        if words.work:
-            print(json.dumps(answer))
-            return
-        if words.data:
-            by_cores = images_a_core(words.data)
-            a_core = statistics.median(speed / cores for cores, speed in by_cores)
-            node = answer["parts"]["processes_a_node"]
-            answer["parts"]["loader"] = [round(a_core), max(usable_processors() // node, 1)]
-        words.measure.write_text(json.dumps(answer["parts"], indent=1) + "\n")
+    shape = {"classes": words.classes, "image_size": words.image_size}
+    if words.work:
+        batch = words.local_batch * int(os.environ["WORLD_SIZE"])
+        found = observe(shape, [], threads=1, with_computing=not words.computed, batch=batch)
+        if found:
+            print(json.dumps(found))
+        return
+    if words.measure:
+        write_parts(words)
         return
     record: dict[str, Any] = {}
     if words.out and words.out.exists():

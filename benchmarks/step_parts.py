@@ -6,12 +6,11 @@ same time, because where several share the cores of a machine each computes slow
 end when the output of the convolutions is there, and when the gradient of it is.
 """
 
-import argparse
+import gc
 import os
 import statistics
-import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
@@ -27,9 +26,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from alexnet_dist.parallel.arithmetic import choose_precision, device_name
 from alexnet_dist.parallel.collectives import Gathering
-from alexnet_dist.parallel.mesh import Mesh, start, usable_processors
-from benchmarks.sources import loading, some_images, speed
-from benchmarks.step_model import FLOAT, LAYOUTS, Law, Layer, count_hops, network, ways
+from alexnet_dist.parallel.mesh import Mesh, _keep_memory, start, usable_processors
+from benchmarks.step_model import FLOAT, LAYOUTS
 from benchmarks.steps import Steps
 
 COMPRESSIONS = ("none", "bf16", "powersgd")
@@ -37,46 +35,57 @@ KINDS = ("all_reduce", "all_reduce_bf16", "all_gather", "all_to_all")
 SIZES = (2**16, 2**18, 2**20, 2**22, 2**24, 2**25)
 """Bytes of what is reduced, or of all that is gathered or dealt out."""
 
-WARM, STEPS, REPEATS = 3, 4, 4
+WARM, STEPS, REPEATS = 3, 3, 4
 
 Stretches = dict[str, float]
 Meet = Callable[[], None]
 
 
-def measure(words: argparse.Namespace) -> dict[str, Any] | None:
-    """Parts of the machine that this process and the others run on, on rank 0."""
+def observe(
+    shape: dict[str, int],
+    batches: Sequence[int],
+    *,
+    threads: int = 0,
+    with_computing: bool = True,
+    batch: int = 0,
+) -> dict[str, Any] | None:
+    """What this process and those that were launched with it find together, on rank 0.
+
+    Args:
+        shape: classes and image_size of the network.
+        batches: images of a process to compute with; some machine's own choice if there are none.
+        threads: of a process; 0 for its share of the processors.
+        batch: a global batch to take steps on, with a network; 0 for none.
+    """
     rank, n = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local, node = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    threads = 1 if words.work else max(usable_processors() // node, 1)
+    else:
+        _keep_memory()  # as in training
+    threads = threads or max(usable_processors() // node, 1)
     torch.set_num_threads(threads)
-    shape = {"classes": words.classes, "image_size": words.image_size}
-    batches = words.batches or ([32, 128] if cuda else [4, 12])
-    found = computing(rank, n, batches, device, shape)
+    batches = batches or ([32, 128] if cuda else [4, 12])
+    computed = computing(rank, n, batches, device, shape) if with_computing else {}
 
     mesh = start("auto", threads)
     lines, taken = _travel_by_group(mesh)
-    record = {
+    found = {
         "name": device_name(device),
-        "assumed": [],
         "width": 4 if choose_precision("auto", device) in ("fp32", "tf32") else 2,
-        **fit_parts(network(**shape), n, batches, _mean(mesh.gather(found))),
-        "processes_a_node": node,
-        **{name: fit_lines(*one, "ring") if one else None for name, one in lines.items()},
-        "hops": "ring",
+        "processes": n,
+        "node": node,
+        "waits": not cuda,
+        "batches": batches,
+        "computing": _mean(mesh.gather(computed)),
+        "lines": lines,
         "taken": taken,
-        "powersgd_waits": not cuda,
-        "loader": None,
     }
-    answer = {"parts": record, "computing": found, "lines": lines}
-    if words.work:
-        answer["steps"] = {
-            name: _seconds(name, mesh, words.local_batch * n, shape) for name in LAYOUTS
-        }
-    return answer if mesh.rank == 0 else None
+    if batch:
+        found["steps"] = {name: _seconds(name, mesh, batch, shape) for name in LAYOUTS}
+    return found if mesh.rank == 0 else None
 
 
 def _travel_by_group(mesh: Mesh) -> tuple[dict[str, Any], float]:
@@ -90,9 +99,9 @@ def _travel_by_group(mesh: Mesh) -> tuple[dict[str, Any], float]:
     ):
         if len(groups[0]) > 1:
             group, _ = dist.new_subgroups_by_enumeration(groups)
-            assert group is not None
+            assert isinstance(group, dist.ProcessGroup)
             seconds, taken = travelling(group, mesh.device)
-            found[name] = (seconds, len(groups[0]))
+            found[name] = {"processes": len(groups[0]), "seconds": seconds}
     return found, taken
 
 
@@ -115,6 +124,8 @@ def _seconds(name: str, mesh: Mesh, batch: int, shape: dict[str, int]) -> list[f
         begin = time.perf_counter()
         steps.take(inputs)
         seconds.append(time.perf_counter() - begin)
+    del steps
+    gc.collect()
     return [statistics.fmean(each) for each in zip(*mesh.gather(seconds[WARM:]), strict=True)]
 
 
@@ -175,6 +186,8 @@ def _stretches(
         inputs = steps.inputs(local * n)
         meet()
         each = [clock.step(inputs) for _ in range(WARM + STEPS)][WARM:]
+        del steps, clock
+        gc.collect()  # DDP's memory, which refers to itself
     return {key: statistics.median(one[key] for one in each) for key in each[0]}
 
 
@@ -210,8 +223,9 @@ class _Clock:
     def __init__(self, steps: Steps, device: torch.device) -> None:
         self.steps, self.device = steps, device
         self.at: dict[str, float] = {}
-        steps.model.flatten.register_forward_hook(self._features)
-        steps.model.fc8.register_forward_hook(lambda *_: self._note("scores"))
+        layer = steps.model.get_submodule
+        layer("flatten").register_forward_hook(self._features)
+        layer("fc8").register_forward_hook(lambda *_: self._note("scores"))
 
     def _note(self, name: str) -> None:
         if self.device.type == "cuda":
@@ -295,76 +309,3 @@ def _processors() -> tuple[int, int]:
     )
     busy = user + system + irq + soft
     return busy, busy + nice + idle + wait + steal
-
-
-def images_a_core(data: Path, batch: int = 64) -> list[tuple[int, float]]:
-    """Images a second of DALI on a folder's JPEGs, by cores."""
-    before = os.sched_getaffinity(0)
-    found = []
-    with tempfile.TemporaryDirectory() as folder:
-        root = some_images(data, Path(folder), 1000)
-        for cores in sorted({1, usable_processors()}):
-            os.sched_setaffinity(0, sorted(before)[:cores])
-            try:
-                batches = loading(root, "dali", batch)
-                found.append((cores, statistics.median(speed(batches, 10)[0] for _ in range(3))))
-                batches.close()  # type: ignore[attr-defined]
-            finally:
-                os.sched_setaffinity(0, before)
-    return found
-
-
-def fit(points: Iterable[tuple[float, float]]) -> Law:
-    """Seconds at all and a unit more, neither below 0, by least squares of relative errors."""
-    x, seconds = np.array(sorted(points), float).T
-    terms = np.stack([np.ones_like(x), x], 1) / seconds[:, None]
-    first, more = np.linalg.lstsq(terms, np.ones_like(x), rcond=None)[0]
-    if more < 0:
-        return float(1 / np.mean(1 / seconds)), 0.0
-    if first < 0:
-        return 0.0, float(1 / np.mean(x / seconds))
-    return float(first), float(more)
-
-
-def fit_parts(
-    layers: Sequence[Layer],
-    n: int,
-    batches: Sequence[int],
-    found: dict[str, Any],
-) -> dict[str, Any]:
-    """The computing parts, as Parts has them, from what ``computing`` found on n processes."""
-    connected = sum(layer.parameters for layer in layers if not layer.work)
-    values = sum(layer.parameters for layer in layers)
-    plain, split = found["plain"], found.get("split", [])
-    points = [(b, one["connected"] / connected) for b, one in zip(batches, plain, strict=True)]
-    if split:
-        held = connected / n
-        points += [(b * n, one["connected"] / held) for b, one in zip(batches, split, strict=True)]
-    forward = [one["connected_forward"] / one["connected"] for one in plain]
-
-    def whole(step: dict[str, float]) -> float:
-        return sum(seconds for name, seconds in step.items() if name != "connected_forward")
-
-    sending = {
-        compress: max(whole(found[compress]) - whole(plain[0]), 0.0) / values
-        for compress in COMPRESSIONS
-        if compress in found
-    }
-    return {
-        "convolutions_forward": fit(zip(batches, [one["forward"] for one in plain], strict=True)),
-        "convolutions_backward": fit(zip(batches, [one["backward"] for one in plain], strict=True)),
-        "connected": fit(points),
-        "connected_backward": 1 - statistics.median(forward),
-        "update": statistics.median(one["update"] for one in plain) / values,
-        "sending": sending,
-    }
-
-
-def fit_lines(found: dict[str, list[tuple[int, float]]], n: int, hops: str) -> dict[str, Law]:
-    """Seconds a hop and bytes a second of each collective, from what ``travelling`` found."""
-    lines = {}
-    for kind, points in found.items():
-        sent = [(ways(kind) * (n - 1) / n * size, seconds) for size, seconds in points]
-        seconds, more = fit(sent)
-        lines[kind] = (seconds / (ways(kind) * count_hops(hops, n)), 1 / max(more, 1e-15))
-    return lines
