@@ -94,10 +94,13 @@ def check(words: argparse.Namespace) -> list[dict[str, Any]]:
         for rate in words.rates:
             before = _load()
             with Hosts(n, rate) as hosts:
-                options = [f"--classes={words.classes}", f"--image-size={words.image_size}"]
-                options += [f"--local-batch={words.local_batch}"]
-                options += ["--computed"] if computed else []
-                found = hosts.run("benchmarks.scaling", "--work", *options)
+                told = {
+                    "shape": {"classes": words.classes, "image_size": words.image_size},
+                    "threads": 1,
+                    "with_computing": not computed,
+                    "batch": words.local_batch * n,
+                }
+                found = hosts.run("benchmarks.step_parts", json.dumps(told))
             ticks, idle, mine = _load() - before
             others = round(float((ticks - idle - mine) / ticks), 2)
             computed = found["computing"] = computed or found["computing"]
@@ -138,7 +141,7 @@ def scale(parts: Parts) -> list[dict[str, Any]]:
     for scaling in ("strong", "weak"):
         for layout in LAYOUTS:
             alone = 0.0
-            for n in COUNTS:
+            for n in filter(parts.reach, COUNTS):
                 batch = STRONG if scaling == "strong" else WEAK * n
                 step = predict(layers, parts, layout, n, batch)
                 speed = batch / step.seconds
@@ -166,7 +169,7 @@ def show(parts: Parts, table: Sequence[dict[str, Any]]) -> None:
     ):
         print(f"\n{parts.name}, {title}: images a second, efficiency in %, what bounds it")
         print(f"{'processes':>9}" + "".join(f"{layout:>26}" for layout in LAYOUTS))
-        for n in COUNTS:
+        for n in filter(parts.reach, COUNTS):
             cells = [r for r in table if r["scaling"] == scaling and r["processes"] == n]
             texts = [
                 f"{one['images_per_second']:>12,} {one['efficiency_percent']:>5} "
@@ -226,18 +229,17 @@ def draw(record: dict[str, Any], parts: Parts, path: Path) -> None:
             ylabel="predicted (s a step)",
         )
         axis.set_title("a step on 2, 4, 8 hosts\nlinks of 1 and 4 Gbit/s; ±15 %", fontsize=8)
-    what = "assumed" if parts.assumed else "measured"
-    for axis, scaling, title in zip(
-        axes,
-        ("weak", "strong"),
-        (f"{WEAK} images a process", f"global batch {STRONG:,}"),
-        strict=True,
-    ):
+    what = "assumed, not measured" if parts.assumed else "measured"
+    panels = (
+        ("weak", "efficiency_percent", 1, "efficiency (% of one alone)"),
+        ("strong", "images_per_second", 1000, "images a second (thousands)"),
+    )
+    for axis, (scaling, key, unit, label) in zip(axes, panels, strict=True):
         for layout, (colour, sign) in styles.items():
             rows = [r for r in record["table"] if (r["scaling"], r["layout"]) == (scaling, layout)]
             axis.plot(
                 [row["processes"] for row in rows],
-                [row["efficiency_percent"] for row in rows],
+                [row[key] / unit for row in rows],
                 sign + "-",
                 color=colour,
                 markersize=3,
@@ -245,11 +247,12 @@ def draw(record: dict[str, Any], parts: Parts, path: Path) -> None:
                 label=layout,
             )
         axis.set_xscale("log", base=2)
-        axis.set(xlabel="GPUs" if "H100" in parts.name else "processes", ylim=(0, 105))
+        axis.set(xlabel="processes, a GPU each" if "H100" in parts.name else "processes")
+        axis.set(ylabel=label, ylim=(0, None))
         axis.set_xticks([1, 4, 16, 64, 256, 1024], ["1", "4", "16", "64", "256", "1024"])
-        axis.set_title(f"{title}\n{parts.name}, parts {what}", fontsize=8)
-    axes[0].set_ylabel("efficiency (% of one alone)")
-    axes[-1].legend(fontsize=8)
+        batch = f"{WEAK} images a process" if scaling == "weak" else f"global batch {STRONG:,}"
+        axis.set_title(f"{batch}\n{parts.name}, {what}", fontsize=8)
+    axes[0].legend(fontsize=8)
     save(figure, path)
 
 
@@ -273,7 +276,7 @@ def images_a_core(data: Path, batch: int = 64) -> list[tuple[int, float]]:
 def write_parts(words: argparse.Namespace) -> None:
     """Measure the parts of the machine that this process runs on, alone or under torchrun."""
     shape = {"classes": 1000, "image_size": 224}
-    found = observe(shape, words.batches)
+    found = observe(shape, batches=words.batches)
     if found is None:
         return
     parts = fit_parts(network(**shape), found)
@@ -296,18 +299,9 @@ def main() -> None:
     parser.add_argument("--measure", type=Path, help="where parts of this machine go")
     parser.add_argument("--batches", nargs="*", type=int, default=[], help="images a process there")
     parser.add_argument("--data", type=Path, help="a folder with train/CLASS/, for the loader")
-    parser.add_argument("--work", action="store_true", help="for the script itself")
-    parser.add_argument("--computed", action="store_true", help="likewise")
     parser.add_argument("--out", type=Path, help="where the JSON goes")
     parser.add_argument("--png", type=Path, help="where the figure goes")
     words = parser.parse_args()
-    shape = {"classes": words.classes, "image_size": words.image_size}
-    if words.work:
-        batch = words.local_batch * int(os.environ["WORLD_SIZE"])
-        found = observe(shape, [], threads=1, with_computing=not words.computed, batch=batch)
-        if found:
-            print(json.dumps(found))
-        return
     if words.measure:
         write_parts(words)
         return

@@ -62,7 +62,6 @@ def _fit_computing(
     sending = {
         compress: max(whole(found[compress]) - whole(plain[0]), 0.0) / values
         for compress in ("none", "bf16", "powersgd")
-        if compress in found
     }
     return {
         "convolutions_forward": fit(zip(batches, [one["forward"] for one in plain], strict=True)),

@@ -93,6 +93,11 @@ class Parts:
     powersgd_waits: bool
     loader: tuple[float, float] | None
 
+    def reach(self, n: int) -> bool:
+        """Whether there are lines for ``n`` processes."""
+        near = min(n, self.processes_a_node)
+        return (near == 1 or self.inside is not None) and (n == near or self.between is not None)
+
     def travel(self, kind: str, size: float, n: int) -> float:
         """Seconds of a collective of ``n`` processes.
 
@@ -109,7 +114,7 @@ class Parts:
         seconds = 0.0
         for lines, group, share in ((self.inside, near, within), (self.between, far, beyond)):
             if group > 1:
-                assert lines is not None, f"{self.name} has no lines for {n} processes"
+                assert lines is not None
                 latency, bandwidth = lines[kind]
                 hops = count_hops(self.hops, group)
                 seconds += there_and_back * (hops * latency + share * size / bandwidth)

@@ -7,8 +7,10 @@ end when the output of the convolutions is there, and when the gradient of it is
 """
 
 import gc
+import json
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -35,7 +37,7 @@ KINDS = ("all_reduce", "all_reduce_bf16", "all_gather", "all_to_all")
 SIZES = (2**16, 2**18, 2**20, 2**22, 2**24, 2**25)
 """Bytes of what is reduced, or of all that is gathered or dealt out."""
 
-WARM, STEPS, REPEATS = 3, 3, 4
+WARM, STEPS, REPEATS = 2, 3, 4
 
 Stretches = dict[str, float]
 Meet = Callable[[], None]
@@ -43,8 +45,8 @@ Meet = Callable[[], None]
 
 def observe(
     shape: dict[str, int],
-    batches: Sequence[int],
     *,
+    batches: Sequence[int] = (),
     threads: int = 0,
     with_computing: bool = True,
     batch: int = 0,
@@ -136,15 +138,15 @@ def computing(
 
     Returns:
         "plain", without other processes: of each local batch; "split" over n processes: likewise;
-        "none", "bf16" and "powersgd": data parallel of n at the least local batch.
+        "none", "bf16" and "powersgd": data parallel of several at the least local batch.
     """
     meet = _meeting(rank, n)
     found: dict[str, Any] = {
         "plain": [_stretches("ddp", rank, 1, b, device, shape, meet) for b in batches]
     }
-    for compress in COMPRESSIONS if n > 1 else ():
+    for compress in COMPRESSIONS:
         name = "ddp" if compress == "none" else f"ddp+{compress}"
-        found[compress] = _stretches(name, rank, n, batches[0], device, shape, meet)
+        found[compress] = _stretches(name, rank, max(n, 2), batches[0], device, shape, meet)
     if n > 1:
         found["split"] = [_stretches("whole", rank, n, b, device, shape, meet) for b in batches]
     return found
@@ -309,3 +311,9 @@ def _processors() -> tuple[int, int]:
     )
     busy = user + system + irq + soft
     return busy, busy + nice + idle + wait + steal
+
+
+if __name__ == "__main__":  # on a host of benchmarks/scaling.py
+    told = json.loads(sys.argv[1])
+    if found := observe(**told):
+        print(json.dumps(found))
