@@ -55,6 +55,7 @@ class Hosts:
                 "MASTER_ADDR": "10.91.0.1",
                 "MASTER_PORT": "29555",
                 "GLOO_SOCKET_IFNAME": "eth0",
+                "OMP_NUM_THREADS": "1",  # as torchrun sets it; gloo's threads compute, too
                 "PYTHONWARNINGS": "ignore",
             }
             host = ["ip", "netns", "exec", f"adh{n}", *command]

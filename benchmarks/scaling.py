@@ -19,7 +19,7 @@ import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,9 +85,8 @@ ASSUMPTIONS = (
 )
 
 
-def check(words: argparse.Namespace) -> list[dict[str, Any]]:
-    """Steps on hosts, predicted and measured."""
-    rows = []
+def check(words: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
+    """Steps on hosts, predicted and measured; those of one network after another."""
     layers = network(words.classes, words.image_size)
     for n in words.hosts:
         computed: dict[str, Any] = {}  # once, because links have no part in it
@@ -105,6 +104,7 @@ def check(words: argparse.Namespace) -> list[dict[str, Any]]:
             others = round(float((ticks - idle - mine) / ticks), 2)
             computed = found["computing"] = computed or found["computing"]
             parts = Parts(**fit_parts(layers, found))
+            rows: list[dict[str, Any]] = []
             for layout, seconds in found["steps"].items():
                 step = predict(layers, parts, layout, n, n * words.local_batch)
                 measured = statistics.median(seconds)
@@ -122,7 +122,7 @@ def check(words: argparse.Namespace) -> list[dict[str, Any]]:
                 rows.append(row)
                 print(row, flush=True)
             rows[-1]["found"] = found
-    return rows
+            yield rows
 
 
 def _load() -> np.ndarray:
@@ -287,6 +287,11 @@ def write_parts(words: argparse.Namespace) -> None:
     words.measure.write_text(json.dumps(parts, indent=1) + "\n")
 
 
+def write(record: dict[str, Any], path: Path | None) -> None:
+    if path:
+        path.write_text(json.dumps(record) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", type=Path, help="a JSON file with the keys of Parts")
@@ -309,21 +314,18 @@ def main() -> None:
     if words.out and words.out.exists():
         record = json.loads(words.out.read_text())
     record |= {"what": "benchmarks/scaling.py"}
-    if words.check:
-        anew = check(words)
-        kept = [
-            row
-            for row in record.get("check", [])
-            if (row["hosts"], row["rate"]) not in {(new["hosts"], new["rate"]) for new in anew}
-        ]
-        record["check"] = sorted(kept + anew, key=lambda row: (row["hosts"], row["rate"]))
-        record["date"] = time.strftime("%Y-%m-%d")
-        record["machine"] = machine(torch.device("cpu"))
+    for rows in check(words) if words.check else ():
+        this = rows[0]["hosts"], rows[0]["rate"]
+        others = [row for row in record.get("check", []) if (row["hosts"], row["rate"]) != this]
+        every = sorted(others + rows, key=lambda row: (row["hosts"], row["rate"]))
+        record |= {"date": time.strftime("%Y-%m-%d"), "machine": machine(torch.device("cpu"))}
+        record["network"] = f"paper, {words.classes} classes, {words.image_size} pixels"
+        record["images_a_host"], record["check"] = words.local_batch, every
+        write(record, words.out)
     parts = Parts(**(json.loads(words.parts.read_text()) if words.parts else ASSUMED))
     record["table"] = scale(parts)
     show(parts, record["table"])
-    if words.out:
-        words.out.write_text(json.dumps(record, indent=1) + "\n")
+    write(record, words.out)
     if words.png:
         draw(record, parts, words.png)
 

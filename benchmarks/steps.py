@@ -1,5 +1,6 @@
 """Training steps under a layout, on images of noise."""
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -38,8 +39,7 @@ class Steps:
         self.precision = choose_precision("auto", mesh.device)
         self.model = outline("paper", num_classes=classes, image_size=image_size)
         self.dropouts = self.model.dropouts()
-        torch.manual_seed(1)
-        weights = initial_weights(self.model)
+        weights = _weights(classes, image_size)
         self.layout = build_layout(
             self.model,
             mesh,
@@ -50,7 +50,7 @@ class Steps:
             fc_schedule=kind,
             compression=Compression(compress or "none", RANK, power_after),  # type: ignore[arg-type]
         )
-        self.layout.sharding.fill(self.layout.parameters, weights)
+        self.layout.sharding.fill(self.layout.parameters, iter(weights))
         self.optimizer = build_optimizer(
             "paper", self.layout.parameters, lr=1e-4, momentum=0.9, weight_decay=5e-4
         )
@@ -77,3 +77,9 @@ class Steps:
     def update(self) -> None:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+
+@cache
+def _weights(classes: int, image_size: int) -> list[tuple[str, torch.Tensor]]:
+    torch.manual_seed(1)
+    return list(initial_weights(outline("paper", num_classes=classes, image_size=image_size)))
