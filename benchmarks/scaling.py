@@ -5,11 +5,11 @@ python -m benchmarks.scaling [--parts FILE.json] [--out FILE.json] [--png FILE.p
 python -m benchmarks.scaling --check [--hosts 2 4 8] [--rates 1gbit 4gbit] [--out FILE.json]
 torchrun --nproc_per_node=8 -m benchmarks.scaling --measure FILE.json [--data DIR]
 
-The model is benchmarks/step_model.py. Its parts are read from a JSON file (the keys are those of
-Parts there), which ``--measure`` writes for the machine that it runs on; without one they are those
-of a node of eight H100s, and assumed. ``--check`` measures parts on network namespaces whose links
-are slow, predicts steps from them, and then takes these steps. FILE.json keeps what is not made
-anew.
+The model is benchmarks/step_model.py. Its parts, which benchmarks/step_parts.py measures, are read
+from a JSON file (the keys are those of Parts there), which ``--measure`` writes for the machine
+that it runs on; without one they are those of nodes of eight H100s, and assumed. ``--check``
+measures parts on network namespaces whose links are slow (as root), predicts steps from them, and
+then takes these steps. It wants the machine to itself. FILE.json keeps what is not made anew.
 """
 
 import argparse
@@ -224,11 +224,16 @@ def draw(record: dict[str, Any], parts: Parts, path: Path) -> None:
             yscale="log",
             xlim=ends,
             ylim=ends,
-            aspect="equal",
             xlabel="measured (s a step)",
             ylabel="predicted (s a step)",
         )
-        axis.set_title("a step on 2, 4, 8 hosts\nlinks of 1 and 4 Gbit/s; ±15 %", fontsize=8)
+        ticks = [0.25, 0.5, 1, 2, 4, 8]
+        shown = [tick for tick in ticks if ends[0] < tick < ends[1]]
+        for side in (axis.xaxis, axis.yaxis):
+            side.set_ticks(shown, [f"{tick:g}" for tick in shown])
+            side.set_ticks([], minor=True)
+        hosts = " and ".join(str(n) for n in sorted({row["hosts"] for row in checked}))
+        axis.set_title(f"a step on {hosts} hosts\nlinks of 1 and 4 Gbit/s\nband: ±15 %", fontsize=8)
     what = "assumed, not measured" if parts.assumed else "measured"
     panels = (
         ("weak", "efficiency_percent", 1, "efficiency (% of one alone)"),
@@ -251,7 +256,7 @@ def draw(record: dict[str, Any], parts: Parts, path: Path) -> None:
         axis.set(ylabel=label, ylim=(0, None))
         axis.set_xticks([1, 4, 16, 64, 256, 1024], ["1", "4", "16", "64", "256", "1024"])
         batch = f"{WEAK} images a process" if scaling == "weak" else f"global batch {STRONG:,}"
-        axis.set_title(f"{batch}\n{parts.name}, {what}", fontsize=8)
+        axis.set_title(f"{batch}\n{parts.name}\n{what}", fontsize=8)
     axes[0].legend(fontsize=8)
     save(figure, path)
 
@@ -289,7 +294,7 @@ def write_parts(words: argparse.Namespace) -> None:
 
 def write(record: dict[str, Any], path: Path | None) -> None:
     if path:
-        path.write_text(json.dumps(record) + "\n")
+        path.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def main() -> None:
