@@ -7,7 +7,7 @@ ENV := .venv/.made
 PY := .venv/bin/python
 TORCHRUN := .venv/bin/torchrun --nproc_per_node=$(PROCESSES)
 
-.PHONY: train test test-slow lint bench bench-layouts bench-gpu clean
+.PHONY: train test test-slow lint bench bench-layouts bench-scaling bench-gpu clean
 
 train: $(ENV)
 	$(TORCHRUN) -m alexnet_dist.train $(ARGS)
@@ -30,6 +30,10 @@ bench: $(ENV)
 # What layouts send, on network namespaces as hosts; as root.
 bench-layouts: $(ENV)
 	$(PY) -m benchmarks.communication --bytes --speed
+
+# Steps on 1 to 1,024 GPUs by a model, and the model against steps on namespaces; as root.
+bench-scaling: $(ENV)
+	$(PY) -m benchmarks.scaling --check $(ARGS)
 
 # The tests and the measurements that want an NVIDIA GPU.
 bench-gpu: $(ENV)

@@ -12,10 +12,7 @@ cores of one machine, so that the time of a step is mostly arithmetic; a cluster
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterable
@@ -27,16 +24,14 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from alexnet_dist.measuring.machine import machine
-from alexnet_dist.model import draw_masks, initial_weights, outline
-from alexnet_dist.parallel import build_layout
+from alexnet_dist.model import outline
 from alexnet_dist.parallel.arithmetic import choose_precision
-from alexnet_dist.parallel.ddp import Compression
-from alexnet_dist.parallel.mesh import Mesh, start
-from alexnet_dist.training.optim import build_optimizer
+from alexnet_dist.parallel.mesh import start
+from benchmarks.hosts import Hosts
+from benchmarks.steps import RANK, Steps
 
 COMPRESSED = ("", "+bf16", "+fp16", "+powersgd")
 LAYOUTS = [f"{kind}{how}" for kind in ("ddp", "towers", "whole", "pipelined") for how in COMPRESSED]
-RANK = 4  # of PowerSGD's matrices
 CLASSES = 1000
 MIB = 2**20
 
@@ -127,39 +122,14 @@ def _matrices(shape: torch.Size) -> int:
 def work(words: argparse.Namespace) -> None:
     """One process: steps under a layout; prints what it sent and how long a step took."""
     mesh = start("cpu", 1)
-    kind, _, compress = words.work.partition("+")
-    precision = choose_precision("auto", mesh.device)
-    model = outline("paper", num_classes=CLASSES)
-    torch.manual_seed(1)
-    weights = initial_weights(model)
-    mesh = mesh.arrange(2 if kind == "towers" else 1)
-    layout = build_layout(
-        model,
-        mesh,
-        batch=words.batch,
-        num_classes=CLASSES,
-        precision=precision,
-        fc="sharded" if kind in ("whole", "pipelined") else "replicated",
-        fc_schedule=kind,
-        compression=Compression(compress or "none", RANK, 2),
-    )
-    layout.sharding.fill(layout.parameters, weights)
-    optimizer = build_optimizer(
-        "paper", layout.parameters, lr=1e-4, momentum=0.9, weight_decay=5e-4
-    )
-
-    def step(batch: int) -> None:
-        images, labels, masks = made[batch]
-        layout.batch = batch
-        layout.forward_backward(images, labels, masks)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    mesh = mesh.arrange(2 if words.work.startswith("towers") else 1)
+    steps = Steps(words.work, mesh, words.batch, classes=CLASSES)
 
     # steps that warm up may be small where only bytes are asked for
     small = mesh.replicas if words.count else words.batch
-    made = {batch: _inputs(batch, mesh, layout.mask_rows) for batch in (small, words.batch)}
+    made = {batch: steps.inputs(batch) for batch in (small, words.batch)}
     for _ in range(words.warm):
-        step(small)
+        steps.take(made[small])
     seconds = []
     dist.barrier()
     before, counter = _on_the_wire(), Counter()
@@ -167,9 +137,9 @@ def work(words: argparse.Namespace) -> None:
         begin = time.perf_counter()
         if words.count:
             with counter:
-                step(words.batch)
+                steps.take(made[words.batch])
         else:
-            step(words.batch)
+            steps.take(made[words.batch])
         seconds.append(time.perf_counter() - begin)
     wire = (_on_the_wire() - before) / words.steps
     sent = sum(counter.sent.values()) / words.steps
@@ -179,87 +149,13 @@ def work(words: argparse.Namespace) -> None:
         print(json.dumps({"sent": means[0], "wire": means[1], "seconds": means[2]} | counter.sent))
 
 
-def _inputs(batch: int, mesh: Mesh, mask_rows: slice) -> tuple[Any, ...]:
-    """Images, labels and masks of this process, for a global ``batch``."""
-    count = mesh.local_batch(batch)
-    dropouts = outline("paper", num_classes=CLASSES).dropouts()
-    masks = draw_masks(dropouts, seed=1, step=0, batch=batch, rows=mask_rows, device=mesh.device)
-    images = torch.randn(count, 3, 224, 224).to(memory_format=torch.channels_last)
-    return images, torch.randint(CLASSES, (count,)), masks
-
-
 def _on_the_wire() -> int:
     return int(Path("/sys/class/net/eth0/statistics/tx_bytes").read_text())
 
 
-class Hosts:
-    """Network namespaces on a bridge, each with a link of ``rate``."""
-
-    def __init__(self, count: int, rate: str | None) -> None:
-        self.count, self.rate = count, rate
-
-    def __enter__(self) -> "Hosts":
-        self.__exit__()
-        _ip("link add adbr type bridge")
-        _ip("link set adbr up")
-        for n in range(self.count):
-            _ip(f"netns add adh{n}")
-            _ip(f"link add adv{n} type veth peer name eth0 netns adh{n}")
-            _ip(f"link set adv{n} master adbr up")
-            _ip(f"-n adh{n} addr add 10.91.0.{n + 1}/24 dev eth0")
-            _ip(f"-n adh{n} link set eth0 up")
-            _ip(f"-n adh{n} link set lo up")
-            if self.rate:
-                shape = f"root tbf rate {self.rate} burst 1mb latency 100ms".split()
-                for side in (["tc", "-n", f"adh{n}"], ["tc"]):
-                    device = "eth0" if len(side) > 1 else f"adv{n}"
-                    subprocess.run([*side, "qdisc", "add", "dev", device, *shape], check=True)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for n in range(64):
-            if Path(f"/run/netns/adh{n}").exists():
-                _ip(f"netns delete adh{n}")
-            if Path(f"/sys/class/net/adv{n}").exists():  # it goes with its namespace, soon
-                subprocess.run(["ip", "link", "delete", f"adv{n}"], stderr=subprocess.DEVNULL)
-        if Path("/sys/class/net/adbr").exists():
-            _ip("link delete adbr")
-
-    def run(self, layout: str, batch: int, *options: str) -> dict[str, Any]:
-        """One group, a process a host; what rank 0 says."""
-        command = [sys.executable, "-W", "ignore", "-m", "benchmarks.communication"]
-        command += ["--work", layout, "--batch", str(batch), *options]
-        running = []
-        for n in range(self.count):
-            env = os.environ | {
-                "RANK": str(n),
-                "WORLD_SIZE": str(self.count),
-                "LOCAL_RANK": "0",
-                "LOCAL_WORLD_SIZE": "1",
-                "MASTER_ADDR": "10.91.0.1",
-                "MASTER_PORT": "29555",
-                "GLOO_SOCKET_IFNAME": "eth0",
-                "PYTHONWARNINGS": "ignore",
-            }
-            host = ["ip", "netns", "exec", f"adh{n}", *command]
-            pipe = subprocess.PIPE if n == 0 else subprocess.DEVNULL
-            running.append(subprocess.Popen(host, env=env, stdout=pipe, text=True))
-        while all(process.poll() is None for process in running):
-            time.sleep(0.2)
-        codes = [process.poll() for process in running]
-        if any(codes):  # the others would wait for it
-            for process in running:
-                process.kill()
-            raise SystemExit(f"{layout}: a process has failed")
-        out, _ = running[0].communicate()
-        if any(process.wait() for process in running):
-            raise SystemExit(f"{layout}: a process has failed")
-        answer: dict[str, Any] = json.loads(out.splitlines()[-1])
-        return answer
-
-
-def _ip(words: str) -> None:
-    subprocess.run(["ip", *words.split()], check=True)
+def _run(hosts: Hosts, layout: str, batch: int, *options: str) -> dict[str, Any]:
+    words = ["--work", layout, "--batch", str(batch), *options]
+    return hosts.run("benchmarks.communication", *words)
 
 
 def count_bytes(words: argparse.Namespace) -> list[dict[str, Any]]:
@@ -272,7 +168,7 @@ def count_bytes(words: argparse.Namespace) -> list[dict[str, Any]]:
             warm = "4" if layout.endswith("powersgd") else "0"
             batch = words.ranks if layout.startswith("ddp") else words.batch
             options = ["--steps", "1", "--warm", warm, "--count"]
-            answer = hosts.run(layout, batch, *options)
+            answer = _run(hosts, layout, batch, *options)
             wanted = formula(layout, words.ranks, words.batch, width)
             row = {
                 "layout": layout,
@@ -295,7 +191,7 @@ def measure_speed(words: argparse.Namespace) -> list[dict[str, Any]]:
             for _ in range(words.rounds):
                 for layout in words.layouts:
                     options = ["--steps", "3", "--warm", "2"]
-                    answer = hosts.run(layout, words.speed_batch, *options)
+                    answer = _run(hosts, layout, words.speed_batch, *options)
                     seconds[layout].append(answer["seconds"])
                     print(rate, layout, f"{answer['seconds']:.2f} s a step", flush=True)
         base = words.layouts[0]
