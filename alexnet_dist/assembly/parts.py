@@ -221,6 +221,7 @@ def check_network(config: Config, mesh: Mesh) -> None:
         mesh.world,
         towers=parallel.towers,
         fc=parallel.fc,
+        fc_schedule=parallel.fc_schedule,
         compress=parallel.compress,
         precision=choose_precision(config.runtime.precision, mesh.device),
     )
