@@ -4,6 +4,7 @@ for, with "/" between them, and rank 0 prints a line of JSON for each.
     worker.py gradients LAYOUT VARIANT CLASSES BATCH     against the network on one device, float64
     worker.py lars LAYOUT CLASSES                        two updates against those of one device
     worker.py steps LAYOUT STEPS BATCH                   losses of float32 steps, with dropout
+    worker.py normalised LAYOUT STEPS BATCH              the same of alexnet_bn, and its averages
     worker.py evaluation LAYOUT CLASSES BATCH            loss, hits and scores, in uneven parts
     worker.py memory LAYOUT                              bytes of parameters and momentum
     worker.py overflow LAYOUT WHERE                      whether fp16 leaves the step out
@@ -129,12 +130,17 @@ def _gradients(mesh: Mesh, name: str, variant: str, classes: int, batch: int) ->
     dist.all_reduce(result)
     worst = {}
     for key, parameter in model.named_parameters():
-        assert parameter.grad is not None
-        local = layout.parameters[key].grad
-        assert local is not None
-        got = whole(layout.sharding.stored(key, local.contiguous()))
-        scale = parameter.grad.abs().max().clamp_min(1e-30)
-        worst[key] = float((got - parameter.grad).abs().max() / scale)
+        local = layout.parameters[key]
+        # running averages have no gradient, and are what the pass made of them
+        mine, wanted = (
+            one.grad if one.requires_grad else one.detach() for one in (local, parameter)
+        )
+        assert mine is not None
+        assert wanted is not None
+        got = whole(layout.sharding.stored(key, mine.contiguous()))
+        # of a bias in front of a batch normalisation there is nothing but rounding
+        scale = wanted.abs().max().clamp_min(1e-6)
+        worst[key] = float((got - wanted).abs().max() / scale)
     hits = int((scores.argmax(1) == labels).sum())
     return {
         "loss": abs(float(result[0]) / batch / loss.item() - 1),
@@ -185,6 +191,31 @@ def steps(mesh: Mesh, name: str, count: int, batch: int) -> dict:
         dist.all_reduce(result)
         losses.append(float(result[0]) / batch)
     return {"losses": losses}
+
+
+def normalised(mesh: Mesh, name: str, count: int, batch: int) -> dict:
+    layout = lay_out(name, mesh, batch, num_classes=10, variant="alexnet_bn")
+    full = outline("alexnet_bn", image_size=SIDE, num_classes=10)
+    optimizer = build_optimizer("sgd", layout.parameters, lr=0.1, momentum=0.9, weight_decay=0.01)
+    averages = {key: p for key, p in layout.parameters.items() if not p.requires_grad}
+    drawn = {key: average.clone() for key, average in averages.items()}
+    warm_up(layout, *own_rows(layout, batch), masks_of(full, 0, batch, layout.mask_rows))
+    unmoved = all(torch.equal(average, drawn[key]) for key, average in averages.items())
+    losses = []
+    for step in range(count):
+        images, labels = batch_of(batch, 10, step)
+        rows = layout.mesh.rows
+        masks = masks_of(full, step, batch, layout.mask_rows)
+        result = train_step(layout, optimizer, Data(images[rows], labels[rows]), masks)
+        dist.all_reduce(result)
+        losses.append(float(result[0]) / batch)
+    together = {key: whole(layout.sharding.stored(key, p)).tolist() for key, p in averages.items()}
+    return {
+        "unmoved": all(mesh.gather(unmoved)),
+        "losses": losses,
+        "averages": together,
+        "same_bits": all(one == together for one in mesh.gather(together)),
+    }
 
 
 def own_rows(layout: DataParallel | Hybrid, batch: int) -> tuple[Tensor, Tensor]:
@@ -302,18 +333,23 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def shrink() -> None:
-    """Cut fc6 and fc7 of every network to 1/32, for layouts do not care and processors do."""
+    """Cut fc6 and fc7 of every network to 1/32, for layouts do not care and processors do; and add
+    one with batch normalisation behind these, too."""
     for name, variant in VARIANTS.items():
         layers = tuple(
             replace(row, out=row.out // 32) if row.name in ("fc6", "fc7") else row
             for row in variant.layers
         )
         VARIANTS[name] = replace(variant, layers=layers)
+    more = {"fc6": "batch relu dropout", "fc7": "batch relu dropout"}
+    bn = VARIANTS["alexnet_bn"]
+    layers = tuple(replace(row, then=more.get(row.name, row.then)) for row in bn.layers)
+    VARIANTS["bn_everywhere"] = replace(bn, layers=layers, towers=1)
 
 
 JOBS: dict[str, Callable[..., dict]] = {
     one.__name__: one
-    for one in (gradients, lars, steps, evaluation, memory, overflow, held, write, read)
+    for one in (gradients, lars, steps, normalised, evaluation, memory, overflow, held, write, read)
 }
 
 
