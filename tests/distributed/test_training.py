@@ -171,31 +171,6 @@ def test_a_compiled_layout_trains_alike(
     assert losses(tmp_path / "run") == pytest.approx(losses(calm[0]), rel=1e-3)
 
 
-@pytest.mark.slow
-def test_batch_normalisation_goes_on_bit_for_bit_and_is_evaluated_alone(
-    images: Path, tmp_path: Path
-) -> None:
-    options = ["--model.variant=alexnet_bn", "--train.epochs=1", "--optim.lr=0.01"]
-    train(3, images, tmp_path, "--run.name=whole", *options)
-    train(3, images, tmp_path, "--run.name=run", *options, "--train.max_steps=2")
-    train(3, images, tmp_path, "--run.name=run", *options)
-    run = tmp_path / "run"
-    assert losses(run) == losses(tmp_path / "whole")
-    kept = tensors(run)
-    assert kept == tensors(tmp_path / "whole")
-    names = {name.split()[1] for name in kept}
-    assert {"model.batch5.mean", "model.batch5.variance", "velocity.batch5.weight"} < names
-    assert "velocity.batch5.mean" not in names
-    result = launch(
-        0, "--checkpoint", str(run / "checkpoints/last"), module="alexnet_dist.evaluate"
-    )
-    assert result.code == 0, result.err
-    wanted = events(run, "eval")[-1]
-    counted = json.loads(result.out.splitlines()[-1])
-    assert counted["top1_error"] == wanted["top1_error"]
-    assert counted["loss"] == pytest.approx(wanted["loss"], rel=1e-5)
-
-
 def test_a_rank_that_dies_ends_all(images: Path, tmp_path: Path) -> None:
     with running(2, images, tmp_path) as launcher:
         os.kill(workers(launcher.pid)[1], signal.SIGKILL)

@@ -94,6 +94,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Answers:
         jobs[n] += some
     for n, some in NORMALISED.items():
         jobs[n] += [f"normalised {job}" for job in some]
+    jobs[3] += ["resumed ddp FOLDER/resumed"]
     for n, some in EVALUATION.items():
         jobs[n] += [f"evaluation {job}" for job in some]
     jobs[1] += ["steps ddp 20 6", "held ddp"]
@@ -131,6 +132,14 @@ def test_batch_normalisation_is_that_of_the_global_batch(answers: Answers) -> No
             for name, wanted in alone["averages"].items():
                 near = pytest.approx(wanted, rel=1e-4, abs=1e-4 * max(map(abs, wanted)))
                 assert answer["averages"][name] == near, (job, name)
+
+
+def test_a_batch_normalisation_that_was_stopped_goes_on_bit_for_bit(answers: Answers) -> None:
+    answer = answers[3, "resumed ddp FOLDER/resumed"]
+    assert answer["losses"][0] == answer["losses"][1]
+    assert answer["equal"] == answer["tensors"] == 32 + 22  # ten averages have no velocity
+    together, alone = answer["evaluated"]
+    assert together == pytest.approx(alone, rel=1e-5)
 
 
 def test_lars_has_the_norms_of_whole_tensors(answers: Answers) -> None:
