@@ -53,8 +53,6 @@ GRADIENTS = {
         "pipelined*2 paper 7 7",
         "ddp alexnet_bn 7 5",
         "towers alexnet_bn 7 5",
-        "whole alexnet_bn 7 5",
-        "ddp bn_everywhere 7 5",
         "whole bn_everywhere 7 5",
     ],
     # uneven shares of outputs, one of no classes; parts of 3, 2, 2 images
@@ -259,6 +257,15 @@ def test_what_cannot_be_laid_out_is_refused(
         check_layout(VARIANTS[variant], processes, **plain | asked)
     assert failure.value.everywhere
     check_layout(VARIANTS["paper"], 4, **plain | {"towers": 2})
+
+
+def test_batch_normalisation_in_turns_is_refused() -> None:
+    layers = (*VARIANTS["owt"].layers[:-2], replace(VARIANTS["owt"].layers[-2], then="batch relu"))
+    variant, plain = replace(VARIANTS["owt"], layers=layers), {"towers": 1, "compress": "none"}
+    with pytest.raises(Failure, match="take --parallel.fc_schedule whole"):
+        check_layout(variant, 2, fc="sharded", fc_schedule="pipelined", precision="fp32", **plain)
+    for fc, schedule in (("sharded", "whole"), ("replicated", "pipelined")):
+        check_layout(variant, 2, fc=fc, fc_schedule=schedule, precision="fp32", **plain)
 
 
 def test_a_pair_is_two_neighbours_with_the_same_images() -> None:
