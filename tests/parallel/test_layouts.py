@@ -262,7 +262,7 @@ def test_what_cannot_be_laid_out_is_refused(
 def test_batch_normalisation_in_turns_is_refused() -> None:
     layers = (*VARIANTS["owt"].layers[:-2], replace(VARIANTS["owt"].layers[-2], then="batch relu"))
     variant, plain = replace(VARIANTS["owt"], layers=layers), {"towers": 1, "compress": "none"}
-    with pytest.raises(Failure, match="take --parallel.fc_schedule whole"):
+    with pytest.raises(Failure, match=r"take --parallel\.fc_schedule whole"):
         check_layout(variant, 2, fc="sharded", fc_schedule="pipelined", precision="fp32", **plain)
     for fc, schedule in (("sharded", "whole"), ("replicated", "pipelined")):
         check_layout(variant, 2, fc=fc, fc_schedule=schedule, precision="fp32", **plain)
