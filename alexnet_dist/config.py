@@ -147,7 +147,8 @@ class TrainConfig:
     """Stop early, as at a normal end; schedules keep to train.epochs, and the run can go on."""
     accumulate: int = 1
     """Parts in which a process computes its images of a step, one after another, where memory does
-    not hold all; gradients add up and travel once."""
+    not hold all; gradients add up and travel once. Batch normalisation has the statistics of a
+    part, over all processes, not those of the batch."""
     log_every: int = 20
     """Steps between two records."""
     seed: int = 2012

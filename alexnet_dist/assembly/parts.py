@@ -244,6 +244,7 @@ def check_network(config: Config, mesh: Mesh) -> None:
         mesh.world,
         towers=parallel.towers,
         fc=parallel.fc,
+        fc_schedule=parallel.fc_schedule,
         compress=parallel.compress,
         precision=precision,
     )
@@ -281,6 +282,11 @@ def _check_update(config: Config, mesh: Mesh, precision: Precision) -> None:
             f"runtime.weight_copies are copies in bf16, and the precision is {precision}: leave "
             "them out, or take --runtime.precision bf16"
         )
+    elif runtime.weight_copies and _normalises_batches(config):
+        refusal = (
+            f"runtime.weight_copies has no copies of batch normalisation, which model.variant "
+            f"{config.model.variant} has: leave them out"
+        )
     elif runtime.weight_copies and fc == "sharded":
         refusal = (
             "runtime.weight_copies wants whole layers: leave it out, or take --parallel.fc "
@@ -290,6 +296,10 @@ def _check_update(config: Config, mesh: Mesh, precision: Precision) -> None:
         raise Failure(refusal, everywhere=True)
     if runtime.cuda_graph is True:
         check_graph(processes=mesh.world, fc=fc, precision=precision, on_nan=config.train.on_nan)
+
+
+def _normalises_batches(config: Config) -> bool:
+    return any("batch" in row.then for row in VARIANTS[config.model.variant].layers)
 
 
 def wants_graph(config: Config, mesh: Mesh, precision: Precision) -> bool:

@@ -38,7 +38,7 @@ def facts(mesh: Mesh, images: Images, learner: Learner) -> dict[str, Any]:
         "threads": mesh.threads,
         "engine": images.engine.description,
         "layout": learner.layout.description,
-        "parameters": sum(p.numel() for p in learner.model.parameters()),
+        "parameters": sum(p.numel() for p in learner.model.parameters() if p.requires_grad),
         "train_images": len(images.catalogue.train),
         "val_images": len(images.catalogue.val),
         "fingerprint": images.catalogue.fingerprint,

@@ -10,7 +10,8 @@ from alexnet_dist.model.alexnet import outline
 
 @dataclass(frozen=True)
 class Row:
-    """A layer: what it gives for one image, and what that costs."""
+    """A layer: what it gives for one image, and what that costs; running averages are no
+    parameters here."""
 
     kind: str
     name: str
@@ -33,7 +34,7 @@ def rows(variant: str, *, num_classes: int = 1000, image_size: int = 224) -> lis
 
     def note(name: str) -> object:
         def hook(layer: nn.Module, _: object, output: Tensor) -> None:
-            parameters = sum(p.numel() for p in layer.parameters())
+            parameters = sum(p.numel() for p in layer.parameters() if p.requires_grad)
             weight = getattr(layer, "weight", None)
             per_output = weight[0].numel() if weight is not None else 0
             found.append(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from alexnet_dist.model.dropout import Dropout, Form
-from alexnet_dist.model.normalization import LocalResponseNorm, SpatialResponseNorm
+from alexnet_dist.model.normalization import BatchNorm, LocalResponseNorm, SpatialResponseNorm
 from alexnet_dist.model.stem import PaddedConv2d, StemConv2d
 
 Init = Literal["source", "paper", "torch"]
@@ -31,8 +31,9 @@ class Layer:
         out: outputs over all towers; 0 stands for the number of classes.
         reads: the towers whose outputs it reads.
         std: standard deviation of S's initial weights (P has 0.01 everywhere).
-        bias: initial bias.
-        then: names of the layers behind it: relu, tanh, lrn, spatial, pool, average, dropout.
+        bias: initial bias; None for none.
+        then: names of the layers behind it: relu, tanh, lrn, spatial, batch, pool, average,
+            dropout.
     """
 
     name: str
@@ -42,7 +43,7 @@ class Layer:
     pad: int = 0
     reads: Literal["own", "both"] = "both"
     std: float = 0.01
-    bias: float = 0.0
+    bias: float | None = 0.0
     then: str = ""
 
     @property
@@ -115,6 +116,16 @@ _OWT = (  # cuda-convnet2, layers-imagenet-1gpu.cfg
     Layer("fc7",   4096, std=0.01, bias=1, then="relu dropout"),
     Layer("fc8",      0, std=0.01, bias=-7),
 )
+_BN = (  # NVIDIA's Caffe, models/alexnet_bn/train_val.prototxt
+    Layer("conv1",   96, 11, 4, 0, "both", 0.01,  None, "batch relu pool"),
+    Layer("conv2",  256,  5, 1, 2, "own",  0.01,  None, "batch relu pool"),
+    Layer("conv3",  384,  3, 1, 1, "both", 0.01,  None, "batch relu"),
+    Layer("conv4",  384,  3, 1, 1, "own",  0.01,  None, "batch relu"),
+    Layer("conv5",  256,  3, 1, 1, "own",  0.01,  0.1, "batch relu pool"),
+    Layer("fc6",   4096, std=0.005, bias=0.1, then="relu dropout"),
+    Layer("fc7",   4096, std=0.005, bias=0.1, then="relu dropout"),
+    Layer("fc8",      0, std=0.01,  bias=0),
+)
 _CONV6 = Layer("conv6", 256, 3, 1, 1, "both", 0.03, 1, "relu")
 _FIGURE1 = (  # P gives four layers; theirs are those of cuda-convnet, layers-80sec.cfg, less fc64
     Layer("conv1",   32,  5, 1, 2, std=0.0001, then="pool relu"),
@@ -141,6 +152,8 @@ VARIANTS: dict[str, Variant] = {
     "one_column": Variant("a review's single column, with adaptive average pooling to 6 x 6",
                           _with(_PAPER, conv5={"then": "relu pool average"}), towers=1),
     "owt": Variant("Krizhevsky 2014; cuda-convnet2, layers-imagenet-1gpu.cfg", _OWT, towers=1),
+    "alexnet_bn": Variant("You, Gitman, Ginsburg 2017; NVIDIA's Caffe, models/alexnet_bn", _BN,
+                          dropout="torch"),
     "figure1_relu": Variant("P, figure 1: four layers for images of 32 x 32", _FIGURE1, towers=1),
     "figure1_tanh": Variant("P, figure 1: the same with tanh",
                             _replacing(_FIGURE1, "relu", "tanh"), towers=1),
@@ -308,22 +321,25 @@ def initial_weights(model: Network, init: Init | None = None) -> Iterator[tuple[
     layers = {
         name: copy.deepcopy(layer)  # now, while it has no memory and the plainest of strides
         for name, layer in model.named_modules()
-        if isinstance(layer, (nn.Conv2d, nn.Linear, TowerLinear))
+        if isinstance(layer, (nn.Conv2d, nn.Linear, TowerLinear, BatchNorm))
     }
     return _draw(layers, init, rows)
 
 
 def _draw(
-    layers: "dict[str, nn.Conv2d | nn.Linear | TowerLinear]", init: Init, rows: dict[str, Layer]
+    layers: "dict[str, nn.Conv2d | nn.Linear | TowerLinear | BatchNorm]",
+    init: Init,
+    rows: dict[str, Layer],
 ) -> Iterator[tuple[str, Tensor]]:
     while layers:
         name = next(iter(layers))
         drawn = layers.pop(name).to_empty(device="cpu")
-        if init == "torch":
+        if init == "torch" or isinstance(drawn, BatchNorm):
             drawn.reset_parameters()
         else:  # Gaussian weights and constant biases, as P (section 5) and S have them
             nn.init.normal_(drawn.weight, std=rows[name].std if init == "source" else 0.01)
-            nn.init.constant_(drawn.bias, rows[name].bias)  # type: ignore[arg-type]
+            if drawn.bias is not None:
+                nn.init.constant_(drawn.bias, rows[name].bias)  # type: ignore[arg-type]
         for inner, value in drawn.named_parameters():
             yield f"{name}.{inner}", value.detach()
 
@@ -355,7 +371,13 @@ def _from_table(
             model.add_module(row.name, linear)
             channels = outputs
             for kind in row.then.split():
-                layer = nn.ReLU() if kind == "relu" else Dropout(outputs, dropout, spec.dropout)
+                layer: nn.Module
+                if kind == "relu":
+                    layer = nn.ReLU()
+                elif kind == "batch":
+                    layer = BatchNorm(outputs, eps=1e-4)
+                else:
+                    layer = Dropout(outputs, dropout, spec.dropout)
                 model.add_module(f"{kind}{row.number}", layer)
     return model
 
@@ -364,7 +386,8 @@ def _add_convolution(model: AlexNet, spec: Variant, row: Layer, channels: int, s
     """Add a convolution and what follows it; the side of its maps in pixels."""
     groups = spec.towers if row.reads == "own" else 1
     kind = StemConv2d if row.stride > 1 else nn.Conv2d
-    conv = kind(channels, row.out, row.kernel, row.stride, row.pad, groups=groups)
+    numbers = channels, row.out, row.kernel, row.stride, row.pad
+    conv = kind(*numbers, groups=groups, bias=row.bias is not None)
     model.add_module(row.name, conv)
     side = -((row.kernel - side - 2 * row.pad) // row.stride) + 1
     for name in row.then.split():
@@ -377,6 +400,8 @@ def _add_convolution(model: AlexNet, spec: Variant, row: Layer, channels: int, s
             layer = LocalResponseNorm(5, spec.lrn_alpha, 0.75, 2.0, groups=spec.towers)
         elif name == "spatial":
             layer = SpatialResponseNorm()
+        elif name == "batch":
+            layer = BatchNorm(row.out, eps=1e-4)
         elif name == "average":
             layer, side = AveragePool(6), 6
         else:  # pool; S's program counts positions with ceil, as everywhere

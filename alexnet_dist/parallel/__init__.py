@@ -8,6 +8,7 @@ and how many bytes. The network knows none of it.
     hybrid.py    convolutions as in ddp.py, fully connected layers split over the replicas
 """
 
+import torch
 from torch import Tensor, nn
 
 from alexnet_dist.errors import Failure
@@ -24,7 +25,14 @@ __all__ = ["build_layout", "check_layout", "warm_up"]
 
 
 def check_layout(
-    variant: Variant, processes: int, *, towers: int, fc: str, compress: str, precision: Precision
+    variant: Variant,
+    processes: int,
+    *,
+    towers: int,
+    fc: str,
+    fc_schedule: str = "whole",
+    compress: str,
+    precision: Precision,
 ) -> None:
     """Refuse what cannot be laid out, before anything is begun.
 
@@ -46,6 +54,13 @@ def check_layout(
         refusal = (
             f"parallel.towers 2 wants pairs of processes, and there are {processes}: take "
             f"--nproc_per_node={processes + 1}, or --parallel.towers 1"
+        )
+    elif (fc, fc_schedule) == ("sharded", "pipelined") and any(
+        not row.kernel and "batch" in row.then for row in variant.layers
+    ):
+        refusal = (
+            "parallel.fc_schedule pipelined computes fully connected layers in turns, and their "
+            "batch normalisation wants the whole batch: take --parallel.fc_schedule whole"
         )
     elif compress == "powersgd" and precision == "fp16":
         refusal = (
@@ -112,7 +127,12 @@ def warm_up(
     layout: DataParallel | Hybrid, images: Tensor, labels: Tensor, masks: tuple[Tensor, ...]
 ) -> None:
     """The passes of WARM_UP, on any images; no parameter changes."""
+    averages = [p for p in layout.parameters.values() if not p.requires_grad]  # these move forward
+    before = [average.detach().clone() for average in averages]
     for _ in range(WARM_UP):
         layout.forward_backward(images, labels, masks)
+    with torch.no_grad():
+        for average, value in zip(averages, before, strict=True):
+            average.copy_(value)
     for parameter in layout.parameters.values():
         parameter.grad = None

@@ -1,4 +1,4 @@
-"""The two transfers that layouts are made of, so that each says what it sends in one line."""
+"""The transfers that layouts are made of, so that each says what it sends in one line."""
 
 from typing import Any
 
@@ -56,6 +56,30 @@ class Summing:
 def gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """``x`` of every process, [processes, *x.shape]."""
     return Gathering(x, group).wait()
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def summed(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """``x`` summed over the processes, the same bits on each; its gradient is summed as well."""
+    total: Tensor = _Sum.apply(x, group)
+    return total
+
+
+class _Sum(torch.autograd.Function):
+    """What every process reads of a sum, its loss depends on: so backward is a sum again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+        ctx.group = group
+        total = x.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        total = grads[0].clone()
+        dist.all_reduce(total, group=ctx.group)
+        return total, None
 
 
 def at_least_float(x: Tensor) -> Tensor:

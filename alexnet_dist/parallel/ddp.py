@@ -1,11 +1,16 @@
 """Data parallel: each replica computes its rows of the batch, and gradients are averaged.
 
 A replica is a process with the whole network, or, under towers.py, a pair with a tower each.
+
+Batch normalisation has the statistics of all rows: of each layer 2 C + 1 numbers for C features,
+and as many gradients, are summed in a step, in float32. They travel in the group of the gradients,
+one after another with these, since NCCL bears two groups at once only with care.
 """
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Literal
 
@@ -15,9 +20,10 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from alexnet_dist.model.normalization import BatchNorm
 from alexnet_dist.parallel.arithmetic import Precision, Scaler, autocast
 from alexnet_dist.parallel.classes import Classes, counted
-from alexnet_dist.parallel.collectives import at_least_float
+from alexnet_dist.parallel.collectives import at_least_float, summed
 from alexnet_dist.parallel.copies import WithCopies
 from alexnet_dist.parallel.mesh import Mesh
 from alexnet_dist.parallel.shards import Sharding, Share
@@ -194,8 +200,12 @@ def summing(module: nn.Module, *, last: bool) -> AbstractContextManager[None]:
 def averaged(
     module: nn.Module, mesh: Mesh, compression: Compression = PLAIN
 ) -> DistributedDataParallel:
-    """``module`` with gradients that are averaged over the replicas."""
+    """``module`` with gradients that are averaged over the replicas, and with batch normalisations
+    that have the statistics of all rows."""
     group = dist.group.WORLD if mesh.towers == 1 else mesh.group("dp")
+    for layer in module.modules():
+        if isinstance(layer, BatchNorm):
+            layer.summed = partial(summed, group=group)
     wait_from_last_gradient(module, mesh.device)
     # views, because a second copy of 61 million gradients costs a pass over memory; the two large
     # layers fill a bucket each, whose sums run under the convolutions' backward

@@ -33,6 +33,7 @@ from torch.nn import functional as F
 
 from alexnet_dist.model.alexnet import AlexNet, TorchvisionAlexNet, TowerLinear
 from alexnet_dist.model.dropout import Dropout
+from alexnet_dist.model.normalization import BatchNorm
 from alexnet_dist.parallel.arithmetic import Precision, Scaler, autocast
 from alexnet_dist.parallel.classes import Classes, counted
 from alexnet_dist.parallel.collectives import Gathering, Summing, at_least_float, gather
@@ -210,6 +211,8 @@ class _Connected(nn.Module):
                 self._add(name, _share_of(layer, split))
             elif isinstance(layer, Dropout) and split is not None:
                 self._add("", DropoutShare(split, layer.p, layer.form))
+            elif isinstance(layer, BatchNorm) and split is not None:  # sees the images of all
+                self._add(name, BatchNorm(len(split), layer.eps, layer.momentum))
             else:
                 self._add("", layer)
         assert split is not None

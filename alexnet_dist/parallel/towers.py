@@ -36,7 +36,7 @@ from torch.nn import functional as F
 
 from alexnet_dist.model.alexnet import AlexNet, TowerLinear
 from alexnet_dist.model.dropout import Dropout
-from alexnet_dist.model.normalization import LocalResponseNorm
+from alexnet_dist.model.normalization import BatchNorm, LocalResponseNorm
 from alexnet_dist.model.stem import StemConv2d
 from alexnet_dist.parallel.collectives import Gathering
 from alexnet_dist.parallel.mesh import Mesh
@@ -64,11 +64,13 @@ def _half(layer: nn.Module, mesh: Mesh) -> nn.Module:
         inputs, outputs = layer.in_channels // layer.groups, layer.out_channels // 2
         numbers = inputs, outputs, layer.kernel_size[0], layer.stride[0], int(layer.padding[0])
         # what reads its own tower only, and the first layer: the image is there on both sides
+        bias = layer.bias is not None
         if isinstance(layer, StemConv2d):
-            half = StemConv2d(*numbers)
+            half = StemConv2d(*numbers, bias=bias)
             half.stem = layer.stem
             return half
-        return nn.Conv2d(*numbers) if layer.groups == 2 else _ConvOfBoth(mesh, numbers)
+        alone = layer.groups == 2
+        return nn.Conv2d(*numbers, bias=bias) if alone else _ConvOfBoth(mesh, numbers, bias)
     if isinstance(layer, TowerLinear):
         out, inputs = layer.weight.shape
         return nn.Linear(inputs, out // 2)
@@ -77,6 +79,8 @@ def _half(layer: nn.Module, mesh: Mesh) -> nn.Module:
         return _LinearOfBoth(mesh, layer.in_features, len(share))
     if isinstance(layer, LocalResponseNorm):
         return LocalResponseNorm(layer.size, layer.alpha, layer.beta, layer.k, kernel=layer.kernel)
+    if isinstance(layer, BatchNorm):
+        return BatchNorm(layer.features // 2, layer.eps, layer.momentum)
     if isinstance(layer, Dropout):
         return DropoutShare(Share(layer.units, 2, mesh.tower), layer.p, layer.form)
     return layer
@@ -85,8 +89,8 @@ def _half(layer: nn.Module, mesh: Mesh) -> nn.Module:
 class _ConvOfBoth(nn.Conv2d):
     """A convolution that reads both towers. Input: this tower's maps."""
 
-    def __init__(self, mesh: Mesh, numbers: tuple[int, int, int, int, int]) -> None:
-        super().__init__(*numbers)
+    def __init__(self, mesh: Mesh, numbers: tuple[int, int, int, int, int], bias: bool) -> None:
+        super().__init__(*numbers, bias=bias)
         self.mesh = mesh
 
     def forward(self, input: Tensor) -> Tensor:

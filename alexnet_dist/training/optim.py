@@ -152,7 +152,8 @@ def build_optimizer(
     copies: Mapping[str, Tensor] | None = None,
     fused: bool = True,
 ) -> torch.optim.SGD:
-    """An optimizer with groups named "weights", "biases" (without decay), and one for each
+    """An optimizer of the ``parameters`` that want a gradient, with groups named "weights",
+    "biases" (all vectors, so a batch normalisation's scale too; without decay), and one for each
     parameter that is named in ``own``.
 
     Args:
@@ -163,6 +164,7 @@ def build_optimizer(
     Raises:
         Failure: there is no parameter of a name in ``own``.
     """
+    parameters = learned(parameters)
     own = set(own) - {"weights", "biases"}
     for name_of in sorted(own - set(parameters)):
         raise Failure(
@@ -172,7 +174,7 @@ def build_optimizer(
         )
     groups: dict[str, dict[str, Any]] = {}
     for full_name, parameter in parameters.items():
-        bias = full_name.endswith("bias")
+        bias = parameter.dim() == 1
         name_of = full_name if full_name in own else ("biases" if bias else "weights")
         decay = 0.0 if bias else weight_decay
         group = groups.setdefault(
@@ -192,12 +194,18 @@ def build_optimizer(
     return optimizer
 
 
+def learned(parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """Those of the ``parameters`` that an optimizer moves, and running averages are not."""
+    return {name: p for name, p in parameters.items() if p.requires_grad}
+
+
 def velocities(
     optimizer: torch.optim.SGD, parameters: Mapping[str, nn.Parameter]
 ) -> dict[str, torch.Tensor]:
-    """The optimizer's velocity of each parameter, by its name; made where there is none yet."""
+    """The optimizer's velocity of each parameter that it moves, by its name; made where there is
+    none yet."""
     found = {}
-    for name, parameter in parameters.items():
+    for name, parameter in learned(parameters).items():
         state = optimizer.state[parameter]
         if state.get("momentum_buffer") is None:
             state["momentum_buffer"] = torch.zeros_like(

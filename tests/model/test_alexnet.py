@@ -17,6 +17,7 @@ from alexnet_dist.summary import megabytes, rows, table
         ("one_column", 1000, 62_378_344),
         ("one_column", 10, 58_322_314),
         ("torchvision", 1000, 61_100_840),
+        ("alexnet_bn", 1000, 60_965_224 - (96 + 256 + 2 * 384) + 2 * (96 + 2 * 256 + 2 * 384)),
     ],
 )
 def test_parameters(variant: str, classes: int, parameters: int) -> None:
@@ -75,6 +76,7 @@ def test_shapes_of_the_authors_nets() -> None:
 def test_where_norm_and_relu_stand() -> None:
     assert list(_shapes("paper"))[:4] == ["conv1", "relu1", "lrn1", "pool1"]
     assert list(_shapes("original145"))[:4] == ["conv1", "lrn1", "pool1", "relu1"]
+    assert list(_shapes("alexnet_bn"))[:4] == ["conv1", "batch1", "relu1", "pool1"]
     assert list(_shapes("original145"))[4:9] == ["conv2", "relu2", "lrn2", "spatial2", "pool2"]
 
 

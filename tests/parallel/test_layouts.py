@@ -51,10 +51,13 @@ GRADIENTS = {
         "ddp*2 paper 7 5",  # parts of 1 and 2 images of one process, 1 and 1 of the other
         "towers*3 paper 7 5",
         "pipelined*2 paper 7 7",
+        "ddp alexnet_bn 7 5",
+        "towers alexnet_bn 7 5",
+        "whole bn_everywhere 7 5",
     ],
     # uneven shares of outputs, one of no classes; parts of 3, 2, 2 images
-    3: ["whole owt 2 7", "pipelined paper 2 7"],
-    4: ["towers paper 10 6", "whole paper 10 9", "pipelined paper 10 9"],
+    3: ["whole owt 2 7", "pipelined paper 2 7", "ddp alexnet_bn 2 7", "whole bn_everywhere 2 7"],
+    4: ["towers alexnet_bn 10 5", "towers paper 10 6", "whole paper 10 9", "pipelined paper 10 9"],
 }
 EVALUATION = {
     2: ["ddp 10 6", "towers 10 6", "whole 10 6"],
@@ -75,6 +78,7 @@ STEPS = ("ddp", "towers", "whole", "pipelined")
 COMPRESSED = ("ddp", "ddp+bf16", "ddp+fp16", "ddp+powersgd")
 Answers = dict[tuple[int, str], Any]
 LARS = {2: ["lars towers 7", "lars whole 7"], 3: ["lars whole 2"]}
+NORMALISED = {1: ["ddp 3 7"], 2: ["ddp 3 7", "towers 3 7", "pipelined 3 7"], 3: ["ddp 3 7"]}
 OVERFLOW = ("towers 0", "towers all", "whole 0", "whole all", "ddp all")
 
 
@@ -86,6 +90,9 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Answers:
     jobs = {n: [f"gradients {job}" for job in some] for n, some in GRADIENTS.items()}
     for n, some in LARS.items():
         jobs[n] += some
+    for n, some in NORMALISED.items():
+        jobs[n] += [f"normalised {job}" for job in some]
+    jobs[3] += ["resumed ddp FOLDER/resumed"]
     for n, some in EVALUATION.items():
         jobs[n] += [f"evaluation {job}" for job in some]
     jobs[1] += ["steps ddp 20 6", "held ddp"]
@@ -109,6 +116,28 @@ def test_loss_and_gradients_are_those_of_one_device(answers: Answers) -> None:
             assert answer["loss"] < 1e-9, job
             assert answer["hits"][0] == answer["hits"][1], job
             assert max(answer["gradients"].values()) < 1e-9, job
+
+
+def test_batch_normalisation_is_that_of_the_global_batch(answers: Answers) -> None:
+    alone = answers[1, "normalised ddp 3 7"]
+    assert len(alone["averages"]) == 10
+    for n, jobs in NORMALISED.items():
+        for job in jobs:
+            answer = answers[n, f"normalised {job}"]
+            assert answer["unmoved"], job
+            assert answer["same_bits"], job
+            assert answer["losses"] == pytest.approx(alone["losses"], rel=1e-5), job
+            for name, wanted in alone["averages"].items():
+                near = pytest.approx(wanted, rel=1e-4, abs=1e-4 * max(map(abs, wanted)))
+                assert answer["averages"][name] == near, (job, name)
+
+
+def test_a_batch_normalisation_that_was_stopped_goes_on_bit_for_bit(answers: Answers) -> None:
+    answer = answers[3, "resumed ddp FOLDER/resumed"]
+    assert answer["losses"][0] == answer["losses"][1]
+    assert answer["equal"] == answer["tensors"] == 32 + 22  # ten averages have no velocity
+    together, alone = answer["evaluated"]
+    assert together == pytest.approx(alone, rel=1e-5)
 
 
 def test_lars_has_the_norms_of_whole_tensors(answers: Answers) -> None:
@@ -228,6 +257,15 @@ def test_what_cannot_be_laid_out_is_refused(
         check_layout(VARIANTS[variant], processes, **plain | asked)
     assert failure.value.everywhere
     check_layout(VARIANTS["paper"], 4, **plain | {"towers": 2})
+
+
+def test_batch_normalisation_in_turns_is_refused() -> None:
+    layers = (*VARIANTS["owt"].layers[:-2], replace(VARIANTS["owt"].layers[-2], then="batch relu"))
+    variant, plain = replace(VARIANTS["owt"], layers=layers), {"towers": 1, "compress": "none"}
+    with pytest.raises(Failure, match=r"take --parallel\.fc_schedule whole"):
+        check_layout(variant, 2, fc="sharded", fc_schedule="pipelined", precision="fp32", **plain)
+    for fc, schedule in (("sharded", "whole"), ("replicated", "pipelined")):
+        check_layout(variant, 2, fc=fc, fc_schedule=schedule, precision="fp32", **plain)
 
 
 def test_a_pair_is_two_neighbours_with_the_same_images() -> None:

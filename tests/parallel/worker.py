@@ -4,6 +4,8 @@ for, with "/" between them, and rank 0 prints a line of JSON for each.
     worker.py gradients LAYOUT VARIANT CLASSES BATCH     against the network on one device, float64
     worker.py lars LAYOUT CLASSES                        two updates against those of one device
     worker.py steps LAYOUT STEPS BATCH                   losses of float32 steps, with dropout
+    worker.py normalised LAYOUT STEPS BATCH              the same of alexnet_bn, and its averages
+    worker.py resumed LAYOUT FOLDER                      the same, stopped after two of four steps
     worker.py evaluation LAYOUT CLASSES BATCH            loss, hits and scores, in uneven parts
     worker.py memory LAYOUT                              bytes of parameters and momentum
     worker.py overflow LAYOUT WHERE                      whether fp16 leaves the step out
@@ -35,6 +37,7 @@ from alexnet_dist.parallel.mesh import Mesh, start
 from alexnet_dist.training import checkpoint
 from alexnet_dist.training.loop import train_step
 from alexnet_dist.training.optim import build_optimizer, velocities
+from alexnet_dist.training.saver import Saver
 
 SIDE = 67
 SEED = 5
@@ -129,12 +132,15 @@ def _gradients(mesh: Mesh, name: str, variant: str, classes: int, batch: int) ->
     dist.all_reduce(result)
     worst = {}
     for key, parameter in model.named_parameters():
-        assert parameter.grad is not None
-        local = layout.parameters[key].grad
-        assert local is not None
-        got = whole(layout.sharding.stored(key, local.contiguous()))
-        scale = parameter.grad.abs().max().clamp_min(1e-30)
-        worst[key] = float((got - parameter.grad).abs().max() / scale)
+        local = layout.parameters[key]
+        # running averages have no gradient, and are what the pass made of them
+        mine, wanted = (p.grad if p.requires_grad else p.detach() for p in (local, parameter))
+        assert mine is not None
+        assert wanted is not None
+        got = whole(layout.sharding.stored(key, mine.contiguous()))
+        # of a bias in front of a batch normalisation there is nothing but rounding
+        scale = wanted.abs().max().clamp_min(1e-5)
+        worst[key] = float((got - wanted).abs().max() / scale)
     hits = int((scores.argmax(1) == labels).sum())
     return {
         "loss": abs(float(result[0]) / batch / loss.item() - 1),
@@ -185,6 +191,85 @@ def steps(mesh: Mesh, name: str, count: int, batch: int) -> dict:
         dist.all_reduce(result)
         losses.append(float(result[0]) / batch)
     return {"losses": losses}
+
+
+class Normalised:
+    """alexnet_bn under a layout, with an optimizer."""
+
+    def __init__(self, mesh: Mesh, name: str, batch: int) -> None:
+        self.layout = lay_out(name, mesh, batch, num_classes=10, variant="alexnet_bn")
+        self.full, self.batch = outline("alexnet_bn", image_size=SIDE, num_classes=10), batch
+        parameters = self.layout.parameters
+        self.optimizer = build_optimizer("sgd", parameters, lr=0.1, momentum=0.9, weight_decay=0.01)
+        self.averages = {key: p for key, p in parameters.items() if not p.requires_grad}
+
+    def warm_up(self) -> None:
+        masks = masks_of(self.full, 0, self.batch, self.layout.mask_rows)
+        warm_up(self.layout, *own_rows(self.layout, self.batch), masks)
+
+    def train(self, first: int, last: int) -> list[float]:
+        losses = []
+        for step in range(first, last):
+            images, labels = (one[self.layout.mesh.rows] for one in batch_of(self.batch, 10, step))
+            masks = masks_of(self.full, step, self.batch, self.layout.mask_rows)
+            result = train_step(self.layout, self.optimizer, Data(images, labels), masks)
+            dist.all_reduce(result)
+            losses.append(float(result[0]) / self.batch)
+        return losses
+
+    def tensors(self) -> dict[str, Tensor]:
+        return Saver(None, self.layout, self.optimizer, print).tensors()  # type: ignore[arg-type]
+
+
+def normalised(mesh: Mesh, name: str, count: int, batch: int) -> dict:
+    one = Normalised(mesh, name, batch)
+    drawn = {key: average.clone() for key, average in one.averages.items()}
+    one.warm_up()
+    unmoved = all(torch.equal(average, drawn[key]) for key, average in one.averages.items())
+    losses = one.train(0, count)
+    stored = one.layout.sharding.stored
+    together = {key: whole(stored(key, p.detach())).tolist() for key, p in one.averages.items()}
+    return {
+        "unmoved": all(mesh.gather(unmoved)),
+        "losses": losses,
+        "averages": together,
+        "same_bits": all(other == together for other in mesh.gather(together)),
+    }
+
+
+def resumed(mesh: Mesh, name: str, folder: str) -> dict:
+    checkpoints = checkpoint.Checkpoints(Path(folder), mesh.saving, mesh.device)
+    calm, stopped = Normalised(mesh, name, 7), Normalised(mesh, name, 7)
+
+    def save(step: int) -> Path:
+        checkpoints.begin({"step": step}, calm.tensors(), best=False)
+        saved = checkpoints.settle()
+        assert saved is not None
+        assert not saved.failure, saved.failure
+        return saved.path
+
+    calm.warm_up()
+    calm.train(0, 2)
+    checkpoint.load(save(2), stopped.tensors())
+    stopped.warm_up()
+    last = [one.train(2, 4) for one in (calm, stopped)]
+    pairs = zip(calm.tensors().values(), stopped.tensors().values(), strict=True)
+    equal = [torch.equal(_local(one), _local(other)) for one, other in pairs]
+
+    alone = build_model("alexnet_bn", num_classes=10, image_size=SIDE).eval().to(DEVICE)
+    mine = {f"model.{key}": p.detach() for key, p in alone.named_parameters()}
+    checkpoint.load(save(4), mine)
+    images, labels = batch_of(8, 10, 9)
+    hits = calm.layout.hits(images[mesh.rows], labels[mesh.rows])
+    dist.all_reduce(hits)
+    with torch.no_grad():
+        loss = F.cross_entropy(alone(images), labels, reduction="sum")
+    return {
+        "losses": last,
+        "equal": min(mesh.gather(sum(equal))),
+        "tensors": len(equal),
+        "evaluated": [float(hits[0]), float(loss)],
+    }
 
 
 def own_rows(layout: DataParallel | Hybrid, batch: int) -> tuple[Tensor, Tensor]:
@@ -302,18 +387,35 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def shrink() -> None:
-    """Cut fc6 and fc7 of every network to 1/32, for layouts do not care and processors do."""
+    """Cut fc6 and fc7 of every network to 1/32, for layouts do not care and processors do; and add
+    one with batch normalisation behind these, too."""
     for name, variant in VARIANTS.items():
         layers = tuple(
             replace(row, out=row.out // 32) if row.name in ("fc6", "fc7") else row
             for row in variant.layers
         )
         VARIANTS[name] = replace(variant, layers=layers)
+    more = {"fc6": "batch relu dropout", "fc7": "batch relu dropout"}
+    bn = VARIANTS["alexnet_bn"]
+    layers = tuple(replace(row, then=more.get(row.name, row.then)) for row in bn.layers)
+    VARIANTS["bn_everywhere"] = replace(bn, layers=layers, towers=1)
 
 
 JOBS: dict[str, Callable[..., dict]] = {
     one.__name__: one
-    for one in (gradients, lars, steps, evaluation, memory, overflow, held, write, read)
+    for one in (
+        gradients,
+        lars,
+        steps,
+        normalised,
+        resumed,
+        evaluation,
+        memory,
+        overflow,
+        held,
+        write,
+        read,
+    )
 }
 
 

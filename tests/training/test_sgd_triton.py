@@ -105,6 +105,7 @@ def test_refusals_name_the_thing_and_the_mend(
     for words, sentence in (
         ((graph, "optim.name=sgd"), "take --optim.name paper or lars"),
         ((copies, "runtime.update=fused"), "runtime.update is fused: take --runtime.update auto"),
+        ((copies, "model.variant=alexnet_bn"), "no copies of batch normalisation"),
         ((copies, "parallel.fc=sharded"), "take --parallel.fc replicated"),
         ((graph, "parallel.fc=sharded"), "take --parallel.fc replicated"),
         ((graph, "train.on_nan=skip"), "take --train.on_nan stop"),
