@@ -27,9 +27,9 @@ def test_precision_follows_the_processor(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_an_update_that_is_not_finite_is_left_out_without_a_trace(name: str) -> None:
     """Guarded or not, the updates around it have the same bits."""
     cpu, weights = torch.device("cpu"), []
-    gradients = [torch.randn(100) for _ in range(4)]
+    gradients = [torch.randn(10, 10) for _ in range(4)]
     for spoilt in (False, True):
-        weight = torch.nn.Parameter(torch.ones(100))
+        weight = torch.nn.Parameter(torch.ones(10, 10))
         optimizer = build_optimizer(
             name,  # type: ignore[arg-type]
             {"a.weight": weight},
@@ -40,7 +40,7 @@ def test_an_update_that_is_not_finite_is_left_out_without_a_trace(name: str) -> 
         scaler = arithmetic.Scaler("fp32", cpu, None)
         scaler.guarding = spoilt
         left_out = []
-        steps = gradients[:2] + [torch.full((100,), float("inf"))] * spoilt + gradients[2:]
+        steps = gradients[:2] + [torch.full((10, 10), float("inf"))] * spoilt + gradients[2:]
         for gradient in steps:
             scaler.scale((weight * gradient).sum()).backward()
             scaler.unscale_(optimizer)
