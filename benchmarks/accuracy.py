@@ -4,8 +4,8 @@ python -m benchmarks.accuracy fast --data DIR [--seeds 2012 2013 2014] [--out FI
 
 Each run is the trainer's own command. SETS names what is compared: "fast", all that makes training
 faster against none of it; "large_batch", 512 images a step against 64, by the paper's update and
-by LARS. Images are of 91 pixels, so that a run takes minutes on two cores; more options of the trainer
-can follow.
+by LARS. Images are of 91 pixels, so that a run takes minutes on two cores; more options of the
+trainer can follow.
 """
 
 import argparse

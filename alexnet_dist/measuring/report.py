@@ -173,7 +173,9 @@ def draw(record: Record, path: Path) -> None:
         value, theirs = speed["median"], "example" in name or "DataLoader" in name
         axis.barh(place, value, color="#c9c9c9" if theirs else "#1f5a94", height=0.6)
         axis.hlines(place, speed["low"], speed["high"], color="black", lw=1)
-        beside = (max(speed["high"], value), place)
+        limit = limits.get(name, 0.0)
+        far = max(speed["high"], limit * (limit < 2 * value))  # behind a limit that is near
+        beside = (far, place)
         paper = {"fc": "white", "ec": "none", "pad": 0.5, "alpha": 0.8}
         axis.annotate(f" {value:,.4g}", beside, va="center", fontsize=8, bbox=paper)
         if name in limits:
