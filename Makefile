@@ -35,12 +35,17 @@ bench-layouts: $(ENV)
 bench-scaling: $(ENV)
 	$(PY) -m benchmarks.scaling --check $(ARGS)
 
-# The tests and the measurements that want an NVIDIA GPU.
+# The tests and the measurements that want an NVIDIA GPU; DATA as above.
+BENCH_GPU := $(PY) -m alexnet_dist.bench --config configs/fast.yaml --data.batch_size 512
+PIXELS ?= build/pixels
 bench-gpu: $(ENV)
 	$(PY) -m pytest -q -m gpu
 	$(PY) -m benchmarks.lrn
 	$(PY) -m benchmarks.update
-	$(PY) -m alexnet_dist.bench --baseline --config configs/fast.yaml --data.root $(DATA) --data.batch_size 512
+	$(BENCH_GPU) --baseline --data.root $(DATA) --out benchmarks/results/bench-gpu-torchvision.json
+	$(BENCH_GPU) --each --model.variant paper --data.root $(DATA) --out benchmarks/results/bench-gpu-paper.json
+	$(PY) -m alexnet_dist.prepare $(DATA) --out $(PIXELS) --format pixels --crop center
+	$(BENCH_GPU) --model.variant paper --data.crop paper --data.root $(PIXELS) --out benchmarks/results/bench-gpu-resident.json
 
 $(ENV): pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv .venv

@@ -30,7 +30,9 @@ import torch
 from alexnet_dist.assembly.parts import Images, Learner, check_network
 from alexnet_dist.config import Config, OwnOptions, Parsed, flatten, parse, to_dict
 from alexnet_dist.data import build_engine, dali
+from alexnet_dist.data.dataloader import DataLoaderEngine
 from alexnet_dist.data.engine import Batch
+from alexnet_dist.data.resident import ResidentEngine
 from alexnet_dist.data.sources import make_catalogue, open_sources
 from alexnet_dist.errors import Failure, run_command
 from alexnet_dist.measuring import baseline, report
@@ -38,15 +40,17 @@ from alexnet_dist.measuring.limits import decoding, limits
 from alexnet_dist.measuring.machine import machine
 from alexnet_dist.measuring.turns import Figure, Work, in_turns, rounded
 from alexnet_dist.model.accounting import rows, training_operations
+from alexnet_dist.parallel.arithmetic import set_arithmetic
 from alexnet_dist.parallel.mesh import Mesh, start, usable_processors
 from alexnet_dist.parallel.waits import WAITS
 from alexnet_dist.training.checkpoint import Checkpoints
-from alexnet_dist.training.loop import Clock
+from alexnet_dist.training.graph import WARM_UP
+from alexnet_dist.training.loop import Clock, Pace
 from alexnet_dist.training.saver import Saver
 
 PROGRAM = "python -m alexnet_dist.bench"
 IMAGENET_VAL = 50_000
-ENGINES = ("dali", "dataloader", "resident")
+ENGINES = {"dali": dali.DaliEngine, "dataloader": DataLoaderEngine, "resident": ResidentEngine}
 CROPS = ["--data.crop=random_resized", "--data.colour=none"]
 """The options with which our engine makes the crops of PyTorch's ImageNet example."""
 OFF = {
@@ -60,8 +64,6 @@ OFF = {
     "runtime.pool_first": False,
 }
 """What each way to compute faster is where it is off."""
-WARM = 4
-"""Steps of a plain loop that do not count: processes start, queues fill."""
 PLAIN = {"example": baseline.training, "dataloader": baseline.dataloader, "dali": baseline.dali}
 
 
@@ -99,20 +101,21 @@ class Bench:
     def __init__(self, config: Config, mesh: Mesh, words: Namespace) -> None:
         self.config, self.mesh = config, mesh
         self.measure = partial(in_turns, rounds=words.rounds, seconds=words.seconds)
-        self.seconds, self.turn_off_each = words.seconds, words.each
+        self.rounds, self.seconds, self.turn_off_each = words.rounds, words.seconds, words.each
         self.images = Images(config, mesh)
         self.learner = _learner(config, mesh, self.images)
         self.batch = config.data.batch_size
-        self.steps = itertools.count()
+        self.steps, self.pace = itertools.count(), Pace(mesh.device)
 
     def parts(self) -> dict[str, Any]:
         """All that is measured, as a record."""
         record: dict[str, Any] = {}
         measures = {
+            "training": self.training,
+            "peak_memory_bytes": self.peak_memory,  # before others take more
             "limits": self.limits,
             "compute": self.compute,
             "loading": self.loading,
-            "training": self.training,
             "evaluation": self.evaluation,
             "checkpoint": self.checkpoint,
             "layouts": self.layouts,
@@ -122,12 +125,11 @@ class Bench:
         for name, measure in measures.items():
             with report.busy(f"measuring {name}", self.mesh.rank == 0):
                 record[name] = measure()
-        record["peak_memory_bytes"] = self.peak_memory()
         return record
 
     def turn(self, name: str) -> float:
         """Images a second of one turn: "trainer", or its "engine" alone."""
-        work = self.end_to_end() if name == "trainer" else self.engine_alone(self.batches())
+        work = (self.end_to_end if name == "trainer" else self.engine_alone)(self.batches())
         return in_turns({name: work}, self.mesh, rounds=1, seconds=self.seconds)[name].median
 
     # the parts
@@ -147,7 +149,7 @@ class Bench:
         source = open_sources(self.images.catalogue)[0]
         if source.raw:
             return None
-        draws = next(self.images.plan.epoch(0, 0, self.mesh.rows))
+        draws = self.images.engine.bad.apply(next(self.images.plan.epoch(0, 0, self.mesh.rows)))
         encoded = [source.read(number) for number in draws.numbers.tolist()]
         data = self.config.data
         chosen = dali.choose_decoder(self.mesh.device) if data.decoder == "auto" else data.decoder
@@ -162,6 +164,7 @@ class Bench:
         masks = self.learner.masks(0)
 
         def forward_backward() -> float:
+            optimizer.zero_grad(set_to_none=True)
             layout.forward_backward(batch.images, batch.labels, masks)
             return 1.0
 
@@ -173,7 +176,8 @@ class Bench:
             self.learner.masks(next(self.steps))
             return 1.0
 
-        whole = self.measure({"step": Work(partial(self.step, batch))}, self.mesh)["step"]
+        work = Work(partial(self.step, batch), self._warm)
+        whole = self.measure({"step": work}, self.mesh)["step"]
         forward_backward()  # leaves gradients for the update
         works = {
             "masks": Work(draw),
@@ -192,9 +196,15 @@ class Bench:
 
     def loading(self) -> dict[str, Any]:
         """Each engine that there is, on the plan's own crops."""
-        config, record = self.config, {}
+        config = self.config
+        record: dict[str, Figure] = {}
         train, _ = open_sources(self.images.catalogue)
-        for name in ENGINES:
+        for name, kind in ENGINES.items():
+            if isinstance(self.images.engine, kind):  # whose pixels may lie on the GPU already
+                batches = self.batches()
+                record[name] = self.measure({name: self.engine_alone(batches)}, self.mesh)[name]
+                batches.close()
+                continue
             try:
                 engine = build_engine(
                     name,  # type: ignore[arg-type]
@@ -213,20 +223,23 @@ class Bench:
                 continue
             batches = self._of_epochs(engine)
             work = self.engine_alone(batches)
-            record[name] = self.measure({name: work}, self.mesh)[name].record()
+            record[name] = self.measure({name: work}, self.mesh)[name]
             batches.close()
             engine.close()
-        return record
+        return {name: figure.record() for name, figure in record.items()}
 
     def training(self) -> dict[str, Any]:
         """End to end, in turns with computing alone."""
         batches = self.batches()
-        batch = next(batches)
-        batches.close()
-        works = {"compute": Work(partial(self.step, batch)), "end_to_end": self.end_to_end()}
+        works = {
+            "compute": Work(partial(self.step, next(batches)), self._warm),
+            "end_to_end": self.end_to_end(batches),
+        }
         found = self.measure(works, self.mesh)
         count = self.seconds * found["end_to_end"].median / self.batch
-        wait, communication = self._shares(max(*self.mesh.gather(math.ceil(count)), 3))
+        count = max(*self.mesh.gather(math.ceil(count)), 3)
+        wait, communication = self._shares(batches, int(count))
+        batches.close()
         return {
             "images_per_second": found["end_to_end"].record(),
             "of_compute": rounded(found["end_to_end"].over(found["compute"])),
@@ -235,11 +248,12 @@ class Bench:
             "engine": self.images.engine.description,
         }
 
-    def _shares(self, steps: int) -> tuple[float, float]:
+    def _shares(self, batches: Iterator[Batch], steps: int) -> tuple[float, float]:
         """Parts of the time of ``steps`` that they wait for images, and for other processes."""
-        batches, clock = self.batches(), Clock()
+        clock = Clock()
         for _ in range(self._filled):
             self.step(next(batches))
+        self.pace.finish()
         WAITS.take()
         clock.start()
         for _ in range(steps):
@@ -247,29 +261,32 @@ class Bench:
             clock.waited()
             self.step(batch)
             clock.stepped()
-        communication = WAITS.take()  # which has waited for the device
+        self.pace.finish()
+        communication = WAITS.take()
         seconds, waited = clock.take()
-        batches.close()
         return waited / seconds, communication / seconds
 
     def evaluation(self) -> dict[str, Any]:
         """Images a second, and what they make of ImageNet's validation images."""
         layout, engine = self.learner.layout, self.images.val_engine
 
-        def endless() -> Iterator[Batch]:
-            while True:
-                yield from engine.batches(self.images.evaluation.draws(self.mesh.rows))
+        plan, images = self.images.evaluation, len(self.images.catalogue.val)
+
+        def endless() -> Generator[tuple[int, Batch], None, None]:
+            while True:  # the last batch of each time through is smaller
+                left = range(images, 0, -plan.batch)
+                yield from zip(left, engine.batches(plan.draws(self.mesh.rows)), strict=True)
 
         batches = endless()
-        count = min(self.images.evaluation.batch, len(self.images.catalogue.val))
 
         def once() -> float:
-            batch = next(batches)
+            left, batch = next(batches)
             layout.hits(batch.images, batch.labels)
-            return float(count)
+            return float(min(left, plan.batch))
 
         with WAITS.paused():
             figure = self.measure({"hits": Work(once, self._filled)}, self.mesh)["hits"]
+        batches.close()
         seconds = rounded(IMAGENET_VAL / figure.median)
         return {"images_per_second": figure.record(), "seconds_for_50000_images": seconds}
 
@@ -282,7 +299,11 @@ class Bench:
             events.append({"event": event, **values})
 
         checkpoints = Checkpoints(
-            Path(folder), self.mesh.saving, self.mesh.device, keep=1, asynchronous=True
+            Path(folder),
+            self.mesh.saving,
+            self.mesh.device,
+            keep=1,
+            asynchronous=self.config.checkpoint.asynchronous,
         )
         saver = Saver(checkpoints, self.learner.layout, self.learner.optimizer, hear)
         try:
@@ -320,9 +341,12 @@ class Bench:
                 continue
             mesh = self.mesh.arrange(config.parallel.towers)
             learner = _learner(config, mesh, self.images)
-            work = Work(partial(_step, learner, _made(config, mesh), self.steps))
+            work = Work(partial(_step, learner, _made(config, mesh), self.steps), self._warm)
+            WAITS.take()
+            begin = time.perf_counter()
             figure = self.measure({name: work}, mesh)[name]
-            record[name] = {"images_per_second": figure.record()}
+            share = WAITS.take() / (time.perf_counter() - begin)
+            record[name] = {"images_per_second": figure.record(), "communication": rounded(share)}
         return record
 
     def each(self) -> dict[str, Any]:
@@ -330,16 +354,21 @@ class Bench:
         batches = self.batches()
         batch = next(batches)
         batches.close()
-        works = {"on": Work(partial(self.step, batch))}
+        works = {"on": self._computed(self.learner, batch)}
         on = flatten(to_dict(self.config)) | {
             "runtime.precision": self.learner.precision,
             "runtime.compile": self.learner.compiles,
             "runtime.cuda_graph": self.learner.graphs,
         }
         for name, off in OFF.items():
-            if on[name] != off:
-                learner = _learner(_with(self.config, name, off), self.mesh, self.images)
-                works[name] = Work(partial(_step, learner, batch, self.steps))
+            if on[name] == off or (name == "runtime.update" and self.learner.graphs):
+                continue  # a graph has no update but Triton's
+            config = _with(self.config, name, off)
+            try:
+                check_network(config, self.mesh)
+            except Failure:  # another option wants this one
+                continue
+            works[name] = self._computed(_learner(config, self.mesh, self.images), batch)
         found = self.measure(works, self.mesh)
         return {
             name: {
@@ -351,6 +380,15 @@ class Bench:
             if name != "on"
         }
 
+    def _computed(self, learner: Learner, batch: Batch) -> Work:
+        """Steps on a batch, in the arithmetic of this learner, which is the process's."""
+
+        def once() -> float:
+            set_arithmetic(learner.precision, self.config.runtime.deterministic)
+            return _step(learner, batch, self.steps)
+
+        return Work(once, self._warm)
+
     def peak_memory(self) -> int:
         """Bytes: of the device, or of this process where that is the processor."""
         if self.mesh.device.type == "cuda":
@@ -361,7 +399,9 @@ class Bench:
 
     def step(self, batch: Batch) -> float:
         """A training step; how many images it did."""
-        return _step(self.learner, batch, self.steps)
+        images = _step(self.learner, batch, self.steps)
+        self.pace.started(batch)
+        return images
 
     def batches(self) -> Generator[Batch, None, None]:
         """The plan's batches, epoch after epoch."""
@@ -371,10 +411,9 @@ class Bench:
         for epoch in itertools.count():
             yield from engine.batches(self.images.plan.epoch(epoch, 0, self.mesh.rows))
 
-    def end_to_end(self) -> Work:
+    def end_to_end(self, batches: Iterator[Batch]) -> Work:
         """Steps on batch after batch."""
-        batches = self.batches()
-        return Work(lambda: self.step(next(batches)), self._filled)
+        return Work(lambda: self.step(next(batches)), max(self._filled, self._warm))
 
     def engine_alone(self, batches: Iterator[Batch]) -> Work:
         """Batch after batch, of which nothing is made."""
@@ -388,7 +427,15 @@ class Bench:
     @property
     def _filled(self) -> int:
         """Batches that may have been made ready while nobody asked, and must not count."""
-        return self.config.data.ahead + 2
+        data = self.config.data
+        workers = data.threads or self.mesh.threads  # of which each keeps so many ahead
+        plain = isinstance(self.images.engine, DataLoaderEngine)
+        return data.ahead * (workers if plain else 1) + 2
+
+    @property
+    def _warm(self) -> int:
+        """Steps that do not count: those before a capture, and it; PowerSGD's first two."""
+        return WARM_UP + 2 if self.learner.graphs else 3 if self.mesh.world > 1 else 1
 
 
 def _step(learner: Learner, batch: Batch, numbers: Iterator[int]) -> float:
@@ -398,8 +445,11 @@ def _step(learner: Learner, batch: Batch, numbers: Iterator[int]) -> float:
 
 def _learner(config: Config, mesh: Mesh, images: Images) -> Learner:
     """One whose steps do all that training's do, and change nothing."""
-    learner = Learner(config, mesh, images)
+    soon = replace(config.parallel, powersgd_start=2)
+    learner = Learner(replace(config, parallel=soon), mesh, images)
     learner.draw()
+    if mesh.world > 1:
+        learner.warm_up()
     for group in learner.optimizer.param_groups:
         group["lr"] = 0.0
     return learner
@@ -436,6 +486,7 @@ def _about(parsed: Parsed, bench: Bench) -> dict[str, Any]:
         "precision": bench.learner.precision,
         "processes": mesh.world,
         "threads": mesh.threads,
+        "turns": {"count": bench.rounds, "seconds": bench.seconds},
         "images": {"kind": bench.images.catalogue.kind, "count": len(bench.images.catalogue.train)},
         "load_average": round(os.getloadavg()[0], 1),
     }
@@ -476,10 +527,10 @@ def _plain_turn(words: Namespace, batch: int) -> float:
     """Images a second of one turn of what is compared with, with nothing of ours around it."""
     torch.set_num_threads(usable_processors())
     running = PLAIN[words.turn](Path(words.baseline), batch)
-    for _ in range(WARM):
+    for _ in range(2 * usable_processors() + 1):  # workers keep two batches each ready
         next(running)
     images, begin = 0, _now()
-    while _now() - begin < words.seconds or images < 2 * batch:
+    while time.perf_counter() - begin < words.seconds or images < 2 * batch:
         images += next(running)
     return images / (_now() - begin)
 

@@ -27,7 +27,7 @@ from alexnet_dist.parallel.watch import Watch
 from alexnet_dist.tracking.reporter import Reporter
 from alexnet_dist.tracking.run import RunFolder, choose_folder, read_config
 from alexnet_dist.training.checkpoint import Checkpoints
-from alexnet_dist.training.loop import Clock, Meters, check_count, evaluate
+from alexnet_dist.training.loop import Clock, Meters, Pace, check_count, evaluate
 from alexnet_dist.training.optim import velocities
 from alexnet_dist.training.preemption import INTERRUPT, Preempted, Preemption
 from alexnet_dist.training.saver import Saver
@@ -92,7 +92,7 @@ class Run:
         self.suspect = -1  # the step that a rollback was for
         self.layout.scaler.guarding = config.train.on_nan == "skip"
         self.before, self.damaged = self._restore()  # the options of the life before, if any
-        self.clock = Clock()
+        self.clock, self.pace = Clock(), Pace(mesh.device)
         self.report = Reporter(
             folder,
             to_dict(config),
@@ -208,6 +208,7 @@ class Run:
                 rates = self.learner.set_rates(self.passes)
                 masks = self.learner.masks(self.step)
                 result = self.learner.take_step(batch, masks)
+                self.pace.started(batch)
                 self.step += 1
                 self.meters.add(self.step, result, batch.numbers)
                 self.clock.stepped()

@@ -17,9 +17,11 @@ from alexnet_dist.parallel.mesh import usable_processors
 
 
 def training(train: Path, batch: int) -> Iterator[int]:
-    """torchvision's AlexNet in float32, its transforms in worker processes, torch's SGD."""
+    """torchvision's AlexNet in float32, for as many classes as there are folders, its transforms in
+    worker processes, torch's SGD."""
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    model = torchvision.models.alexnet(num_classes=1000).to(device)
+    classes = len(ImageFolder(str(train)).classes)
+    model = torchvision.models.alexnet(num_classes=classes).to(device)
     criterion = nn.CrossEntropyLoss()
     optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, weight_decay=1e-4)
     model.train()

@@ -18,7 +18,8 @@ class Work:
 
     Attributes:
         once: does it once, on this process; how many units it did, over all processes.
-        warm: how often it is done before the time is taken, at the beginning of each turn.
+        warm: how often, and once at least, it is done before the time is taken, at the beginning of
+            each turn.
     """
 
     once: Callable[[], float]
@@ -64,18 +65,21 @@ def in_turns(
 
 
 def _turn(work: Work, mesh: Mesh, seconds: float) -> float:
-    for _ in range(work.warm):
+    count, begin = max(work.warm, 1), time.perf_counter()
+    for _ in range(count):
         work.once()
     _together(mesh)
+    each = (time.perf_counter() - begin) / count
     begin = time.perf_counter()
     units = work.once()
     _together(mesh)
     first = time.perf_counter() - begin
-    if first >= seconds:
+    # what was lying ready took no time; and all go by the slowest process, to do as much
+    slower = max(mesh.gather(max(first, each)))
+    if slower >= seconds:
         return units / first
-    count = max(mesh.gather(math.ceil(seconds / first)))
     begin = time.perf_counter()
-    units = sum(work.once() for _ in range(count))
+    units = sum(work.once() for _ in range(math.ceil(seconds / slower)))
     _together(mesh)
     return units / (time.perf_counter() - begin)
 

@@ -36,7 +36,7 @@ def rows(variant: str, *, num_classes: int = 1000, image_size: int = 224) -> lis
         def hook(layer: nn.Module, _: object, output: Tensor) -> None:
             parameters = sum(p.numel() for p in layer.parameters() if p.requires_grad)
             weight = getattr(layer, "weight", None)
-            per_output = weight[0].numel() if weight is not None else 0
+            per_output = weight[0].numel() if weight is not None and weight.dim() > 1 else 0
             found.append(
                 Row(
                     _kind(layer),

@@ -71,15 +71,19 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
         ctx.group = group
-        total = x.clone()
-        dist.all_reduce(total, group=group)
-        return total
+        return _all_reduced(x, group)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        total = grads[0].clone()
-        dist.all_reduce(total, group=ctx.group)
-        return total, None
+        return _all_reduced(grads[0], ctx.group), None
+
+
+def _all_reduced(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    total = x.clone()
+    WAITS.begin(x.device)
+    dist.all_reduce(total, group=group)
+    WAITS.end()
+    return total
 
 
 def at_least_float(x: Tensor) -> Tensor:

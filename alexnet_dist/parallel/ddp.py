@@ -241,5 +241,7 @@ def _power_sgd(
     """
     future = powerSGD_hook.powerSGD_hook(state, bucket)
     if bucket.buffer().device.type == "cpu":
+        WAITS.begin(bucket.buffer().device)
         future.wait()
+        WAITS.end()
     return future

@@ -2,6 +2,7 @@
 
 import hashlib
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -279,6 +280,37 @@ def evaluate(
         between()
     result: dict[str, float] = errors.compute()
     return result
+
+
+class Pace:
+    """Keeps the process at most ``AHEAD`` steps ahead of its device, and batches alive until their
+    steps are done.
+
+    A process that only launches work would take batch after batch: memory would fill with those
+    that wait for their step, and a wait for the device would look like one for images.
+    """
+
+    AHEAD = 2
+
+    def __init__(self, device: torch.device) -> None:
+        self._under_way: deque[tuple[torch.cuda.Event, Batch]] | None = (
+            deque() if device.type == "cuda" else None
+        )
+
+    def started(self, batch: Batch) -> None:
+        """The device has been given all of a step on ``batch``: wait until another may begin."""
+        if self._under_way is None:
+            return
+        done = torch.cuda.Event()
+        done.record()
+        self._under_way.append((done, batch))
+        while len(self._under_way) > self.AHEAD:
+            self._under_way.popleft()[0].synchronize()
+
+    def finish(self) -> None:
+        """Wait for all of them."""
+        while self._under_way:
+            self._under_way.popleft()[0].synchronize()
 
 
 class Clock:
