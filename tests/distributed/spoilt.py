@@ -11,12 +11,13 @@ from typing import Any
 import torch
 
 from alexnet_dist import train
+from alexnet_dist.assembly import parts
 from alexnet_dist.errors import run_command
 
 what, _, words = os.environ["SPOIL"].partition(":")
 steps = {int(word) for word in words.split(",")}
 count = 0
-plain_step = train.train_step
+plain_step = parts.train_step
 plain_restore = train.Run._restore
 
 
@@ -41,7 +42,7 @@ def train_step(layout: Any, optimizer: Any, batch: Any, masks: Any) -> torch.Ten
     return result
 
 
-train.train_step = train_step
+parts.train_step = train_step
 train.Run._restore = restore  # type: ignore[method-assign]
 
 if __name__ == "__main__":
