@@ -55,13 +55,8 @@ WAYS = {
 HANDLED = ("--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR2",)
 
 
-@pytest.mark.parametrize(
-    "way",
-    [
-        pytest.param(way, marks=[] if way == "SIGUSR2 to one process" else pytest.mark.slow)
-        for way in WAYS
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("way", list(WAYS))
 def test_a_run_that_is_told_to_leave_saves_and_goes_on(
     way: str, images: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
