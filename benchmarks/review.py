@@ -36,13 +36,13 @@ def losses(run: Path) -> tuple[Losses, dict[str, Any]]:
     events = surviving(read(run / "metrics.jsonl"))
     found: Losses = {}
     for event in events:
-        whole = abs(event["epoch"] - round(event["epoch"])) < 1e-9 and event["epoch"] > 0
-        if whole and event["event"] in ("epoch", "eval"):
-            kind = "train" if event["event"] == "epoch" else "validation"
-            one = found.setdefault(round(event["epoch"]), {})
-            one[kind] = event["loss"]
-            if kind == "validation":
-                one["top1_error"] = event["top1_error"]
+        kind = {"epoch": "train", "eval": "validation"}.get(event["event"])
+        if kind is None or abs(event["epoch"] - round(event["epoch"])) > 1e-9:
+            continue
+        one = found.setdefault(round(event["epoch"]), {})
+        one[kind] = event["loss"]
+        if kind == "validation":
+            one["top1_error"] = event["top1_error"]
     return found, next(event for event in events if event["event"] == "start")
 
 
