@@ -49,7 +49,7 @@ def compare(batch: int, kernels: int, side: int, towers: int, rounds: int) -> di
     x = torch.randn(batch, kernels, side, side, device=GPU, dtype=torch.bfloat16)
     x = x.to(memory_format=torch.channels_last)
     grad, other = torch.randn_like(x), torch.empty_like(x)
-    band = LocalResponseNorm(5, ALPHA, 0.75, K, towers, triton=False)
+    band = LocalResponseNorm(5, ALPHA, 0.75, K, towers, kernel="band")
     leaf = x.clone().requires_grad_()
     numbers = (K, ALPHA / 5, towers)
     normalised = band(leaf)

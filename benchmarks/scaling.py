@@ -272,7 +272,7 @@ def images_a_core(data: Path, batch: int = 64) -> list[tuple[int, float]]:
             try:
                 batches = loading(root, "dali", batch)
                 found.append((cores, statistics.median(speed(batches, 10)[0] for _ in range(3))))
-                batches.close()  # type: ignore[attr-defined]
+                batches.close()
             finally:
                 os.sched_setaffinity(0, before)
     return found

@@ -17,7 +17,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ def some_images(data: Path, folder: Path, count: int) -> Path:
     return folder
 
 
-def loading(root: Path, engine: str, batch: int) -> Iterator[int]:
+def loading(root: Path, engine: str, batch: int) -> Generator[int, None, None]:
     """Images of batch after batch."""
     catalogue = make_catalogue(str(root), str(root), lambda *_: None)
     sizes = catalogue.train.sizes

@@ -17,6 +17,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from alexnet_dist.training.loop import train_step
 from alexnet_dist.training.optim import PaperSGD, build_optimizer
 
 RESULTS = Path(__file__).with_name("results")
-NUMBERS = {"lr": 1e-6, "momentum": 0.9, "weight_decay": 0.0005}
+NUMBERS: dict[str, Any] = {"lr": 1e-6, "momentum": 0.9, "weight_decay": 0.0005}
 
 
 @dataclass
@@ -80,14 +81,16 @@ def compare_updates(device: torch.device, rounds: int) -> dict[str, Any]:
     for weight in weights:
         weight.grad = torch.randn_like(weight)
     count = sum(weight.numel() for weight in weights)
-    copies = {w: torch.empty_like(w, dtype=torch.bfloat16, requires_grad=False) for w in weights}
+    copies: dict[Tensor, Tensor] = {
+        w: torch.empty_like(w, dtype=torch.bfloat16, requires_grad=False) for w in weights
+    }
     a, b, c = (torch.randn(count, device=device) for _ in range(3))
     fused = PaperSGD(weights, **NUMBERS, fused=True)
 
     def fused_and_cast() -> None:
         fused.step()
         with torch.no_grad():
-            torch._foreach_copy_(list(copies.values()), weights)
+            torch._foreach_copy_(list(copies.values()), list[Tensor](weights))
 
     # foreach: decay to gradient, momentum, both to velocity, that to weight: 7 reads and 4 writes
     ways: dict[str, tuple[int, Callable[[], object]]] = {
@@ -134,14 +137,12 @@ def compare_steps(device: torch.device, batch: int, rounds: int) -> dict[str, An
             model.dropouts(), seed=1, step=0, batch=batch, rows=slice(None), device=device
         )
         if way == "plain":
-            works[way] = lambda layout=layout, optimizer=optimizer, masks=masks: train_step(
-                layout, optimizer, given, masks
-            )
+            works[way] = partial(train_step, layout, optimizer, given, masks)
             continue
         step = GraphedStep(layout, optimizer)
         for _ in range(WARM_UP + 1):
             step(given, masks)
-        works[way] = lambda step=step, masks=masks: step(given, masks)
+        works[way] = partial(step, given, masks)
     found = in_turns(works, rounds, device)
     mesh.leave()
     return {

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -112,12 +113,13 @@ def launch(
 
 def train(processes: int, root: Path, runs: Path, *options: str, **env: str) -> Result:
     """Train the tiny network; fails the test where that fails."""
-    result = launch(processes, *TINY, f"--data.root={root}", f"--run.root={runs}", *options, **env)
+    words = [*TINY, f"--data.root={root}", f"--run.root={runs}", *options]
+    result = launch(processes, *words, timeout=240, **env)
     assert result.code == 0, result.err[-3000:]
     return result
 
 
-def events(run: Path, *kinds: str) -> list[dict]:
+def events(run: Path, *kinds: str) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [event for event in lines if event["event"] in kinds]
 

@@ -338,8 +338,9 @@ def _draw(
             drawn.reset_parameters()
         else:  # Gaussian weights and constant biases, as P (section 5) and S have them
             nn.init.normal_(drawn.weight, std=rows[name].std if init == "source" else 0.01)
-            if drawn.bias is not None:
-                nn.init.constant_(drawn.bias, rows[name].bias)  # type: ignore[arg-type]
+            constant = rows[name].bias
+            if constant is not None:
+                nn.init.constant_(drawn.get_parameter("bias"), constant)
         for inner, value in drawn.named_parameters():
             yield f"{name}.{inner}", value.detach()
 

@@ -5,6 +5,7 @@ import io
 import json
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,7 +22,9 @@ def write_prepared(plain: Path, folder: Path, kind: str, *, shards: int = 2) -> 
         index, count = source.index, len(source.index)
         order = np.random.default_rng(0).permutation(count)
         encoded = [np.fromfile(source.path(number), np.uint8) for number in range(count)]
-        columns = {"names": np.frombuffer("\n".join(index.names).encode(), np.uint8)}
+        columns: dict[str, Any] = {
+            "names": np.frombuffer("\n".join(index.names).encode(), np.uint8)
+        }
         columns |= {"labels": index.labels, "sizes": index.sizes}
         if kind == "shards":
             files = [folder / f"{split}-{number:05d}.tar" for number in range(shards)]
@@ -46,9 +49,9 @@ def write_prepared(plain: Path, folder: Path, kind: str, *, shards: int = 2) -> 
         else:
             files = [folder / f"{split}.pixels"]
             columns["rows"] = order.argsort()
-            with files[0].open("wb") as file:
+            with files[0].open("wb") as written:
                 for number in order.tolist():
-                    file.write(np.asarray(decode(encoded[number])).tobytes())
+                    written.write(np.asarray(decode(encoded[number])).tobytes())
         np.savez(folder / f"{split}.index.npz", **columns)
         about = [{"name": f.name, "bytes": f.stat().st_size, "sha256": _digest(f)} for f in files]
         splits[split] = {"images": count, "files": about}

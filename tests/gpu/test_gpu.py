@@ -4,18 +4,20 @@ import json
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from alexnet_dist.data import build_engine, dali
 from alexnet_dist.data.augment import Pixels, pixels_for
 from alexnet_dist.data.dataloader import DataLoaderEngine
 from alexnet_dist.data.plan import Plan
 from alexnet_dist.data.resident import ResidentEngine
-from alexnet_dist.data.sources import make_catalogue, open_sources
+from alexnet_dist.data.sources import Source, make_catalogue, open_sources
 from alexnet_dist.model import draw_masks
 from alexnet_dist.model.dropout import Dropout
 from alexnet_dist.model.normalization import LocalResponseNorm, lrn_triton
@@ -33,7 +35,7 @@ GPU = torch.device("cuda", 0)
 
 
 @pytest.fixture
-def opened(tmp_path: Path) -> tuple:
+def opened(tmp_path: Path) -> tuple[Source, Pixels]:
     root = write_images(tmp_path / "i", train=64, side=160)
     catalogue = make_catalogue(str(root), str(tmp_path), lambda *_: None)
     pixels = pixels_for("centred", catalogue.statistics, side=128, colour="source")
@@ -46,7 +48,9 @@ def test_the_decoder_that_is_chosen_works() -> None:
 
 
 @pytest.mark.parametrize("decoder", ["region", "full", "cpu"])
-def test_mixed_decoding_is_that_of_the_reference(decoder: str, opened: tuple) -> None:
+def test_mixed_decoding_is_that_of_the_reference(
+    decoder: str, opened: tuple[Source, Pixels]
+) -> None:
     pytest.importorskip("nvidia.dali", reason="DALI is not installed here")
     if decoder == "region" and dali.choose_decoder(GPU) != "region":
         pytest.skip("decoding a region ends the process on this GPU (nvImageCodec issue 55)")
@@ -112,7 +116,7 @@ def test_resident_pixels(crop: str, on_gpu: bool, tmp_path: Path) -> None:
         fraction=0.7,
         strength=lambda _: 0.1,
     )
-    options: dict = {"max_batch": 7, "device": GPU, "threads": 2}
+    options: dict[str, Any] = {"max_batch": 7, "device": GPU, "threads": 2}
     ours = ResidentEngine(source, pixels, on_gpu=on_gpu, **options)
     theirs = DataLoaderEngine(source, pixels, device=GPU, threads=0)
     draws = [*plan.epoch(0, 0, slice(None)), plan.draw(0, 0, slice(7, None, 8))]
@@ -158,7 +162,12 @@ def test_odd_and_damaged_images(decoder: str, tmp_path: Path) -> None:
         put(paths[kind], content)
     pixels = Pixels(np.zeros(3), np.ones(3), np.zeros((3, 3)), 64)
     plan = Plan(source.index.sizes, len(source.index), 1, fraction=64 / 96)
-    options: dict = {"max_batch": plan.batch, "decoder": decoder, "resize": True, "threads": 2}
+    options: dict[str, Any] = {
+        "max_batch": plan.batch,
+        "decoder": decoder,
+        "resize": True,
+        "threads": 2,
+    }
     ours = dali.DaliEngine(source, pixels, device=GPU, policy="omit", **options)
     theirs = DataLoaderEngine(source, pixels, device=GPU, threads=0, policy="omit")
     (mine,), (other,) = (list(each.batches([plan.draw(0, 0)])) for each in (ours, theirs))
@@ -172,7 +181,7 @@ def test_odd_and_damaged_images(decoder: str, tmp_path: Path) -> None:
         assert differences[row] < 2.0, kind  # of 255
 
 
-def test_memory_does_not_grow(opened: tuple) -> None:
+def test_memory_does_not_grow(opened: tuple[Source, Pixels]) -> None:
     pytest.importorskip("nvidia.dali", reason="DALI is not installed here")
     source, pixels = opened
     plan = Plan(source.index.sizes, 16, 1, crop="random_resized")
@@ -278,7 +287,7 @@ def test_response_normalisation_by_triton(
     names = [event.key for event in profile.key_averages()]
     assert {"_forward", "_backward"} <= set(names)
     exact = x.double().requires_grad_()
-    wanted = LocalResponseNorm(5, 5e-4, 0.75, 2.0, groups, triton=False)(exact)
+    wanted = LocalResponseNorm(5, 5e-4, 0.75, 2.0, groups, kernel="band")(exact)
     (theirs,) = torch.autograd.grad(wanted, exact, grad.double())
     error = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
     for one, other in ((y, wanted), (ours, theirs)):
@@ -307,8 +316,10 @@ def test_the_papers_update_by_triton() -> None:
     ours = [torch.nn.Parameter(torch.randn(shape, device=GPU)) for shape in shapes]
     ours[0].data = ours[0].data.to(memory_format=torch.channels_last)
     theirs = [torch.nn.Parameter(w.detach().clone()) for w in ours]
-    copies = {w: torch.empty_like(w, dtype=torch.bfloat16, requires_grad=False) for w in ours}
-    options = {"lr": 0.0, "momentum": 0.9, "weight_decay": 0.0005, "fused": True}
+    copies: dict[Tensor, Tensor] = {
+        w: torch.empty_like(w, dtype=torch.bfloat16, requires_grad=False) for w in ours
+    }
+    options: dict[str, Any] = {"lr": 0.0, "momentum": 0.9, "weight_decay": 0.0005, "fused": True}
     optimizer = PaperSGD(ours, **options, triton=True, copies=copies)
     other = PaperSGD(theirs, **options)
     for rate in (0.01, 0.001, 0.02):
@@ -348,7 +359,7 @@ def test_a_graphed_step_is_the_plain_one(options: list[str], tmp_path: Path) -> 
 
 
 def test_masks_are_rows_of_one_mask() -> None:
-    options = {"seed": 1, "step": 2, "batch": 9, "device": GPU}
+    options: dict[str, Any] = {"seed": 1, "step": 2, "batch": 9, "device": GPU}
     (whole,) = draw_masks([Dropout(64)], rows=slice(None), **options)
     (mine,) = draw_masks([Dropout(64)], rows=slice(1, None, 2), **options)
     assert torch.equal(mine, whole[1::2])
