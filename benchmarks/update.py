@@ -90,7 +90,7 @@ def compare_updates(device: torch.device, rounds: int) -> dict[str, Any]:
     def fused_and_cast() -> None:
         fused.step()
         with torch.no_grad():
-            torch._foreach_copy_(list(copies.values()), list[Tensor](weights))
+            torch._foreach_copy_(list(copies.values()), list(copies))
 
     # foreach: decay to gradient, momentum, both to velocity, that to weight: 7 reads and 4 writes
     ways: dict[str, tuple[int, Callable[[], object]]] = {

@@ -1,9 +1,7 @@
 """The resident engine: the batches of the others, from raw pixels."""
 
 import gc
-import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,13 +12,14 @@ import torch
 from alexnet_dist.data import build_engine, crops
 from alexnet_dist.data.augment import Pixels, crop_resize_flip, pixels_for
 from alexnet_dist.data.engine import Batch, Engine
-from alexnet_dist.data.plan import Draws, EvaluationPlan, Plan, random_resized_boxes
+from alexnet_dist.data.plan import EvaluationPlan, Plan, random_resized_boxes
 from alexnet_dist.data.prepared import PixelSource
 from alexnet_dist.data.resident import ResidentEngine, fits
 from alexnet_dist.data.sources import Source, make_catalogue, open_sources
 from alexnet_dist.errors import Failure
-from tests.conftest import environment, events, losses, train, write_images
+from tests.conftest import events, losses, train, write_images
 from tests.data.prepared_folder import write_prepared
+from tests.interpreter import WANTED, run_interpreted
 
 CPU = torch.device("cpu")
 SIDE = 61  # of the finished images: no row of them is a whole number of vectors
@@ -168,43 +167,30 @@ def test_matrix_products_resize_as_torchvision_does(folders: dict[str, Path]) ->
     assert torch.equal(ours[1], as_it_was.flip(1) if flips[1] else as_it_was)
 
 
-def test_kernels_of_gpus(folders: dict[str, Path]) -> None:
-    """By torch's operators on any device; by Triton in its interpreter, in a process of its own."""
-    source, _, pixels = opened(folders["pixels"])
+def test_cut_by_torch(folders: dict[str, Path]) -> None:
+    """As GPUs without Triton do it, on any device."""
+    check_cut(crops.cut_by_torch, folders["pixels"])
+
+
+@pytest.mark.skipif(crops.cut_by_triton is None, reason=WANTED)
+def test_in_the_interpreter() -> None:
+    run_interpreted(Path(__file__).with_name("interpreted_crops.py"))
+
+
+def check_cut(cut: Callable[..., None], folder: Path) -> None:
+    """That a kernel finishes the crops as the CPU does, and nothing where there are none."""
+    source, _, pixels = opened(folder)
     draws = Plan(source.index.sizes, 9, 3, fraction=SIDE / 96).draw(0, 0)
     (batch,) = engine("resident", source, pixels, 9, None).batches([draws])
-    check_cut(crops.cut_by_torch, source, pixels, draws, batch)
-    if crops.cut_by_triton is None:
-        pytest.skip("Triton is not installed here, as it is for Linux only")
-    program = (
-        "import sys; from pathlib import Path; from tests.data import test_resident as t\n"
-        "s, _, p = t.opened(Path(sys.argv[1]))\n"
-        "d = t.Plan(s.index.sizes, 9, 3, fraction=t.SIDE / 96).draw(0, 0)\n"
-        "(b,) = t.engine('resident', s, p, 9, None).batches([d])\n"
-        "t.check_cut(t.crops.cut_by_triton, s, p, d, b); print('alike')"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(folders["pixels"])],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=environment(TRITON_INTERPRET="1"),
-        check=False,
-    )
-    assert done.stdout == "alike\n", done.stderr[-3000:]
-
-
-def check_cut(cut: object, source: Source, pixels: Pixels, draws: Draws, batch: Batch) -> None:
-    """That a kernel finishes the crops as the CPU does, and nothing where there are none."""
     assert isinstance(source, PixelSource)
     scales = np.reciprocal(pixels.stds(draws.strength))
     rows = source.index.places[draws.numbers, 0]
     given = (source.pixels.copy(), rows, draws.boxes, draws.flips, pixels.means(draws), scales)
     every, rows, boxes, flips, means, scales = map(torch.as_tensor, given)
     out = torch.full((len(rows), SIDE, SIDE, 3), torch.nan)
-    cut(every, rows, boxes, flips, means, scales, out)  # type: ignore[operator]
+    cut(every, rows, boxes, flips, means, scales, out)
     assert torch.equal(out.permute(0, 3, 1, 2), batch.images)
-    cut(every, rows[:0], boxes[:0], flips[:0], means[:0], scales, out[:0])  # type: ignore[operator]
+    cut(every, rows[:0], boxes[:0], flips[:0], means[:0], scales, out[:0])
 
 
 def test_what_is_refused(folders: dict[str, Path]) -> None:

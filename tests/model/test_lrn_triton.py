@@ -2,8 +2,6 @@
 and left alone where they do not suit."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,26 +9,14 @@ import torch
 
 from alexnet_dist.model import normalization as room
 from alexnet_dist.model.normalization import LocalResponseNorm
-from tests.conftest import environment
+from tests.interpreter import WANTED, run_interpreted
 
-needs_triton = pytest.mark.skipif(
-    room.lrn_triton is None, reason="Triton is not installed here, as it is for Linux only"
-)
+needs_triton = pytest.mark.skipif(room.lrn_triton is None, reason=WANTED)
 
 
 @needs_triton
 def test_in_the_interpreter() -> None:
-    tests = Path(__file__).with_name("interpreted_lrn.py")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests)],
-        capture_output=True,
-        text=True,
-        timeout=280,
-        env=environment(TRITON_INTERPRET="1"),
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-5000:]
-    assert "passed" in done.stdout
+    run_interpreted(Path(__file__).with_name("interpreted_lrn.py"))
 
 
 @needs_triton

@@ -2,8 +2,6 @@
 compiled for a GPU that is not there, and refused where it cannot be."""
 
 import re
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,26 +13,14 @@ from alexnet_dist.config import Config
 from alexnet_dist.errors import Failure
 from alexnet_dist.parallel import mesh
 from alexnet_dist.training.optim import sgd_triton
-from tests.conftest import environment
+from tests.interpreter import WANTED, run_interpreted
 
-needs_triton = pytest.mark.skipif(
-    sgd_triton is None, reason="Triton is not installed here, as it is for Linux only"
-)
+needs_triton = pytest.mark.skipif(sgd_triton is None, reason=WANTED)
 
 
 @needs_triton
 def test_in_the_interpreter() -> None:
-    tests = Path(__file__).with_name("interpreted_sgd.py")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests)],
-        capture_output=True,
-        text=True,
-        timeout=280,
-        env=environment(TRITON_INTERPRET="1"),
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-5000:]
-    assert "passed" in done.stdout
+    run_interpreted(Path(__file__).with_name("interpreted_sgd.py"))
 
 
 @needs_triton
