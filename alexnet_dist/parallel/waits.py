@@ -20,27 +20,28 @@ class Waits:
     def __init__(self) -> None:
         self._seconds, self._paused = 0.0, False
         self._pairs: list[_Events] = []
-        self._since: float | torch.cuda.Event = 0.0
+        self._since: float | torch.cuda.Event | None = None
 
     def begin(self, device: torch.device) -> None:
         """A wait begins here, or, where nothing has come since the last call, only now."""
-        if device.type == "cuda":
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self._since = event
-        else:
+        if device.type != "cuda":
             self._since = time.perf_counter()
+            return
+        if not isinstance(self._since, torch.cuda.Event):  # which is recorded anew otherwise
+            self._since = torch.cuda.Event(enable_timing=True)
+        self._since.record()
 
     def end(self) -> None:
         """What was waited for is here."""
-        if self._paused:
+        since, self._since = self._since, None
+        if self._paused or since is None:
             return
-        if isinstance(self._since, float):
-            self._seconds += time.perf_counter() - self._since
+        if isinstance(since, float):
+            self._seconds += time.perf_counter() - since
         else:
             arrived = torch.cuda.Event(enable_timing=True)
             arrived.record()
-            self._pairs.append((self._since, arrived))
+            self._pairs.append((since, arrived))
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from alexnet_dist.data import build_engine, dali
 from alexnet_dist.data.augment import Pixels, pixels_for
 from alexnet_dist.data.dataloader import DataLoaderEngine
+from alexnet_dist.data.engine import Batch
 from alexnet_dist.data.plan import Plan
 from alexnet_dist.data.resident import ResidentEngine
 from alexnet_dist.data.sources import Source, make_catalogue, open_sources
@@ -22,8 +24,10 @@ from alexnet_dist.model import draw_masks
 from alexnet_dist.model.dropout import Dropout
 from alexnet_dist.model.normalization import LocalResponseNorm, lrn_triton
 from alexnet_dist.parallel.arithmetic import Scaler, choose_precision
+from alexnet_dist.parallel.waits import Waits
 from alexnet_dist.training import checkpoint
 from alexnet_dist.training.checkpoint import Checkpoints
+from alexnet_dist.training.loop import Pace
 from alexnet_dist.training.optim import PaperSGD, sgd_triton
 from tests.conftest import TINY, events, launch, losses, train, write_images
 from tests.data.bad_images import damaged, encode, photograph, put, whole, write_folder
@@ -356,6 +360,70 @@ def test_a_graphed_step_is_the_plain_one(options: list[str], tmp_path: Path) -> 
     plain, graph = losses(tmp_path / "plain"), losses(tmp_path / "graph")
     assert len(plain) == 12
     assert graph == pytest.approx(plain, rel=1e-4)
+
+
+def test_waits_are_those_of_the_stream() -> None:
+    """A process that has launched everything at once has still waited as long as its device."""
+    waits = Waits()
+    for _ in range(2):
+        waits.begin(GPU)
+        waits.begin(GPU)  # more has come
+        torch.cuda._sleep(50_000_000)  # cycles
+        waits.end()
+    with waits.paused():
+        waits.begin(GPU)
+        torch.cuda._sleep(500_000_000)
+        waits.end()
+    assert 0.02 < waits.take() < 0.2  # of 1 to 2 GHz
+    assert waits.take() == 0
+
+
+def test_a_process_keeps_near_its_device() -> None:
+    pace, batches, alive = Pace(GPU), [torch.zeros(1, device=GPU) for _ in range(5)], []
+    for batch in batches:
+        begun = time.perf_counter()
+        torch.cuda._sleep(100_000_000)
+        pace.started(Batch(batch, batch, np.zeros(1, np.int64)))
+        alive.append(time.perf_counter() - begun)
+    assert max(alive[: Pace.AHEAD]) < min(alive[Pace.AHEAD :])
+    pace.finish()
+    assert torch.cuda.current_stream().query()
+
+
+def test_batch_normalisation_is_that_of_the_cpu(tmp_path: Path) -> None:
+    """Losses, and the running averages that an evaluation reads."""
+    root = write_images(tmp_path / "i")
+    options = ["--model.variant=alexnet_bn", "--train.max_steps=3", "--runtime.precision=fp32"]
+    for device in ("cpu", "cuda"):
+        train(0, root, tmp_path / device, "--run.name=run", f"--runtime.device={device}", *options)
+    ours, theirs = (tmp_path / device / "run" for device in ("cuda", "cpu"))
+    assert losses(ours) == pytest.approx(losses(theirs), rel=1e-3)
+    (mine,), (other,) = (events(run, "eval") for run in (ours, theirs))
+    assert mine["loss"] == pytest.approx(other["loss"], rel=1e-2)
+
+
+def test_the_fast_recipe_compiles_and_captures(tmp_path: Path) -> None:
+    root = write_images(tmp_path / "i")
+    options = ["--config=configs/fast.yaml", "--train.max_steps=6"]
+    train(0, root, tmp_path, "--run.name=run", "--runtime.precision=bf16", *options)
+    (start,) = events(tmp_path / "run", "start")
+    assert start["compiled"]
+    assert start["cuda_graph"]
+    assert len(losses(tmp_path / "run")) == 6
+
+
+def test_bench_measures_every_part(tmp_path: Path) -> None:
+    pytest.importorskip("nvidia.dali", reason="DALI is not installed here")
+    root, out = write_images(tmp_path / "i"), tmp_path / "bench.json"
+    words = ["--rounds=1", "--seconds=0.1", "--each", f"--out={out}"]
+    options = [*TINY, "--runtime.precision=bf16", f"--data.root={root}", f"--run.root={tmp_path}"]
+    result = launch(0, *words, *options, module="alexnet_dist.bench")
+    assert result.code == 0, result.err[-3000:]
+    record = json.loads(out.read_text())
+    assert {"matrix_product", "memory", "host_to_device", "decoder"} == set(record["limits"])
+    assert {"runtime.precision", "runtime.lrn", "runtime.update"} <= set(record["each"])
+    assert 0 <= record["training"]["data_wait"] <= 1
+    assert 0 < record["peak_memory_bytes"] < torch.cuda.mem_get_info(GPU)[1]
 
 
 def test_masks_are_rows_of_one_mask() -> None:

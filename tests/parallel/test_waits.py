@@ -24,3 +24,5 @@ def test_what_is_waited_for_is_added_up_and_taken_once() -> None:
     others = 3 * 0.05  # what lay before the waits, and in the pause
     assert 0.04 <= waits.take() <= time.perf_counter() - began - others
     assert waits.take() == 0
+    waits.end()  # of nothing
+    assert waits.take() == 0
