@@ -121,7 +121,8 @@ def _rows(record: Record) -> list[tuple[str, ...]]:
         note += f" for images, {100 * others:.0f} % for other processes"
     rows.append(_row("end to end", training["images_per_second"], note=note))
     for name, layout in record["layouts"].items():
-        rows.append(_row(f"computing alone, {name}", layout["images_per_second"]))
+        note = f"waits {100 * layout['communication']:.0f} % for other processes"
+        rows.append(_row(f"computing alone, {name}", layout["images_per_second"], note=note))
     for name, one in record.get("each", {}).items():
         title, note = (
             f"  {name} {one['off']}".lower(),
