@@ -1,11 +1,13 @@
-"""How near response normalisation comes to the memory bandwidth of a GPU.
+"""What response normalisation costs a step, and how near it comes to the memory bandwidth of a GPU.
 
-python -m benchmarks.lrn [--batch 512] [--out FILE.json]
+python -m benchmarks.lrn [--variant one_column] [--batch 512] [--out FILE.json]
 
-The two normalisations of `paper` and of `owt`, in bf16: Triton's kernels and the product with a
+Forward and backward of a whole network with it, by the best kernels that the machine has and by
+torch's own, as parts of the speed without it: the goal is 0.8. Then, on a GPU, the two
+normalisations of `paper` and of `owt`, in bf16: Triton's kernels and the product with a
 band, forward and backward, beside torch's own kernels that move the same bytes and compute next to
 nothing: a copy (one read, one write) and a sum (two reads, one write). In turns; a figure is the
-median of several rounds, `of_copy` that of the rounds' ratios. The goal is 0.8.
+median of several rounds, `of_copy` that of the rounds' ratios. The goal is 0.8 here, too.
 """
 
 import argparse
@@ -17,10 +19,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from alexnet_dist.measuring.machine import machine
-from alexnet_dist.model import triton_runs_on
+from alexnet_dist.measuring.turns import Work, in_turns
+from alexnet_dist.model import (
+    choose_kernels,
+    draw_masks,
+    initial_weights,
+    outline,
+    triton_runs_on,
+)
 from alexnet_dist.model.normalization import LocalResponseNorm, lrn_triton
+from alexnet_dist.parallel import mesh
+from alexnet_dist.parallel.arithmetic import choose_precision
+from alexnet_dist.parallel.ddp import DataParallel
 
 GPU = torch.device("cuda", 0)
 RESULTS = Path(__file__).with_name("results")
@@ -90,28 +103,76 @@ def compare(batch: int, kernels: int, side: int, towers: int, rounds: int) -> di
     return result
 
 
+def steps(variant: str, batch: int, rounds: int) -> dict[str, Any]:
+    """Images a second of the passes of a network, with its normalisations and without."""
+    here = mesh.start().arrange(1)
+    precision = choose_precision("auto", here.device)
+    images = torch.randn(batch, 3, 227, 227, device=here.device).mul_(50)
+    images = images.to(memory_format=torch.channels_last)
+    labels = torch.zeros(batch, dtype=torch.int64, device=here.device)
+    works = {}
+    for way in ("without", "best", "torch"):
+        model = outline(variant, num_classes=1000, image_size=227)
+        weights = initial_weights(model)
+        choose_kernels(
+            model, lrn="torch" if way == "torch" else "auto", stem="auto", pool_first=True
+        )
+        if way == "without":
+            for name, layer in list(model.named_children()):
+                if isinstance(layer, LocalResponseNorm):
+                    setattr(model, name, nn.Identity())
+        layout = DataParallel(model, here, batch=batch, precision=precision)
+        layout.sharding.fill(layout.parameters, weights)
+        masks = draw_masks(
+            model.dropouts(), seed=1, step=0, batch=batch, rows=slice(None), device=here.device
+        )
+
+        def once(layout: DataParallel = layout, masks: Any = masks) -> float:
+            for parameter in layout.parameters.values():
+                parameter.grad = None
+            layout.forward_backward(images, labels, masks)
+            return float(batch)
+
+        works[way] = Work(once, warm=2)
+    found = in_turns(works, here, rounds=rounds, seconds=0.0)
+    mesh.leave()
+    return {
+        "variant": variant,
+        "batch": batch,
+        "precision": precision,
+        "images_per_second": {way: figure.record() for way, figure in found.items()},
+        "of_without": {
+            way: round(figure.over(found["without"]), 3)
+            for way, figure in found.items()
+            if way != "without"
+        },
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batch", type=int, default=512)
+    parser.add_argument("--variant", default="one_column", help="of which steps are taken")
+    parser.add_argument("--batch", type=int, help="images; 512 on a GPU, else 64")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--out", type=Path, help="where the JSON goes; benchmarks/results/ without")
     words = parser.parse_args()
-    if not torch.cuda.is_available() or not triton_runs_on(GPU):
-        print("torch sees no NVIDIA GPU here that Triton compiles for: nothing is measured")
-        return
+    device = GPU if torch.cuda.is_available() else torch.device("cpu")
+    batch = words.batch or (512 if device == GPU else 64)
     record: dict[str, Any] = {
         "what": "benchmarks/lrn.py",
         "date": time.strftime("%Y-%m-%d"),
-        "machine": machine(GPU),
-        "batch": words.batch,
+        "machine": machine(device),
         "rounds": words.rounds,
-        "layers": {},
+        "steps": steps(words.variant, batch, words.rounds),
     }
-    for name, numbers in LAYERS.items():
-        record["layers"][name] = compare(words.batch, *numbers, words.rounds)
-        print(name, json.dumps(record["layers"][name], indent=1), flush=True)
-    gpu = torch.cuda.get_device_name(GPU).lower().replace(" ", "-")
-    out = words.out or RESULTS / f"lrn-{gpu}.json"
+    print(json.dumps(record["steps"], indent=1), flush=True)
+    if triton_runs_on(device):
+        record |= {"batch": batch, "layers": {}}
+        for name, numbers in LAYERS.items():
+            record["layers"][name] = compare(batch, *numbers, words.rounds)
+            print(name, json.dumps(record["layers"][name], indent=1), flush=True)
+    name = torch.cuda.get_device_name(GPU) if device == GPU else "cpu"
+    out = words.out or RESULTS / f"lrn-{name.lower().replace(' ', '-')}.json"
     out.write_text(json.dumps(record, indent=1) + "\n")
     print(out)
 
