@@ -1,10 +1,12 @@
 # make train: set everything up, and train the embedded default.
-# make test:  set everything up, and run the tests.
+# make test:  set everything up, and run the tests; make test-slow: the long ones.
 
 PYTHON ?= python3
 PROCESSES ?= 2
 ENV := .venv/.made
 PY := .venv/bin/python
+# Tests start many processes and wait for them, so that two at a time are done sooner on two cores.
+PYTEST := $(PY) -m pytest -q --numprocesses=2 --dist=loadfile
 TORCHRUN := .venv/bin/torchrun --nproc_per_node=$(PROCESSES)
 
 .PHONY: train test test-slow lint bench bench-layouts bench-scaling bench-gpu clean
@@ -13,10 +15,10 @@ train: $(ENV)
 	$(TORCHRUN) -m alexnet_dist.train $(ARGS)
 
 test: $(ENV) lint
-	$(PY) -m pytest -q -m "not slow and not slurm" $(ARGS)
+	$(PYTEST) -m "not slow and not slurm" $(ARGS)
 
 test-slow: $(ENV)
-	$(PY) -m pytest -q -m "slow or slurm" $(ARGS)
+	$(PYTEST) -m "slow or slurm" $(ARGS)
 
 lint: $(ENV)
 	.venv/bin/ruff check .
