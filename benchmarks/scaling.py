@@ -305,7 +305,7 @@ def main() -> None:
     parser.add_argument("--rates", nargs="*", default=["1gbit", "4gbit"])
     parser.add_argument("--local-batch", type=int, default=8, help="images a host there")
     parser.add_argument("--classes", type=int, default=1000, help="of the network there")
-    parser.add_argument("--image-size", type=int, default=115, help="of the network there")
+    parser.add_argument("--image-size", type=int, default=67, help="of the network there")
     parser.add_argument("--measure", type=Path, help="where parts of this machine go")
     parser.add_argument("--batches", nargs="*", type=int, default=[], help="images a process there")
     parser.add_argument("--data", type=Path, help="a folder with train/CLASS/, for the loader")
