@@ -124,6 +124,9 @@ class OptimConfig:
     """Learning rate."""
     bias_lr: float = 1.0
     """Learning rate of biases, as a multiple of lr (2 in the authors' program)."""
+    factors: dict[str, float] = field(default_factory=dict)
+    """What multiplies the rate that a schedule gives, for parameters by their names:
+    {conv1.weight: 0.1}."""
     momentum: float = 0.9
     """Momentum."""
     weight_decay: float = 0.0005
@@ -352,7 +355,7 @@ def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in nested.items():
         name = f"{prefix}{key}"
-        if isinstance(value, dict) and not name.endswith(".table"):
+        if isinstance(value, dict) and not name.endswith((".table", ".factors")):
             flat |= flatten(value, f"{name}.")
         else:
             flat[name] = value

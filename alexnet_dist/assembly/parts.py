@@ -151,7 +151,11 @@ class Learner:
             weight_copies=config.runtime.weight_copies,
         )
         self.schedule = Schedule(
-            lr=optim.lr, bias_lr=optim.bias_lr, epochs=config.train.epochs, **vars(optim.schedule)
+            lr=optim.lr,
+            bias_lr=optim.bias_lr,
+            factors=optim.factors,
+            epochs=config.train.epochs,
+            **vars(optim.schedule),
         )
         self._schedule_at_first = self.schedule.state()
         self.optimizer = build_optimizer(
@@ -160,7 +164,7 @@ class Learner:
             lr=optim.lr,
             momentum=optim.momentum,
             weight_decay=optim.weight_decay,
-            own=optim.schedule.table,
+            own={*optim.schedule.table, *optim.factors},
             trust=optim.trust,
             whole=self.layout.sharding.whole_sums,
             triton=self.graphs or bool(_wants_triton(config)),

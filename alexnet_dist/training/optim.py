@@ -170,7 +170,7 @@ def build_optimizer(
     own = set(own) - {"weights", "biases"}
     for name_of in sorted(own - set(parameters)):
         raise Failure(
-            f"optim.schedule.table has a row {name_of}, and the network no such parameter: give "
+            f"optim names a rate for {name_of}, and the network has no such parameter: give "
             f"weights, biases, or one of {', '.join(parameters)}",
             everywhere=True,
         )

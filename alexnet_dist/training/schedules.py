@@ -15,6 +15,7 @@ class Schedule:
     Attributes: those of config.ScheduleConfig, and
         lr: the rate; the peak of one_cycle.
         bias_lr: rate of biases as a multiple of that of weights.
+        factors: what multiplies the rates of some groups, whatever the shape.
         epochs: passes of the whole run.
     """
 
@@ -27,6 +28,7 @@ class Schedule:
     drops: int = 3
     rise: float = 0.3
     table: Table = field(default_factory=dict)
+    factors: dict[str, float] = field(default_factory=dict)
     dropped: int = 0
     best: float = math.inf
     waited: int = 0
@@ -37,6 +39,7 @@ class Schedule:
             value = value_at(self.table[group], passes)
         else:
             value = self._shape(passes) * (self.bias_lr if bias else 1.0)
+        value *= self.factors.get(group, 1.0)
         return value * min(1.0, passes / self.warmup) if self.warmup > 0 else value
 
     def _shape(self, passes: float) -> float:

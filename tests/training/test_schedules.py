@@ -57,3 +57,13 @@ def test_warmup_and_biases() -> None:
     assert schedule.rate("weights", 0.0) == 0
     assert schedule.rate("weights", 1.0) == pytest.approx(0.005)
     assert schedule.rate("biases", 4.0, bias=True) == pytest.approx(0.02)
+
+
+def test_a_factor_multiplies_any_schedule() -> None:
+    factors = {"fc8.weight": 0.05}
+    for name in ("constant", "plateau", "one_cycle", "polynomial", "table"):
+        table = {"weights": [(0.0, 0.01), (2.0, 0.004)]}
+        schedule = Schedule(name, lr=0.02, epochs=4, table=table, warmup=0.5, factors=factors)
+        for passes in (0.25, 1.0, 2.0, 3.5):
+            whole = schedule.rate("weights", passes)
+            assert schedule.rate("fc8.weight", passes) == pytest.approx(0.05 * whole)
