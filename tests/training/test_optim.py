@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from alexnet_dist.errors import Failure
 from alexnet_dist.training.optim import PaperSGD, build_optimizer, velocities
 
 
@@ -147,3 +148,11 @@ def test_lars_adds_up_the_squares_of_four_million_weights() -> None:
     w.grad[0, 0] = 1.0
     optimizer.step()
     assert w[0, 0].item() == pytest.approx(0.1 - 0.001 * 204.8, rel=1e-5)
+
+
+def test_a_rate_for_a_parameter_that_is_not_there_is_a_sentence() -> None:
+    parameters = {"conv1.weight": nn.Parameter(torch.zeros(2, 2))}
+    with pytest.raises(Failure, match=r"conv9\.weight, and the network has no such parameter"):
+        build_optimizer(
+            "paper", parameters, lr=0.1, momentum=0.9, weight_decay=0.0, own={"conv9.weight"}
+        )
