@@ -4,7 +4,9 @@ python -m benchmarks.sources --data DIR [--images N] [--out FILE.json]
 
 Images of DIR/train/CLASS that are square and of one size are put into each form as they are. All
 then make the same crops of them, without a resize, in turns and with nothing else to do; a figure
-is the median of several rounds, a ratio that of the rounds' ratios to a DataLoader on a folder.
+is the median of several rounds, a ratio that of the rounds' ratios to the first. That is "usual":
+the DataLoader of PyTorch's ImageNet example, torchvision's transforms on an image at a time; the
+engine for machines without DALI ("dataloader") crops bytes, and normalises them by the batch.
 Images are counted by the second, and by the second of one processor's time, which depends less on
 what the machine does otherwise.
 """
@@ -22,10 +24,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets.folder import default_loader
+from torchvision.transforms import functional as TF
 
 from alexnet_dist.data import build_engine
-from alexnet_dist.data.augment import pixels_for
-from alexnet_dist.data.plan import Plan
+from alexnet_dist.data.augment import IMAGENET_MEAN, IMAGENET_STD, pixels_for
+from alexnet_dist.data.index import Source
+from alexnet_dist.data.plan import Draws, Plan
 from alexnet_dist.data.sources import make_catalogue, open_sources
 from alexnet_dist.measuring.machine import machine
 from alexnet_dist.parallel.mesh import usable_processors
@@ -33,6 +40,7 @@ from tests.data.prepared_folder import write_prepared
 
 CPU = torch.device("cpu")
 WAYS = [
+    ("usual", "folder"),
     *itertools.product(("dataloader", "dali"), ("folder", "shards", "pixels")),
     ("resident", "pixels"),
 ]
@@ -56,9 +64,14 @@ def loading(root: Path, engine: str, batch: int) -> Generator[int, None, None]:
     sizes = catalogue.train.sizes
     side = int(sizes.min()) * 25 // 28
     plan = Plan(sizes, batch, seed=1, fraction=side / int(sizes.min()))
+    source = open_sources(catalogue)[0]
+    epochs = (plan.epoch(epoch, 0, slice(None)) for epoch in itertools.count())
+    if engine == "usual":
+        yield from usual(source, epochs)
+        return
     running = build_engine(
         engine,  # type: ignore[arg-type]
-        open_sources(catalogue)[0],
+        source,
         pixels_for("centred", catalogue.statistics, side=side),
         plan=plan,
         fraction=plan.fraction,
@@ -66,9 +79,36 @@ def loading(root: Path, engine: str, batch: int) -> Generator[int, None, None]:
         device=CPU,
         threads=usable_processors(),
     )
-    for epoch in itertools.count():
-        for finished in running.batches(plan.epoch(epoch, 0, slice(None))):
+    for draws in epochs:
+        for finished in running.batches(draws):
             yield len(finished.numbers)
+
+
+class Cropped(Dataset[tuple[Tensor, int]]):
+    """An image of a folder, cropped and flipped as it is told, then torchvision's usual steps."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+
+    def __getitem__(self, order: tuple[int, list[int], bool]) -> tuple[Tensor, int]:
+        number, box, flip = order
+        image = TF.crop(default_loader(self.source.path(number)), *box)
+        image = TF.to_tensor(TF.hflip(image) if flip else image)
+        image = TF.normalize(image, IMAGENET_MEAN.tolist(), IMAGENET_STD.tolist())
+        return image, int(self.source.index.labels[number])
+
+
+def usual(source: Source, epochs: Iterator[Iterator[Draws]]) -> Generator[int, None, None]:
+    """Images of batch after batch, by a DataLoader as people write it."""
+    orders = (
+        list(zip(draws.numbers.tolist(), draws.boxes.tolist(), draws.flips.tolist(), strict=True))
+        for draws in itertools.chain.from_iterable(epochs)
+    )
+    loader: DataLoader[tuple[Tensor, int]] = DataLoader(
+        Cropped(source), batch_sampler=orders, num_workers=usable_processors()
+    )
+    for images, _ in loader:
+        yield len(images)
 
 
 def speed(batches: Iterator[int], steps: int) -> tuple[float, float]:

@@ -403,6 +403,10 @@ def test_the_small_image_is_pillows_to_rounding() -> None:
     difference = np.abs(ours.pixels.astype(int) - pillow)
     assert difference.mean() < 0.02
     assert difference.max() <= 2
+    buffer = BytesIO()
+    Image.fromarray(ours.pixels).save(buffer, "JPEG", quality=95)
+    again, pillows = (np.asarray(Image.open(file)) for file in (BytesIO(ours.encoded), buffer))
+    assert np.array_equal(again, pillows)
 
 
 def test_odd_images_become_what_the_package_decodes_and_damaged_ones_nothing() -> None:

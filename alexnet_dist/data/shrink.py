@@ -1,9 +1,9 @@
 """An image made as small as training wants it, and what it adds to the statistics.
 
-Decoding is torchvision's, resizing torch's antialiased bicubic, encoding Pillow's: the fastest of
-each on a CPU that gives Pillow's result to rounding (benchmarks/prepare.py). libjpeg's scaled
-decoding is not among them: even where it leaves twice the wanted side, the finished image differs
-by 1.5 of 255 on average from that of a whole decoding, and by up to 63.
+Decoding and encoding are torchvision's, resizing torch's antialiased bicubic: the fastest on a CPU
+that gives Pillow's result, JPEGs to the byte and pixels to rounding (benchmarks/prepare.py).
+libjpeg's scaled decoding is not among them: even where it leaves twice the wanted side, the result
+differs by 1.5 of 255 on average from that of a whole decoding, and by up to 63.
 """
 
 from dataclasses import dataclass
@@ -16,16 +16,17 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.nn.functional import interpolate
 
-from alexnet_dist.data.formats import FORMATS, GIVES_UP, checked, decode
+from alexnet_dist.data.formats import FORMATS, GIVES_UP, checked, decode, plain_size
 
-try:  # torchvision 0.29 announces that it will go
-    from torchvision.io import ImageReadMode, decode_jpeg
+try:  # torchvision 0.29 announces that they will go
+    from torchvision.io import ImageReadMode, decode_jpeg, encode_jpeg
 except ImportError:
-    decode_jpeg = None
+    decode_jpeg = encode_jpeg = None
 
 Kind = Literal["shards", "pixels"]
 Crop = Literal["none", "center"]
 
+_LARGE = 2**26  # pixels; beyond it Pillow decides whether that is an image or an attack
 _ENDINGS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp"}
 
 
@@ -62,28 +63,33 @@ def shrink(encoded: NDArray[np.uint8], form: Form) -> Small:
         OSError: with the reason, where it is no whole image.
     """
     good = checked(encoded)
-    try:
-        with Image.open(BytesIO(good.data), formats=FORMATS) as header:
-            kind, mode, (width, height) = header.format or "", header.mode, header.size
-    except Exception as error:  # struct.error, SyntaxError, EOFError, ...: it depends on the damage
-        raise OSError(GIVES_UP) from error
+    kind, mode, height, width = _header(good)
     short = min(width, height)
     fits = height == width == form.size if form.crop == "center" else short <= form.size
-    if fits:
-        pixels = np.array(decode(good))
-        return Small(encoded.tobytes(), _ENDINGS[kind], pixels)
     whole = _pixels(good, kind, mode)
+    if fits:
+        return Small(encoded.tobytes(), _ENDINGS[kind], whole.numpy())
     side = [(length * form.size + short // 2) // short for length in (height, width)]
     small = _resized(whole, side)
     if form.crop == "center":
         top, left = (side[0] - form.size) // 2, (side[1] - form.size) // 2
         small = small[top : top + form.size, left : left + form.size]
-    pixels = np.ascontiguousarray(small.numpy())
+    small = small.contiguous()
     if form.kind == "pixels":
-        return Small(b"", "", pixels)
-    buffer = BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG", quality=form.quality)
-    return Small(buffer.getvalue(), "jpg", pixels)
+        return Small(b"", "", small.numpy())
+    return Small(_jpeg(small, form.quality), "jpg", small.numpy())
+
+
+def _header(encoded: NDArray[np.uint8]) -> tuple[str, str, int, int]:
+    """Format and mode, in Pillow's words, height and width."""
+    plain = plain_size(encoded)
+    if plain and plain[0] * plain[1] < _LARGE:
+        return "JPEG", "RGB", plain[0], plain[1]
+    try:
+        with Image.open(BytesIO(encoded.data), formats=FORMATS) as header:
+            return header.format or "", header.mode, header.height, header.width
+    except Exception as error:  # struct.error, SyntaxError, EOFError, ...: it depends on the damage
+        raise OSError(GIVES_UP) from error
 
 
 def _pixels(encoded: NDArray[np.uint8], kind: str, mode: str) -> torch.Tensor:
@@ -102,6 +108,15 @@ def _resized(image: torch.Tensor, size: list[int]) -> torch.Tensor:
     # as a batch of channels-last images, which torch neither takes apart nor puts together
     batch = image[None].permute(0, 3, 1, 2)
     return interpolate(batch, size, mode="bicubic", antialias=True)[0].permute(1, 2, 0)
+
+
+def _jpeg(pixels: torch.Tensor, quality: int) -> bytes:
+    """An image of uint8 [height, width, 3] as a JPEG file."""
+    if encode_jpeg is not None:
+        return encode_jpeg(pixels.permute(2, 0, 1), quality).numpy().tobytes()
+    buffer = BytesIO()
+    Image.fromarray(pixels.numpy()).save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()
 
 
 class Moments:
