@@ -186,8 +186,11 @@ def _stretches(
             steps.layout._compute.register_comm_hook(None, _as_it_is)  # type: ignore[operator]
         clock = _Clock(steps, device)
         inputs = steps.inputs(local * n)
-        meet()
-        each = [clock.step(inputs) for _ in range(_warm(name) + STEPS)][-STEPS:]
+        each = []
+        for _ in range(_warm(name) + STEPS):
+            meet()
+            each.append(clock.step(inputs))
+        each = each[-STEPS:]
         del steps, clock
         gc.collect()  # DDP's memory, which refers to itself
     return {key: statistics.median(one[key] for one in each) for key in each[0]}

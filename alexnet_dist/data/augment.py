@@ -95,4 +95,8 @@ def crop_resize_flip(image: Tensor, box: NDArray[np.int64], flip: bool, side: in
 def normalise(images: Tensor, means: Tensor, std: Tensor) -> Tensor:
     """uint8 [b, 3, H, W] to float32, channels last; ``means`` [b, 3], ``std`` [3]."""
     result = images.to(torch.float32, memory_format=torch.channels_last)
-    return result.sub_(means[:, :, None, None]).mul_((1 / std)[None, :, None, None])
+    count, _, height, width = images.shape
+    # by the line: a loop over three colours would take half as long again on CPUs
+    lines = result.permute(0, 2, 3, 1).view(count, height, width * 3)
+    lines.sub_(means.repeat(1, width)[:, None]).mul_((1 / std).repeat(width))
+    return result

@@ -31,7 +31,11 @@ class _Decoded(Dataset[tuple[Tensor, dict[int, str]]]):
 
     def __getitem__(self, order: Order) -> tuple[Tensor, dict[int, str]]:
         numbers, boxes, flips = order
-        images = torch.empty(len(numbers), 3, self.side, self.side, dtype=torch.uint8)
+        images = torch.empty(
+            (len(numbers), 3, self.side, self.side),
+            dtype=torch.uint8,
+            memory_format=torch.channels_last,  # as decoders give them, and networks take them
+        )
         bad: dict[int, str] = {}
         for row, number in enumerate(numbers.tolist()):
             try:
