@@ -37,7 +37,8 @@ KINDS = ("all_reduce", "all_reduce_bf16", "all_gather", "all_to_all")
 SIZES = (2**16, 2**18, 2**20, 2**22, 2**24, 2**25)
 """Bytes of what is reduced, or of all that is gathered or dealt out."""
 
-WARM, STEPS, REPEATS = 2, 3, 3
+SMALL = 2**20  # bytes; what is small takes little time, and differs more
+WARM, STEPS, REPEATS = 2, 5, 3
 
 Stretches = dict[str, float]
 Meet = Callable[[], None]
@@ -278,7 +279,7 @@ def travelling(
             run()
             seconds = []
             before = _processors()
-            for _ in range(REPEATS):
+            for _ in range(REPEATS if size > SMALL else 5 * REPEATS):
                 dist.barrier(group)
                 begin = time.perf_counter()
                 run()
