@@ -227,12 +227,13 @@ def draw(record: dict[str, Any], parts: Parts, path: Path) -> None:
             xlabel="measured (s a step)",
             ylabel="predicted (s a step)",
         )
-        ticks = [0.25, 0.5, 1, 2, 4, 8]
+        ticks = [0.06, 0.12, 0.25, 0.5, 1, 2, 4, 8]
         shown = [tick for tick in ticks if ends[0] < tick < ends[1]]
         for side in (axis.xaxis, axis.yaxis):
             side.set_ticks(shown, [f"{tick:g}" for tick in shown])
             side.set_ticks([], minor=True)
-        hosts = " and ".join(str(n) for n in sorted({row["hosts"] for row in checked}))
+        *some, most = (str(n) for n in sorted({row["hosts"] for row in checked}))
+        hosts = f"{', '.join(some)} and {most}" if some else most
         axis.set_title(f"a step on {hosts} hosts\nlinks of 1 and 4 Gbit/s\nband: ±15 %", fontsize=8)
     what = "assumed, not measured" if parts.assumed else "measured"
     panels = (
