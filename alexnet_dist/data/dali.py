@@ -1,5 +1,6 @@
-"""The DALI engine: decoding, crop, resize, flip, colours and mean in one pipeline, on the GPU where
-there is one, a batch or more ahead of the training step.
+"""The DALI engine: decoding, crop, resize, flip, colours and mean in one pipeline on the GPU, a
+batch or more ahead of the training step. On CPUs DALI decodes and resizes; the rest is done as for
+raw pixels, which is sooner than by DALI.
 
 DALI draws nothing: bytes, boxes, flips and means come from the plan through external sources. The
 samples' numbers travel with them, so that what comes out says itself what it is.
@@ -21,6 +22,7 @@ from PIL import Image
 
 from alexnet_dist.data.augment import Pixels
 from alexnet_dist.data.engine import BadImages, Batch, OnBadImage, ahead_of_need
+from alexnet_dist.data.finishing import Finishing, Threads
 from alexnet_dist.data.formats import GIVES_UP, OTHER_SIZE, plain_size
 from alexnet_dist.data.plan import Draws
 from alexnet_dist.data.sources import Source
@@ -54,10 +56,11 @@ def build_pipeline(
     pixels: Pixels,
     hw_decoder_load: float = HARDWARE_SHARE,
 ) -> Any:
-    """A pipeline that is fed by name: encoded, start, shape, mirror, mean, std, number; where there
-    is nothing to decode, cut pixels [h, w, 3] take the place of the first three.
+    """A pipeline that is fed by name: encoded, start, shape; number; on a GPU mirror, mean, std.
+    Where there is nothing to decode, cut pixels [h, w, 3] take the place of the first three.
 
-    Outputs: images [b, side, side, 3], float32, and the samples' numbers, int64.
+    Outputs: images [b, side, side, 3], float32 on a GPU, on a CPU uint8 that are yet to be flipped
+    and normalised; and the samples' numbers, int64.
     """
     from nvidia.dali import Pipeline, fn, types
 
@@ -74,9 +77,6 @@ def build_pipeline(
         def feed(name: str, dtype: Any, ndim: int, **options: Any) -> Any:
             return fn.external_source(name=name, dtype=dtype, ndim=ndim, batch=True, **options)
 
-        mirror = feed("mirror", types.INT32, 0)
-        mean = feed("mean", types.FLOAT, 1)
-        std = feed("std", types.FLOAT, 1)
         number = feed("number", types.INT64, 0)
         if decoder == "none":
             images = feed("pixels", types.UINT8, 3, layout="HWC", no_copy=True)
@@ -88,14 +88,15 @@ def build_pipeline(
             images = decoded(encoded, start, shape, decoder, gpu, hw_decoder_load)
         if resize:
             images = fn.resize(images, size=[pixels.side, pixels.side], antialias=True)
-        images = fn.crop_mirror_normalize(
-            images,
-            mean=mean,
-            std=std,
-            mirror=mirror,
-            dtype=types.FLOAT,
-            output_layout="HWC",
-        )
+        if gpu:
+            images = fn.crop_mirror_normalize(
+                images,
+                mean=feed("mean", types.FLOAT, 1),
+                std=feed("std", types.FLOAT, 1),
+                mirror=feed("mirror", types.INT32, 0),
+                dtype=types.FLOAT,
+                output_layout="HWC",
+            )
         pipeline.set_outputs(images, number)
     pipeline.build()
     return pipeline
@@ -127,7 +128,13 @@ def decoded(
     return images.gpu() if gpu and not mixed else images
 
 
-def feed(pipeline: Any, encoded: list[NDArray[np.uint8]], draws: Draws, pixels: Pixels) -> None:
+def feed(
+    pipeline: Any,
+    encoded: list[NDArray[np.uint8]],
+    draws: Draws,
+    pixels: Pixels,
+    device: torch.device,
+) -> None:
     """Feed one batch to a pipeline of ``build_pipeline``: ``encoded`` bytes, or cut pixels."""
     if encoded[0].ndim == 3:
         pipeline.feed_input("pixels", encoded)
@@ -135,11 +142,12 @@ def feed(pipeline: Any, encoded: list[NDArray[np.uint8]], draws: Draws, pixels: 
         pipeline.feed_input("encoded", encoded)
         pipeline.feed_input("start", draws.boxes[:, :2].astype(np.int32))
         pipeline.feed_input("shape", draws.boxes[:, 2:].astype(np.int32))
-    pipeline.feed_input("mirror", draws.flips.astype(np.int32))
-    pipeline.feed_input("mean", pixels.means(draws))
-    stds = pixels.stds(draws.strength)
-    pipeline.feed_input("std", np.ascontiguousarray(np.broadcast_to(stds, (len(encoded), 3))))
     pipeline.feed_input("number", np.ascontiguousarray(draws.numbers))
+    if device.type == "cuda":
+        pipeline.feed_input("mirror", draws.flips.astype(np.int32))
+        pipeline.feed_input("mean", pixels.means(draws))
+        stds = pixels.stds(draws.strength)
+        pipeline.feed_input("std", np.ascontiguousarray(np.broadcast_to(stds, (len(encoded), 3))))
 
 
 @functools.cache
@@ -181,7 +189,7 @@ def _probe(decoder: Decoder, device: torch.device) -> None:
         max_batch=count, threads=2, device=device, decoder=decoder, resize=True, pixels=pixels
     )
     for _ in range(4):
-        feed(pipeline, encoded, draws, pixels)
+        feed(pipeline, encoded, draws, pixels, device)
         images = torch.from_dlpack(pipeline.run()[0].as_tensor())
         if not bool(torch.isfinite(images).all()):
             raise RuntimeError("the decoded images are not finite")
@@ -227,6 +235,8 @@ class DaliEngine:
             pixels=pixels,
         )
         self._pipeline = self._build()
+        self._threads = Threads(threads)
+        self._finishing = Finishing(pixels, max_batch=max_batch, threads=self._threads)
         self._readers = ThreadPoolExecutor(max(threads, 8), thread_name_prefix="read")
         self._labels = torch.from_numpy(source.index.labels)
         does = {
@@ -248,6 +258,7 @@ class DaliEngine:
 
     def close(self) -> None:
         self._readers.shutdown(cancel_futures=True)
+        self._threads.close()
 
     def _read_all(
         self, draws: Draws, rows: slice = slice(None)
@@ -332,15 +343,17 @@ class DaliEngine:
         if len(draws.numbers) == 0:
             images = torch.empty(0, 3, side, side, device=self.device)
             return Batch(images, self._labels[:0].to(self.device), draws.numbers)
-        feed(self._pipeline, encoded, draws, self.pixels)
-        images, numbers = self._pipeline.run()
-        came = torch.from_dlpack(numbers.as_tensor())
-        labels = self._labels[came]
+        feed(self._pipeline, encoded, draws, self.pixels, self.device)
+        images, numbers = (torch.from_dlpack(out.as_tensor()) for out in self._pipeline.run())
+        labels = self._labels[numbers]
         if self.device.type == "cuda":
             labels = labels.pin_memory().to(self.device, non_blocking=True)
-        # DALI's own memory, seen as [b, 3, H, W]; it is given back when torch lets go of it
-        finished = torch.from_dlpack(images.as_tensor()).permute(0, 3, 1, 2)
-        return Batch(finished, labels, came.numpy().copy())
+            # DALI's own memory, seen as [b, 3, H, W]; it is given back when torch lets go of it
+            finished = images.permute(0, 3, 1, 2)
+        else:
+            whole = np.tile([0, 0, side, side], (len(images), 1))
+            finished = self._finishing(images.numpy(), np.arange(len(images)), whole, draws)
+        return Batch(finished, labels, numbers.numpy().copy())
 
     def _find_bad(self, draws: Draws, encoded: list[NDArray[np.uint8]], error: Exception) -> None:
         """Note which images made a batch fail: the one that DALI names, which need not fail alone
@@ -351,19 +364,19 @@ class DaliEngine:
         if named:
             self.bad.found(int(draws.numbers[int(named[1])]), GIVES_UP)
             return
-        before = len(self.bad.reasons)
+        before, cpu = len(self.bad.reasons), torch.device("cpu")
         alone: Any = None
         for row, number in enumerate(draws.numbers.tolist()):
             alone = alone or build_pipeline(
                 max_batch=1,
                 threads=1,
-                device=torch.device("cpu"),
+                device=cpu,
                 decoder="none" if self.source.raw else "region",
                 resize=True,
                 pixels=self.pixels,
             )
             one = draws.only(np.arange(len(encoded)) == row)
-            feed(alone, [encoded[row]], one, self.pixels)
+            feed(alone, [encoded[row]], one, self.pixels, cpu)
             try:
                 alone.run()
             except Exception:

@@ -6,12 +6,8 @@ batch are gathered from the file's memory map and uploaded under the running ste
 are cut straight from the memory map, which all processes of a machine share.
 """
 
-import math
-import weakref
-from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Generator, Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +17,7 @@ from torch import Tensor
 from alexnet_dist.data import crops
 from alexnet_dist.data.augment import Pixels
 from alexnet_dist.data.engine import BadImages, Batch, OnBadImage, ahead_of_need
+from alexnet_dist.data.finishing import Finishing, Threads, arithmetic
 from alexnet_dist.data.plan import Draws
 from alexnet_dist.data.prepared import PixelSource
 from alexnet_dist.data.sources import Source
@@ -69,9 +66,8 @@ class ResidentEngine:
         self.bad = BadImages(source, policy)
         self._rows = source.index.places[:, 0]
         self._labels = torch.from_numpy(source.index.labels)
-        self._count = max(threads, 1)
-        self._threads = ThreadPoolExecutor(self._count, thread_name_prefix="cut")
-        self._memory = _Memory(max_batch * pixels.side**2 * 3)
+        self._threads = Threads(threads)
+        self._finish = Finishing(pixels, max_batch=max_batch, threads=self._threads)
         size = f"{self.source.pixels.nbytes / 1e9:.1f} GB of raw pixels"
         if device.type == "cuda":
             self._cut, self._stream = crops.choose_cut(device), torch.cuda.Stream(device)
@@ -95,36 +91,12 @@ class ResidentEngine:
             yield batch
 
     def close(self) -> None:
-        self._threads.shutdown(cancel_futures=True)
-
-    def _in_parts(self, do: Callable[[slice], Any], count: int) -> None:
-        """Two parts to a thread: what is less is done before the next thread has woken."""
-        part = max(-(-count // (2 * self._count)), 8)
-        for _ in self._threads.map(do, [slice(at, at + part) for at in range(0, count, part)]):
-            pass
-
-    def _arithmetic(self, draws: Draws) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        return self.pixels.means(draws), np.reciprocal(self.pixels.stds(draws.strength))
+        self._threads.close()
 
     def _on_cpu(self, draws: Draws) -> Batch:
-        side, count = self.pixels.side, len(draws.numbers)
-        images = self._memory.lend(count, side, side, 3)
-        means, scales = self._arithmetic(draws)
-
-        def cut(part: slice) -> None:
-            rows, boxes, flips = (
-                self._rows[draws.numbers[part]],
-                draws.boxes[part],
-                draws.flips[part],
-            )
-            every = self.source.pixels
-            if (boxes[:, 2:] != side).any():
-                every = crops.resized_on_cpu(every, rows, boxes, flips, side)
-                rows, boxes, flips = np.arange(len(rows)), 0 * boxes, flips & False
-            crops.cut_on_cpu(every, rows, boxes, flips, means[part], scales, images[part])
-
-        self._in_parts(cut, count)
-        return Batch(images.permute(0, 3, 1, 2), self._labels[draws.numbers], draws.numbers)
+        numbers = draws.numbers
+        images = self._finish(self.source.pixels, self._rows[numbers], draws.boxes, draws)
+        return Batch(images, self._labels[numbers], numbers)
 
     def _on_gpu(self, draws: Draws) -> tuple[Batch, torch.cuda.Event]:
         """The batch, and what has to happen on the GPU before it is one."""
@@ -141,7 +113,7 @@ class ResidentEngine:
                     rows,
                     boxes,
                     draws.flips,
-                    *self._arithmetic(draws),
+                    *arithmetic(self.pixels, draws),
                     self._labels[draws.numbers],
                 )
             )
@@ -168,34 +140,8 @@ class ResidentEngine:
                 box = every[rows[at], top : top + shape[0], left : left + shape[1]]
                 gathered[at] = box
 
-        self._in_parts(gather, len(rows))
+        self._threads.each_part(gather, len(rows))
         return pinned.to(self.device, non_blocking=True)
-
-
-class _Memory:
-    """Memory for finished batches, lent again once torch has let go of it: to have new memory from
-    the system takes longer than to fill it.
-
-    Args:
-        largest: numbers in the largest batch.
-    """
-
-    def __init__(self, largest: int) -> None:
-        self._largest = largest
-        self._free: list[NDArray[np.float32]] = []
-
-    def lend(self, *shape: int) -> Tensor:
-        """float32 of any content."""
-        count = math.prod(shape)
-        if count > self._largest:
-            return torch.empty(shape)
-        try:
-            memory = self._free.pop()
-        except IndexError:
-            memory = np.empty(self._largest, np.float32)
-        lent = memory[:count]  # this view lives as long as any tensor on it
-        weakref.finalize(lent, self._free.append, memory).atexit = False
-        return torch.from_numpy(lent).view(shape)
 
 
 def _of_pixels(source: Source) -> PixelSource:
