@@ -4,9 +4,9 @@ python -m benchmarks.accuracy fast --data DIR [--seeds 2012 2013 2014] [--out FI
 
 Each run is the trainer's own command. SETS names what is compared: "fast", all that makes training
 faster against none of it; "large_batch", 512 images a step against 64: the paper's update at a rate
-eight times that of 64 and at the best of several rates (0.02 of 0.02, 0.04 and 0.08, one seed), and
-LARS (6 of 2, 6 and 12). Images are of 91 pixels, so that a run takes minutes on two cores; more
-options of the trainer can follow.
+eight times that of 64, and at the best of 0.02, 0.04 and 0.08 with one seed; and LARS at 6, where
+12 was as good with one seed, and 2 worse. Images are of 91 pixels, so that a run takes minutes on
+two cores; more options of the trainer can follow.
 """
 
 import argparse

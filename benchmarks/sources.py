@@ -35,7 +35,7 @@ from alexnet_dist.data.index import Source
 from alexnet_dist.data.plan import Draws, Plan
 from alexnet_dist.data.sources import make_catalogue, open_sources
 from alexnet_dist.measuring.machine import machine
-from alexnet_dist.parallel.mesh import _keep_memory, usable_processors
+from alexnet_dist.parallel.mesh import keep_memory, usable_processors
 from tests.data.prepared_folder import write_prepared
 
 CPU = torch.device("cpu")
@@ -153,7 +153,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="where the JSON goes")
     words = parser.parse_args()
 
-    _keep_memory()  # as in training
+    keep_memory()  # as in training
     torch.set_num_threads(usable_processors())
     speeds: dict[str, list[tuple[float, float]]] = {" ".join(way): [] for way in WAYS}
     with tempfile.TemporaryDirectory() as folder:

@@ -28,7 +28,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from alexnet_dist.parallel.arithmetic import choose_precision, device_name
 from alexnet_dist.parallel.collectives import Gathering
-from alexnet_dist.parallel.mesh import Mesh, _keep_memory, start, usable_processors
+from alexnet_dist.parallel.mesh import Mesh, keep_memory, start, usable_processors
 from benchmarks.step_model import FLOAT, LAYOUTS
 from benchmarks.steps import Steps
 
@@ -67,7 +67,7 @@ def observe(
     if cuda:
         torch.cuda.set_device(device)
     else:
-        _keep_memory()  # as in training
+        keep_memory()  # as in training
     threads = threads or max(usable_processors() // node, 1)
     torch.set_num_threads(threads)
     batches = batches or ([32, 128] if cuda else [4, 12])

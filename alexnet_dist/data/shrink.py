@@ -81,7 +81,8 @@ def shrink(encoded: NDArray[np.uint8], form: Form) -> Small:
 
 
 def _header(encoded: NDArray[np.uint8]) -> tuple[str, str, int, int]:
-    """Format and mode, in Pillow's words, height and width."""
+    """Format and mode, in Pillow's words, height and width. A plain JPEG is called RGB even where
+    it is grey, as both are decoded alike."""
     plain = plain_size(encoded)
     if plain and plain[0] * plain[1] < _LARGE:
         return "JPEG", "RGB", plain[0], plain[1]

@@ -150,7 +150,7 @@ def start(
     dist.init_process_group(backend, timeout=at_most, **where_to_meet)
     atexit.register(leave)
     if where.type == "cpu":
-        _keep_memory()
+        keep_memory()
     threads = threads or max(usable_processors() // local_world, 1)
     torch.set_num_threads(threads)
     patient, saving = (dist.new_group(backend="gloo", timeout=PATIENCE) for _ in range(2))
@@ -178,7 +178,7 @@ def usable_processors() -> int:
     return count
 
 
-def _keep_memory() -> None:
+def keep_memory() -> None:
     """Let the C library keep what is freed.
 
     A step frees and takes again half a gigabyte of gradients and activations. glibc gives blocks
