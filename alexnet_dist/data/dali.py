@@ -10,8 +10,10 @@ import functools
 import re
 import subprocess
 import sys
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from io import BytesIO
 from typing import Any, Literal
 
@@ -35,6 +37,13 @@ HARDWARE_SHARE = 0.65
 
 _READ_TOGETHER = 16
 """Files that a thread reads in a row: handing over one at a time costs more than reading it."""
+
+_AT_ONCE = {"cpu": 2, "cuda": 1}
+"""Batches under way, each in a pipeline of its own. On CPUs the threads of one have nothing to do
+while it is fed and its last images are decoded, which is an eighth of the time."""
+
+_Answers = Callable[[], list[NDArray[np.uint8] | OSError]]
+"""Waits for what was read of a batch's images."""
 
 
 def available() -> bool:
@@ -196,13 +205,13 @@ def _probe(decoder: Decoder, device: torch.device) -> None:
 
 
 class DaliEngine:
-    """Carries out draws with DALI, in a thread that stays ahead of the training step.
+    """Carries out draws with DALI, in threads that stay ahead of the training step.
 
     Args:
         max_batch: the most images that draws may have.
         decoder: as ``choose_decoder`` gives it; "none" where the source is raw.
         resize: whether any box may have another size than the finished image.
-        threads: of DALI's own, and as many that read files.
+        threads: of DALI's own for each batch under way, and as many that finish batches.
         ahead: finished batches that may wait.
     """
 
@@ -234,7 +243,9 @@ class DaliEngine:
             resize=resize,
             pixels=pixels,
         )
-        self._pipeline = self._build()
+        self._at_once = _AT_ONCE[device.type]
+        self._idle = [self._build() for _ in range(self._at_once)]
+        self._workers = ThreadPoolExecutor(self._at_once, thread_name_prefix="decode")
         self._threads = Threads(threads)
         self._finishing = Finishing(pixels, max_batch=max_batch, threads=self._threads)
         self._readers = ThreadPoolExecutor(max(threads, 8), thread_name_prefix="read")
@@ -253,12 +264,28 @@ class DaliEngine:
         Raises:
             Failure: an image cannot be decoded and the policy is to stop.
         """
-        finished = (self._finish(item, encoded) for item, encoded in self._read_ahead(draws))
-        return ahead_of_need(finished, self.ahead)
+        return ahead_of_need(self._in_order(draws), self.ahead)
 
     def close(self) -> None:
+        self._workers.shutdown(cancel_futures=True)
         self._readers.shutdown(cancel_futures=True)
         self._threads.close()
+
+    def _in_order(self, draws: Iterable[Draws]) -> Iterator[Batch]:
+        under_way: deque[tuple[Draws, Future[Batch]]] = deque()
+
+        def oldest() -> Batch:
+            planned, future = under_way.popleft()
+            batch = future.result()
+            self.bad.note(planned)
+            return batch
+
+        for planned, answers in self._read_ahead(draws):
+            under_way.append((planned, self._workers.submit(self._finish, planned, answers)))
+            if len(under_way) == self._at_once:
+                yield oldest()
+        while under_way:
+            yield oldest()
 
     def _read_all(
         self, draws: Draws, rows: slice = slice(None)
@@ -297,12 +324,10 @@ class DaliEngine:
             return None
         return size
 
-    def _read_ahead(
-        self, draws: Iterable[Draws]
-    ) -> Iterator[tuple[Draws, Callable[[], list[NDArray[np.uint8] | OSError]]]]:
+    def _read_ahead(self, draws: Iterable[Draws]) -> Iterator[tuple[Draws, _Answers]]:
         """Each of ``draws`` with its bytes, which are read while the one before is decoded."""
 
-        def ask(item: Draws) -> tuple[Draws, Callable[[], list[NDArray[np.uint8] | OSError]]]:
+        def ask(item: Draws) -> tuple[Draws, _Answers]:
             parts = [
                 slice(at, at + _READ_TOGETHER) for at in range(0, len(item.numbers), _READ_TOGETHER)
             ]
@@ -318,9 +343,7 @@ class DaliEngine:
         if before is not None:
             yield before
 
-    def _finish(
-        self, planned: Draws, answers: Callable[[], list[NDArray[np.uint8] | OSError]]
-    ) -> Batch:
+    def _finish(self, planned: Draws, answers: _Answers) -> Batch:
         draws, read = planned, answers()
         while True:
             for number, answer in zip(draws.numbers.tolist(), read, strict=True):
@@ -330,9 +353,7 @@ class DaliEngine:
                     self.bad.found(number, answer.strerror or str(answer))
             if not any(n in self.bad.reasons for n in draws.numbers.tolist()):
                 try:
-                    batch = self._run(draws, read)  # type: ignore[arg-type]
-                    self.bad.note(planned)
-                    return batch
+                    return self._run(draws, read)  # type: ignore[arg-type]
                 except Exception as error:
                     self._find_bad(draws, read, error)  # type: ignore[arg-type]
             draws = self.bad.apply(planned)
@@ -343,8 +364,9 @@ class DaliEngine:
         if len(draws.numbers) == 0:
             images = torch.empty(0, 3, side, side, device=self.device)
             return Batch(images, self._labels[:0].to(self.device), draws.numbers)
-        feed(self._pipeline, encoded, draws, self.pixels, self.device)
-        images, numbers = (torch.from_dlpack(out.as_tensor()) for out in self._pipeline.run())
+        with self._pipeline() as pipeline:
+            feed(pipeline, encoded, draws, self.pixels, self.device)
+            images, numbers = (torch.from_dlpack(out.as_tensor()) for out in pipeline.run())
         labels = self._labels[numbers]
         if self.device.type == "cuda":
             labels = labels.pin_memory().to(self.device, non_blocking=True)
@@ -355,17 +377,29 @@ class DaliEngine:
             finished = self._finishing(images.numpy(), np.arange(len(images)), whole, draws)
         return Batch(finished, labels, numbers.numpy().copy())
 
+    @contextmanager
+    def _pipeline(self) -> Iterator[Any]:
+        """One that is idle; one that fails is not to be trusted with the order, and built anew."""
+        pipeline = self._idle.pop()
+        try:
+            yield pipeline
+        except Exception:
+            pipeline = self._build()
+            raise
+        finally:
+            self._idle.append(pipeline)
+
     def _find_bad(self, draws: Draws, encoded: list[NDArray[np.uint8]], error: Exception) -> None:
         """Note which images made a batch fail: the one that DALI names, which need not fail alone
         or on the CPU; else those that do, decoded one by one in a pipeline of one."""
-        self._pipeline = self._build()  # a failed pipeline is not to be trusted with the order
         cause = str(error).rpartition("encountered:")[2].strip()
         named = re.search(r"Failed to decode sample #(\d+)", cause)
         if named:
             self.bad.found(int(draws.numbers[int(named[1])]), GIVES_UP)
             return
-        before, cpu = len(self.bad.reasons), torch.device("cpu")
+        cpu = torch.device("cpu")
         alone: Any = None
+        any_bad = False
         for row, number in enumerate(draws.numbers.tolist()):
             alone = alone or build_pipeline(
                 max_batch=1,
@@ -380,9 +414,9 @@ class DaliEngine:
             try:
                 alone.run()
             except Exception:
-                alone = None
+                alone, any_bad = None, True
                 self.bad.found(number, GIVES_UP)
-        if len(self.bad.reasons) == before:
+        if not any_bad:
             first = cause.partition("\n")[0] or type(error).__name__
             raise Failure(f"DALI failed on a batch whose images decode one by one: {first}")
 

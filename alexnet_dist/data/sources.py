@@ -43,7 +43,12 @@ class FolderSource:
         self.index = index
 
     def read(self, number: int) -> NDArray[np.uint8]:
-        return checked(np.fromfile(self.path(number), np.uint8))
+        file = os.open(self.path(number), os.O_RDONLY)  # numpy's fromfile takes twice as long
+        try:
+            encoded = os.read(file, os.fstat(file).st_size)
+        finally:
+            os.close(file)
+        return checked(np.frombuffer(encoded, np.uint8))
 
     def path(self, number: int) -> str:
         return f"{self.index.folder}/{self.index.names[number]}"

@@ -1,6 +1,7 @@
 """Both engines carry out one plan, and agree on what they cannot decode."""
 
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 import pytest
@@ -9,8 +10,9 @@ from PIL import Image
 
 from alexnet_dist.data import build_engine
 from alexnet_dist.data.augment import Pixels, pixels_for
+from alexnet_dist.data.dali import DaliEngine
 from alexnet_dist.data.engine import Batch, Engine
-from alexnet_dist.data.plan import EvaluationPlan, Plan
+from alexnet_dist.data.plan import Draws, EvaluationPlan, Plan
 from alexnet_dist.data.sources import Source, make_catalogue, open_sources
 from alexnet_dist.errors import Failure
 from tests.conftest import write_images
@@ -187,3 +189,45 @@ def test_a_loop_that_leaves_early_is_no_burden(name: str, tmp_path: Path) -> Non
         assert next(batches).numbers.tolist() == plan.draw(0, 0).numbers.tolist()
         batches.close()
     used.close()
+
+
+def test_batches_come_in_order_though_one_overtakes_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two are under way: the second ends before the first, which waits for it; of two that fail,
+    the first is told of."""
+    source, _, pixels = open_folder(write_images(tmp_path / "i", side=128), tmp_path)
+    plan = Plan(source.index.sizes, 4, 5, fraction=0.5)
+    draws = list(plan.epoch(0, 0, slice(None)))
+    of = {item.numbers.tobytes(): number for number, item in enumerate(draws)}
+    second, run = Event(), DaliEngine._run
+
+    def overtaken(self: DaliEngine, item: Draws, encoded: list) -> Batch:
+        number = of[item.numbers.tobytes()]
+        assert number != 0 or second.wait(60)
+        batch = run(self, item, encoded)
+        if number == 1:
+            second.set()
+        return batch
+
+    monkeypatch.setattr(DaliEngine, "_run", overtaken)
+    batches = epoch(engine("dali", source, pixels, plan), plan)
+    assert [b.numbers.tolist() for b in batches] == [item.numbers.tolist() for item in draws]
+
+    second.clear()
+    for number, reason in ((0, b""), (1, b"no image at all")):
+        Path(source.path(int(draws[number].numbers[0]))).write_bytes(reason)
+
+    def failing(self: DaliEngine, item: Draws, answers: object) -> Batch:
+        number = of[item.numbers.tobytes()]
+        assert number != 0 or second.wait(60)
+        try:
+            return finish(self, item, answers)  # type: ignore[arg-type]
+        finally:
+            if number == 1:
+                second.set()
+
+    finish = DaliEngine._finish
+    monkeypatch.setattr(DaliEngine, "_finish", failing)
+    with pytest.raises(Failure, match="the file is empty"):
+        epoch(engine("dali", source, pixels, plan), plan)

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from alexnet_dist.data import build_engine, crops
 from alexnet_dist.data.augment import Pixels, crop_resize_flip, pixels_for
@@ -165,6 +167,27 @@ def test_matrix_products_resize_as_torchvision_does(folders: dict[str, Path]) ->
         assert difference.float().mean() < 0.05
     as_it_was = images[1, 3 : 3 + SIDE, 5 : 5 + SIDE]
     assert torch.equal(ours[1], as_it_was.flip(1) if flips[1] else as_it_was)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 45), st.integers(0, 9), st.integers(0, 2**32 - 1))
+def test_cut_on_cpu_is_its_definition(side: int, more: int, seed: int) -> None:
+    """To the bit, of any side, wherever a crop lies and whatever surrounds it."""
+    random = np.random.default_rng(seed)
+    height, width = side + more, side + more // 2
+    pixels = random.integers(0, 256, (3, height, width, 3), np.uint8)
+    corners = random.integers(0, [height - side + 1, width - side + 1], (5, 2))
+    boxes = np.concatenate([corners, np.full((5, 2), side)], 1)
+    rows, flips = random.integers(0, 3, 5), random.random(5) < 0.5
+    means = random.uniform(0, 255, (5, 3)).astype(np.float32)
+    scales = random.uniform(0.01, 1, 3).astype(np.float32)
+    room = torch.full((7, side, side, 3), torch.nan)
+    crops.cut_on_cpu(pixels, rows, boxes, flips, means, scales, room[1:6])
+    for row, (top, left, *_) in enumerate(boxes.tolist()):
+        box = pixels[rows[row], top : top + side, left : left + side].astype(np.float32)
+        box = box[:, ::-1] if flips[row] else box
+        assert np.array_equal(room[row + 1].numpy(), (box - means[row]) * scales)
+    assert room[[0, 6]].isnan().all()
 
 
 def test_cut_by_torch(folders: dict[str, Path]) -> None:
