@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torchvision.transforms.v2 import functional as TF
+from torch.nn import functional as F
 
 from alexnet_dist.data.plan import Draws
 from alexnet_dist.data.statistics import Statistics
@@ -88,8 +88,14 @@ def crop_resize_flip(image: Tensor, box: NDArray[np.int64], flip: bool, side: in
     top, left, height, width = (int(x) for x in box)
     image = image[:, top : top + height, left : left + width]
     if (height, width) != (side, side):
-        image = TF.resize(image, [side, side], antialias=True)
+        image = resize(image, side)
     return image.flip(-1) if flip else image
+
+
+def resize(image: Tensor, side: int) -> Tensor:
+    """An uint8 image [3, H, W] as [3, side, side]; channels last, if it is so itself."""
+    batch = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)  # image[None] has no such strides
+    return F.interpolate(batch, [side, side], mode="bilinear", antialias=True)[0]
 
 
 def normalise(images: Tensor, means: Tensor, std: Tensor) -> Tensor:

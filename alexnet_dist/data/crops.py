@@ -13,7 +13,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from alexnet_dist.data.augment import crop_resize_flip
+from alexnet_dist.data.augment import resize
 
 try:
     from alexnet_dist.data.crops_triton import cut_by_triton
@@ -87,18 +87,19 @@ def cut_on_cpu(
     cut(pixels.ctypes.data, height, width, side, len(rows), *given, out.data_ptr())
 
 
-def resized_on_cpu(pixels: Bytes, rows: Ints, boxes: Ints, flips: Bools, side: int) -> Bytes:
-    """The boxes of images, resized and flipped: [b, side, side, 3].
+def resized_on_cpu(pixels: Bytes | Sequence[Bytes], rows: Ints, boxes: Ints, side: int) -> Bytes:
+    """The boxes of images [H, W, 3], resized: [b, side, side, 3].
 
-    One by one: torchvision's resize of bytes is five times as fast here as matrix products are.
+    One by one: torch's resize of bytes is five times as fast here as matrix products are. All else
+    is left to numpy, as torch would copy an image in several threads, which wait for each other.
     """
     images = np.empty((len(rows), side, side, 3), np.uint8)
     for row, (top, left, height, width) in enumerate(boxes.tolist()):
-        box = pixels[rows[row], top : top + height, left : left + width].copy()
-        image = torch.from_numpy(box).permute(2, 0, 1)
-        whole = np.array([0, 0, height, width])
-        image = crop_resize_flip(image, whole, bool(flips[row]), side)
-        torch.from_numpy(images[row]).copy_(image.permute(1, 2, 0))
+        box = pixels[rows[row]][top : top + height, left : left + width]
+        if (height, width) != (side, side):
+            image = torch.from_numpy(np.require(box, requirements=["C", "W"])).permute(2, 0, 1)
+            box = resize(image, side).permute(1, 2, 0).numpy()
+        images[row] = box
     return images
 
 

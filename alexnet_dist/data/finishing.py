@@ -3,7 +3,7 @@ memory that is used again."""
 
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -45,11 +45,13 @@ class Finishing:
         self.pixels, self._threads = pixels, threads
         self._memory = _Memory(max_batch * pixels.side**2 * 3)
 
-    def __call__(self, every: Bytes, rows: Ints, boxes: Ints, draws: Draws) -> Tensor:
+    def __call__(
+        self, every: Bytes | Sequence[Bytes], rows: Ints, boxes: Ints, draws: Draws
+    ) -> Tensor:
         """A finished batch [b, 3, side, side], float32, channels last.
 
         Args:
-            every: [N, H, W, 3].
+            every: images [H, W, 3], or one array of them.
             rows: [b], which of them.
             boxes: [b, 4], what of those, resized where it has another side than the finished image.
             draws: flips and colours.
@@ -59,11 +61,11 @@ class Finishing:
         means, scales = arithmetic(self.pixels, draws)
 
         def cut(part: slice) -> None:
-            these, of, flips, where = every, rows[part], draws.flips[part], boxes[part]
-            if (where[:, 2:] != side).any():
-                these = resized_on_cpu(every, of, where, flips, side)
-                of, where, flips = np.arange(len(of)), 0 * where, flips & False
-            cut_on_cpu(these, of, where, flips, means[part], scales, images[part])
+            these, of, where = every, rows[part], boxes[part]
+            if not isinstance(these, np.ndarray) or (where[:, 2:] != side).any():
+                these = resized_on_cpu(these, of, where, side)
+                of, where = np.arange(len(of)), 0 * where
+            cut_on_cpu(these, of, where, draws.flips[part], means[part], scales, images[part])
 
         self._threads.each_part(cut, count)
         return images.permute(0, 3, 1, 2)
