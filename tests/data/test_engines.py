@@ -1,5 +1,6 @@
 """Both engines carry out one plan, and agree on what they cannot decode."""
 
+from collections.abc import Callable
 from pathlib import Path
 from threading import Event
 
@@ -214,11 +215,11 @@ def test_batches_come_in_order_though_one_overtakes_another(
     for number, reason in ((0, b""), (1, b"no image at all")):
         Path(source.path(int(draws[number].numbers[0]))).write_bytes(reason)
 
-    def failing(self: DaliEngine, item: Draws, answers: object) -> Batch:
+    def failing(self: DaliEngine, item: Draws, answers: Callable[[], list]) -> Batch:
         number = of[item.numbers.tobytes()]
         assert number != 0 or second.wait(60)
         try:
-            return finish(self, item, answers)  # type: ignore[arg-type]
+            return finish(self, item, answers)
         finally:
             if number == 1:
                 second.set()
