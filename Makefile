@@ -45,9 +45,9 @@ bench-gpu: $(ENV)
 	$(PY) -m benchmarks.lrn
 	$(PY) -m benchmarks.update
 	$(BENCH_GPU) --baseline --data.root $(DATA) --out benchmarks/results/bench-gpu-torchvision.json
-	$(BENCH_GPU) --each --model.variant paper --data.root $(DATA) --out benchmarks/results/bench-gpu-paper.json
+	$(BENCH_GPU) --each --model.arch paper --data.root $(DATA) --out benchmarks/results/bench-gpu-paper.json
 	$(PY) -m alexnet_dist.prepare $(DATA) --out $(PIXELS) --format pixels --crop center
-	$(BENCH_GPU) --model.variant paper --data.crop paper --data.root $(PIXELS) --out benchmarks/results/bench-gpu-resident.json
+	$(BENCH_GPU) --model.arch paper --data.train_crop paper --data.root $(PIXELS) --out benchmarks/results/bench-gpu-resident.json
 
 $(ENV): pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv .venv

@@ -21,17 +21,17 @@ import torch
 
 from alexnet_dist.assembly.measures import Measures
 from alexnet_dist.assembly.parts import check_network
-from alexnet_dist.config import Config, OwnOptions, Parsed, parse
+from alexnet_dist.config import CommandParser, Config, ParsedArgs, parse
 from alexnet_dist.data import dali
-from alexnet_dist.data.sources import make_catalogue
-from alexnet_dist.errors import Failure, run_command
+from alexnet_dist.data.sources import scan_dataset
+from alexnet_dist.errors import UserError, run_command
 from alexnet_dist.measuring import baseline, report
 from alexnet_dist.measuring.machine import machine
 from alexnet_dist.measuring.turns import Figure, rounded
 from alexnet_dist.parallel.mesh import start, usable_processors
 
 PROGRAM = "python -m alexnet_dist.bench"
-CROPS = ["--data.crop=random_resized", "--data.colour=none"]
+CROPS = ["--data.train_crop=random_resized", "--data.pca_noise=none"]
 """The options with which our engine makes the crops of PyTorch's ImageNet example."""
 PLAIN = {"example": baseline.training, "dataloader": baseline.dataloader, "dali": baseline.dali}
 
@@ -44,10 +44,12 @@ def main(arguments: list[str]) -> None:
     if words.turn in PLAIN:
         print(_plain_turn(words, config.data.batch_size))
         return
-    mesh = start(config.runtime.device, config.runtime.threads, config.runtime.timeout)
+    mesh = start(config.runtime.device, config.runtime.threads, config.runtime.hang_timeout)
     check_network(config, mesh)
     if words.baseline is not None and mesh.world > 1:
-        raise Failure("--baseline is for one process: start it without torchrun", everywhere=True)
+        raise UserError(
+            "--baseline is for one process: start it without torchrun", on_all_ranks=True
+        )
     folder = None if words.baseline is None or words.turn else _folder(words, config)
     mesh = mesh.arrange(config.parallel.towers)
     measures = Measures(config, mesh, rounds=words.rounds, seconds=words.seconds)
@@ -64,7 +66,7 @@ def main(arguments: list[str]) -> None:
             _keep(record, Path(words.out))
 
 
-def _about(parsed: Parsed, measures: Measures, words: Namespace) -> dict[str, Any]:
+def _about(parsed: ParsedArgs, measures: Measures, words: Namespace) -> dict[str, Any]:
     """What is measured, and where."""
     config, mesh, images = parsed.config, measures.mesh, measures.images.catalogue
     return {
@@ -72,7 +74,7 @@ def _about(parsed: Parsed, measures: Measures, words: Namespace) -> dict[str, An
         "date": time.strftime("%Y-%m-%d"),
         "machine": machine(mesh.device),
         "recipe": parsed.recipe,
-        "variant": config.model.variant,
+        "variant": config.model.arch,
         "classes": measures.learner.outputs,
         "batch": config.data.batch_size,
         "image_size": config.data.image_size,
@@ -90,7 +92,7 @@ def _keep(record: dict[str, Any], path: Path) -> None:
         path.write_text(json.dumps(record, indent=1) + "\n")
         report.draw(record, path.with_suffix(".png"))
     except OSError as error:
-        raise Failure(f"--out {path} cannot be written ({error.strerror})") from None
+        raise UserError(f"--out {path} cannot be written ({error.strerror})") from None
 
 
 def _baseline(words: Namespace, dotted: list[str], folder: Path) -> dict[str, Any]:
@@ -120,7 +122,7 @@ def _turn(name: str, words: Namespace, dotted: list[str], folder: Path) -> float
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        raise Failure(f"the turn of {name} failed ({reason}): {' '.join(command)} shows more")
+        raise UserError(f"the turn of {name} failed ({reason}): {' '.join(command)} shows more")
     return float(done.stdout.split()[-1])
 
 
@@ -145,9 +147,9 @@ def _now() -> float:
 def _folder(words: Namespace, config: Config) -> Path:
     """The folder of JPEGs, class by class, that the plain loop reads."""
     root = words.baseline or config.data.root
-    catalogue = make_catalogue(root, config.data.cache, lambda *_: None)
+    catalogue = scan_dataset(root, config.data.cache_dir, lambda *_: None)
     if catalogue.kind != "folders":
-        raise Failure(
+        raise UserError(
             f"{root} holds no folders of images, which the plain loop reads: give --baseline DIR, "
             "the folder that it was made of"
         )
@@ -155,7 +157,7 @@ def _folder(words: Namespace, config: Config) -> Path:
 
 
 def _understand(arguments: list[str]) -> tuple[Namespace, list[str]]:
-    options = OwnOptions(PROGRAM, __doc__)
+    options = CommandParser(PROGRAM, __doc__)
     options.add_argument(
         "--baseline",
         nargs="?",
@@ -175,9 +177,9 @@ def _understand(arguments: list[str]) -> tuple[Namespace, list[str]]:
     for name, least in (("rounds", 1), ("seconds", 0.0)):
         value = getattr(words, name)
         if not value >= least:
-            raise Failure(f"--{name} is {value}; it must be at least {least}", everywhere=True)
+            raise UserError(f"--{name} is {value}; it must be at least {least}", on_all_ranks=True)
     if words.out and not Path(words.out).absolute().parent.is_dir():
-        raise Failure(f"there is no folder for --out {words.out}: make it", everywhere=True)
+        raise UserError(f"there is no folder for --out {words.out}: make it", on_all_ranks=True)
     return words, (["--config", words.config] if words.config else []) + dotted
 
 

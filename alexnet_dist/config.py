@@ -16,7 +16,7 @@ from typing import Any, Literal, NoReturn
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from alexnet_dist.errors import Failure
+from alexnet_dist.errors import UserError
 
 Rows = list[tuple[float, float]]
 Table = dict[str, Rows]
@@ -32,24 +32,24 @@ class DataConfig:
     """Folder with train/ and val/ (or test/), a folder a class in each; or one that `python -m
     alexnet_dist.prepare` made, of shards or pixels; or one with CIFAR-10's own files; "digits" is
     the embedded set. With neither --config nor --data.root the run is configs/quickstart.yaml."""
-    cache: str = "~/.cache/alexnet_dist"
+    cache_dir: str = "~/.cache/alexnet_dist"
     """Where the digits lie, and the indexes of data folders that cannot be written."""
     batch_size: int = 128
     """Images in a step, over all processes (the paper, section 5)."""
     eval_batch_size: int = 256
     """Images in a step of an evaluation, over all processes; views, where an image has ten."""
-    engine: Literal["auto", "dali", "dataloader", "resident"] = "auto"
-    """What makes batches. resident is for folders of raw pixels, which lie on the GPU where they
+    loader: Literal["auto", "dali", "torch", "gpu_cache"] = "auto"
+    """What makes batches. gpu_cache is for folders of raw pixels, which lie on the GPU where they
     fit; auto takes it there, else DALI where it is installed."""
-    decoder: Literal["auto", "region", "full", "cpu"] = "auto"
+    dali_decoder: Literal["auto", "roi", "full", "cpu"] = "auto"
     """What DALI decodes on a GPU: the crop only, the whole image, or the crop on the CPU; auto
     tries them in this order, in a process of their own."""
     image_size: int = 224
     """Side of the images that the network sees, in pixels."""
-    resize: int = 256
+    resize_size: int = 256
     """Shorter side to which image_size refers: a crop covers image_size / resize of the stored
     image's shorter side (the paper, section 2)."""
-    crop: Literal["paper", "chunked", "random_resized"] = "paper"
+    train_crop: Literal["paper", "chunked", "random_resized"] = "paper"
     """Training crop: a square of fixed size somewhere in the central square (the paper, section
     4.1); chunked, the same place and flip for 32 images in a row (the authors' program); or a box
     of random area and shape as torchvision draws it."""
@@ -57,20 +57,20 @@ class DataConfig:
     """random_resized: bounds of the box's area, as a part of the image's."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """random_resized: bounds of the box's width over its height."""
-    flip: bool = True
+    hflip: bool = True
     """Flip every other training image, left to right, at random."""
-    colour: Literal["none", "source", "paper"] = "none"
+    pca_noise: Literal["none", "source", "paper"] = "none"
     """Colour noise: as the authors' program has it, or as the paper prints it."""
-    colour_strength: float = 0.1
+    pca_noise_std: float = 0.1
     """Standard deviation of the colour noise's coefficients."""
-    colour_table: Rows = field(default_factory=list)
+    pca_noise_schedule: Rows = field(default_factory=list)
     """Passes done and the colour_strength that holds from there: [[0, 0.1], [66, 0]]; empty: the
     same throughout."""
-    on_bad_image: Literal["stop", "skip"] = "stop"
+    on_corrupt_image: Literal["stop", "skip"] = "stop"
     """An image that cannot be decoded: stop, or take the next one and record it."""
     threads: int = 0
     """Threads that decode, per process; 0: as many as the process has processors."""
-    ahead: int = 2
+    prefetch: int = 2
     """Batches prepared ahead of the training step."""
 
 
@@ -78,7 +78,7 @@ class DataConfig:
 class ModelConfig:
     """The network."""
 
-    variant: str = "paper"
+    arch: str = "paper"
     """A network of the table that `python -m alexnet_dist.summary` lists."""
     init: Literal["source", "paper", "torch"] | None = None
     """Initial weights: the authors' program's, the paper's (0.01 everywhere) or torch's; null is
@@ -87,7 +87,7 @@ class ModelConfig:
     """Probability with which fc6 and fc7 (torchvision: their inputs) drop a unit."""
     num_classes: int | None = None
     """Outputs; null: as many as the data has classes."""
-    weights: str | None = None
+    pretrained: str | None = None
     """Start from the weights of this run, checkpoint or exported .safetensors, or of torchvision's
     AlexNet in a .pth; a last layer for other classes is made anew."""
 
@@ -96,42 +96,42 @@ class ModelConfig:
 class ScheduleConfig:
     """How the learning rate moves. A pass is an epoch; passes are real numbers."""
 
-    name: Literal["constant", "plateau", "one_cycle", "polynomial", "table"] = "plateau"
+    name: Literal["constant", "plateau", "one_cycle", "polynomial", "piecewise"] = "plateau"
     """plateau: divided by ten when the validation error stops improving, three times, as the
-    paper did; polynomial: times the square of the part of the run that is left; table: values at
-    given passes."""
-    warmup: float = 0.0
+    paper did; polynomial: times the square of the part of the run that is left; piecewise: values
+    at given passes."""
+    warmup_epochs: float = 0.0
     """Passes over which the rate rises from nothing, before any other schedule."""
     patience: int = 3
     """plateau: evaluations without a better error that are waited for."""
-    drops: int = 3
+    max_drops: int = 3
     """plateau: how often the rate is divided by ten."""
-    rise: float = 0.3
+    pct_start: float = 0.3
     """one_cycle: part of the run in which the rate rises; optim.lr is the peak."""
-    table: Table = field(default_factory=dict)
-    """table: for "weights" and "biases" (or a parameter's own name) the passes done and the rate
-    that holds from there: {weights: [[0, 0.01], [24, 0.001]]}."""
+    milestones: Table = field(default_factory=dict)
+    """piecewise: for "weights" and "biases" (or a parameter's own name) the passes done and the
+    rate that holds from there: {weights: [[0, 0.01], [24, 0.001]]}."""
 
 
 @dataclass
 class OptimConfig:
     """The optimizer."""
 
-    name: Literal["paper", "sgd", "lars"] = "paper"
+    name: Literal["sgd2012", "sgd", "lars"] = "sgd2012"
     """The paper's update, with the rate inside the velocity; torch's SGD; or LARS, the paper's
     with a rate of its own for each weight tensor (You, Gitman, Ginsburg 2017)."""
     lr: float = 0.01
     """Learning rate."""
-    bias_lr: float = 1.0
+    bias_lr_mult: float = 1.0
     """Learning rate of biases, as a multiple of lr (2 in the authors' program)."""
-    factors: dict[str, float] = field(default_factory=dict)
+    lr_mults: dict[str, float] = field(default_factory=dict)
     """What multiplies the rate that a schedule gives, for parameters by their names:
     {conv1.weight: 0.1}."""
     momentum: float = 0.9
     """Momentum."""
     weight_decay: float = 0.0005
     """Weight decay; never on biases."""
-    trust: float = 0.001
+    trust_coefficient: float = 0.001
     """lars: a step is at most lr * trust of a tensor's norm, before momentum; biases have the plain
     rate, so give them a bias_lr that is small."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -144,19 +144,19 @@ class TrainConfig:
     epochs: float = 90
     """Passes over the training images (the paper: roughly 90)."""
     epochs_scale: float = 1.0
-    """The same life in so many times the passes: epochs, optim.schedule and data.colour_table
+    """The same life in so many times the passes: epochs, optim.schedule and data.pca_noise_schedule
     shrink or stretch in proportion."""
     max_steps: int | None = None
     """Stop early, as at a normal end; schedules keep to train.epochs, and the run can go on."""
-    accumulate: int = 1
+    grad_accum_steps: int = 1
     """Parts in which a process computes its images of a step, one after another, where memory does
     not hold all; gradients add up and travel once. Batch normalisation has the statistics of a
     part, over all processes, not those of the batch."""
-    log_every: int = 20
+    log_interval: int = 20
     """Steps between two records."""
     seed: int = 2012
     """Of weights, order, crops and dropout."""
-    on_nan: Literal["stop", "skip", "rollback"] = "stop"
+    on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"
     """A loss or a gradient that is not finite: stop; leave that step's update out (which costs a
     look at every gradient); or go back to the last checkpoint and leave it out then."""
 
@@ -165,13 +165,13 @@ class TrainConfig:
 class CheckpointConfig:
     """Checkpoints."""
 
-    every_steps: int | None = 1000
+    interval_steps: int | None = 1000
     """Steps between checkpoints, besides those at the end of each epoch."""
-    keep: int = 2
+    keep_last: int = 2
     """Newest ones kept, besides the best: where the last is damaged, the one before it is used."""
     keep_every: int | None = None
     """Keep those of every so many steps for good."""
-    asynchronous: bool = True
+    async_save: bool = True
     """Train on while a checkpoint is written."""
 
 
@@ -179,7 +179,7 @@ class CheckpointConfig:
 class RunConfig:
     """The run's folder."""
 
-    root: str = "runs"
+    output_dir: str = "runs"
     """Where run folders lie."""
     name: str | None = None
     """The folder's name; null: the config file's, with -2, -3 once a run of that name has ended."""
@@ -188,10 +188,10 @@ class RunConfig:
     time_limit: str | None = None
     """Save and leave, to be started again, before this life is so old: seconds, M:S, H:M:S or
     D-H:M:S. The end of a SLURM job is heeded anyway."""
-    signals: list[str] = field(default_factory=lambda: ["SIGUSR2"])
+    preempt_signals: list[str] = field(default_factory=lambda: ["SIGUSR2"])
     """Signals at which to save and leave, besides SIGTERM and Ctrl-C (NCCL wants SIGUSR1 for
     itself). A file PREEMPT in the run folder does the same."""
-    grace: float = 20.0
+    sigterm_grace: float = 20.0
     """Seconds after SIGTERM when a process ends even if it could not save; torchrun kills it after
     30."""
 
@@ -206,7 +206,7 @@ class ParallelConfig:
     """sharded: the fully connected layers are split over all processes ("One weird trick")."""
     fc_schedule: Literal["whole", "pipelined"] = "whole"
     """sharded: the global batch at once, or in turns, one's transfer under the other's product."""
-    compress: Literal["none", "bf16", "fp16", "powersgd"] = "none"
+    grad_compression: Literal["none", "bf16", "fp16", "powersgd"] = "none"
     """How gradients travel between replicas, where there are several."""
     powersgd_rank: int = 4
     """powersgd: rank of the matrices that stand for a gradient."""
@@ -246,20 +246,20 @@ class RuntimeConfig:
     """The same bits on a GPU in each run, more slowly; CPUs give them anyway."""
     threads: int = 0
     """Threads that compute, per process; 0: as many as it has processors."""
-    timeout: float = 600.0
+    hang_timeout: float = 600.0
     """Seconds without a step, or a batch of an evaluation, after which the run ends and names the
     process that all wait for."""
 
 
 @dataclass
-class TrackConfig:
+class WandbConfig:
     """Where records go, besides the run folder."""
 
-    wandb: Literal["auto", "online", "offline", "off"] = "auto"
+    mode: Literal["auto", "online", "offline", "off"] = "auto"
     """Weights & Biases; auto: online where a key is found, else offline."""
     project: str = "alexnet_dist"
     """Its project."""
-    images: bool = True
+    log_images: bool = True
     """Pictures of kernels and of labelled predictions."""
 
 
@@ -275,55 +275,55 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
-    track: TrackConfig = field(default_factory=TrackConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
 
 
-MEANING = (
+IMMUTABLE_ON_RESUME = (
     "data.batch_size",
     "data.image_size",
-    "data.resize",
-    "data.crop",
+    "data.resize_size",
+    "data.train_crop",
     "data.scale",
     "data.ratio",
-    "data.flip",
-    "data.colour",
-    "data.colour_strength",
+    "data.hflip",
+    "data.pca_noise",
+    "data.pca_noise_std",
     "model",
     "optim.name",
     "train.seed",
 )
 """What a run means: options that cannot change while it goes on."""
 
-OF_ONE_LIFE = ("train.max_steps", "run.resume", "run.root", "run.name", "run.time_limit")
+NOT_PERSISTED = ("train.max_steps", "run.resume", "run.output_dir", "run.name", "run.time_limit")
 """Options that hold for one start of a run, and are not kept for the next."""
 
 _BOUNDS: tuple[tuple[str, float, float], ...] = (
     ("data.batch_size", 1, float("inf")),
     ("data.eval_batch_size", 1, float("inf")),
     ("data.image_size", 16, 4096),
-    ("data.resize", 16, 8192),
+    ("data.resize_size", 16, 8192),
     ("data.threads", 0, 1024),
-    ("data.ahead", 1, 64),
+    ("data.prefetch", 1, 64),
     ("model.dropout", 0, 0.99),
     ("optim.momentum", 0, 0.9999),
     ("optim.weight_decay", 0, float("inf")),
-    ("optim.trust", 1e-9, 1),
+    ("optim.trust_coefficient", 1e-9, 1),
     ("train.epochs", 0.001, float("inf")),
     ("train.epochs_scale", 0.0001, 1000),
-    ("train.accumulate", 1, float("inf")),
-    ("train.log_every", 1, float("inf")),
+    ("train.grad_accum_steps", 1, float("inf")),
+    ("train.log_interval", 1, float("inf")),
     ("train.seed", 0, 2**63),
-    ("checkpoint.keep", 1, float("inf")),
+    ("checkpoint.keep_last", 1, float("inf")),
     ("parallel.powersgd_rank", 1, 1024),
     ("parallel.powersgd_start", 2, float("inf")),
-    ("run.grace", 1, 3600),
+    ("run.sigterm_grace", 1, 3600),
     ("runtime.threads", 0, 1024),
-    ("runtime.timeout", 5, float("inf")),
+    ("runtime.hang_timeout", 5, float("inf")),
 )
 
 
 @dataclass(frozen=True)
-class Parsed:
+class ParsedArgs:
     """A command line, understood.
 
     Attributes:
@@ -355,7 +355,7 @@ def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in nested.items():
         name = f"{prefix}{key}"
-        if isinstance(value, dict) and not name.endswith((".table", ".factors")):
+        if isinstance(value, dict) and not name.endswith((".milestones", ".lr_mults")):
             flat |= flatten(value, f"{name}.")
         else:
             flat[name] = value
@@ -380,18 +380,18 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> dict[str, list[Any]]
     return {name: [old.get(name), new[name]] for name in new if old.get(name) != new[name]}
 
 
-def refuse_other_meaning(before: dict[str, Any], now: dict[str, Any], way_out: str) -> None:
+def check_resume_compatible(before: dict[str, Any], now: dict[str, Any], way_out: str) -> None:
     """Refuse to go on with a run that would become another.
 
     Raises:
         Failure: an option of MEANING differs; ``way_out`` says what else to do.
     """
     for name, (old, new) in changes(before, now).items():
-        if any(name == word or name.startswith(f"{word}.") for word in MEANING):
-            raise Failure(
+        if any(name == word or name.startswith(f"{word}.") for word in IMMUTABLE_ON_RESUME):
+            raise UserError(
                 f"{name} cannot change from {old} to {new}: give --{name} {old} to go on; "
                 f"{way_out}",
-                everywhere=True,
+                on_all_ranks=True,
             )
 
 
@@ -408,7 +408,7 @@ def parse(
     description: str,
     default: str | None = "quickstart",
     underneath: dict[str, Any] | None = None,
-) -> Parsed:
+) -> ParsedArgs:
     """Understand a command line.
 
     Args:
@@ -439,7 +439,7 @@ def parse(
         # set_defaults believes what it is given, so the values are held to their types before it
         if underneath is not None:
             kept = flatten(to_dict(from_dict(underneath)))
-            parser.set_defaults({k: v for k, v in kept.items() if k not in OF_ONE_LIFE})
+            parser.set_defaults({k: v for k, v in kept.items() if k not in NOT_PERSISTED})
         if from_file:
             typed = flatten(to_dict(from_dict(nest(from_file), str(path))))
             from_file = {name: typed[name] for name in from_file}
@@ -448,7 +448,7 @@ def parse(
         parsed = parser.parse_args(words)  # jsonargparse has a --print_config of its own
         values = parser.instantiate(parsed)
     except (ArgumentError, TypeError, ValueError, KeyError) as error:
-        raise Failure(_first_words(str(error)), everywhere=True) from None
+        raise UserError(_first_words(str(error)), on_all_ranks=True) from None
     config = Config(**{f.name: values[f.name] for f in dataclasses.fields(Config)})
     _check(config)
     if "--print_config" in arguments:
@@ -457,10 +457,10 @@ def parse(
     said = from_file | {name: None for name in command_line if name in known}
     flat = flatten(to_dict(config))
     recipe = Path(path).stem if path else "run"
-    return Parsed(config, {name: flat[name] for name in said}, recipe)
+    return ParsedArgs(config, {name: flat[name] for name in said}, recipe)
 
 
-def take_option(arguments: list[str], name: str) -> tuple[list[str], list[str]]:
+def pop_option(arguments: list[str], name: str) -> tuple[list[str], list[str]]:
     """The values of an option of a command's own, which end with the next option, and the other
     words."""
     values: list[str] = []
@@ -480,23 +480,23 @@ def take_option(arguments: list[str], name: str) -> tuple[list[str], list[str]]:
     return values, rest
 
 
-def take_views(arguments: list[str]) -> tuple[Literal[1, 10], list[str]]:
+def pop_ten_crop(arguments: list[str]) -> tuple[Literal[1, 10], list[str]]:
     """How many views of each image --views asks for, one unless it does, and the other words.
 
     Raises:
         Failure: neither one nor ten.
     """
-    values, rest = take_option(arguments, "views")
+    values, rest = pop_option(arguments, "views")
     if len(rest) < len(arguments) and values not in (["1"], ["10"]):
-        raise Failure(
+        raise UserError(
             f"views is {' '.join(values) or 'empty'}; it must be 1, the centre of an image, or 10, "
             "its corners, its centre and their reflections",
-            everywhere=True,
+            on_all_ranks=True,
         )
     return (10 if values == ["10"] else 1), rest
 
 
-class OwnOptions(argparse.ArgumentParser):
+class CommandParser(argparse.ArgumentParser):
     """The options that a command has besides the dotted ones, and its other words."""
 
     def __init__(self, program: str, description: str | None) -> None:
@@ -527,7 +527,7 @@ class OwnOptions(argparse.ArgumentParser):
         return self.parse_args(own), dotted
 
     def error(self, message: str) -> NoReturn:
-        raise Failure(f"{message}; --help shows all options", everywhere=True)
+        raise UserError(f"{message}; --help shows all options", on_all_ranks=True)
 
 
 def from_dict(record: dict[str, Any], where: str = "the run's config.yaml") -> Config:
@@ -541,11 +541,11 @@ def from_dict(record: dict[str, Any], where: str = "the run's config.yaml") -> C
     defaults = flatten(to_dict(Config()))
     for name, value in flatten(record).items():
         if value is None and defaults.get(name) is not None:  # jsonargparse lets null pass
-            raise Failure(f"{where}: option {name} wants a value, not null", everywhere=True)
+            raise UserError(f"{where}: option {name} wants a value, not null", on_all_ranks=True)
     try:
         values = parser.instantiate(parser.parse_object(record))
     except (ArgumentError, TypeError, ValueError, KeyError) as error:
-        raise Failure(f"{where}: {_first_words(str(error))}", everywhere=True) from None
+        raise UserError(f"{where}: {_first_words(str(error))}", on_all_ranks=True) from None
     return Config(**{f.name: values[f.name] for f in dataclasses.fields(Config)})
 
 
@@ -570,7 +570,9 @@ def _named(arguments: list[str], known: list[str]) -> dict[str, str | None]:
     for at, word in enumerate(arguments):
         if not word.startswith("--"):
             if word.startswith("-") and re.match(r"-[a-zA-Z]", word) and word != "-h":
-                raise Failure(f"there is no option {word}; options begin with --", everywhere=True)
+                raise UserError(
+                    f"there is no option {word}; options begin with --", on_all_ranks=True
+                )
             continue
         name, has_value, value = word[2:].partition("=")
         if name != "help":
@@ -587,7 +589,7 @@ def _known(name: str, known: list[str], what: str) -> None:
     same_end = [k for k in known if k.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]
     best = same_end[0] if same_end else (near[0] if near else None)
     mend = f"; did you mean {best}?" if best else "; --help lists them all"
-    raise Failure(f"there is no {what}{name}{mend}", everywhere=True)
+    raise UserError(f"there is no {what}{name}{mend}", on_all_ranks=True)
 
 
 def _read_yaml(path: str, known: list[str]) -> dict[str, Any]:
@@ -595,19 +597,19 @@ def _read_yaml(path: str, known: list[str]) -> dict[str, Any]:
     file = Path(path)
     if not file.is_file():
         there = sorted(recipe.stem for recipe in recipes().glob("*.yaml"))
-        raise Failure(
+        raise UserError(
             f"there is no config {path}; the package brings {', '.join(there)} in configs/",
-            everywhere=True,
+            on_all_ranks=True,
         )
     try:
         content = yaml.safe_load(file.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
-        raise Failure(f"{path} is not YAML ({reason}): mend it", everywhere=True) from None
+        raise UserError(f"{path} is not YAML ({reason}): mend it", on_all_ranks=True) from None
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise Failure(f"{path} holds no options: it wants lines like 'optim: {{lr: 0.01}}'")
+        raise UserError(f"{path} holds no options: it wants lines like 'optim: {{lr: 0.01}}'")
     flat = flatten(content)
     for name in flat:
         _known(name, known, f"option in {path} named ")
@@ -625,44 +627,46 @@ def _check(config: Config) -> None:
         value = flat[name]
         if value is not None and not low <= value <= high:
             bound = f"at least {low:g}" if value < low else f"at most {high:g}"
-            raise Failure(f"{name} is {value}; it must be {bound}", everywhere=True)
-    if config.data.image_size > config.data.resize:
-        raise Failure(
-            f"data.image_size {config.data.image_size} is more than data.resize "
-            f"{config.data.resize}, the side it is cut from: raise data.resize",
-            everywhere=True,
+            raise UserError(f"{name} is {value}; it must be {bound}", on_all_ranks=True)
+    if config.data.image_size > config.data.resize_size:
+        raise UserError(
+            f"data.image_size {config.data.image_size} is more than data.resize_size "
+            f"{config.data.resize_size}, the side it is cut from: raise data.resize_size",
+            on_all_ranks=True,
         )
     for name in (
         "train.max_steps",
-        "checkpoint.every_steps",
+        "checkpoint.interval_steps",
         "checkpoint.keep_every",
         "model.num_classes",
     ):
         if flat[name] is not None and flat[name] < 1:
-            raise Failure(f"{name} is {flat[name]}; it must be at least 1", everywhere=True)
+            raise UserError(f"{name} is {flat[name]}; it must be at least 1", on_all_ranks=True)
     if config.optim.lr < 0 or config.optim.lr != config.optim.lr:
-        raise Failure(f"optim.lr is {config.optim.lr}; it must not be negative", everywhere=True)
+        raise UserError(
+            f"optim.lr is {config.optim.lr}; it must not be negative", on_all_ranks=True
+        )
     try:
         time_limit(config.run)
     except ValueError:
-        raise Failure(
+        raise UserError(
             f"run.time_limit {config.run.time_limit} is no time: give seconds, M:S, H:M:S or "
             "D-H:M:S, such as 23:50:00",
-            everywhere=True,
+            on_all_ranks=True,
         ) from None
-    for name in config.run.signals:
+    for name in config.run.preempt_signals:
         if name not in signal.Signals.__members__ or name in ("SIGKILL", "SIGSTOP"):
-            raise Failure(
-                f"run.signals has {name}, which is no signal that can be heard: give names such "
-                "as SIGUSR2",
-                everywhere=True,
+            raise UserError(
+                f"run.preempt_signals has {name}, which is no signal that can be heard: give names "
+                "such as SIGUSR2",
+                on_all_ranks=True,
             )
     schedule = config.optim.schedule
-    if schedule.name == "table" and "weights" not in schedule.table:
-        raise Failure(
-            "optim.schedule.name is table, but optim.schedule.table has no row 'weights': give "
-            "{weights: [[0, 0.01], ...]}",
-            everywhere=True,
+    if schedule.name == "piecewise" and "weights" not in schedule.milestones:
+        raise UserError(
+            "optim.schedule.name is piecewise, but optim.schedule.milestones has no row 'weights': "
+            "give {weights: [[0, 0.01], ...]}",
+            on_all_ranks=True,
         )
 
 

@@ -9,19 +9,19 @@ from collections.abc import Callable
 from typing import NoReturn
 
 
-class Failure(Exception):  # noqa: N818 (it is shown to people by its text, never by its name)
+class UserError(Exception):
     """Something the user can mend: one sentence that names the thing and the mend.
 
     ``everywhere`` tells that each process of the run raises the same, so that one may speak for
     all of them.
     """
 
-    def __init__(self, sentence: str, *, everywhere: bool = False) -> None:
+    def __init__(self, sentence: str, *, on_all_ranks: bool = False) -> None:
         super().__init__(sentence)
-        self.everywhere = everywhere
+        self.on_all_ranks = on_all_ranks
 
-    def __reduce__(self) -> tuple[type["Failure"], tuple[str]]:
-        return Failure, (str(self),)
+    def __reduce__(self) -> tuple[type["UserError"], tuple[str]]:
+        return UserError, (str(self),)
 
 
 def stderr(sentence: str) -> None:
@@ -35,10 +35,10 @@ def run_command(main: Callable[[list[str]], None]) -> NoReturn:
     first = os.environ.get("RANK", "0") == "0"
     try:
         main(arguments)
-    except Failure as failure:
+    except UserError as failure:
         if "--debug" in arguments:
             traceback.print_exc()
-        if first or not failure.everywhere:
+        if first or not failure.on_all_ranks:
             stderr(str(failure))
         else:
             time.sleep(2)  # torchrun ends the others once one has ended: let the first one speak

@@ -16,43 +16,43 @@ from typing import Any
 import numpy as np
 import torch
 
-from alexnet_dist.assembly.trained import Trained, read
-from alexnet_dist.config import Config, parse, take_option, take_views
-from alexnet_dist.data import build_engine
-from alexnet_dist.data.engine import Batch, Engine
-from alexnet_dist.data.plan import EvaluationPlan, Views
-from alexnet_dist.data.sources import Catalogue, make_catalogue, open_sources
-from alexnet_dist.errors import Failure, run_command
-from alexnet_dist.parallel.arithmetic import choose_precision, set_arithmetic
-from alexnet_dist.parallel.classes import Classes, counted
-from alexnet_dist.parallel.ddp import DataParallel
+from alexnet_dist.assembly.trained import LoadedModel, read
+from alexnet_dist.config import Config, parse, pop_option, pop_ten_crop
+from alexnet_dist.data import build_loader
+from alexnet_dist.data.corrupt_images import Batch, Loader
+from alexnet_dist.data.plan import EvalPlan, Views
+from alexnet_dist.data.sources import DatasetInfo, open_datasets, scan_dataset
+from alexnet_dist.errors import UserError, run_command
+from alexnet_dist.parallel.ddp import DDPLayout
 from alexnet_dist.parallel.mesh import Mesh, start
-from alexnet_dist.parallel.shards import Share
+from alexnet_dist.parallel.precision import configure_backends, resolve_precision
+from alexnet_dist.parallel.sharded_loss import ShardedClasses, counted
+from alexnet_dist.parallel.sharding import ShardSpec
 from alexnet_dist.tracking.console import IndexProgress
-from alexnet_dist.training.loop import Errors, check_count, evaluate
+from alexnet_dist.training.step import EvalMetrics, check_count, evaluate
 
 
 def main(arguments: list[str]) -> None:
     """Evaluate as the command line says."""
-    views, arguments = take_views(arguments)
-    paths, rest = take_option(arguments, "checkpoint")
+    views, arguments = pop_ten_crop(arguments)
+    paths, rest = pop_option(arguments, "checkpoint")
     if not paths:
         _config(rest, None)  # which may be asked for --help
-        raise Failure(
+        raise UserError(
             "there is nothing to evaluate: give --checkpoint a run's folder (its best checkpoint "
             "is taken), or one of its checkpoints",
-            everywhere=True,
+            on_all_ranks=True,
         )
     networks = read_networks(paths, rest)
     config = networks[0].config
     mesh = start(config.runtime.device, config.runtime.threads)
     data = config.data
-    catalogue = mesh.from_first(lambda: make_catalogue(data.root, data.cache, IndexProgress()))
+    catalogue = mesh.from_first(lambda: scan_dataset(data.root, data.cache_dir, IndexProgress()))
     if not networks[0].knows(catalogue.val.classes):
-        raise Failure(
+        raise UserError(
             f"the classes of {catalogue.val.folder} are not those that {networks[0].path} was "
             "trained on: give --data.root a folder with the same class folders",
-            everywhere=True,
+            on_all_ranks=True,
         )
     if len(networks) == views == 1:
         result = evaluate_one(networks[0], mesh, catalogue)
@@ -64,7 +64,7 @@ def main(arguments: list[str]) -> None:
         print(json.dumps(result), flush=True)
 
 
-def read_networks(paths: list[str], words: list[str]) -> list[Trained]:
+def read_networks(paths: list[str], words: list[str]) -> list[LoadedModel]:
     """The networks of checkpoints, under the options they were trained with and ``words``.
 
     Images and how they are read are as the first one has them, but each has its own image_size
@@ -73,37 +73,39 @@ def read_networks(paths: list[str], words: list[str]) -> list[Trained]:
     Raises:
         Failure: there is no such checkpoint, or they are not of the same classes.
     """
-    networks: list[Trained] = []
+    networks: list[LoadedModel] = []
     for path in paths:
         network = read(path, partial(_config, words))
         config = network.config
         first = networks[0].config if networks else config
-        data = replace(first.data, image_size=config.data.image_size, resize=config.data.resize)
+        data = replace(
+            first.data, image_size=config.data.image_size, resize_size=config.data.resize_size
+        )
         networks.append(replace(network, config=replace(config, data=data)))
     for network in networks[1:]:
         classes, outputs = networks[0].state["classes"], networks[0].outputs
         if network.state["classes"] != classes or network.outputs != outputs:
-            raise Failure(
+            raise UserError(
                 f"{network.path} tells other classes apart than {networks[0].path}, and their "
                 "chances have no average: give checkpoints that were trained on the same ones",
-                everywhere=True,
+                on_all_ranks=True,
             )
     return networks
 
 
-def evaluate_one(network: Trained, mesh: Mesh, catalogue: Catalogue) -> dict[str, float]:
+def evaluate_one(network: LoadedModel, mesh: Mesh, catalogue: DatasetInfo) -> dict[str, float]:
     """Errors of a network on the validation images, by their central views."""
-    plan = EvaluationPlan(catalogue.val.sizes, network.config.data.eval_batch_size)
+    plan = EvalPlan(catalogue.val.sizes, network.config.data.eval_batch_size)
     layout, engine, batches = lay_out(network, plan, mesh, catalogue)
     result = evaluate(layout, batches, mesh.device)
     left_out = sum(len(news) for news in mesh.gather(engine.bad.take_news()))
     check_count(result, left_out, len(catalogue.val))
     engine.close()
-    return result | ({"left_out": left_out} if left_out else {})
+    return result | ({"num_skipped": left_out} if left_out else {})
 
 
 def evaluate_average(
-    networks: list[Trained], views: Views, mesh: Mesh, catalogue: Catalogue
+    networks: list[LoadedModel], views: Views, mesh: Mesh, catalogue: DatasetInfo
 ) -> dict[str, float]:
     """Errors of the chances averaged over the networks and the views of the validation images.
 
@@ -114,7 +116,7 @@ def evaluate_average(
     batch_size = networks[0].config.data.eval_batch_size
     # a step has as many rows as with one view, unless that leaves a process without any image
     images = batch_size if views == 1 else max(batch_size // views, mesh.replicas)
-    plan = EvaluationPlan(catalogue.val.sizes, images, views=views)
+    plan = EvalPlan(catalogue.val.sizes, images, views=views)
     mine = np.concatenate([some.numbers[::views] for some in plan.draws(mesh.rows)])
     shape, device = (len(mine), networks[0].outputs), mesh.device
     chances = torch.full(shape, -torch.inf, dtype=torch.float64, device=device)
@@ -135,39 +137,39 @@ def evaluate_average(
 
     whole = added == len(networks)
     labels = torch.from_numpy(catalogue.val.labels[mine]).to(device)
-    classes, errors = Classes(Share(shape[1], 1, 0)), Errors().to(device)
+    classes, errors = ShardedClasses(ShardSpec(shape[1], 1, 0)), EvalMetrics().to(device)
     for some, right in zip(
         chances[whole].split(batch_size), labels[whole].split(batch_size), strict=True
     ):
         errors.update(counted(*classes.places(some, right)))  # whose sum over classes is not asked
     result: dict[str, float] = errors.compute()
     check_count(result, len(left_out), len(catalogue.val))
-    return result | ({"left_out": len(left_out)} if left_out else {})
+    return result | ({"num_skipped": len(left_out)} if left_out else {})
 
 
 def lay_out(
-    network: Trained, plan: EvaluationPlan, mesh: Mesh, catalogue: Catalogue
-) -> tuple[DataParallel, Engine, Iterable[Batch]]:
+    network: LoadedModel, plan: EvalPlan, mesh: Mesh, catalogue: DatasetInfo
+) -> tuple[DDPLayout, Loader, Iterable[Batch]]:
     """The network with its weights, and the engine with this process's images as it wants them, in
     the steps of the ``plan``."""
     config, data = network.config, network.config.data
     plan = replace(plan, fraction=network.fraction)
-    engine = build_engine(
-        data.engine,
-        open_sources(catalogue)[1],
+    engine = build_loader(
+        data.loader,
+        open_datasets(catalogue)[1],
         network.pixels,
         plan=None,
         fraction=network.fraction,
         max_batch=max(mesh.local_batch(plan.batch), 1) * plan.views,
         device=mesh.device,
-        decoder=data.decoder,
+        decoder=data.dali_decoder,
         threads=data.threads or mesh.threads,
-        ahead=data.ahead,
-        policy="omit" if data.on_bad_image == "skip" else "stop",
+        ahead=data.prefetch,
+        policy="omit" if data.on_corrupt_image == "skip" else "stop",
     )
-    precision = choose_precision(config.runtime.precision, mesh.device)
-    set_arithmetic(precision, config.runtime.deterministic)
-    layout = DataParallel(network.outline(), mesh, batch=plan.batch, precision=precision)
+    precision = resolve_precision(config.runtime.precision, mesh.device)
+    configure_backends(precision, config.runtime.deterministic)
+    layout = DDPLayout(network.build_on_meta(), mesh, batch=plan.batch, precision=precision)
     network.fill(layout.parameters)
     return layout, engine, engine.batches(plan.draws(mesh.rows))
 

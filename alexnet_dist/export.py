@@ -2,13 +2,13 @@
 
 python -m alexnet_dist.export --checkpoint RUN --out FOLDER [--format safetensors onnx ...]
 safetensors   the weights under our names, all that is known of them in the header; predict and
-              evaluate take it as --checkpoint, and training as --model.weights
+              evaluate take it as --checkpoint, and training as --model.pretrained
 onnx          for onnxruntime and others, any batch
 torch_export  torch.export's .pt2, any batch
 torchvision   a state_dict for torchvision.models.alexnet, of variant torchvision only
 --preprocess puts the pixels' way into onnx and torch_export: their input is then uint8 [batch,
 height, width, 3] of any size, of which the central view is cut, resized and normalised as in
-evaluation. Images whose shorter side is data.resize are not resized, and give the same pixels;
+evaluation. Images whose shorter side is data.resize_size are not resized, and give the same pixels;
 in others a value of 0..255 may differ by 1.
 A folder gets a MODEL_CARD.md, too. --out may be a file, of one format.
 """
@@ -31,11 +31,11 @@ import torchvision
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from alexnet_dist.assembly.trained import Trained, read
-from alexnet_dist.config import OwnOptions
+from alexnet_dist.assembly.trained import LoadedModel, read
+from alexnet_dist.config import CommandParser
 from alexnet_dist.data.photographs import finish
-from alexnet_dist.errors import Failure, run_command
-from alexnet_dist.model import VARIANTS
+from alexnet_dist.errors import UserError, run_command
+from alexnet_dist.model import MODEL_REGISTRY
 from alexnet_dist.model.preprocessing import Preprocessed
 from alexnet_dist.parallel.mesh import start
 from alexnet_dist.tracking.card import Exported, card
@@ -61,7 +61,7 @@ class Subject:
         ready: takes what the graphs take; ``model`` itself, or with the pixels' way before it.
     """
 
-    trained: Trained
+    trained: LoadedModel
     model: nn.Module
     ready: nn.Module
     preprocess: bool
@@ -70,7 +70,7 @@ class Subject:
     def images(self, batch: int) -> Tensor:
         """Random images, as stored: uint8 [batch, H, W, 3]."""
         data = self.trained.config.data
-        short = data.resize if self.preprocess else data.image_size
+        short = data.resize_size if self.preprocess else data.image_size
         long = short + 9 if self.preprocess else short
         generator = torch.Generator().manual_seed(batch)
         return torch.randint(0, 256, (batch, short, long, 3), generator=generator).to(torch.uint8)
@@ -122,7 +122,7 @@ def main(arguments: list[str]) -> None:
         print(page, flush=True)
 
 
-def shared(trained: Trained) -> dict[str, Any]:
+def shared(trained: LoadedModel) -> dict[str, Any]:
     """What is known of a network, less the paths of the machine that it was trained on."""
     state = trained.state
     config = {part: dict(options) for part, options in state["config"].items()}
@@ -134,7 +134,7 @@ def shared(trained: Trained) -> dict[str, Any]:
         config["model"]["weights"] = Path(config["model"]["weights"]).name
     known = {name: state[name] for name in KNOWN if name in state}
     return known | {
-        "variant": trained.config.model.variant,
+        "variant": trained.config.model.arch,
         "config": config,
         "versions": state.get("versions", {}),
     }
@@ -143,10 +143,10 @@ def shared(trained: Trained) -> dict[str, Any]:
 def _described(subject: Subject, places: dict[str, Path], far: dict[str, float]) -> Exported:
     trained, pixels = subject.trained, subject.trained.pixels
     return Exported(
-        source=VARIANTS[trained.config.model.variant].source,
+        source=MODEL_REGISTRY[trained.config.model.arch].source,
         outputs=trained.outputs,
         side=trained.config.data.image_size,
-        resize=trained.config.data.resize,
+        resize=trained.config.data.resize_size,
         mean=pixels.mean.tolist(),
         std=pixels.std.tolist(),
         dropout=trained.config.model.dropout,
@@ -164,7 +164,7 @@ def _export(kind: Format, subject: Subject, place: Path) -> float:
             kind.write(subject, partial)
         far = _distance(subject, kind.read(subject, partial))
         if not far <= TOLERANCE:
-            raise Failure(
+            raise UserError(
                 f"{place.name} would not compute what the network does (its scores are off by "
                 f"{far:.2g} of the largest), and is not kept: try another version of torch or onnx"
             )
@@ -174,7 +174,7 @@ def _export(kind: Format, subject: Subject, place: Path) -> float:
         reason = getattr(error, "strerror", None) or "the disk takes no more"
         if isinstance(error, RuntimeError) and "inline_container" not in str(error):
             raise  # else it is torch's writer of archives, which does not say why it stopped
-        raise Failure(
+        raise UserError(
             f"{place} cannot be written ({reason}): make room, or give another --out"
         ) from None
     finally:
@@ -203,7 +203,7 @@ def _distance(subject: Subject, answers: Answers) -> float:
     return float(np.max(far))
 
 
-def _subject(trained: Trained, words: Namespace) -> Subject:
+def _subject(trained: LoadedModel, words: Namespace) -> Subject:
     model = _plain(trained)
     data, pixels = trained.config.data, trained.pixels
     ready: nn.Module = model
@@ -216,7 +216,7 @@ def _subject(trained: Trained, words: Namespace) -> Subject:
     return subject
 
 
-def _plain(trained: Trained) -> nn.Module:
+def _plain(trained: LoadedModel) -> nn.Module:
     """The network with its weights in the order that their files have."""
     return trained.model(torch.device("cpu")).to(memory_format=torch.contiguous_format)
 
@@ -247,7 +247,7 @@ def _write_onnx(subject: Subject, path: Path) -> None:
     )
     assert program is not None
     if program.model.opset_imports[""] != subject.opset:  # it says so in a log, and goes on
-        raise Failure(
+        raise UserError(
             f"--opset {subject.opset} cannot be written by the torch and onnx that are installed: "
             f"leave it out, for {OPSET}"
         )
@@ -298,7 +298,7 @@ _GRAPHS = ("onnx", "torch_export")
 
 
 def _understand(arguments: list[str]) -> Namespace:
-    options = OwnOptions("python -m alexnet_dist.export", __doc__)
+    options = CommandParser("python -m alexnet_dist.export", __doc__)
     add = options.add_argument
     add("--checkpoint", metavar="RUN", help="a run, a checkpoint, an export, torchvision's weights")
     add("--out", metavar="FOLDER", help="a folder, or a file of one format")
@@ -307,14 +307,16 @@ def _understand(arguments: list[str]) -> Namespace:
     add("--opset", type=int, default=OPSET, help=f"of onnx ({OPSET})")
     words, dotted = options.understand(arguments)
     if dotted:
-        raise Failure(f"{dotted[0]} is no option of export: a network is exported as it is")
+        raise UserError(f"{dotted[0]} is no option of export: a network is exported as it is")
     if words.checkpoint is None:
-        raise Failure("there is no network: give --checkpoint a run's folder, or an exported file")
+        raise UserError(
+            "there is no network: give --checkpoint a run's folder, or an exported file"
+        )
     if words.out is None:
-        raise Failure("there is no place to write to: give --out a folder, or a file")
+        raise UserError("there is no place to write to: give --out a folder, or a file")
     unknown = [name for name in words.format if name not in FORMATS]
     if unknown:
-        raise Failure(f"there is no format {unknown[0]}; there are {', '.join(FORMATS)}")
+        raise UserError(f"there is no format {unknown[0]}; there are {', '.join(FORMATS)}")
     return words
 
 
@@ -330,7 +332,7 @@ def _places(words: Namespace) -> dict[str, Path]:
     if _is_file(words.out):
         by_ending = [name for name, kind in FORMATS.items() if Path(kind.file).suffix == out.suffix]
         if words.format not in ([], by_ending):
-            raise Failure(
+            raise UserError(
                 f"--out {out} is a file of format {by_ending[0]}, not {' '.join(words.format)}: "
                 "give --out a folder"
             )
@@ -340,29 +342,29 @@ def _places(words: Namespace) -> dict[str, Path]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise Failure(f"--out {folder} cannot be made ({error.strerror}): give another") from None
+        raise UserError(f"--out {folder} cannot be made ({error.strerror}): give another") from None
     if not os.access(folder, os.W_OK):
-        raise Failure(f"--out {folder} cannot be written: give another folder")
+        raise UserError(f"--out {folder} cannot be written: give another folder")
     words.format = list(places)
     return places
 
 
-def _refuse(words: Namespace, trained: Trained) -> None:
+def _refuse(words: Namespace, trained: LoadedModel) -> None:
     """Refuse what cannot be exported, before anything is."""
     for name in words.format:
         missing = [one for one in FORMATS[name].packages if importlib.util.find_spec(one) is None]
         if missing:
-            raise Failure(
+            raise UserError(
                 f"--format {name} needs {', '.join(missing)}: pip install 'alexnet-dist[export]'"
             )
-    variant = trained.config.model.variant
+    variant = trained.config.model.arch
     if "torchvision" in words.format and variant != "torchvision":
-        raise Failure(
+        raise UserError(
             f"torchvision's class is another network than {variant}, and cannot take its weights: "
-            "leave out --format torchvision, or train --model.variant torchvision"
+            "leave out --format torchvision, or train --model.arch torchvision"
         )
     if words.preprocess and not set(_GRAPHS) & set(words.format):
-        raise Failure(
+        raise UserError(
             f"--preprocess is for --format {' and '.join(_GRAPHS)}: weights hold no graph"
         )
 

@@ -23,17 +23,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from alexnet_dist.assembly.trained import Trained
+from alexnet_dist.assembly.trained import LoadedModel
 from alexnet_dist.assembly.trained import read as read_network
-from alexnet_dist.config import Config, parse, take_option
-from alexnet_dist.data import build_engine
-from alexnet_dist.data.engine import Batch
-from alexnet_dist.data.plan import Draws, centre_boxes
-from alexnet_dist.data.sources import Catalogue, Source, make_catalogue, open_sources
-from alexnet_dist.errors import Failure, run_command
-from alexnet_dist.model import VARIANTS, Network
-from alexnet_dist.parallel.arithmetic import autocast, choose_precision, set_arithmetic
+from alexnet_dist.config import Config, parse, pop_option
+from alexnet_dist.data import build_loader
+from alexnet_dist.data.corrupt_images import Batch
+from alexnet_dist.data.plan import SampleParams, center_crop_boxes
+from alexnet_dist.data.sources import DatasetInfo, ImageDataset, open_datasets, scan_dataset
+from alexnet_dist.errors import UserError, run_command
+from alexnet_dist.model import MODEL_REGISTRY, Network
 from alexnet_dist.parallel.mesh import Mesh, start
+from alexnet_dist.parallel.precision import autocast, configure_backends, resolve_precision
 from alexnet_dist.tracking import paper_figures, passes, plots
 from alexnet_dist.tracking.console import IndexProgress, with_progress
 from alexnet_dist.tracking.events import Event, read, surviving
@@ -62,8 +62,8 @@ def main(arguments: list[str]) -> None:
     """Draw as the command line says."""
     wanted = understand(arguments)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise Failure(
-            "figures are drawn by one process: start this without torchrun", everywhere=True
+        raise UserError(
+            "figures are drawn by one process: start this without torchrun", on_all_ranks=True
         )
     names = _names(wanted.runs)
     drawn = [figure for figure in FIGURES if figure in wanted.only or not wanted.only]
@@ -80,7 +80,9 @@ def main(arguments: list[str]) -> None:
         if of_networks and (wanted.only or (Path(run) / "checkpoints" / "last").exists())
     }
     if not records and not networks:
-        raise Failure(f"{wanted.runs[0]} has neither records nor checkpoints: give a run's folder")
+        raise UserError(
+            f"{wanted.runs[0]} has neither records nor checkpoints: give a run's folder"
+        )
     if "curves" in drawn and records:
         draw_curves(wanted, records)
     comparable = len(records) > 1 and all(passes.errors(events)[0] for events in records.values())
@@ -108,20 +110,20 @@ def understand(arguments: list[str]) -> Wanted:
     runs = [*takewhile(lambda word: not word.startswith("-"), arguments)]
     values, rest = {}, arguments[len(runs) :]
     for name in ("out", "only", "images", "queries", "neighbours", "train_images", "names"):
-        values[name], rest = take_option(rest, name)
+        values[name], rest = pop_option(rest, name)
     _config(rest, None)  # which may be asked for --help, and knows what is misspelt
     if not runs:
-        raise Failure("there is nothing to draw: name one or several runs' folders first")
+        raise UserError("there is nothing to draw: name one or several runs' folders first")
     for run in runs:
         if not Path(run).is_dir():
-            raise Failure(f"there is no run at {run}: give a run's folder")
+            raise UserError(f"there is no run at {run}: give a run's folder")
     for figure in values["only"]:
         if figure not in FIGURES:
-            raise Failure(f"there is no figure {figure}: --only takes {', '.join(FIGURES)}")
+            raise UserError(f"there is no figure {figure}: --only takes {', '.join(FIGURES)}")
 
     def one(name: str) -> str | None:
         if len(values[name]) > 1:
-            raise Failure(
+            raise UserError(
                 f"--{name} takes one value, not {' '.join(values[name])}: runs come before options"
             )
         return values[name][0] if values[name] else None
@@ -131,7 +133,7 @@ def understand(arguments: list[str]) -> Wanted:
         if word is None:
             return default
         if not word.isdecimal() or int(word) < 1:
-            raise Failure(f"--{name} wants a whole number from 1 on, not {word}")
+            raise UserError(f"--{name} wants a whole number from 1 on, not {word}")
         return int(word)
 
     return Wanted(
@@ -155,7 +157,7 @@ def draw_curves(wanted: Wanted, records: dict[str, list[Event]]) -> None:
     """
     for name, events in records.items():
         if not any(event["event"] == "train" for event in events):
-            raise Failure(f"the records of {name} have no step of training yet: leave it out")
+            raise UserError(f"the records of {name} have no step of training yet: leave it out")
     _draw(wanted, "curves", lambda path: plots.curves(path, records))
 
 
@@ -166,7 +168,7 @@ def draw_figure1(wanted: Wanted, records: dict[str, list[Event]]) -> None:
         Failure: there is one run only, or one without a whole pass.
     """
     if len(records) < 2:
-        raise Failure(
+        raise UserError(
             "figure 1 compares runs, and here is one: give two or more, such as one with ReLU and "
             "one with tanh"
         )
@@ -176,7 +178,7 @@ def draw_figure1(wanted: Wanted, records: dict[str, list[Event]]) -> None:
     }
     for name, (whole, _) in lines.items():
         if not whole[0]:
-            raise Failure(
+            raise UserError(
                 f"the records of {name} have no whole pass yet: train on, or leave it out"
             )
     result = passes.compare({name: whole for name, (whole, _) in lines.items()})
@@ -194,32 +196,32 @@ def _origin(events: list[Event]) -> dict[str, Any]:
     """What a run was, and what it was computed by."""
     start = next((event for event in events if event["event"] == "start"), {})
     config = start.get("config", {})
-    kept = {"variant": ("model", "variant"), "lr": ("optim", "lr"), "seed": ("train", "seed")}
+    kept = {"variant": ("model", "arch"), "lr": ("optim", "lr"), "seed": ("train", "seed")}
     known = {name: config.get(room, {}).get(option) for name, (room, option) in kept.items()}
     facts = ("train_images", "world_size", "device", "precision", "versions")
     return known | {name: start[name] for name in facts if name in start}
 
 
-def draw_figure3(wanted: Wanted, network: Trained, which: str) -> None:
+def draw_figure3(wanted: Wanted, network: LoadedModel, which: str) -> None:
     """The kernels of the first layer, tower by tower.
 
     Raises:
         Failure: they do not read an image's three colours.
     """
-    variant = network.config.model.variant
-    layers = network.outline().named_parameters()
+    variant = network.config.model.arch
+    layers = network.build_on_meta().named_parameters()
     name, first = next((name, p) for name, p in layers if p.dim() > 1)
     if first.dim() != 4 or first.shape[1] != 3:
-        raise Failure(
+        raise UserError(
             f"{name} of {variant} does not read the three colours of an image: leave out figure 3"
         )
     weights = torch.nn.Parameter(torch.empty(first.shape))
     network.fill({name: weights})
-    towers, shown = VARIANTS[variant].towers, weights.detach().numpy()
+    towers, shown = MODEL_REGISTRY[variant].towers, weights.detach().numpy()
     _draw(wanted, f"figure3{which}", lambda path: plots.kernels(path, shown, towers))
 
 
-def draw_figure4(wanted: Wanted, network: Trained, mesh: Mesh, which: str) -> None:
+def draw_figure4(wanted: Wanted, network: LoadedModel, mesh: Mesh, which: str) -> None:
     """Validation images with their five best labels; test images and the nearest training images.
 
     The validation images serve as test images.
@@ -228,9 +230,9 @@ def draw_figure4(wanted: Wanted, network: Trained, mesh: Mesh, which: str) -> No
         Failure: the images are not there, or not those of the network's classes.
     """
     data, runtime = network.config.data, network.config.runtime
-    catalogue = make_catalogue(data.root, data.cache, IndexProgress())
+    catalogue = scan_dataset(data.root, data.cache_dir, IndexProgress())
     if catalogue.val.classes != network.classes:
-        raise Failure(
+        raise UserError(
             f"the classes of {catalogue.val.folder} are not those that {network.path} was trained "
             "on: give --data.root a folder with the same class folders"
         )
@@ -240,10 +242,10 @@ def draw_figure4(wanted: Wanted, network: Trained, mesh: Mesh, which: str) -> No
     queries = draw.permutation(len(catalogue.val))[: wanted.queries]
     among = np.sort(draw.permutation(len(catalogue.train))[: wanted.train_images])
 
-    precision = choose_precision(runtime.precision, mesh.device)
-    set_arithmetic(precision, runtime.deterministic)
+    precision = resolve_precision(runtime.precision, mesh.device)
+    configure_backends(precision, runtime.deterministic)
     eye = Eye(network.model(mesh.device), precision)
-    train, val = (Views(source, network, mesh) for source in open_sources(catalogue))
+    train, val = (Views(source, network, mesh) for source in open_datasets(catalogue))
     names = [wanted.words.get(name, name) for name in network.classes]
     names += [f"class {n}" for n in range(len(names), network.outputs)]
 
@@ -329,22 +331,22 @@ class Eye:
 class Views:
     """The central views of a split's images, as the network reads them, by number."""
 
-    def __init__(self, source: Source, network: Trained, mesh: Mesh) -> None:
+    def __init__(self, source: ImageDataset, network: LoadedModel, mesh: Mesh) -> None:
         data = network.config.data
         self._sizes, self._fraction = source.index.sizes, network.fraction
         self._batch, self._pixels = data.eval_batch_size, network.pixels
-        self._engine = build_engine(
-            data.engine,
+        self._engine = build_loader(
+            data.loader,
             source,
             self._pixels,
             plan=None,
             fraction=network.fraction,
             max_batch=data.eval_batch_size,
             device=mesh.device,
-            decoder=data.decoder,
+            decoder=data.dali_decoder,
             threads=data.threads or mesh.threads,
-            ahead=data.ahead,
-            policy="omit" if data.on_bad_image == "skip" else "stop",
+            ahead=data.prefetch,
+            policy="omit" if data.on_corrupt_image == "skip" else "stop",
         )
 
     def steps(self, numbers: NDArray[np.int64]) -> int:
@@ -372,12 +374,12 @@ class Views:
     def close(self) -> None:
         self._engine.close()
 
-    def _draws(self, numbers: NDArray[np.int64]) -> Draws:
+    def _draws(self, numbers: NDArray[np.int64]) -> SampleParams:
         def boxes_of(numbers: NDArray[np.int64]) -> NDArray[np.int64]:
-            return centre_boxes(self._sizes[numbers], self._fraction)
+            return center_crop_boxes(self._sizes[numbers], self._fraction)
 
         none = np.zeros(len(numbers), np.bool_)
-        return Draws(numbers, boxes_of(numbers), none, np.zeros((len(numbers), 3)), boxes_of)
+        return SampleParams(numbers, boxes_of(numbers), none, np.zeros((len(numbers), 3)), boxes_of)
 
 
 def nearest(
@@ -402,7 +404,7 @@ def nearest(
     return numbers.cpu().numpy(), distances.cpu().numpy()
 
 
-def find_images(catalogue: Catalogue, paths: list[str]) -> NDArray[np.int64]:
+def find_images(catalogue: DatasetInfo, paths: list[str]) -> NDArray[np.int64]:
     """The numbers of validation images by path, or by their name below the split's folder.
 
     Raises:
@@ -416,7 +418,7 @@ def find_images(catalogue: Catalogue, paths: list[str]) -> NDArray[np.int64]:
         below = whole.is_relative_to(folder.resolve())
         name = whole.relative_to(folder.resolve()).as_posix() if below else path
         if name not in numbers:
-            raise Failure(
+            raise UserError(
                 f"{path} is none of the validation images of {folder}: --images takes their paths"
             )
         found.append(numbers[name])
@@ -448,7 +450,7 @@ def _read_words(path: str | None) -> dict[str, str]:
     try:
         lines = Path(path).read_text().splitlines()
     except (OSError, UnicodeDecodeError):
-        raise Failure(
+        raise UserError(
             f"{path} cannot be read: --names takes a text file of lines such as "
             "'n01440764 tench, Tinca tinca'"
         ) from None
@@ -467,7 +469,7 @@ def _write(path: Path, write: Callable[[Path], object]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(path)
     except OSError as error:
-        raise Failure(
+        raise UserError(
             f"{path} could not be written ({error.strerror}): give another --out"
         ) from None
     print(path, flush=True)

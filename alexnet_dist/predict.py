@@ -20,13 +20,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from alexnet_dist.assembly.trained import Trained, read
-from alexnet_dist.config import Config, OwnOptions, parse
+from alexnet_dist.assembly.trained import LoadedModel, read
+from alexnet_dist.config import CommandParser, Config, parse
 from alexnet_dist.data.photographs import Viewed, finish, look, paths
-from alexnet_dist.errors import Failure, run_command, stderr
-from alexnet_dist.parallel.arithmetic import choose_precision, set_arithmetic
-from alexnet_dist.parallel.ddp import DataParallel
+from alexnet_dist.errors import UserError, run_command, stderr
+from alexnet_dist.parallel.ddp import DDPLayout
 from alexnet_dist.parallel.mesh import Mesh, start
+from alexnet_dist.parallel.precision import configure_backends, resolve_precision
 from alexnet_dist.tracking.guesses import guesses
 
 PROGRAM = "python -m alexnet_dist.predict"
@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> None:
     runtime = network.config.runtime
     mesh = start(runtime.device, runtime.threads)
     if mesh.world > 1:
-        raise Failure("predict is one process: start it without torchrun", everywhere=True)
+        raise UserError("predict is one process: start it without torchrun", on_all_ranks=True)
     files = paths(_lines(words.images))
     pictured: list[Answer] = []
     good = bad = 0
@@ -74,12 +74,12 @@ def main(arguments: list[str]) -> None:
         _draw(Path(words.picture), pictured, network, good)
     if bad or not good:
         if not bad:
-            raise Failure("there is no image to predict: standard input names none")
+            raise UserError("there is no image to predict: standard input names none")
         raise SystemExit(1)
 
 
 def answers(
-    network: Trained, mesh: Mesh, files: Iterator[str], views: Any, top: int, batch: int
+    network: LoadedModel, mesh: Mesh, files: Iterator[str], views: Any, top: int, batch: int
 ) -> Iterator[Answer | Viewed]:
     """The answer for each file, in order; what cannot be read comes back as it is.
 
@@ -88,9 +88,9 @@ def answers(
         batch: views that the network is given at once.
     """
     config = network.config
-    precision = choose_precision(config.runtime.precision, mesh.device)
-    set_arithmetic(precision, config.runtime.deterministic)
-    layout = DataParallel(network.outline(), mesh, batch=batch, precision=precision)
+    precision = resolve_precision(config.runtime.precision, mesh.device)
+    configure_backends(precision, config.runtime.deterministic)
+    layout = DDPLayout(network.build_on_meta(), mesh, batch=batch, precision=precision)
     network.fill(layout.parameters)
     labels, top = network.labels, min(top, network.outputs)
     for some in look(
@@ -123,7 +123,7 @@ def text(answer: Answer) -> str:
 
 
 def _understand(arguments: list[str]) -> tuple[Namespace, list[str]]:
-    options = OwnOptions(PROGRAM, __doc__)
+    options = CommandParser(PROGRAM, __doc__)
     add = options.add_argument
     add("images", nargs="*", metavar="IMAGE", help="a file, a folder, a pattern, or -")
     add("--checkpoint", metavar="RUN", help="a run, a checkpoint, an export, torchvision's weights")
@@ -134,18 +134,22 @@ def _understand(arguments: list[str]) -> tuple[Namespace, list[str]]:
     add("--batch", type=int, default=64, metavar="N", help="views in a step (64)")
     words, dotted = options.understand(arguments)
     if words.checkpoint is None:
-        raise Failure("there is no network: give --checkpoint a run's folder, or an exported file")
+        raise UserError(
+            "there is no network: give --checkpoint a run's folder, or an exported file"
+        )
     if not words.images:
-        raise Failure("there is no image to predict: give files, folders or patterns, or - to read")
+        raise UserError(
+            "there is no image to predict: give files, folders or patterns, or - to read"
+        )
     for name in ("top", "batch"):
         if getattr(words, name) < 1:
-            raise Failure(f"--{name} is {getattr(words, name)}; it must be at least 1")
+            raise UserError(f"--{name} is {getattr(words, name)}; it must be at least 1")
     if words.picture and Path(words.picture).suffix not in (".png", ".pdf"):
-        raise Failure(f"--picture {words.picture} must end in .png or .pdf")
+        raise UserError(f"--picture {words.picture} must end in .png or .pdf")
     for name in ("json", "picture"):
         file = getattr(words, name)
         if file and not Path(file).absolute().parent.is_dir():
-            raise Failure(f"--{name} {file} has no folder to lie in: make it first")
+            raise UserError(f"--{name} {file} has no folder to lie in: make it first")
     return words, dotted
 
 
@@ -170,11 +174,11 @@ def _json_file(name: str | None, stack: contextlib.ExitStack) -> Any:
     try:
         return stack.enter_context(open(name, "w", encoding="utf-8"))
     except OSError as error:
-        raise Failure(f"--json {name} cannot be written ({error.strerror})") from None
+        raise UserError(f"--json {name} cannot be written ({error.strerror})") from None
 
 
-def _draw(path: Path, pictured: list[Answer], network: Trained, good: int) -> None:
-    title = f"{network.config.model.variant}, {network.path.name}"
+def _draw(path: Path, pictured: list[Answer], network: LoadedModel, good: int) -> None:
+    title = f"{network.config.model.arch}, {network.path.name}"
     if good > len(pictured):
         title += f": the first {len(pictured)} of {good} images"
     try:
@@ -186,7 +190,7 @@ def _draw(path: Path, pictured: list[Answer], network: Trained, good: int) -> No
             title,
         )
     except OSError as error:
-        raise Failure(f"--picture {path} cannot be written ({error.strerror})") from None
+        raise UserError(f"--picture {path} cannot be written ({error.strerror})") from None
 
 
 if __name__ == "__main__":

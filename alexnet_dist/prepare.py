@@ -42,9 +42,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from alexnet_dist.data import shards
 from alexnet_dist.data.inputs import find_images
 from alexnet_dist.data.samples import Listing
-from alexnet_dist.data.shards import OnBadImage, Shard
+from alexnet_dist.data.shards import OnCorruptImage, Shard
 from alexnet_dist.data.shrink import Form
-from alexnet_dist.errors import Failure, run_command, stderr
+from alexnet_dist.errors import UserError, run_command, stderr
 from alexnet_dist.parallel.mesh import usable_processors
 
 DOWNLOADS = {"imagenette": "imagenette2", "cifar10": "cifar-10-batches-py"}
@@ -79,7 +79,7 @@ def main(arguments: list[str]) -> None:
         stderr("interrupted; the same command goes on with what is not done")
         os._exit(130)  # the workers follow
     except OSError as error:
-        raise Failure(
+        raise UserError(
             f"{error.filename or out} cannot be written or read ({error.strerror or error}): make "
             "room, or see to its rights; the same command then goes on, and nothing is lost"
         ) from None
@@ -127,7 +127,7 @@ def settle(out: Path, listing: Listing, form: Form, asked: dict[str, Any]) -> in
         begun = json.loads(path.read_text())
         _refuse_other(out, begun["asked"], asked)
         if begun["images"] != plan["images"]:
-            raise Failure(
+            raise UserError(
                 f"the images of {listing.source} are others than when {out} was begun: remove "
                 f"{out}, or give another --out"
             )
@@ -151,7 +151,7 @@ def is_done(out: Path, asked: dict[str, Any]) -> bool:
     try:
         prepared = json.loads(path.read_text())
     except ValueError:
-        raise Failure(f"{path} is damaged: remove {out}, or give another --out") from None
+        raise UserError(f"{path} is damaged: remove {out}, or give another --out") from None
     _refuse_other(out, prepared, asked)
     return True
 
@@ -160,7 +160,7 @@ def _refuse_other(out: Path, before: dict[str, Any], asked: dict[str, Any]) -> N
     for name, value in asked.items():
         if before.get(name) != value:
             option = {"kind": "--format", "input": "the source"}.get(name, f"--{name}")
-            raise Failure(
+            raise UserError(
                 f"{out} was made with {option} {_shown(before.get(name))}, not {_shown(value)}: "
                 "give another --out, or remove it"
             )
@@ -174,9 +174,9 @@ def check_places(out: Path, inputs: list[Path]) -> None:
     """Refuse to write where it would change the source, or among other things."""
     for path in inputs:
         if path.is_dir() and out.resolve().is_relative_to(path.resolve()):
-            raise Failure(f"--out {out} lies in the source, which is not to change: give another")
+            raise UserError(f"--out {out} lies in the source, which is not to change: give another")
     if out.is_dir() and any(out.iterdir()) and not (out / shards.PARTIAL).is_dir():
-        raise Failure(f"--out {out} has other things in it: give a new folder")
+        raise UserError(f"--out {out} has other things in it: give a new folder")
 
 
 @contextlib.contextmanager
@@ -187,7 +187,7 @@ def only_one(out: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise Failure(f"another command is preparing {out}: wait for it, or end it") from None
+            raise UserError(f"another command is preparing {out}: wait for it, or end it") from None
         yield
 
 
@@ -227,7 +227,7 @@ def run(
             for future in ended:
                 future.result()
     except BrokenProcessPool:
-        raise Failure(
+        raise UserError(
             "a worker process was killed, perhaps for want of memory: the same command goes on, "
             "with fewer --workers if need be"
         ) from None
@@ -253,7 +253,7 @@ def _begin(done: Any) -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
-def _write(on_bad_image: OnBadImage, out: Path, form: Form, shard: Shard) -> None:
+def _write(on_bad_image: OnCorruptImage, out: Path, form: Form, shard: Shard) -> None:
     shards.write_shard(out, form, shard, on_bad_image, _done)
 
 
@@ -327,7 +327,7 @@ def summary(out: Path, prepared: dict[str, Any], seconds: float) -> str:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise Failure(f"{message.removeprefix('argument ')}; --help lists all options")
+        raise UserError(f"{message.removeprefix('argument ')}; --help lists all options")
 
 
 def understand(arguments: list[str]) -> argparse.Namespace:
@@ -401,10 +401,10 @@ def understand(arguments: list[str]) -> argparse.Namespace:
         if name.startswith("--") and name not in known:
             near = difflib.get_close_matches(name, known, 1, 0.5)
             mend = f"did you mean {near[0]}?" if near else "--help lists them all"
-            raise Failure(f"there is no option {name}; {mend}")
+            raise UserError(f"there is no option {name}; {mend}")
     words = parser.parse_args(arguments)
     if words.format == "pixels" and words.crop != "center":
-        raise Failure("--format pixels wants images of one size: give --crop center, too")
+        raise UserError("--format pixels wants images of one size: give --crop center, too")
     return words
 
 
@@ -426,10 +426,10 @@ def _downloaded(word: str, folder: Path | None) -> Path:
     """Where the source lies, having got it if asked to."""
     if folder is None:
         if word in DOWNLOADS and not Path(word).exists():
-            raise Failure(f"give --download DIR, the folder that {word} is to be downloaded into")
+            raise UserError(f"give --download DIR, the folder that {word} is to be downloaded into")
         return Path(word)
     if word not in DOWNLOADS:
-        raise Failure(f"--download knows {' and '.join(DOWNLOADS)}, not {word}")
+        raise UserError(f"--download knows {' and '.join(DOWNLOADS)}, not {word}")
     there = folder / DOWNLOADS[word]
     if not there.is_dir():
         from torchvision import datasets
@@ -440,7 +440,7 @@ def _downloaded(word: str, folder: Path | None) -> Path:
             else:
                 datasets.Imagenette(str(folder), download=True)
         except (OSError, RuntimeError) as error:
-            raise Failure(
+            raise UserError(
                 f"{word} could not be downloaded ({' '.join(str(error).split())}): look after the "
                 f"network, or put {DOWNLOADS[word]} into {folder} yourself"
             ) from None

@@ -9,9 +9,9 @@ from argparse import ArgumentParser
 from pathlib import Path
 from typing import Any
 
-from alexnet_dist.errors import Failure, run_command
+from alexnet_dist.errors import UserError, run_command
 from alexnet_dist.tracking.events import Event, read, surviving
-from alexnet_dist.tracking.run import read_config
+from alexnet_dist.tracking.run_dir import read_config
 from alexnet_dist.tracking.wandb import begin, resolve, send
 
 
@@ -32,7 +32,7 @@ def main(arguments: list[str]) -> None:
     config = read_config(folder)
     mode = resolve(words.wandb)
     if mode not in ("online", "offline"):
-        raise Failure(f"WANDB_MODE is {mode} here: give --wandb online, or --wandb offline")
+        raise UserError(f"WANDB_MODE is {mode} here: give --wandb online, or --wandb offline")
     options = {
         "mode": mode,
         "run_id": words.id or uuid.uuid4().hex[:8],
@@ -46,7 +46,7 @@ def main(arguments: list[str]) -> None:
     except Exception as error:
         mend = "give --wandb offline" if mode == "online" else "see to it, and replay anew"
         reason = " ".join(str(error).split())
-        raise Failure(
+        raise UserError(
             f"Weights & Biases failed ({type(error).__name__}: {reason}): {mend}"
         ) from None
     print(f"{counts(events)} of {folder}, as W&B run {options['run_id']}:\n{where}", flush=True)
@@ -60,13 +60,13 @@ def shown(folder: Path) -> list[Event]:
     """
     events = surviving(read(folder / "metrics.jsonl"))
     if not any(event["event"] in ("train", "eval") for event in events):
-        raise Failure(
+        raise UserError(
             f"the records of {folder} have no step of training yet: give a run that has taken some"
         )
-    last = {event["name"]: event for event in events if event["event"] == "picture"}
+    last = {event["name"]: event for event in events if event["event"] == "image"}
     kept = []
     for event in events:
-        if event["event"] == "picture":
+        if event["event"] == "image":
             file = folder / Path(event["path"]).name  # a run's folder may have been moved
             if event is not last[event["name"]] or not file.is_file():
                 continue
@@ -79,7 +79,7 @@ def counts(events: list[Event]) -> str:
     """What was sent, in words."""
     steps = [event["step"] for event in events if event["event"] == "train"]
     evaluations, pictures = (
-        sum(event["event"] == kind for event in events) for kind in ("eval", "picture")
+        sum(event["event"] == kind for event in events) for kind in ("eval", "image")
     )
     return (
         f"{len(steps)} records of training up to step {max(steps, default=0)}, "

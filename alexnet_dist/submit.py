@@ -16,9 +16,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from alexnet_dist.config import Config, parse, take_option, take_views
-from alexnet_dist.errors import Failure, run_command, stderr
-from alexnet_dist.tracking.run import read_status
+from alexnet_dist.config import Config, parse, pop_option, pop_ten_crop
+from alexnet_dist.errors import UserError, run_command, stderr
+from alexnet_dist.tracking.run_dir import read_status
 
 KINDS = ("train", "array5", "evaluate")
 NETWORKS = 5
@@ -57,16 +57,16 @@ def main(arguments: list[str]) -> None:
 
 def _submit_training(kind: str, own: dict[str, str], words: list[str], dry: bool) -> None:
     parsed = parse(words, program="python -m alexnet_dist.train", description="")
-    for option in ("run.root", "run.name", "train.seed"):  # the batch script reads no YAML
+    for option in ("run.output_dir", "run.name", "train.seed"):  # the batch script reads no YAML
         value = parsed.said.get(option)
-        if value is not None and not take_option(words, option)[0]:
+        if value is not None and not pop_option(words, option)[0]:
             words = [*words, f"--{option}={value}"]
     numbers = [f"-{number}" for number in range(NETWORKS)] if kind == "array5" else [""]
     _check_runs(parsed.config, numbers)
     own = {"name": parsed.recipe} | own
     job = _submit(fill(kind, own, words), dry)
     name = parsed.config.run.name or f"{own['name']}-{job}"
-    runs = [f"{parsed.config.run.root}/{name}{number}" for number in numbers]
+    runs = [f"{parsed.config.run.output_dir}/{name}{number}" for number in numbers]
     for number, run in zip(numbers, runs, strict=True):
         output = f"{own['name']}-{job}{number}.out"
         _tell(f"job {job}{number.replace('-', '_')} writes to {output}, its run lies in {run}", dry)
@@ -145,13 +145,13 @@ def _submit(script: str, dry: bool) -> str:
             ["sbatch", "--parsable"], input=script, text=True, capture_output=True
         )
     except FileNotFoundError:
-        raise Failure(
+        raise UserError(
             "there is no sbatch here: submit from a machine of the cluster that has it, or see "
             "the script by --dry_run"
         ) from None
     if done.returncode:
         reason = " ".join(done.stderr.replace("sbatch: error:", "").split())
-        raise Failure(f"sbatch does not take the job: {reason}")
+        raise UserError(f"sbatch does not take the job: {reason}")
     return done.stdout.strip().partition(";")[0]
 
 
@@ -169,21 +169,21 @@ def _take_own(words: list[str]) -> tuple[dict[str, str], list[str]]:
     own: dict[str, str] = {}
     for name in OPTIONS:
         given = len(words)
-        values, words = take_option(words, name)
+        values, words = pop_option(words, name)
         if len(words) < given and not values:
-            raise Failure(f"option {name} wants a value")
+            raise UserError(f"option {name} wants a value")
         if values:
             own[name] = " ".join(values)
     for name, least in {"nodes": 1, "gpus": 0, "processes": 1, "cpus": 1}.items():
         if name in own and not (own[name].isdecimal() and int(own[name]) >= least):
-            raise Failure(f"option {name} wants a whole number from {least} on, not {own[name]}")
+            raise UserError(f"option {name} wants a whole number from {least} on, not {own[name]}")
     if not re.fullmatch(r"[\w.-]+", own.get("name", "x")):
-        raise Failure(f"option name wants letters, digits, '_', '.' and '-', not {own['name']}")
+        raise UserError(f"option name wants letters, digits, '_', '.' and '-', not {own['name']}")
     for word in words:
         name = word.removeprefix("--").partition("=")[0]
         near = difflib.get_close_matches(name, OPTIONS, 1, 0.75)
         if word.startswith("--") and near:
-            raise Failure(f"there is no option --{name}; did you mean {near[0]}?")
+            raise UserError(f"there is no option --{name}; did you mean {near[0]}?")
     return own, words
 
 
@@ -194,14 +194,14 @@ def _check_runs(config: Config, numbers: list[str]) -> None:
         Failure: it would not.
     """
     if config.run.resume != "auto":
-        raise Failure(
+        raise UserError(
             f"run.resume is {config.run.resume}, but a job goes on in the folder that it began in: "
-            "leave it out, and name that of another run by --run.root and --run.name"
+            "leave it out, and name that of another run by --run.output_dir and --run.name"
         )
     for number in numbers if config.run.name else []:
-        run = Path(config.run.root) / f"{config.run.name}{number}"
+        run = Path(config.run.output_dir) / f"{config.run.name}{number}"
         if read_status(run).get("status") == "ended":
-            raise Failure(f"the run in {run} has ended already: give another --run.name")
+            raise UserError(f"the run in {run} has ended already: give another --run.name")
 
 
 def _check_evaluation(words: list[str]) -> None:
@@ -210,14 +210,14 @@ def _check_evaluation(words: list[str]) -> None:
     Raises:
         Failure: that is not so.
     """
-    checkpoints, options = take_option(take_views(words)[1], "checkpoint")
+    checkpoints, options = pop_option(pop_ten_crop(words)[1], "checkpoint")
     if not checkpoints:
-        raise Failure(
+        raise UserError(
             "there is nothing to evaluate: give --checkpoint runs, or checkpoints of them"
         )
     for path in checkpoints:
         if not Path(path).is_dir():
-            raise Failure(f"there is no checkpoint at {path}: give --checkpoint a run's folder")
+            raise UserError(f"there is no checkpoint at {path}: give --checkpoint a run's folder")
     parse(options, program="python -m alexnet_dist.evaluate", description="", default=None)
 
 

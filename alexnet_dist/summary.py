@@ -7,8 +7,8 @@ from argparse import ArgumentParser
 
 import torch
 
-from alexnet_dist.errors import Failure, run_command
-from alexnet_dist.model import VARIANTS
+from alexnet_dist.errors import UserError, run_command
+from alexnet_dist.model import MODEL_REGISTRY
 from alexnet_dist.model.accounting import Row, rows
 
 MEGABYTE = 2**20
@@ -31,7 +31,7 @@ def table(variant: str, *, num_classes: int = 1000, image_size: int = 224) -> st
     layers = rows(variant, num_classes=num_classes, image_size=image_size)
     line = "-" * 86
     head = f"{'layer (type)':<38}{'output':>18}{'parameters':>15}{'mult-adds':>15}"
-    lines = [f"{variant}: {VARIANTS[variant].source}", line, head, line]
+    lines = [f"{variant}: {MODEL_REGISTRY[variant].source}", line, head, line]
     for number, row in enumerate(layers, 1):
         shape = "[" + ", ".join(str(n) for n in (-1, *row.shape)) + "]"
         label = f"{row.name} ({row.kind}-{number})"
@@ -54,19 +54,19 @@ def main(arguments: list[str]) -> None:
     parser = ArgumentParser(
         prog="python -m alexnet_dist.summary", description=__doc__, allow_abbrev=False
     )
-    parser.add_argument("variant", nargs="?", help=", ".join(VARIANTS))
+    parser.add_argument("variant", nargs="?", help=", ".join(MODEL_REGISTRY))
     parser.add_argument("--num_classes", type=int, default=1000)
     parser.add_argument("--image_size", type=int, default=224)
     parser.add_argument("--debug", action="store_true")
     words = parser.parse_args(arguments)
     if words.variant is None:
-        for name, variant in VARIANTS.items():
+        for name, variant in MODEL_REGISTRY.items():
             print(f"{name:<14}{variant.source}")
         return
     try:
         print(table(words.variant, num_classes=words.num_classes, image_size=words.image_size))
     except ValueError as error:
-        raise Failure(str(error)) from None
+        raise UserError(str(error)) from None
 
 
 if __name__ == "__main__":

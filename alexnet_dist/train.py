@@ -12,25 +12,25 @@ from alexnet_dist.assembly import telling
 from alexnet_dist.assembly.parts import Images, Learner, check_network
 from alexnet_dist.config import (
     Config,
-    Parsed,
+    ParsedArgs,
     changes,
+    check_resume_compatible,
     parse,
-    refuse_other_meaning,
     time_limit,
     to_dict,
 )
-from alexnet_dist.data.engine import Engine
-from alexnet_dist.errors import Failure, run_command
+from alexnet_dist.data.corrupt_images import Loader
+from alexnet_dist.errors import UserError, run_command
+from alexnet_dist.parallel.hang_detector import HangDetector
 from alexnet_dist.parallel.mesh import Mesh, start
 from alexnet_dist.parallel.waits import WAITS
-from alexnet_dist.parallel.watch import Watch
-from alexnet_dist.tracking.reporter import Reporter
-from alexnet_dist.tracking.run import RunFolder, choose_folder, read_config
-from alexnet_dist.training.checkpoint import Checkpoints
-from alexnet_dist.training.loop import Clock, Meters, Pace, check_count, evaluate
-from alexnet_dist.training.optim import velocities
-from alexnet_dist.training.preemption import INTERRUPT, Preempted, Preemption
+from alexnet_dist.tracking.reporter import Logger
+from alexnet_dist.tracking.run_dir import RunDir, read_config, resolve_run_dir
+from alexnet_dist.training.checkpoint import CheckpointManager
+from alexnet_dist.training.optim import momentum_buffers
+from alexnet_dist.training.preemption import INTERRUPT, Preempted, PreemptionHandler
 from alexnet_dist.training.saver import Saver
+from alexnet_dist.training.step import StepThrottle, StepTimer, TrainMetrics, check_count, evaluate
 
 
 def main(arguments: list[str]) -> None:
@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> None:
     program = "python -m alexnet_dist.train"
     parsed = parse(arguments, program=program, description=__doc__)
     runtime = parsed.config.runtime
-    mesh = start(runtime.device, runtime.threads, runtime.timeout)
+    mesh = start(runtime.device, runtime.threads, runtime.hang_timeout)
     check_network(parsed.config, mesh)
     folder, path, kept = _open_run(mesh, parsed)
     try:
@@ -47,9 +47,9 @@ def main(arguments: list[str]) -> None:
             check_network(parsed.config, mesh)
         run = Run(parsed.config, mesh.arrange(parsed.config.parallel.towers), folder, path)
         run.train()
-    except Failure as failure:  # for a person to mend: to start again by itself is of no use
-        if folder is not None or not failure.everywhere:
-            RunFolder(path).set_status("failed")
+    except UserError as failure:  # for a person to mend: to start again by itself is of no use
+        if folder is not None or not failure.on_all_ranks:
+            RunDir(path).set_status("failed")
         raise
 
 
@@ -67,20 +67,20 @@ HASTE_SECONDS = 5.0
 class Run:
     """One life of a training run: what it is made of, and where it stands."""
 
-    def __init__(self, config: Config, mesh: Mesh, folder: RunFolder | None, path: Path) -> None:
+    def __init__(self, config: Config, mesh: Mesh, folder: RunDir | None, path: Path) -> None:
         self.config, self.mesh, self.path = config, mesh, path
         self.images = Images(config, mesh)
         self.learner = Learner(config, mesh, self.images)
         self.layout, self.optimizer = self.learner.layout, self.learner.optimizer
         keep = config.checkpoint
         self.saver = Saver(
-            Checkpoints(
+            CheckpointManager(
                 path / "checkpoints",
                 mesh.saving,
                 mesh.device,
-                keep=keep.keep,
+                keep=keep.keep_last,
                 keep_every=keep.keep_every,
-                asynchronous=keep.asynchronous,
+                asynchronous=keep.async_save,
             ),
             self.layout,
             self.optimizer,
@@ -88,19 +88,19 @@ class Run:
         )
         self.step = 0
         self.evaluated = -1  # the step of the last evaluation
-        self.meters = Meters(config.data.batch_size, mesh.replicas)
+        self.meters = TrainMetrics(config.data.batch_size, mesh.replicas)
         self.suspect = -1  # the step that a rollback was for
-        self.layout.scaler.guarding = config.train.on_nan == "skip"
+        self.layout.scaler.guarding = config.train.on_nonfinite == "skip"
         self.before, self.damaged = self._restore()  # the options of the life before, if any
-        self.clock, self.pace = Clock(), Pace(mesh.device)
-        self.report = Reporter(
+        self.clock, self.pace = StepTimer(), StepThrottle(mesh.device)
+        self.report = Logger(
             folder,
             to_dict(config),
             steps=self.steps,
             steps_per_epoch=self.images.plan.steps,
-            wandb=config.track.wandb,
-            project=config.track.project,
-            images=config.track.images,
+            wandb=config.wandb.mode,
+            project=config.wandb.project,
+            images=config.wandb.log_images,
         )
 
     @property
@@ -126,13 +126,13 @@ class Run:
             self._already_there(last)
             return
         run, mesh = self.config.run, self.mesh
-        self.watch = Watch(mesh, self.config.runtime.timeout)
-        self.preemption = Preemption(
+        self.watch = HangDetector(mesh, self.config.runtime.hang_timeout)
+        self.preemption = PreemptionHandler(
             self.path,
             mesh.patient,
-            signals=tuple(run.signals),
+            signals=tuple(run.preempt_signals),
             time_limit=time_limit(run),
-            grace=run.grace,
+            grace=run.sigterm_grace,
             leave=self.report.abandon,
         )
         try:
@@ -212,9 +212,9 @@ class Run:
                 self.step += 1
                 self.meters.add(self.step, result, batch.numbers)
                 self.clock.stepped()
-                if self.step % config.train.log_every == 0:
+                if self.step % config.train.log_interval == 0:
                     self._record(rates)
-                every = config.checkpoint.every_steps
+                every = config.checkpoint.interval_steps
                 if every and self.step % every == 0 and self.step < end:
                     self.save()
                 if self.step == self.suspect:
@@ -239,12 +239,12 @@ class Run:
             loss=loss,
             top1_error=error,
             lr=rates["weights"],
-            rates=rates,
-            colour_strength=self.images.colour_strength((self.step - 1) / self.images.plan.steps),
+            lrs=rates,
+            pca_noise_std=self.images.colour_strength((self.step - 1) / self.images.plan.steps),
             steps=steps,
             images_per_second=timed / max(seconds, 1e-9),
-            data_wait=waited / max(seconds, 1e-9),
-            communication=WAITS.take() / max(seconds, 1e-9),
+            data_time_fraction=waited / max(seconds, 1e-9),
+            comm_time_fraction=WAITS.take() / max(seconds, 1e-9),
             seconds=seconds,
         )
 
@@ -257,7 +257,7 @@ class Run:
             step=self.step,
             epoch=self.passes,
             images=self.meters.images,
-            order_digest=self.meters.digest,
+            sample_order_hash=self.meters.digest,
             loss=self.meters.epoch_loss / steps,
             top1_error=100.0 * (1 - self.meters.epoch_hits / max(self.meters.images, 1)),
         )
@@ -282,17 +282,17 @@ class Run:
         left_out = self._report_bad(self.images.val_engine)
         check_count(result, left_out, len(self.images.catalogue.val))
         if left_out:
-            result["left_out"] = left_out
+            result["num_skipped"] = left_out
         seconds = time.perf_counter() - begin
         self.report.emit("eval", step=self.step, epoch=self.passes, **result, seconds=seconds)
         return result
 
-    def _report_bad(self, engine: Engine) -> int:
+    def _report_bad(self, engine: Loader) -> int:
         """Record the images that were replaced or left out, of all processes; how many."""
         mine = engine.bad.take_news() if self.mesh.speaks else []
         news = [event for each in self.mesh.gather(mine) for event in each]
         for event in news:
-            self.report.emit("bad_image", step=self.step, **event)
+            self.report.emit("corrupt_image", step=self.step, **event)
         return len(news)
 
     # checkpoints
@@ -341,23 +341,23 @@ class Run:
             f"the run in {self.path} has trained for {state['step']} steps otherwise, and another "
             "one begins by --run.name NAME or --run.resume never"
         )
-        refuse_other_meaning(state["config"], to_dict(self.config), way_out)
+        check_resume_compatible(state["config"], to_dict(self.config), way_out)
         catalogue = self.images.catalogue
         if state["fingerprint"] != catalogue.fingerprint:
-            raise Failure(
+            raise UserError(
                 f"the images below {catalogue.train.folder} are others than before: {way_out}",
-                everywhere=True,
+                on_all_ranks=True,
             )
 
     def _begin(self) -> list[str]:
         """Stand at step 0, with initial weights or those asked for; a sentence where these do not
         have all."""
         self.learner.draw()
-        for velocity in velocities(self.optimizer, self.layout.parameters).values():
+        for velocity in momentum_buffers(self.optimizer, self.layout.parameters).values():
             velocity.zero_()
         self.step, self.evaluated, self.saver.best = 0, -1, None
-        self.meters = Meters(self.config.data.batch_size, self.mesh.replicas)
-        path = self.config.model.weights
+        self.meters = TrainMetrics(self.config.data.batch_size, self.mesh.replicas)
+        path = self.config.model.pretrained
         anew = self.saver.start_from(path) if path else []
         return [f"{path} has no {', '.join(anew)} for this network: drawn anew"] if anew else []
 
@@ -391,7 +391,7 @@ class Run:
         reach a checkpoint.
 
         Raises:
-            Failure, RolledBack: as train.on_nan says.
+            Failure, RolledBack: as train.on_nonfinite says.
         """
         bad = self.meters.collect()
         if not bad:
@@ -399,17 +399,19 @@ class Run:
         guarded = self.layout.scaler.guarding
         for one in bad if guarded else bad[:1]:  # without a guard the others follow from it
             paths = [self.images.engine.bad.source.path(number) for number in one.numbers.tolist()]
-            self.report.emit("nan", step=one.step, what=one.what, left_out=guarded, paths=paths)
+            self.report.emit(
+                "nonfinite", step=one.step, what=one.what, skipped=guarded, paths=paths
+            )
         if not guarded or self.meters.bad_in_a_row >= BAD_STEPS_IN_A_ROW:
             self._not_finite(bad[0].step, bad[0].what)
 
     def _not_finite(self, step: int, what: str) -> NoReturn:
-        if self.config.train.on_nan == "rollback" and not self.layout.scaler.guarding:
+        if self.config.train.on_nonfinite == "rollback" and not self.layout.scaler.guarding:
             self._roll_back(step)
-        raise Failure(
+        raise UserError(
             f"{what} at step {step}: take a smaller --optim.lr (it is {self.config.optim.lr:g}), "
-            "or a warm-up by --optim.schedule.warmup 1; the last checkpoint is intact",
-            everywhere=True,
+            "or a warm-up by --optim.schedule.warmup_epochs 1; the last checkpoint is intact",
+            on_all_ranks=True,
         )
 
     def _roll_back(self, step: int) -> NoReturn:
@@ -426,7 +428,7 @@ class Run:
 
     def _end_of_suspicion(self) -> None:
         """After a rollback: the step that went wrong lies behind."""
-        if self.config.train.on_nan == "rollback" and self.layout.scaler.guarding:
+        if self.config.train.on_nonfinite == "rollback" and self.layout.scaler.guarding:
             self._collect()
             self.layout.scaler.guarding = False
 
@@ -439,10 +441,10 @@ class Run:
         everyone = self.mesh.gather((mine, rows))
         positions = sorted(position for _, rows in everyone for position in rows)
         if any(one != mine for one, _ in everyone) or positions != list(range(len(positions))):
-            raise Failure(
+            raise UserError(
                 "the processes of this run were started with different options, or do not all "
                 "reach the same run folder: give every machine the same command line",
-                everywhere=True,
+                on_all_ranks=True,
             )
 
     def _announce(self) -> None:
@@ -463,7 +465,12 @@ class Run:
         tensors = self.saver.tensors()
         telling.show_kernels(self.report, self.config, tensors, self.step, self.passes)
         self.report.emit(
-            "end", step=self.step, epoch=self.passes, ended=ended, **result, best=self.saver.best
+            "finished",
+            step=self.step,
+            epoch=self.passes,
+            ended=ended,
+            **result,
+            best=self.saver.best,
         )
         self.report.close("ended" if ended else "stopped", self.step)
         self.images.close()
@@ -478,15 +485,15 @@ class Run:
         )
 
 
-def _open_run(mesh: Mesh, parsed: Parsed) -> tuple[RunFolder | None, Path, dict[str, Any]]:
+def _open_run(mesh: Mesh, parsed: ParsedArgs) -> tuple[RunDir | None, Path, dict[str, Any]]:
     """The run's folder (on rank 0), its path, and the options it keeps if the run goes on."""
     config = parsed.config
-    opened: list[RunFolder] = []
+    opened: list[RunDir] = []
 
     def choose() -> tuple[str, dict[str, Any]]:
         name = config.run.name or parsed.recipe
-        path, resumed = choose_folder(config.run.root, name, config.run.resume)
-        folder = RunFolder(path)
+        path, resumed = resolve_run_dir(config.run.output_dir, name, config.run.resume)
+        folder = RunDir(path)
         folder.take()
         folder.set_status("running")
         opened.append(folder)

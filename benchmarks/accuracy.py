@@ -24,11 +24,11 @@ import torch
 from alexnet_dist.measuring.machine import machine
 from alexnet_dist.tracking.events import read
 
-SMALL = ["--data.image_size=91", "--data.resize=91", "--data.scale=[0.25,1.0]"]
-COMMON = [*SMALL, "--data.ratio=[1.0,1.0]", "--train.epochs=4", "--track.wandb=off"]
-FAST = ["--config=configs/fast.yaml", "--model.variant=paper", "--data.batch_size=64"]
+SMALL = ["--data.image_size=91", "--data.resize_size=91", "--data.scale=[0.25,1.0]"]
+COMMON = [*SMALL, "--data.ratio=[1.0,1.0]", "--train.epochs=4", "--wandb.mode=off"]
+FAST = ["--config=configs/fast.yaml", "--model.arch=paper", "--data.batch_size=64"]
 LARGE = ["--config=configs/large512.yaml", "--train.epochs=10"]
-PLAIN = [*LARGE, "--optim.name=paper", "--optim.bias_lr=1"]
+PLAIN = [*LARGE, "--optim.name=sgd2012", "--optim.bias_lr_mult=1"]
 SETS: dict[str, dict[str, list[str]]] = {
     "fast": {
         "fast": [*FAST, "--runtime.precision=bf16"],
@@ -41,7 +41,7 @@ SETS: dict[str, dict[str, list[str]]] = {
             "--runtime.stem=plain",
             "--runtime.pool_first=false",
             "--runtime.update=foreach",
-            "--data.engine=dataloader",
+            "--data.loader=torch",
         ],
     },
     "large_batch": {
@@ -57,7 +57,7 @@ def train(name: str, options: list[str], seed: int, data: Path, root: Path) -> d
     """One run: error after each pass, and what it took."""
     run = f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
     command = [sys.executable, "-W", "ignore", "-m", "alexnet_dist.train", *COMMON, *options]
-    command += [f"--data.root={data}", f"--run.root={root}", f"--run.name={run}"]
+    command += [f"--data.root={data}", f"--run.output_dir={root}", f"--run.name={run}"]
     command += [f"--train.seed={seed}"]
     begin = time.perf_counter()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)

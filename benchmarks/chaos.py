@@ -35,19 +35,19 @@ from alexnet_dist.tracking.events import Event, read, surviving
 SIDE, BATCH, IMAGES, BAD = 76, 7, 199, (17, 91, 154)
 OPTIONS = [
     "--data.image_size=67",
-    f"--data.resize={SIDE}",
+    f"--data.resize_size={SIDE}",
     f"--data.batch_size={BATCH}",
     "--data.eval_batch_size=8",
     "--data.threads=1",
-    "--data.on_bad_image=skip",
+    "--data.on_corrupt_image=skip",
     "--runtime.precision=fp32",
     "--runtime.threads=1",
-    "--runtime.timeout=8",
-    "--train.log_every=1",
+    "--runtime.hang_timeout=8",
+    "--train.log_interval=1",
     "--optim.lr=0.001",
     "--optim.schedule.name=constant",
-    "--checkpoint.every_steps=5",
-    "--track.wandb=offline",
+    "--checkpoint.interval_steps=5",
+    "--wandb.mode=offline",
     "--run.name=run",
 ]
 MARK = "ALEXNET_DIST_CHAOS"
@@ -67,7 +67,7 @@ class Chaos:
             *("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
             *("--max-restarts=3", "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR2"),
             *("-m", "alexnet_dist.train", *OPTIONS, f"--train.epochs={epochs}"),
-            *(f"--data.root={images}", f"--run.root={root}"),
+            *(f"--data.root={images}", f"--run.output_dir={root}"),
         ]
         self.log = root.with_name(f"{root.name}.log")
         self.launcher: subprocess.Popen[bytes] | None = None
@@ -287,7 +287,7 @@ def digest(run: Path) -> str:
 
 def orders(run: Path) -> list[str]:
     kept = surviving(read(run / "metrics.jsonl"))
-    return [event["order_digest"] for event in kept if event["event"] == "epoch"]
+    return [event["sample_order_hash"] for event in kept if event["event"] == "epoch"]
 
 
 @contextlib.contextmanager
@@ -384,7 +384,7 @@ def main() -> None:
                 "seconds": round(seconds),
                 "steps_repeated": sum(fault["steps_repeated"] for fault in faults),
                 "bad_images": sorted(
-                    {Path(e["path"]).name for e in wild.events() if e["event"] == "bad_image"}
+                    {Path(e["path"]).name for e in wild.events() if e["event"] == "corrupt_image"}
                 ),
                 "same_bits": digest(wild.run) == digest(calm.run),
                 "same_order": orders(wild.run) == orders(calm.run),

@@ -26,9 +26,9 @@ from alexnet_dist.tracking.events import read
 
 BATCH, STEPS, EVERY = 32, 31, 10
 KINDS = {
-    "asynchronous": [f"--checkpoint.every_steps={EVERY}"],
-    "synchronous": [f"--checkpoint.every_steps={EVERY}", "--checkpoint.asynchronous=false"],
-    "none": ["--checkpoint.every_steps=1000"],
+    "asynchronous": [f"--checkpoint.interval_steps={EVERY}"],
+    "synchronous": [f"--checkpoint.interval_steps={EVERY}", "--checkpoint.async_save=false"],
+    "none": ["--checkpoint.interval_steps=1000"],
 }
 
 
@@ -47,9 +47,9 @@ def train(images: Path, root: Path, kind: str) -> dict[str, Any]:
     command = [
         sys.executable,
         *("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
-        *("-m", "alexnet_dist.train", f"--data.root={images}", f"--run.root={root}"),
+        *("-m", "alexnet_dist.train", f"--data.root={images}", f"--run.output_dir={root}"),
         *("--model.num_classes=1000", f"--data.batch_size={BATCH}", f"--train.max_steps={STEPS}"),
-        *("--train.log_every=1", "--track.wandb=off", f"--run.name={kind}", *KINDS[kind]),
+        *("--train.log_interval=1", "--wandb.mode=off", f"--run.name={kind}", *KINDS[kind]),
         "--optim.lr=0.0001",
     ]
     subprocess.run(command, check=True, capture_output=True)
@@ -81,7 +81,7 @@ def main() -> None:
         if kind != "none"
     }
     step = statistics.median(run["step"] for run in found["none"])
-    every = CheckpointConfig().every_steps or 0
+    every = CheckpointConfig().interval_steps or 0
     result = {
         "machine": machine(torch.device("cpu")),
         "processes": 2,

@@ -24,9 +24,9 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from alexnet_dist.measuring.machine import machine
-from alexnet_dist.model import outline
-from alexnet_dist.parallel.arithmetic import choose_precision
+from alexnet_dist.model import build_on_meta
 from alexnet_dist.parallel.mesh import start
+from alexnet_dist.parallel.precision import resolve_precision
 from benchmarks.hosts import Hosts
 from benchmarks.steps import RANK, Steps
 
@@ -86,7 +86,7 @@ def formula(layout: str, ranks: int, batch: int, width: int) -> float:
     kind, _, compress = layout.partition("+")
     shapes = {
         name: parameter.shape
-        for name, parameter in outline("paper", num_classes=CLASSES).named_parameters()
+        for name, parameter in build_on_meta("paper", num_classes=CLASSES).named_parameters()
     }
 
     def reduced(some: Iterable[torch.Size], n: int) -> float:
@@ -160,7 +160,7 @@ def _run(hosts: Hosts, layout: str, batch: int, *options: str) -> dict[str, Any]
 
 def count_bytes(words: argparse.Namespace) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
-    width = 2 if choose_precision("auto", torch.device("cpu")) == "bf16" else 4
+    width = 2 if resolve_precision("auto", torch.device("cpu")) == "bf16" else 4
     with Hosts(words.ranks, None) as hosts:
         for layout in words.layouts:
             # four steps first, because PowerSGD begins after two, and two of warm-up; data parallel
@@ -233,7 +233,7 @@ def main() -> None:
         "date": time.strftime("%Y-%m-%d"),
         "machine": machine(torch.device("cpu")),
         "variant": "paper, 1000 classes",
-        "precision": choose_precision("auto", torch.device("cpu")),
+        "precision": resolve_precision("auto", torch.device("cpu")),
     }
     if words.bytes:
         record["bytes"] = {

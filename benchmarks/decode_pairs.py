@@ -18,17 +18,17 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from alexnet_dist.data import build_engine
-from alexnet_dist.data.augment import pixels_for
-from alexnet_dist.data.engine import Engine
-from alexnet_dist.data.plan import Plan
-from alexnet_dist.data.sources import FolderSource, make_catalogue
+from alexnet_dist.data import build_loader
+from alexnet_dist.data.corrupt_images import Loader
+from alexnet_dist.data.plan import SamplePlan
+from alexnet_dist.data.sources import FolderDataset, scan_dataset
+from alexnet_dist.data.transforms import build_normalization
 from alexnet_dist.measuring.machine import machine
 from alexnet_dist.parallel.collectives import gather
 from alexnet_dist.parallel.mesh import Mesh, start
 
 
-def batches(engine: Engine, plan: Plan, rows: slice, mesh: Mesh) -> Iterator[int]:
+def batches(engine: Loader, plan: SamplePlan, rows: slice, mesh: Mesh) -> Iterator[int]:
     """Images of a whole batch, at hand on both processes."""
     for epoch in itertools.count():
         for batch in engine.batches(plan.epoch(epoch, 0, rows)):
@@ -48,15 +48,15 @@ def main() -> None:
     words = parser.parse_args()
 
     mesh = start("cpu")
-    catalogue = make_catalogue(str(words.data), "~/.cache/alexnet_dist", lambda *_: None)
-    plan = Plan(catalogue.train.sizes, words.batch, seed=1)
+    catalogue = scan_dataset(str(words.data), "~/.cache/alexnet_dist", lambda *_: None)
+    plan = SamplePlan(catalogue.train.sizes, words.batch, seed=1)
     ways = {"twice": slice(None), "halves": slice(mesh.rank, None, 2)}
     running = {}
     for name, rows in ways.items():
-        engine = build_engine(
+        engine = build_loader(
             "auto",
-            FolderSource(catalogue.train),
-            pixels_for("centred", catalogue.statistics, side=224),
+            FolderDataset(catalogue.train),
+            build_normalization("centred", catalogue.statistics, side=224),
             plan=plan,
             fraction=plan.fraction,
             max_batch=len(range(words.batch)[rows]),

@@ -24,16 +24,16 @@ from torch import nn
 from alexnet_dist.measuring.machine import machine
 from alexnet_dist.measuring.turns import Work, in_turns
 from alexnet_dist.model import (
+    build_on_meta,
     choose_kernels,
-    draw_masks,
-    initial_weights,
-    outline,
+    iter_initial_weights,
+    make_dropout_masks,
     triton_runs_on,
 )
 from alexnet_dist.model.normalization import LocalResponseNorm, lrn_triton
 from alexnet_dist.parallel import mesh
-from alexnet_dist.parallel.arithmetic import choose_precision
-from alexnet_dist.parallel.ddp import DataParallel
+from alexnet_dist.parallel.ddp import DDPLayout
+from alexnet_dist.parallel.precision import resolve_precision
 
 GPU = torch.device("cuda", 0)
 RESULTS = Path(__file__).with_name("results")
@@ -106,14 +106,14 @@ def compare(batch: int, kernels: int, side: int, towers: int, rounds: int) -> di
 def steps(variant: str, batch: int, rounds: int) -> dict[str, Any]:
     """Images a second of the passes of a network, with its normalisations and without."""
     here = mesh.start().arrange(1)
-    precision = choose_precision("auto", here.device)
+    precision = resolve_precision("auto", here.device)
     images = torch.randn(batch, 3, 227, 227, device=here.device).mul_(50)
     images = images.to(memory_format=torch.channels_last)
     labels = torch.zeros(batch, dtype=torch.int64, device=here.device)
     works = {}
     for way in ("without", "best", "torch"):
-        model = outline(variant, num_classes=1000, image_size=227)
-        weights = initial_weights(model)
+        model = build_on_meta(variant, num_classes=1000, image_size=227)
+        weights = iter_initial_weights(model)
         choose_kernels(
             model, lrn="torch" if way == "torch" else "auto", stem="auto", pool_first=True
         )
@@ -121,13 +121,13 @@ def steps(variant: str, batch: int, rounds: int) -> dict[str, Any]:
             for name, layer in list(model.named_children()):
                 if isinstance(layer, LocalResponseNorm):
                     setattr(model, name, nn.Identity())
-        layout = DataParallel(model, here, batch=batch, precision=precision)
+        layout = DDPLayout(model, here, batch=batch, precision=precision)
         layout.sharding.fill(layout.parameters, weights)
-        masks = draw_masks(
+        masks = make_dropout_masks(
             model.dropouts(), seed=1, step=0, batch=batch, rows=slice(None), device=here.device
         )
 
-        def once(layout: DataParallel = layout, masks: Any = masks) -> float:
+        def once(layout: DDPLayout = layout, masks: Any = masks) -> float:
             for parameter in layout.parameters.values():
                 parameter.grad = None
             layout.forward_backward(images, labels, masks)

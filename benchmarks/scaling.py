@@ -162,7 +162,7 @@ def scale(parts: Parts) -> list[dict[str, Any]]:
 
 def show(parts: Parts, table: Sequence[dict[str, Any]]) -> None:
     """Print the table, and what it assumes."""
-    letters = {"compute": "", "communication": "c", "loader": "l"}
+    letters = {"compute": "", "comm_time_fraction": "c", "loader": "l"}
     for scaling, title in (
         ("strong", f"global batch {STRONG:,}"),
         ("weak", f"{WEAK} images a process"),

@@ -6,7 +6,7 @@ Images of DIR/train/CLASS that are square and of one size are put into each form
 then make the same crops of them, without a resize, in turns and with nothing else to do; a figure
 is the median of several rounds, a ratio that of the rounds' ratios to the first. That is "usual":
 the DataLoader of PyTorch's ImageNet example, torchvision's transforms on an image at a time; the
-engine for machines without DALI ("dataloader") crops bytes, and normalises them by the batch.
+engine for machines without DALI ("torch") crops bytes, and normalises them by the batch.
 Images are counted by the second, and by the second of one processor's time, which depends less on
 what the machine does otherwise.
 """
@@ -29,11 +29,11 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import default_loader
 from torchvision.transforms import functional as TF
 
-from alexnet_dist.data import build_engine
-from alexnet_dist.data.augment import IMAGENET_MEAN, IMAGENET_STD, pixels_for
-from alexnet_dist.data.index import Source
-from alexnet_dist.data.plan import Draws, Plan
-from alexnet_dist.data.sources import make_catalogue, open_sources
+from alexnet_dist.data import build_loader
+from alexnet_dist.data.index import ImageDataset
+from alexnet_dist.data.plan import SampleParams, SamplePlan
+from alexnet_dist.data.sources import open_datasets, scan_dataset
+from alexnet_dist.data.transforms import IMAGENET_MEAN, IMAGENET_STD, build_normalization
 from alexnet_dist.measuring.machine import machine
 from alexnet_dist.parallel.mesh import keep_memory, usable_processors
 from tests.data.prepared_folder import write_prepared
@@ -41,8 +41,8 @@ from tests.data.prepared_folder import write_prepared
 CPU = torch.device("cpu")
 WAYS = [
     ("usual", "folder"),
-    *itertools.product(("dataloader", "dali"), ("folder", "shards", "pixels")),
-    ("resident", "pixels"),
+    *itertools.product(("torch", "dali"), ("folder", "shards", "pixels")),
+    ("gpu_cache", "pixels"),
 ]
 
 
@@ -60,19 +60,19 @@ def some_images(data: Path, folder: Path, count: int) -> Path:
 
 def loading(root: Path, engine: str, batch: int) -> Generator[int, None, None]:
     """Images of batch after batch."""
-    catalogue = make_catalogue(str(root), str(root), lambda *_: None)
+    catalogue = scan_dataset(str(root), str(root), lambda *_: None)
     sizes = catalogue.train.sizes
     side = int(sizes.min()) * 25 // 28
-    plan = Plan(sizes, batch, seed=1, fraction=side / int(sizes.min()))
-    source = open_sources(catalogue)[0]
+    plan = SamplePlan(sizes, batch, seed=1, fraction=side / int(sizes.min()))
+    source = open_datasets(catalogue)[0]
     epochs = (plan.epoch(epoch, 0, slice(None)) for epoch in itertools.count())
     if engine == "usual":
         yield from usual(source, epochs)
         return
-    running = build_engine(
+    running = build_loader(
         engine,  # type: ignore[arg-type]
         source,
-        pixels_for("centred", catalogue.statistics, side=side),
+        build_normalization("centred", catalogue.statistics, side=side),
         plan=plan,
         fraction=plan.fraction,
         max_batch=batch,
@@ -87,7 +87,7 @@ def loading(root: Path, engine: str, batch: int) -> Generator[int, None, None]:
 class Cropped(Dataset[tuple[Tensor, int]]):
     """An image of a folder, cropped and flipped as it is told, then torchvision's usual steps."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: ImageDataset) -> None:
         self.source = source
 
     def __getitem__(self, order: tuple[int, list[int], bool]) -> tuple[Tensor, int]:
@@ -98,7 +98,9 @@ class Cropped(Dataset[tuple[Tensor, int]]):
         return image, int(self.source.index.labels[number])
 
 
-def usual(source: Source, epochs: Iterator[Iterator[Draws]]) -> Generator[int, None, None]:
+def usual(
+    source: ImageDataset, epochs: Iterator[Iterator[SampleParams]]
+) -> Generator[int, None, None]:
     """Images of batch after batch, by a DataLoader as people write it."""
     orders = (
         list(zip(draws.numbers.tolist(), draws.boxes.tolist(), draws.flips.tolist(), strict=True))

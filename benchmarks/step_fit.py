@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.step_model import Law, Layer, count_hops, ways
+from benchmarks.step_model import Law, LayerSpec, count_hops, ways
 
 
-def fit_parts(layers: Sequence[Layer], found: dict[str, Any]) -> dict[str, Any]:
+def fit_parts(layers: Sequence[LayerSpec], found: dict[str, Any]) -> dict[str, Any]:
     """Parts, as Parts has them, from what ``observe`` found."""
     n, hops = found["processes"], "ring"
     return {
@@ -44,7 +44,7 @@ def fit(points: Iterable[tuple[float, float]]) -> Law:
 
 
 def _fit_computing(
-    layers: Sequence[Layer], n: int, batches: Sequence[int], found: dict[str, Any]
+    layers: Sequence[LayerSpec], n: int, batches: Sequence[int], found: dict[str, Any]
 ) -> dict[str, Any]:
     """The computing parts, from what ``computing`` found on n processes."""
     connected = sum(layer.parameters for layer in layers if not layer.work)

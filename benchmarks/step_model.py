@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from alexnet_dist.model import outline
+from alexnet_dist.model import build_on_meta
 from alexnet_dist.summary import rows
 
 BUCKET = 32 * 2**20
@@ -31,7 +31,7 @@ Law = tuple[float, float]
 
 
 @dataclass(frozen=True)
-class Layer:
+class LayerSpec:
     """A layer's weights as a matrix, and its bias.
 
     Attributes:
@@ -148,10 +148,10 @@ class Step:
         """What takes the most of it."""
         if self.loading > self.computing + self.waiting:
             return "loader"
-        return "compute" if self.computing >= self.waiting else "communication"
+        return "compute" if self.computing >= self.waiting else "comm_time_fraction"
 
 
-def predict(layers: Iterable[Layer], parts: Parts, layout: str, n: int, batch: int) -> Step:
+def predict(layers: Iterable[LayerSpec], parts: Parts, layout: str, n: int, batch: int) -> Step:
     """A step of a global ``batch`` under ``layout``: "ddp" or "whole", with "+bf16" or "+powersgd"
     behind it."""
     layers = list(layers)
@@ -164,7 +164,7 @@ def predict(layers: Iterable[Layer], parts: Parts, layout: str, n: int, batch: i
     images = batch if split else local  # that a fully connected layer sees
     held = 1 / n if split else 1.0
 
-    def alone(layer: Layer) -> float:
+    def alone(layer: LayerSpec) -> float:
         if layer.work:
             return layer.work * line(parts.convolutions_backward, local)
         return held * layer.parameters * parts.connected_backward * line(parts.connected, images)
@@ -194,12 +194,12 @@ def predict(layers: Iterable[Layer], parts: Parts, layout: str, n: int, batch: i
     return Step(computing, passing + max(waiting, 0.0), loading)
 
 
-def network(classes: int = 1000, image_size: int = 224) -> list[Layer]:
+def network(classes: int = 1000, image_size: int = 224) -> list[LayerSpec]:
     """The layers of ``paper``."""
     work = {row.name: row for row in rows("paper", num_classes=classes, image_size=image_size)}
     weights = {
         name.removesuffix(".weight"): parameter
-        for name, parameter in outline(
+        for name, parameter in build_on_meta(
             "paper", num_classes=classes, image_size=image_size
         ).named_parameters()
         if name.endswith("weight")
@@ -212,7 +212,7 @@ def network(classes: int = 1000, image_size: int = 224) -> list[Layer]:
     }
     every = sum(backward.values())
     return [
-        Layer(
+        LayerSpec(
             name,
             len(weight),
             weight[0].numel(),
@@ -244,10 +244,10 @@ def overlapped(pieces: Iterable[tuple[float, float]], taken: float) -> float:
     return now + under_way
 
 
-def buckets(layers: Iterable[Layer], least: int = BUCKET) -> list[list[Layer]]:
+def buckets(layers: Iterable[LayerSpec], least: int = BUCKET) -> list[list[LayerSpec]]:
     """Layers in the order of their gradients, last one first, as DDP puts them together: a bucket
     is closed by the gradient that fills it."""
-    found: list[list[Layer]] = []
+    found: list[list[LayerSpec]] = []
     full = True
     for layer in reversed(list(layers)):
         if full:
@@ -257,7 +257,7 @@ def buckets(layers: Iterable[Layer], least: int = BUCKET) -> list[list[Layer]]:
     return found
 
 
-def bucket_travel(bucket: Iterable[Layer], parts: Parts, compress: str, n: int) -> float:
+def bucket_travel(bucket: Iterable[LayerSpec], parts: Parts, compress: str, n: int) -> float:
     """Seconds in which the gradients of a bucket are averaged over ``n`` processes."""
     if compress == "powersgd":
         size = FLOAT * sum(power_values(layer) for layer in bucket)
@@ -269,14 +269,14 @@ def bucket_travel(bucket: Iterable[Layer], parts: Parts, compress: str, n: int) 
     return parts.travel("all_reduce", FLOAT * values, n)
 
 
-def power_values(layer: Layer) -> int:
+def power_values(layer: LayerSpec) -> int:
     """Values that PowerSGD sends of a layer: two thin matrices, or all where that is little."""
     thin = min(layer.rows, layer.columns, RANK) * (layer.rows + layer.columns)
     whole = layer.rows * layer.columns
     return layer.rows + (thin if 2 * thin < whole else whole)
 
 
-def _activations(connected: list[Layer], parts: Parts, n: int, batch: int) -> float:
+def _activations(connected: list[LayerSpec], parts: Parts, n: int, batch: int) -> float:
     """Seconds in which the inputs of fully connected layers are gathered, and their gradients go
     back; and labels and losses."""
     seconds = parts.travel("all_gather", batch * LABEL, n)

@@ -26,9 +26,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from alexnet_dist.parallel.arithmetic import choose_precision, device_name
-from alexnet_dist.parallel.collectives import Gathering
+from alexnet_dist.parallel.collectives import AsyncAllGather
 from alexnet_dist.parallel.mesh import Mesh, keep_memory, start, usable_processors
+from alexnet_dist.parallel.precision import device_name, resolve_precision
 from benchmarks.step_model import FLOAT, LAYOUTS
 from benchmarks.steps import Steps
 
@@ -77,7 +77,7 @@ def observe(
     lines, taken = _travel_by_group(mesh)
     found = {
         "name": device_name(device),
-        "width": 4 if choose_precision("auto", device) in ("fp32", "tf32") else 2,
+        "width": 4 if resolve_precision("auto", device) in ("fp32", "tf32") else 2,
         "processes": n,
         "node": node,
         "waits": not cuda,
@@ -304,7 +304,7 @@ def _collective(
         if kind.startswith("all_reduce"):
             dist.all_reduce(x, group=group)
         elif kind == "all_gather":
-            Gathering(x[0], group).wait()
+            AsyncAllGather(x[0], group).wait()
         else:
             dist.all_to_all_single(received, x, group=group)
         if device.type == "cuda":

@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 
-from alexnet_dist.model import draw_masks, initial_weights, outline
-from alexnet_dist.parallel import build_layout
-from alexnet_dist.parallel.arithmetic import choose_precision
-from alexnet_dist.parallel.ddp import Compression
+from alexnet_dist.model import build_on_meta, iter_initial_weights, make_dropout_masks
+from alexnet_dist.parallel import parallelize
+from alexnet_dist.parallel.ddp import GradCompression
 from alexnet_dist.parallel.mesh import Mesh
+from alexnet_dist.parallel.precision import resolve_precision
 from alexnet_dist.training.optim import build_optimizer
 
 RANK = 4  # of PowerSGD's matrices
@@ -36,11 +36,11 @@ class Steps:
     ) -> None:
         self.mesh, self.classes, self.image_size = mesh, classes, image_size
         kind, _, compress = name.partition("+")
-        self.precision = choose_precision("auto", mesh.device)
-        self.model = outline("paper", num_classes=classes, image_size=image_size)
+        self.precision = resolve_precision("auto", mesh.device)
+        self.model = build_on_meta("paper", num_classes=classes, image_size=image_size)
         self.dropouts = self.model.dropouts()
         weights = _weights(classes, image_size)
-        self.layout = build_layout(
+        self.layout = parallelize(
             self.model,
             mesh,
             batch=batch,
@@ -48,18 +48,20 @@ class Steps:
             precision=self.precision,
             fc="sharded" if kind in ("whole", "pipelined") else "replicated",
             fc_schedule=kind,
-            compression=Compression(compress or "none", RANK, power_after),  # type: ignore[arg-type]
+            compression=GradCompression(compress or "none", RANK, power_after),  # type: ignore[arg-type]
         )
         self.layout.sharding.fill(self.layout.parameters, iter(weights))
         self.optimizer = build_optimizer(
-            "paper", self.layout.parameters, lr=1e-4, momentum=0.9, weight_decay=5e-4
+            "sgd2012", self.layout.parameters, lr=1e-4, momentum=0.9, weight_decay=5e-4
         )
 
     def inputs(self, batch: int) -> tuple[Any, ...]:
         """For a step on a global ``batch``: it, and images, labels and masks of this process."""
         count, side, device = self.mesh.local_batch(batch), self.image_size, self.mesh.device
         rows = self.layout.mask_rows
-        masks = draw_masks(self.dropouts, seed=1, step=0, batch=batch, rows=rows, device=device)
+        masks = make_dropout_masks(
+            self.dropouts, seed=1, step=0, batch=batch, rows=rows, device=device
+        )
         images = torch.randn(count, 3, side, side, device=device)
         images = images.to(memory_format=torch.channels_last)
         return batch, images, torch.randint(self.classes, (count,), device=device), masks
@@ -82,4 +84,6 @@ class Steps:
 @cache
 def _weights(classes: int, image_size: int) -> list[tuple[str, torch.Tensor]]:
     torch.manual_seed(1)
-    return list(initial_weights(outline("paper", num_classes=classes, image_size=image_size)))
+    return list(
+        iter_initial_weights(build_on_meta("paper", num_classes=classes, image_size=image_size))
+    )

@@ -25,12 +25,17 @@ import torch
 from torch import Tensor, nn
 
 from alexnet_dist.measuring.machine import machine
-from alexnet_dist.model import draw_masks, initial_weights, outline, triton_runs_on
+from alexnet_dist.model import (
+    build_on_meta,
+    iter_initial_weights,
+    make_dropout_masks,
+    triton_runs_on,
+)
 from alexnet_dist.parallel import mesh
-from alexnet_dist.parallel.ddp import DataParallel
-from alexnet_dist.training.graph import WARM_UP, GraphedStep
-from alexnet_dist.training.loop import train_step
-from alexnet_dist.training.optim import PaperSGD, build_optimizer
+from alexnet_dist.parallel.ddp import DDPLayout
+from alexnet_dist.training.cuda_graph import WARM_UP, CudaGraphStep
+from alexnet_dist.training.optim import KrizhevskySGD, build_optimizer
+from alexnet_dist.training.step import train_step
 
 RESULTS = Path(__file__).with_name("results")
 NUMBERS: dict[str, Any] = {"lr": 1e-6, "momentum": 0.9, "weight_decay": 0.0005}
@@ -76,7 +81,8 @@ def in_turns(
 def compare_updates(device: torch.device, rounds: int) -> dict[str, Any]:
     """Time, bytes and share of the bandwidth of each way."""
     weights = [
-        nn.Parameter(torch.randn(p.shape, device=device)) for p in outline("paper").parameters()
+        nn.Parameter(torch.randn(p.shape, device=device))
+        for p in build_on_meta("paper").parameters()
     ]
     for weight in weights:
         weight.grad = torch.randn_like(weight)
@@ -85,7 +91,7 @@ def compare_updates(device: torch.device, rounds: int) -> dict[str, Any]:
         w: torch.empty_like(w, dtype=torch.bfloat16, requires_grad=False) for w in weights
     }
     a, b, c = (torch.randn(count, device=device) for _ in range(3))
-    fused = PaperSGD(weights, **NUMBERS, fused=True)
+    fused = KrizhevskySGD(weights, **NUMBERS, fused=True)
 
     def fused_and_cast() -> None:
         fused.step()
@@ -95,13 +101,13 @@ def compare_updates(device: torch.device, rounds: int) -> dict[str, Any]:
     # foreach: decay to gradient, momentum, both to velocity, that to weight: 7 reads and 4 writes
     ways: dict[str, tuple[int, Callable[[], object]]] = {
         "sum": (12, lambda: torch.add(a, b, out=c)),
-        "foreach": (44, PaperSGD(weights, **NUMBERS, foreach=True).step),
+        "foreach": (44, KrizhevskySGD(weights, **NUMBERS, foreach=True).step),
         "fused": (20, fused.step),
         "fused, and a cast": (26, fused_and_cast),
     }
     if triton_runs_on(device):
-        ways["triton"] = (20, PaperSGD(weights, **NUMBERS, triton=True).step)
-        with_copies = PaperSGD(weights, **NUMBERS, triton=True, copies=copies)
+        ways["triton"] = (20, KrizhevskySGD(weights, **NUMBERS, triton=True).step)
+        with_copies = KrizhevskySGD(weights, **NUMBERS, triton=True, copies=copies)
         ways["triton, with copies"] = (22, with_copies.step)
     found = in_turns({way: work for way, (_, work) in ways.items()}, rounds, device)
     bandwidth = 12 * count / found["sum"]
@@ -126,20 +132,20 @@ def compare_steps(device: torch.device, batch: int, rounds: int) -> dict[str, An
     )
     works: dict[str, Callable[[], object]] = {}
     for way, copies in (("plain", False), ("graph", False), ("graph, with copies", True)):
-        model = outline("paper")
-        weights = initial_weights(model)
-        layout = DataParallel(model, here, batch=batch, precision="bf16", weight_copies=copies)
+        model = build_on_meta("paper")
+        weights = iter_initial_weights(model)
+        layout = DDPLayout(model, here, batch=batch, precision="bf16", weight_copies=copies)
         layout.sharding.fill(layout.parameters, weights)
         optimizer = build_optimizer(
-            "paper", layout.parameters, **NUMBERS, triton=way != "plain", copies=layout.copies
+            "sgd2012", layout.parameters, **NUMBERS, triton=way != "plain", copies=layout.copies
         )
-        masks = draw_masks(
+        masks = make_dropout_masks(
             model.dropouts(), seed=1, step=0, batch=batch, rows=slice(None), device=device
         )
         if way == "plain":
             works[way] = partial(train_step, layout, optimizer, given, masks)
             continue
-        step = GraphedStep(layout, optimizer)
+        step = CudaGraphStep(layout, optimizer)
         for _ in range(WARM_UP + 1):
             step(given, masks)
         works[way] = partial(step, given, masks)

@@ -8,15 +8,17 @@ alexnet_dist/measuring/baseline.py.
 """
 
 from alexnet_dist.bench import main
-from alexnet_dist.config import take_option
-from alexnet_dist.errors import Failure, run_command
+from alexnet_dist.config import pop_option
+from alexnet_dist.errors import UserError, run_command
 
 
 def compare(arguments: list[str]) -> None:
     """Measure both on the folder that --data names."""
-    folders, more = take_option(arguments, "data")
+    folders, more = pop_option(arguments, "data")
     if len(folders) != 1:
-        raise Failure("give --data one folder with train/CLASS/ and val/CLASS/", everywhere=True)
+        raise UserError(
+            "give --data one folder with train/CLASS/ and val/CLASS/", on_all_ranks=True
+        )
     main(["--baseline", "--config", "configs/fast.yaml", "--data.root", folders[0], *more])
 
 

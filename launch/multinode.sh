@@ -6,7 +6,7 @@
 #   NODES   how many machines; 2:4: begin with two, and let two more join
 #   HEAD    the name of one of them, under which the others reach it
 #
-# All of them need this package, the images, and one folder for runs (--run.root on a disk that
+# All of them need this package, the images, and one folder for runs (--run.output_dir on a disk that
 # they share). A process that dies has all of them start again from the last checkpoint, RESTARTS
 # times (3); a machine other than HEAD that is lost has the others do so where NODES allows for
 # fewer (1:4). A signal to any of them and `touch RUN/PREEMPT` save the run and end it everywhere;

@@ -92,7 +92,7 @@ launch() { # MODULE WORDS...: start torchrun on each node, and wait for all; sru
 
 train() { # WORDS...: train until the run has ended; if it is stopped before, queue the job again
     local root id=$SLURM_JOB_ID
-    root=$(option run.root runs "$@")
+    root=$(option run.output_dir runs "$@")
     name=$(option run.name '' "$@")
     if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
         id=$SLURM_ARRAY_JOB_ID-$SLURM_ARRAY_TASK_ID
@@ -100,7 +100,7 @@ train() { # WORDS...: train until the run has ended; if it is stopped before, qu
     fi
     name=${name:-$SLURM_JOB_NAME-$id}
     run=$root/$name
-    goes_on="--run.root=$root --run.name=$name goes on with it"
+    goes_on="--run.output_dir=$root --run.name=$name goes on with it"
     ending='' saving=''
     trap save USR2
     trap end TERM
@@ -113,7 +113,7 @@ train() { # WORDS...: train until the run has ended; if it is stopped before, qu
     export_end
     while :; do
         before=$(progress)
-        launch alexnet_dist.train "$@" --run.root="$root" --run.name="$name"
+        launch alexnet_dist.train "$@" --run.output_dir="$root" --run.name="$name"
         code=$?
         if [ "$(status)" != running ] || [ "$(progress)" = "$before" ] || [ -n "$ending$saving" ]
         then

@@ -19,17 +19,17 @@ WARM = Warm()
 SIDE = 76
 TINY = [
     "--data.image_size=67",
-    f"--data.resize={SIDE}",
+    f"--data.resize_size={SIDE}",
     "--data.batch_size=7",
     "--data.eval_batch_size=8",
     "--data.threads=1",
     "--runtime.precision=fp32",
     "--runtime.threads=1",
     "--train.epochs=2",
-    "--train.log_every=1",
+    "--train.log_interval=1",
     "--optim.lr=0.001",
     "--optim.schedule.name=constant",
-    "--track.wandb=off",
+    "--wandb.mode=off",
 ]
 """Options for a network that is small because its images are: 17 million parameters."""
 
@@ -113,7 +113,7 @@ def launch(
 
 def train(processes: int, root: Path, runs: Path, *options: str, **env: str) -> Result:
     """Train the tiny network; fails the test where that fails."""
-    words = [*TINY, f"--data.root={root}", f"--run.root={runs}", *options]
+    words = [*TINY, f"--data.root={root}", f"--run.output_dir={runs}", *options]
     # torchrun itself is there in the tests of errors and of faults
     result = Result(*WARM.run("alexnet_dist.train", words, environment(**env), 240, processes))
     assert result.code == 0, result.err[-3000:]

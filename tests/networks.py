@@ -9,7 +9,7 @@ import torch.distributed as dist
 from alexnet_dist.config import Config, to_dict
 from alexnet_dist.model import Network, build_model
 from alexnet_dist.parallel import mesh
-from alexnet_dist.training.checkpoint import Checkpoints
+from alexnet_dist.training.checkpoint import CheckpointManager
 from tests.conftest import SIDE
 
 CPU = torch.device("cpu")
@@ -33,10 +33,10 @@ def command(main: Callable[[list[str]], None], *words: object) -> None:
 def save_network(folder: Path, variant: str, *, more_outputs: int = 0) -> tuple[Path, Network]:
     """A run with a checkpoint of random weights, as training would leave it, and the network."""
     config = Config()
-    config.model.variant = variant
+    config.model.arch = variant
     config.model.num_classes = len(CLASSES) + more_outputs if more_outputs else None
-    config.data.image_size, config.data.resize = 67, SIDE
-    config.data.root = config.run.root = str(folder)
+    config.data.image_size, config.data.resize_size = 67, SIDE
+    config.data.root = config.run.output_dir = str(folder)
     config.runtime.precision = "fp32"
     torch.manual_seed(5)
     outputs = config.model.num_classes or len(CLASSES)
@@ -60,7 +60,7 @@ def save_network(folder: Path, variant: str, *, more_outputs: int = 0) -> tuple[
     alone()
     group = dist.new_group(backend="gloo")
     assert isinstance(group, dist.ProcessGroup)
-    checkpoints = Checkpoints(folder / "checkpoints", group, CPU)
+    checkpoints = CheckpointManager(folder / "checkpoints", group, CPU)
     tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
     checkpoints.begin(state, tensors, best=True)
     saved = checkpoints.settle()
@@ -75,7 +75,7 @@ def _sharpen(model: Network) -> None:
     """Have images make a difference to the scores, as they do to trained ones."""
     blotches = torch.rand(32, 3, 5, 5)
     images = torch.nn.functional.interpolate(blotches, size=67, mode="bicubic") * 255 - 110
-    images = images / 57 if model.variant.pixels == "imagenet" else images
+    images = images / 57 if model.spec.pixels == "imagenet" else images
     if any(not parameter.requires_grad for parameter in model.parameters()):
         model.train()(images)  # averages of something
     scores = model.eval()(images)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from alexnet_dist.bench import main
-from alexnet_dist.errors import Failure
+from alexnet_dist.errors import UserError
 from tests.conftest import TINY, launch
 from tests.data.prepared_folder import write_prepared
 from tests.networks import command
@@ -18,19 +18,19 @@ BENCH = "alexnet_dist.bench"
 @pytest.mark.slow
 def test_one_process_beside_the_usual(images: Path, tmp_path: Path) -> None:
     out = tmp_path / "bench.json"
-    options = [*TINY, f"--data.root={images}", f"--run.root={tmp_path}", f"--out={out}"]
+    options = [*TINY, f"--data.root={images}", f"--run.output_dir={tmp_path}", f"--out={out}"]
     result = launch(0, *SHORT, "--baseline", *options, module=BENCH)
     assert result.code == 0, result.err[-3000:]
     record = json.loads(out.read_text())
     assert set(record["limits"]) == {"matrix_product", "memory", "decoder"}
-    assert {"dali", "dataloader"} <= set(record["loading"])
+    assert {"dali", "torch"} <= set(record["loading"])
     assert record["limits"]["decoder"]["median"] > record["loading"]["dali"]["low"] / 2
-    assert record["training"]["communication"] == 0
+    assert record["training"]["comm_time_fraction"] == 0
     assert record["checkpoint"]["bytes"] > 2 * 4 * 17_000_000
     assert record["checkpoint"]["stall"] < record["checkpoint"]["seconds"]
     training, loading = record["baseline"]["training"], record["baseline"]["loading"]
     assert training["over_example"] > 1  # its images have 224 pixels a side, ours 67
-    assert set(loading) == {"engine", "dataloader", "dali", "over_dataloader", "over_dali"}
+    assert set(loading) == {"engine", "torch", "dali", "over_dataloader", "over_dali"}
     lines = result.out.splitlines()
     assert lines[-1] == f"verdict: {record['verdict']}"
     assert any(line.startswith("loading: NVIDIA's DALI example") for line in lines)
@@ -41,13 +41,13 @@ def test_one_process_beside_the_usual(images: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_several_processes_and_their_layouts(images: Path, tmp_path: Path) -> None:
     out = tmp_path / "bench.json"
-    options = [*TINY, f"--data.root={images}", f"--run.root={tmp_path}", f"--out={out}"]
+    options = [*TINY, f"--data.root={images}", f"--run.output_dir={tmp_path}", f"--out={out}"]
     result = launch(2, *SHORT, *options, module=BENCH)
     assert result.code == 0, result.err[-3000:]
     record = json.loads(out.read_text())
     assert set(record["layouts"]) == {"replicated", "towers", "sharded"}
     assert record["limits"]["all_reduce"]["median"] > 0
-    assert 0 < record["training"]["communication"] < 1
+    assert 0 < record["training"]["comm_time_fraction"] < 1
 
 
 @pytest.mark.parametrize(
@@ -64,5 +64,5 @@ def test_wrong_words_are_named(
     words: list[str], sentence: str, images: Path, tmp_path: Path
 ) -> None:
     root = write_prepared(images, tmp_path / "shards", "shards")
-    with pytest.raises(Failure, match=sentence):
+    with pytest.raises(UserError, match=sentence):
         command(main, *SHORT, *TINY, f"--data.root={root}", *words)

@@ -12,10 +12,10 @@ import torch.distributed as dist
 from PIL import Image
 
 from alexnet_dist import evaluate
-from alexnet_dist.assembly.trained import Trained
+from alexnet_dist.assembly.trained import LoadedModel
 from alexnet_dist.config import Config, to_dict
-from alexnet_dist.data.sources import Index, make_catalogue
-from alexnet_dist.errors import Failure
+from alexnet_dist.data.sources import SplitIndex, scan_dataset
+from alexnet_dist.errors import UserError
 from alexnet_dist.model import build_model
 from alexnet_dist.parallel.mesh import Mesh
 from alexnet_dist.training import checkpoint
@@ -43,7 +43,7 @@ def errors_of(
     """What is counted of networks that give ``logits`` [images, classes], where the engine of each
     leaves out its ``bad`` images."""
 
-    def lay_out(network: Trained, *_: object) -> tuple[object, object, object]:
+    def lay_out(network: LoadedModel, *_: object) -> tuple[object, object, object]:
         given, missing = logits[network.state["n"]], bad[network.state["n"]]
         layout = SimpleNamespace(logits=lambda images: given[images])
         news = [{"number": number} for number in missing]
@@ -57,9 +57,9 @@ def errors_of(
     config = Config()
     config.data.eval_batch_size = 5
     state = {"classes": [str(n) for n in range(CLASSES)]}
-    networks = [Trained(Path(), state | {"n": n}, config) for n in range(len(logits))]
+    networks = [LoadedModel(Path(), state | {"n": n}, config) for n in range(len(logits))]
     names = [str(n) for n in range(IMAGES)]
-    index = Index("", names, labels, np.ones((IMAGES, 2), np.int64), state["classes"])
+    index = SplitIndex("", names, labels, np.ones((IMAGES, 2), np.int64), state["classes"])
     catalogue = SimpleNamespace(val=index)
     return evaluate.evaluate_average(networks, 1, mesh, catalogue)  # type: ignore[arg-type]
 
@@ -82,7 +82,7 @@ def test_chances_are_averaged_and_counted_exactly(
     right = chances[np.arange(len(chances)), labels[used]]
     place = (chances > right[:, None]).sum(1)
     good = ~np.isnan(right)
-    assert (result["images"], result["left_out"]) == (20, 3)
+    assert (result["images"], result["num_skipped"]) == (20, 3)
     assert good.sum() == 17
     assert result["top1_error"] == 100 * (1 - ((place < 1) & good).sum() / 20)
     assert result["top5_error"] == 100 * (1 - ((place < 5) & good).sum() / 20)
@@ -101,7 +101,7 @@ def test_the_loss_is_that_of_the_averaged_chances(
     chances = torch.stack([one.double().softmax(1) for one in logits]).mean(0).numpy()
     wanted = -np.log(chances[np.arange(IMAGES), labels]).mean()
     assert result["loss"] == pytest.approx(wanted, rel=1e-12)
-    assert "left_out" not in result
+    assert "num_skipped" not in result
     sure = torch.zeros(IMAGES, CLASSES)
     sure[:, 0] = 200.0  # chances of the others are too small for float32
     result = errors_of(mesh, monkeypatch, labels, [sure, sure], none)
@@ -121,7 +121,7 @@ def test_ten_views_are_a_loop_over_crops(
     noise = np.random.default_rng(3).integers(0, 255, (2, 47, 40, 3), np.uint8)
     Image.fromarray(noise[0]).save(files[2])
     Image.fromarray(noise[1].transpose(1, 0, 2)).save(files[7])
-    catalogue = make_catalogue(str(root), str(tmp_path), lambda *_: None)
+    catalogue = scan_dataset(str(root), str(tmp_path), lambda *_: None)
     files.pop(4).write_bytes(b"")  # after the index was made, which knows it as good
     right = np.delete(catalogue.val.labels, 4)
 
@@ -135,15 +135,15 @@ def test_ten_views_are_a_loop_over_crops(
                 weight.data.normal_(0, size, generator=generator)
         models[variant] = model
         config = Config()
-        config.data.engine = engine  # type: ignore[assignment]
-        config.data.image_size, config.data.resize = SIDES[variant], 40
+        config.data.loader = engine  # type: ignore[assignment]
+        config.data.image_size, config.data.resize_size = SIDES[variant], 40
         config.data.eval_batch_size, config.data.threads = 25, 1
-        config.data.on_bad_image = "skip"
-        config.model.variant, config.model.num_classes = variant, CLASSES
+        config.data.on_corrupt_image = "skip"
+        config.model.arch, config.model.num_classes = variant, CLASSES
         config.runtime.precision = "fp32"
         statistics = catalogue.statistics.to_json()
         state = {"classes": catalogue.val.classes, "statistics": statistics}
-        trained.append(Trained(Path(variant), state, config))
+        trained.append(LoadedModel(Path(variant), state, config))
 
     def load(path: Path, tensors: dict[str, torch.Tensor]) -> None:
         for name, value in models[path.name].named_parameters():
@@ -163,7 +163,7 @@ def test_ten_views_are_a_loop_over_crops(
         assert result["top5_error"] == 100 * (12 - hits[:, :5].sum()) / 12
         loss = -np.log(chances[np.arange(12), right]).mean()
         assert result["loss"] == pytest.approx(loss, rel=1e-5)
-        assert (result["images"], result["left_out"]) == (12, 1)
+        assert (result["images"], result["num_skipped"]) == (12, 1)
     without_reflections = views[0][:, ::2].mean(1)[np.arange(12), right]
     assert abs(-np.log(without_reflections).mean() / results[0]["loss"] - 1) > 0.01
 
@@ -191,9 +191,9 @@ def _views(
 
 @pytest.mark.parametrize("words", [["--views", "3"], ["--views=ten"], ["--views"]])
 def test_other_views_are_refused(words: list[str]) -> None:
-    with pytest.raises(Failure, match=r"^views is \w+; it must be 1, .* or 10, ") as failure:
+    with pytest.raises(UserError, match=r"^views is \w+; it must be 1, .* or 10, ") as failure:
         evaluate.main(["--checkpoint", "somewhere", *words])
-    assert failure.value.everywhere
+    assert failure.value.on_all_ranks
 
 
 def _checkpoint(folder: Path, classes: list[str], **model: object) -> str:
@@ -212,10 +212,10 @@ def test_networks_of_other_classes_have_no_average(tmp_path: Path) -> None:
         _checkpoint(tmp_path / "other", ["cat", "emu"]),
         _checkpoint(tmp_path / "wider", ["cat", "dog"], num_classes=9),
     ):
-        with pytest.raises(Failure, match=r"tells other classes apart than .*first") as failure:
+        with pytest.raises(UserError, match=r"tells other classes apart than .*first") as failure:
             evaluate.main(["--checkpoint", first, first, other])
         assert other in str(failure.value)
-        assert failure.value.everywhere
+        assert failure.value.on_all_ranks
 
 
 def test_each_network_keeps_its_size_and_the_first_ones_images(tmp_path: Path) -> None:

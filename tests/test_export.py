@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from alexnet_dist import evaluate, export
 from alexnet_dist.assembly.trained import read
 from alexnet_dist.data.photographs import finish, view
-from alexnet_dist.errors import Failure
+from alexnet_dist.errors import UserError
 from alexnet_dist.export import FORMATS, main
 from alexnet_dist.model import Network, build_model
 from alexnet_dist.model.preprocessing import Preprocessed
@@ -87,8 +87,8 @@ def test_safetensors_are_read_back_to_the_bit(paper: Made, weights: Path) -> Non
     for name in ("classes", "statistics", "step", "best", "fingerprint", "images", "versions"):
         assert after.state[name] == before.state[name]
     mine, theirs = before.config, after.config
-    assert (theirs.data.root, theirs.run.root) == (None, "runs")  # nobody's paths
-    mine.data.root, mine.run.root = None, "runs"
+    assert (theirs.data.root, theirs.run.output_dir) == (None, "runs")  # nobody's paths
+    mine.data.root, mine.run.output_dir = None, "runs"
     assert mine == theirs
     with safe_open(weights, "pt") as file:
         header = file.metadata()
@@ -116,7 +116,7 @@ def test_a_run_starts_from_safetensors(paper: Made, weights: Path) -> None:
         theirs = dict(paper[1].named_parameters())
         for name, parameter in mine.named_parameters():
             assert torch.equal(parameter, drawn[name] if name in anew else theirs[name]), name
-    with pytest.raises(Failure, match=r"another network: model\.conv1\.weight should be \[64"):
+    with pytest.raises(UserError, match=r"another network: model\.conv1\.weight should be \[64"):
         read(str(weights)).fill(dict(build_model("owt", image_size=67).named_parameters()))
 
 
@@ -139,7 +139,7 @@ def test_torchvisions_class_loads_what_is_written(place: Path) -> None:
     assert found.knows(["a", "b", "c"])
     assert not found.knows(["a", "b", "c", "d"])
     assert found.pixels.mean == pytest.approx([123.675, 116.28, 103.53])
-    assert (found.pixels.side, found.config.data.resize) == (224, 256)
+    assert (found.pixels.side, found.config.data.resize_size) == (224, 256)
     out.unlink()
 
 
@@ -286,7 +286,7 @@ def test_a_run_on_two_towers_starts_from_a_file(
     paper: Made, weights: Path, noise: Path, tmp_path: Path
 ) -> None:
     """Each tower takes its half; after a step of next to nothing they still are those weights."""
-    options = [f"--model.weights={weights}", "--run.name=run", "--train.max_steps=1"]
+    options = [f"--model.pretrained={weights}", "--run.name=run", "--train.max_steps=1"]
     train(2, noise, tmp_path, *options, "--parallel.towers=2", "--optim.lr=1e-12")
     alone()
     model = read(str(tmp_path / "run")).model(CPU)
@@ -330,11 +330,11 @@ def test_what_cannot_be_read(weights: Path, tmp_path: Path) -> None:
         "other.pth": "neither an export of this package nor torchvision's AlexNet",
         "later.safetensors": "is of format 9, this version reads 1",
     }.items():
-        with pytest.raises(Failure, match=sentence) as failure:
+        with pytest.raises(UserError, match=sentence) as failure:
             read(str(tmp_path / name))
         assert str(tmp_path / name) in str(failure.value)
         assert "\n" not in str(failure.value)
-        assert failure.value.everywhere
+        assert failure.value.on_all_ranks
     assert not (tmp_path / "harm").exists()
 
 
@@ -353,11 +353,11 @@ def test_what_cannot_be_exported(
         ([*run, "--out", tmp_path, "--format", "torchvision"], "another network than paper"),
         ([*run, "--out", tmp_path, "--model.dropout=0"], "is no option of export"),
     ):
-        with pytest.raises(Failure, match=sentence):
+        with pytest.raises(UserError, match=sentence):
             command(main, *words)
     with monkeypatch.context() as patch:
         patch.setattr(export.importlib.util, "find_spec", lambda name: None)
-        with pytest.raises(Failure, match=r"pip install 'alexnet-dist\[export\]'"):
+        with pytest.raises(UserError, match=r"pip install 'alexnet-dist\[export\]'"):
             command(main, *run, "--out", tmp_path, "--format", "onnx")
 
     def other(*_: object) -> object:
@@ -372,7 +372,7 @@ def test_what_cannot_be_exported(
     ):
         kind = FORMATS["safetensors"]
         monkeypatch.setitem(FORMATS, "safetensors", dataclasses.replace(kind, **change))
-        with pytest.raises(Failure, match=sentence):
+        with pytest.raises(UserError, match=sentence):
             command(main, *run, "--out", tmp_path)
         monkeypatch.setitem(FORMATS, "safetensors", kind)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]

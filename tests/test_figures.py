@@ -17,13 +17,13 @@ from PIL import Image
 
 from alexnet_dist import figures
 from alexnet_dist.config import Config, to_dict
-from alexnet_dist.data.statistics import Statistics
-from alexnet_dist.errors import Failure
+from alexnet_dist.data.statistics import ChannelStats
+from alexnet_dist.errors import UserError
 from alexnet_dist.model import build_model
 from alexnet_dist.parallel.mesh import Mesh
 from alexnet_dist.tracking import paper_figures, passes, plots
-from alexnet_dist.tracking.events import JsonLines, Stream
-from alexnet_dist.training.checkpoint import Checkpoints
+from alexnet_dist.tracking.events import EventLog, JsonLines
+from alexnet_dist.training.checkpoint import CheckpointManager
 from tests.conftest import write_images
 
 SIDE = 67
@@ -33,7 +33,7 @@ CPU = torch.device("cpu")
 def records(run: Path, errors: list[float], more: list[tuple[float, float]] = ()) -> str:  # type: ignore[assignment]
     """A run of four steps a pass, with a training error for each pass; ``more``: other ends."""
     run.mkdir(parents=True)
-    stream = Stream(JsonLines(run / "metrics.jsonl"))
+    stream = EventLog(JsonLines(run / "metrics.jsonl"))
     for number, error in enumerate(errors):
         for step in range(4 * number + 1, 4 * number + 5):
             epoch, loss = step / 4, error / 40
@@ -111,7 +111,7 @@ def test_groups_and_steps_without_a_loss_are_drawn(
     events: list[dict[str, Any]] = [
         {
             **{"event": "train", "epoch": n / 8, "lr": 0.01, "top1_error": 50.0},
-            **{"loss": None if n == 3 else 1.0, "rates": {"weights": 0.1 / n, "conv1.bias": 0.2}},
+            **{"loss": None if n == 3 else 1.0, "lrs": {"weights": 0.1 / n, "conv1.bias": 0.2}},
         }
         for n in range(1, 33)
     ]
@@ -177,7 +177,7 @@ def state(root: Path) -> dict[str, Any]:
     config["data"] |= {"root": str(root), "image_size": SIDE, "resize": 76, "eval_batch_size": 8}
     config["runtime"] |= {"precision": "fp32", "threads": 1}
     config["model"]["num_classes"] = 4
-    grey = Statistics(np.full(3, 127.5), np.zeros(3), np.eye(3)).to_json()
+    grey = ChannelStats(np.full(3, 127.5), np.zeros(3), np.eye(3)).to_json()
     classes = ["blue", "green", "red"]
     return {"step": 1, "config": config, "classes": classes, "statistics": grey}
 
@@ -189,7 +189,7 @@ def test_a_network_is_drawn(tmp_path: Path, mesh: Mesh, monkeypatch: pytest.Monk
     torch.manual_seed(1)
     model = build_model("paper", num_classes=4, image_size=SIDE).eval()
     weights = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
-    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", mesh.saving, CPU)
+    checkpoints = CheckpointManager(tmp_path / "run" / "checkpoints", mesh.saving, CPU)
     checkpoints.begin(state(root), weights, best=True)
     assert checkpoints.settle().failure == ""  # type: ignore[union-attr]
     (tmp_path / "names").write_text("blue azure, sky\nred  a long name for what is merely red\n")
@@ -207,7 +207,9 @@ def test_a_network_is_drawn(tmp_path: Path, mesh: Mesh, monkeypatch: pytest.Monk
     spy(paper_figures, "neighbours")
     shown = [str(root / "val" / "red" / "002.jpg"), "blue/003.jpg"]
     options = ["--queries=3", "--neighbours", "4", "--names", str(tmp_path / "names")]
-    figures.main([str(tmp_path / "run"), "--images", *shown, *options, "--data.on_bad_image=skip"])
+    figures.main(
+        [str(tmp_path / "run"), "--images", *shown, *options, "--data.on_corrupt_image=skip"]
+    )
 
     assert_seen(tmp_path / "run" / "figures", "figure3", "figure4-labels", "figure4-neighbours")
     weights, towers = drawn["kernels"][:2]
@@ -271,12 +273,12 @@ def test_what_cannot_be_drawn_is_a_sentence(
     }
     (tmp_path / "names").write_text("a file")
     for words, sentence in sentences.items():
-        with pytest.raises(Failure, match=sentence):
+        with pytest.raises(UserError, match=sentence):
             figures.main([*words])
-    outline = SimpleNamespace(named_parameters=lambda: [("fc.weight", torch.empty(3, 4))])
-    monkeypatch.setattr(figures.Trained, "outline", lambda _: outline)
-    with pytest.raises(Failure, match=r"fc\.weight of paper does not read the three colours"):
+    build_on_meta = SimpleNamespace(named_parameters=lambda: [("fc.weight", torch.empty(3, 4))])
+    monkeypatch.setattr(figures.LoadedModel, "outline", lambda _: build_on_meta)
+    with pytest.raises(UserError, match=r"fc\.weight of paper does not read the three colours"):
         figures.main([run, "--only=3"])
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(Failure, match="without torchrun"):
+    with pytest.raises(UserError, match="without torchrun"):
         figures.main([good])

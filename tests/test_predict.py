@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 
 from alexnet_dist.assembly.trained import read
-from alexnet_dist.data.dataloader import DataLoaderEngine
-from alexnet_dist.data.plan import EvaluationPlan
-from alexnet_dist.data.sources import FolderSource, Index
-from alexnet_dist.errors import Failure
+from alexnet_dist.data.plan import EvalPlan
+from alexnet_dist.data.sources import FolderDataset, SplitIndex
+from alexnet_dist.data.torch_loader import TorchLoader
+from alexnet_dist.errors import UserError
 from alexnet_dist.model import Network
 from alexnet_dist.predict import main
 from tests.conftest import SIDE
@@ -65,10 +65,10 @@ def test_the_numbers_are_an_evaluations(
 
     sizes = np.array([Image.open(photographs / name).size[::-1] for name in names])
     labels = np.zeros(len(names), np.int64)
-    source = FolderSource(Index(str(photographs), names, labels, sizes, CLASSES))
+    source = FolderDataset(SplitIndex(str(photographs), names, labels, sizes, CLASSES))
     network = read(str(run))
-    engine = DataLoaderEngine(source, network.pixels, device=CPU, threads=0)
-    batches = engine.batches(EvaluationPlan(sizes, 4, network.fraction).draws(slice(None)))
+    engine = TorchLoader(source, network.pixels, device=CPU, threads=0)
+    batches = engine.batches(EvalPlan(sizes, 4, network.fraction).draws(slice(None)))
     with torch.no_grad():
         wanted = torch.cat([model(batch.images).double().softmax(1) for batch in batches]).numpy()
     np.testing.assert_allclose(by_class(answers), wanted, rtol=1e-4)
@@ -187,5 +187,5 @@ def test_what_is_asked_for_wrongly(trained: tuple[Path, Network], tmp_path: Path
         (["a.jpg", "--checkpoint", str(tmp_path)], "there is no checkpoint at"),
         (["a.jpg", "--checkpoint", f"{tmp_path}/weights.txt"], "holds no weights"),
     ):
-        with pytest.raises(Failure, match=sentence):
+        with pytest.raises(UserError, match=sentence):
             command(main, *words)

@@ -25,9 +25,9 @@ from alexnet_dist.data.formats import checked, decode
 from alexnet_dist.data.inputs import find_images
 from alexnet_dist.data.samples import Listing, read
 from alexnet_dist.data.shrink import Form, shrink
-from alexnet_dist.errors import Failure
+from alexnet_dist.errors import UserError
 from tests.conftest import command, environment
-from tests.data.bad_images import damaged, encode, photograph, whole
+from tests.data.corrupt_images import damaged, encode, photograph, whole
 
 CLASSES = ("n01440764", "n02102040", "n03000684")
 WORDS = ("tench, Tinca tinca", "English springer", "chain saw, chainsaw")
@@ -236,7 +236,7 @@ def test_cifar10s_own_files(tmp_path: Path) -> None:
     image = np.asarray(Image.open(BytesIO(read(by_name["data_batch_3_00000"]).tobytes())))
     assert np.array_equal(image, pixels[2].transpose(1, 2, 0))
     put(folder / "test_batch", pickle.dumps(os.system, 2))
-    with pytest.raises(Failure, match=r"is not CIFAR-10's \(it names posix\.system\)"):
+    with pytest.raises(UserError, match=r"is not CIFAR-10's \(it names posix\.system\)"):
         listing(tmp_path, ([tmp_path], []))
 
 
@@ -363,7 +363,7 @@ def test_bad_images_are_named_and_left_out(prepared: Path) -> None:
     assert "cut short" in second["reason"]
     assert {first["done"], second["done"]} == {"left out"}
     words = [str(prepared / "in"), "--out", str(prepared / "stop"), "--on_bad_image", "stop"]
-    with pytest.raises(Failure, match=r"\.JPEG cannot be decoded \(it is .*--on_bad_image skip"):
+    with pytest.raises(UserError, match=r"\.JPEG cannot be decoded \(it is .*--on_bad_image skip"):
         prepare.main([*words, "--workers", "1"])
 
 
@@ -458,7 +458,9 @@ def test_a_finished_folder_is_left_alone(
     prepare.main([*words, "--size", str(SIZE)])
     assert "is prepared already" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in (prepared / "one").iterdir()} == before
-    with pytest.raises(Failure, match=rf"was made with --size {SIZE}, not 32: give another --out"):
+    with pytest.raises(
+        UserError, match=rf"was made with --size {SIZE}, not 32: give another --out"
+    ):
         prepare.main([*words, "--size", "32"])
 
 
@@ -473,14 +475,14 @@ def test_a_damaged_shard_is_found_when_read_back(tmp_path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    with pytest.raises(Failure, match="does not read back as it was written"):
+    with pytest.raises(UserError, match="does not read back as it was written"):
         shards.check_shard(tmp_path / "out", form, shard)
     assert not shards.record_of(tmp_path / "out", shard).exists()
 
 
 def test_what_is_wrong_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def sentence(*words: str) -> str:
-        with pytest.raises(Failure) as failure:
+        with pytest.raises(UserError) as failure:
             prepare.main([*words])
         return str(failure.value)
 

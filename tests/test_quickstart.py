@@ -11,10 +11,10 @@ from tests.conftest import events, launch
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_embedded_default_learns_its_digits(tmp_path: Path) -> None:
-    result = launch(2, f"--run.root={tmp_path}", timeout=800)
+    result = launch(2, f"--run.output_dir={tmp_path}", timeout=800)
     assert result.code == 0, result.err[-3000:]
     run = tmp_path / "quickstart"
-    (end,) = events(run, "end")
+    (end,) = events(run, "finished")
     assert end["top1_error"] <= 3.0
     assert end["images"] == 500
     assert "next: Imagenette" in result.out

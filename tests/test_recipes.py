@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from alexnet_dist.config import Config, parse, recipes
-from alexnet_dist.model import outline
-from alexnet_dist.training.loop import set_rates
+from alexnet_dist.model import build_on_meta
 from alexnet_dist.training.optim import build_optimizer
-from alexnet_dist.training.schedules import Schedule, value_at
+from alexnet_dist.training.schedules import Schedule, piecewise_value
+from alexnet_dist.training.step import set_rates
 from tests.conftest import TINY, events, launch
 
 NAMES = sorted(path.stem for path in recipes().glob("*.yaml"))
@@ -26,9 +26,9 @@ def rates(config: Config) -> tuple[Schedule, torch.optim.SGD]:
     """A recipe's schedule, and an optimizer with its groups, of a network without memory."""
     optim = config.optim
     schedule = Schedule(
-        lr=optim.lr, bias_lr=optim.bias_lr, epochs=config.train.epochs, **vars(optim.schedule)
+        lr=optim.lr, bias_lr_mult=optim.bias_lr_mult, epochs=config.train.epochs, **vars(optim.schedule)
     )
-    model = outline(config.model.variant, image_size=config.data.image_size)
+    model = build_on_meta(config.model.arch, image_size=config.data.image_size)
     parameters = dict(model.named_parameters())
     optimizer = build_optimizer(
         "sgd",
@@ -36,7 +36,7 @@ def rates(config: Config) -> tuple[Schedule, torch.optim.SGD]:
         lr=optim.lr,
         momentum=0.9,
         weight_decay=0.0005,
-        own=optim.schedule.table,
+        own=optim.schedule.milestones,
     )
     return schedule, optimizer
 
@@ -136,9 +136,9 @@ def test_a_life_changes_in_the_passes_its_authors_noted(name: str) -> None:
         for passes in (first, last - 1e-4):
             set_rates(optimizer, schedule, passes)
             found = [groups.get(name, groups[kind])["lr"] for name, kind in PARAMETERS]
-            strength = config.data.colour_strength
-            if config.data.colour_table:
-                strength = value_at(config.data.colour_table, passes)
+            strength = config.data.pca_noise_std
+            if config.data.pca_noise_schedule:
+                strength = piecewise_value(config.data.pca_noise_schedule, passes)
             assert [*found, strength] == pytest.approx(list(wanted), rel=1e-5), passes
 
 
@@ -150,7 +150,7 @@ def test_a_life_at_a_smaller_scale_has_all_its_changes(images: Path, tmp_path: P
         f"--config={recipes() / 'original145'}.yaml",
         *options,
         f"--data.root={images}",
-        f"--run.root={tmp_path}",
+        f"--run.output_dir={tmp_path}",
         "--train.epochs_scale=0.05",
     )
     assert launched.code == 0, launched.err
@@ -161,8 +161,8 @@ def test_a_life_at_a_smaller_scale_has_all_its_changes(images: Path, tmp_path: P
     for record in records:
         passes = (record["step"] - 1) / steps / 0.05
         wanted = {name: schedule.rate(name, passes) for name in schedule.table}
-        assert record["rates"] == pytest.approx(wanted)
-        assert record["colour_strength"] == (0.1 if passes < 66 else 0)
-    assert len({tuple(record["rates"].values()) for record in records}) == 6
-    (end,) = events(tmp_path / "original145", "end")
+        assert record["lrs"] == pytest.approx(wanted)
+        assert record["pca_noise_std"] == (0.1 if passes < 66 else 0)
+    assert len({tuple(record["lrs"].values()) for record in records}) == 6
+    (end,) = events(tmp_path / "original145", "finished")
     assert end["ended"]

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.step_fit import fit, fit_lines
 from benchmarks.step_model import (
-    Layer,
+    LayerSpec,
     Parts,
     buckets,
     network,
@@ -34,7 +34,7 @@ PARTS = Parts(
     powersgd_waits=True,
     loader=None,
 )
-CONV, FC = Layer("conv1", 1, 1, work=1.0), Layer("fc6", 1, 3, reads=3)
+CONV, FC = LayerSpec("conv1", 1, 1, work=1.0), LayerSpec("fc6", 1, 3, reads=3)
 
 
 def test_travel_in_a_ring_and_over_nodes() -> None:
@@ -106,8 +106,8 @@ def test_gradients_of_the_large_layers_leave_under_the_convolutions() -> None:
 
 
 def test_power_sgd_sends_thin_matrices() -> None:
-    assert power_values(Layer("fc7", 4096, 4096)) == 4096 + 4 * (4096 + 4096)
-    assert power_values(Layer("small", 8, 8)) == 8 + 8 * 8
+    assert power_values(LayerSpec("fc7", 4096, 4096)) == 4096 + 4 * (4096 + 4096)
+    assert power_values(LayerSpec("small", 8, 8)) == 8 + 8 * 8
 
 
 def test_fits_find_what_the_times_were_made_of() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from alexnet_dist.config import recipes
-from alexnet_dist.errors import Failure
+from alexnet_dist.errors import UserError
 from alexnet_dist.submit import main
 
 ROOT = Path(__file__).parents[1]
@@ -34,7 +34,7 @@ def program(folder: Path, name: str, text: str) -> None:
 
 
 def refusal(*words: str) -> str:
-    with pytest.raises(Failure) as failure:
+    with pytest.raises(UserError) as failure:
         main(list(words))
     return str(failure.value)
 
@@ -102,10 +102,10 @@ def test_five_networks_and_what_follows_them(
     monkeypatch.setenv("PATH", f"{place / 'bin'}:{os.defpath}")
     answer = "tee -a given | grep -q '^#SBATCH --dependency' && echo 18 || echo '17;cluster'"
     program(place / "bin", "sbatch", answer)
-    (place / "mine.yaml").write_text("run: {root: there}\ntrain: {seed: 40}\n")
+    (place / "mine.yaml").write_text("run: {output_dir: there}\ntrain: {seed: 40}\n")
     main(["array5", "--config", "mine.yaml", "--data.root=x", "--sbatch=--qos=long --mem=0"])
     given = (place / "given").read_text()
-    assert "--run.root=there \\\n    --train.seed=40" in given
+    assert "--run.output_dir=there \\\n    --train.seed=40" in given
     assert "#SBATCH --dependency=afterok:17\n#SBATCH --kill-on-invalid-dep=yes\n" in given
     assert given.count("#SBATCH --qos=long\n#SBATCH --mem=0\n") == 2
     assert "--checkpoint there/mine-17-0 there/mine-17-1 there/mine-17-2" in given

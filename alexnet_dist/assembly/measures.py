@@ -17,29 +17,29 @@ import torch
 
 from alexnet_dist.assembly.parts import Images, Learner, check_network
 from alexnet_dist.config import Config, flatten, to_dict
-from alexnet_dist.data import build_engine, dali
-from alexnet_dist.data.dataloader import DataLoaderEngine
-from alexnet_dist.data.engine import Batch
-from alexnet_dist.data.resident import ResidentEngine
-from alexnet_dist.data.sources import open_sources
-from alexnet_dist.errors import Failure
+from alexnet_dist.data import build_loader, dali
+from alexnet_dist.data.corrupt_images import Batch
+from alexnet_dist.data.gpu_cache import GpuCacheLoader
+from alexnet_dist.data.sources import open_datasets
+from alexnet_dist.data.torch_loader import TorchLoader
+from alexnet_dist.errors import UserError
 from alexnet_dist.measuring.limits import decoding, limits
 from alexnet_dist.measuring.report import busy
 from alexnet_dist.measuring.turns import Figure, Work, in_turns, rounded
 from alexnet_dist.model.accounting import rows, training_operations
-from alexnet_dist.parallel.arithmetic import set_arithmetic
 from alexnet_dist.parallel.mesh import Mesh
+from alexnet_dist.parallel.precision import configure_backends
 from alexnet_dist.parallel.waits import WAITS
-from alexnet_dist.training.checkpoint import Checkpoints
-from alexnet_dist.training.graph import WARM_UP
-from alexnet_dist.training.loop import Clock, Pace
+from alexnet_dist.training.checkpoint import CheckpointManager
+from alexnet_dist.training.cuda_graph import WARM_UP
 from alexnet_dist.training.saver import Saver
+from alexnet_dist.training.step import StepThrottle, StepTimer
 
 IMAGENET_VAL = 50_000
-ENGINES: dict[Literal["dali", "dataloader", "resident"], type] = {
-    "dali": dali.DaliEngine,
-    "dataloader": DataLoaderEngine,
-    "resident": ResidentEngine,
+ENGINES: dict[Literal["dali", "torch", "gpu_cache"], type] = {
+    "dali": dali.DaliLoader,
+    "torch": TorchLoader,
+    "gpu_cache": GpuCacheLoader,
 }
 OFF = {
     "runtime.precision": "fp32",
@@ -67,7 +67,7 @@ class Measures:
         self.images = Images(config, mesh)
         self.learner = _learner(config, mesh, self.images)
         self.batch = config.data.batch_size
-        self.steps, self.pace = itertools.count(), Pace(mesh.device)
+        self.steps, self.pace = itertools.count(), StepThrottle(mesh.device)
 
     def parts(self, *, each: bool) -> dict[str, Any]:
         """All parts, as a record; ``each`` way to compute faster turned off, too, if asked for."""
@@ -108,13 +108,17 @@ class Measures:
         return record
 
     def _decoder(self) -> Work | None:
-        source = open_sources(self.images.catalogue)[0]
+        source = open_datasets(self.images.catalogue)[0]
         if source.raw:
             return None
         draws = self.images.engine.bad.apply(next(self.images.plan.epoch(0, 0, self.mesh.rows)))
         encoded = [source.read(number) for number in draws.numbers.tolist()]
         data = self.config.data
-        chosen = dali.choose_decoder(self.mesh.device) if data.decoder == "auto" else data.decoder
+        chosen = (
+            dali.choose_decoder(self.mesh.device)
+            if data.dali_decoder == "auto"
+            else data.dali_decoder
+        )
         return decoding(encoded, draws, chosen, self.mesh, data.threads or self.mesh.threads)
 
     def compute(self) -> dict[str, Any]:
@@ -148,7 +152,7 @@ class Measures:
         }
         inner = self.measure(works, self.mesh)
         optimizer.zero_grad(set_to_none=True)
-        variant, side = self.config.model.variant, self.config.data.image_size
+        variant, side = self.config.model.arch, self.config.data.image_size
         layers = rows(variant, num_classes=self.learner.outputs, image_size=side)
         return {
             "images_per_second": whole.record(),
@@ -160,7 +164,7 @@ class Measures:
         """Each engine that there is, on the plan's own crops."""
         config = self.config
         record: dict[str, Figure] = {}
-        train, _ = open_sources(self.images.catalogue)
+        train, _ = open_datasets(self.images.catalogue)
         for name, kind in ENGINES.items():
             if isinstance(self.images.engine, kind):  # whose pixels may lie on the GPU already
                 batches = self.batches()
@@ -168,7 +172,7 @@ class Measures:
                 batches.close()
                 continue
             try:
-                engine = build_engine(
+                engine = build_loader(
                     name,
                     train,
                     self.images.pixels,
@@ -176,12 +180,12 @@ class Measures:
                     fraction=self.images.plan.fraction,
                     max_batch=self.mesh.local_batch(self.batch),
                     device=self.mesh.device,
-                    decoder=config.data.decoder,
+                    decoder=config.data.dali_decoder,
                     threads=config.data.threads or self.mesh.threads,
-                    ahead=config.data.ahead,
+                    ahead=config.data.prefetch,
                     policy="substitute",
                 )
-            except Failure:  # it is not for this machine, or these images
+            except UserError:  # it is not for this machine, or these images
                 continue
             batches = self._of_epochs(engine)
             work = self.engine_alone(batches)
@@ -205,14 +209,14 @@ class Measures:
         return {
             "images_per_second": found["end_to_end"].record(),
             "of_compute": rounded(found["end_to_end"].over(found["compute"])),
-            "data_wait": rounded(wait),
-            "communication": rounded(communication),
+            "data_time_fraction": rounded(wait),
+            "comm_time_fraction": rounded(communication),
             "engine": self.images.engine.description,
         }
 
     def _shares(self, batches: Iterator[Batch], steps: int) -> tuple[float, float]:
         """Parts of the time of ``steps`` that they wait for images, and for other processes."""
-        clock = Clock()
+        clock = StepTimer()
         for _ in range(self._filled):
             self.step(next(batches))
         self.pace.finish()
@@ -252,19 +256,19 @@ class Measures:
         return {"images_per_second": figure.record(), "seconds_for_50000_images": seconds}
 
     def checkpoint(self) -> dict[str, Any]:
-        """What a save keeps training from, and how long it takes, below run.root."""
-        folder = self.mesh.from_first(lambda: f"{self.config.run.root}/.bench-{os.getpid()}")
+        """What a save keeps training from, and how long it takes, below run.output_dir."""
+        folder = self.mesh.from_first(lambda: f"{self.config.run.output_dir}/.bench-{os.getpid()}")
         events: list[dict[str, Any]] = []
 
         def hear(event: str, **values: Any) -> None:
             events.append({"event": event, **values})
 
-        checkpoints = Checkpoints(
+        checkpoints = CheckpointManager(
             Path(folder),
             self.mesh.saving,
             self.mesh.device,
             keep=1,
-            asynchronous=self.config.checkpoint.asynchronous,
+            asynchronous=self.config.checkpoint.async_save,
         )
         saver = Saver(checkpoints, self.learner.layout, self.learner.optimizer, hear)
         try:
@@ -278,7 +282,7 @@ class Measures:
                 shutil.rmtree(folder, ignore_errors=True)
         last = events[-1]
         if last["event"] != "checkpoint":
-            raise Failure(str(last["message"]), everywhere=True)
+            raise UserError(str(last["message"]), on_all_ranks=True)
         size = sum(t.numel() * t.element_size() for t in saver.tensors().values())
         return {
             "stall": rounded(last["stall"]),
@@ -298,7 +302,7 @@ class Measures:
             config = replace(self.config, parallel=replace(self.config.parallel, **choice))
             try:
                 check_network(config, self.mesh)
-            except Failure:  # it is not for this network, or so many processes
+            except UserError:  # it is not for this network, or so many processes
                 continue
             mesh = self.mesh.arrange(config.parallel.towers)
             learner = _learner(config, mesh, self.images)
@@ -307,7 +311,10 @@ class Measures:
             begin = time.perf_counter()
             figure = self.measure({name: work}, mesh)[name]
             share = WAITS.take() / (time.perf_counter() - begin)
-            record[name] = {"images_per_second": figure.record(), "communication": rounded(share)}
+            record[name] = {
+                "images_per_second": figure.record(),
+                "comm_time_fraction": rounded(share),
+            }
         return record
 
     def each(self) -> dict[str, Any]:
@@ -327,7 +334,7 @@ class Measures:
             config = _with(self.config, name, off)
             try:
                 check_network(config, self.mesh)
-            except Failure:  # another option wants this one
+            except UserError:  # another option wants this one
                 continue
             works[name] = self._computed(_learner(config, self.mesh, self.images), batch)
         found = self.measure(works, self.mesh)
@@ -345,7 +352,7 @@ class Measures:
         """Steps on a batch, in the arithmetic of this learner, which is the process's."""
 
         def once() -> float:
-            set_arithmetic(learner.precision, self.config.runtime.deterministic)
+            configure_backends(learner.precision, self.config.runtime.deterministic)
             return _step(learner, batch, self.steps)
 
         return Work(once, self._warm)
@@ -390,8 +397,8 @@ class Measures:
         """Batches that may have been made ready while nobody asked, and must not count."""
         data = self.config.data
         workers = data.threads or self.mesh.threads  # of which each keeps so many ahead
-        plain = isinstance(self.images.engine, DataLoaderEngine)
-        return data.ahead * (workers if plain else 1) + 2
+        plain = isinstance(self.images.engine, TorchLoader)
+        return data.prefetch * (workers if plain else 1) + 2
 
     @property
     def _warm(self) -> int:

@@ -9,30 +9,30 @@ import torch
 from torch import Tensor
 
 from alexnet_dist.config import Config
-from alexnet_dist.data import build_engine
-from alexnet_dist.data.augment import pixels_for
-from alexnet_dist.data.engine import Engine
-from alexnet_dist.data.plan import EvaluationPlan, Plan
-from alexnet_dist.data.sources import Catalogue, make_catalogue, open_sources
-from alexnet_dist.errors import Failure
+from alexnet_dist.data import build_loader
+from alexnet_dist.data.corrupt_images import Loader
+from alexnet_dist.data.plan import EvalPlan, SamplePlan
+from alexnet_dist.data.sources import DatasetInfo, open_datasets, scan_dataset
+from alexnet_dist.data.transforms import build_normalization
+from alexnet_dist.errors import UserError
 from alexnet_dist.model import (
-    VARIANTS,
+    MODEL_REGISTRY,
     Network,
+    build_on_meta,
     choose_kernels,
-    draw_masks,
-    initial_weights,
-    outline,
+    iter_initial_weights,
+    make_dropout_masks,
     triton_runs_on,
 )
-from alexnet_dist.parallel import build_layout, check_layout, warm_up
-from alexnet_dist.parallel.arithmetic import Precision, choose_precision, set_arithmetic
-from alexnet_dist.parallel.ddp import Compression
+from alexnet_dist.parallel import parallelize, validate_parallel_config, warm_up
+from alexnet_dist.parallel.ddp import GradCompression
 from alexnet_dist.parallel.mesh import Mesh
+from alexnet_dist.parallel.precision import Precision, configure_backends, resolve_precision
 from alexnet_dist.tracking.console import IndexProgress
-from alexnet_dist.training.graph import GraphedStep, check_graph
-from alexnet_dist.training.loop import Batch, set_rates, train_step
+from alexnet_dist.training.cuda_graph import CudaGraphStep, check_graph
 from alexnet_dist.training.optim import build_optimizer
-from alexnet_dist.training.schedules import Schedule, value_at
+from alexnet_dist.training.schedules import Schedule, piecewise_value
+from alexnet_dist.training.step import Batch, set_rates, train_step
 
 
 class Images:
@@ -51,40 +51,44 @@ class Images:
     def __init__(self, config: Config, mesh: Mesh) -> None:
         self.config, data = config, config.data
         self.catalogue = mesh.from_first(
-            lambda: make_catalogue(data.root, data.cache, IndexProgress())
+            lambda: scan_dataset(data.root, data.cache_dir, IndexProgress())
         )
         _check_batch(config, mesh, self.catalogue)
-        train_source, val_source = open_sources(self.catalogue)
-        fraction = data.image_size / data.resize
-        self.plan = Plan(
+        train_source, val_source = open_datasets(self.catalogue)
+        fraction = data.image_size / data.resize_size
+        self.plan = SamplePlan(
             self.catalogue.train.sizes,
             data.batch_size,
             config.train.seed,
-            crop=data.crop,
+            crop=data.train_crop,
             fraction=fraction,
             scale=data.scale,
             ratio=data.ratio,
-            flip=data.flip,
+            flip=data.hflip,
             strength=self.colour_strength,
         )
-        self.evaluation = EvaluationPlan(self.catalogue.val.sizes, data.eval_batch_size, fraction)
-        reads, statistics = VARIANTS[config.model.variant].pixels, self.catalogue.statistics
-        self.pixels = pixels_for(reads, statistics, side=data.image_size, colour=data.colour)
-        self.val_pixels = pixels_for(reads, statistics, side=data.image_size)
-        skip = data.on_bad_image == "skip"
+        self.evaluation = EvalPlan(self.catalogue.val.sizes, data.eval_batch_size, fraction)
+        reads, statistics = MODEL_REGISTRY[config.model.arch].pixels, self.catalogue.statistics
+        self.pixels = build_normalization(
+            reads, statistics, side=data.image_size, colour=data.pca_noise
+        )
+        self.val_pixels = build_normalization(reads, statistics, side=data.image_size)
+        skip = data.on_corrupt_image == "skip"
 
-        def engine(source: Any, pixels: Any, plan: Plan | None, batch: int, policy: Any) -> Engine:
-            return build_engine(
-                data.engine,
+        def engine(
+            source: Any, pixels: Any, plan: SamplePlan | None, batch: int, policy: Any
+        ) -> Loader:
+            return build_loader(
+                data.loader,
                 source,
                 pixels,
                 plan=plan,
                 fraction=fraction,
                 max_batch=max(mesh.local_batch(batch), 1),
                 device=mesh.device,
-                decoder=data.decoder,
+                decoder=data.dali_decoder,
                 threads=data.threads or mesh.threads,
-                ahead=data.ahead,
+                ahead=data.prefetch,
                 policy=policy if skip else "stop",
             )
 
@@ -94,11 +98,11 @@ class Images:
     def colour_strength(self, passes: float) -> float:
         """That of the colour noise in the step that begins after ``passes``."""
         data = self.config.data
-        if data.colour == "none":
+        if data.pca_noise == "none":
             return 0.0
-        if not data.colour_table:
-            return data.colour_strength
-        return value_at(data.colour_table, passes / self.config.train.epochs_scale)
+        if not data.pca_noise_schedule:
+            return data.pca_noise_std
+        return piecewise_value(data.pca_noise_schedule, passes / self.config.train.epochs_scale)
 
     def close(self) -> None:
         """Let the engines' threads and processes end."""
@@ -122,8 +126,8 @@ class Learner:
 
     def __init__(self, config: Config, mesh: Mesh, images: Images) -> None:
         self.config, self.mesh = config, mesh
-        self.precision = choose_precision(config.runtime.precision, mesh.device)
-        set_arithmetic(self.precision, config.runtime.deterministic)
+        self.precision = resolve_precision(config.runtime.precision, mesh.device)
+        configure_backends(self.precision, config.runtime.deterministic)
         self.outputs = config.model.num_classes or len(images.catalogue.train.classes)
         self.model, _ = self._outline()
         runtime = config.runtime
@@ -135,25 +139,25 @@ class Learner:
             self.model, lrn=runtime.lrn, stem=runtime.stem, pool_first=runtime.pool_first
         )
         parallel, optim = config.parallel, config.optim
-        self.layout = build_layout(
+        self.layout = parallelize(
             self.model,
             mesh,
             batch=config.data.batch_size,
-            accumulate=config.train.accumulate,
+            accumulate=config.train.grad_accum_steps,
             num_classes=self.outputs,
             precision=self.precision,
             fc=parallel.fc,
             fc_schedule=parallel.fc_schedule,
-            compression=Compression(
-                parallel.compress, parallel.powersgd_rank, parallel.powersgd_start
+            compression=GradCompression(
+                parallel.grad_compression, parallel.powersgd_rank, parallel.powersgd_start
             ),
             compile_model=self.compiles,
             weight_copies=config.runtime.weight_copies,
         )
         self.schedule = Schedule(
             lr=optim.lr,
-            bias_lr=optim.bias_lr,
-            factors=optim.factors,
+            bias_lr_mult=optim.bias_lr_mult,
+            lr_mults=optim.lr_mults,
             epochs=config.train.epochs,
             **vars(optim.schedule),
         )
@@ -164,8 +168,8 @@ class Learner:
             lr=optim.lr,
             momentum=optim.momentum,
             weight_decay=optim.weight_decay,
-            own={*optim.schedule.table, *optim.factors},
-            trust=optim.trust,
+            own={*optim.schedule.milestones, *optim.lr_mults},
+            trust=optim.trust_coefficient,
             whole=self.layout.sharding.whole_sums,
             triton=self.graphs or bool(_wants_triton(config)),
             copies=self.layout.copies,
@@ -173,7 +177,7 @@ class Learner:
         )
 
         self.take_step: Callable[[Batch, Iterable[Tensor]], Tensor] = (
-            GraphedStep(self.layout, self.optimizer)
+            CudaGraphStep(self.layout, self.optimizer)
             if self.graphs
             else partial(train_step, self.layout, self.optimizer)
         )
@@ -190,7 +194,7 @@ class Learner:
 
     def masks(self, step: int) -> tuple[Tensor, ...]:
         """The dropout masks of a step."""
-        return draw_masks(
+        return make_dropout_masks(
             self.model.dropouts(),
             seed=self.config.train.seed,
             step=step,
@@ -213,15 +217,15 @@ class Learner:
         config = self.config
         torch.manual_seed(config.train.seed)
         try:
-            model = outline(
-                config.model.variant,
+            model = build_on_meta(
+                config.model.arch,
                 num_classes=self.outputs,
                 dropout=config.model.dropout,
                 image_size=config.data.image_size,
             )
-            return model, initial_weights(model, config.model.init)
+            return model, iter_initial_weights(model, config.model.init)
         except ValueError as error:
-            raise Failure(str(error), everywhere=True) from None
+            raise UserError(str(error), on_all_ranks=True) from None
 
 
 def check_network(config: Config, mesh: Mesh) -> None:
@@ -230,26 +234,26 @@ def check_network(config: Config, mesh: Mesh) -> None:
     Raises:
         Failure: there is not, or it cannot.
     """
-    if config.model.variant not in VARIANTS:
-        raise Failure(
-            f"there is no model.variant {config.model.variant}; there are {', '.join(VARIANTS)}",
-            everywhere=True,
+    if config.model.arch not in MODEL_REGISTRY:
+        raise UserError(
+            f"there is no model.arch {config.model.arch}; there are {', '.join(MODEL_REGISTRY)}",
+            on_all_ranks=True,
         )
     if config.runtime.lrn == "triton" and not triton_runs_on(mesh.device):
-        raise Failure(
+        raise UserError(
             "runtime.lrn is triton, which wants Triton and an NVIDIA GPU no older than Ampere: "
             "take auto or band",
-            everywhere=True,
+            on_all_ranks=True,
         )
     parallel = config.parallel
-    precision = choose_precision(config.runtime.precision, mesh.device)
-    check_layout(
-        VARIANTS[config.model.variant],
+    precision = resolve_precision(config.runtime.precision, mesh.device)
+    validate_parallel_config(
+        MODEL_REGISTRY[config.model.arch],
         mesh.world,
         towers=parallel.towers,
         fc=parallel.fc,
         fc_schedule=parallel.fc_schedule,
-        compress=parallel.compress,
+        compress=parallel.grad_compression,
         precision=precision,
     )
     _check_update(config, mesh, precision)
@@ -274,7 +278,7 @@ def _check_update(config: Config, mesh: Mesh, precision: Precision) -> None:
     elif wants and config.optim.name == "sgd":
         refusal = (
             f"{wants} wants an update that Triton computes, and optim.name is sgd: take "
-            "--optim.name paper or lars"
+            "--optim.name sgd2012 or lars"
         )
     elif wants and runtime.update in ("fused", "foreach"):
         refusal = (
@@ -288,8 +292,8 @@ def _check_update(config: Config, mesh: Mesh, precision: Precision) -> None:
         )
     elif runtime.weight_copies and _normalises_batches(config):
         refusal = (
-            f"runtime.weight_copies has no copies of batch normalisation, which model.variant "
-            f"{config.model.variant} has: leave them out"
+            f"runtime.weight_copies has no copies of batch normalisation, which model.arch "
+            f"{config.model.arch} has: leave them out"
         )
     elif runtime.weight_copies and fc == "sharded":
         refusal = (
@@ -297,13 +301,15 @@ def _check_update(config: Config, mesh: Mesh, precision: Precision) -> None:
             "replicated"
         )
     if refusal:
-        raise Failure(refusal, everywhere=True)
+        raise UserError(refusal, on_all_ranks=True)
     if runtime.cuda_graph is True:
-        check_graph(processes=mesh.world, fc=fc, precision=precision, on_nan=config.train.on_nan)
+        check_graph(
+            processes=mesh.world, fc=fc, precision=precision, on_nan=config.train.on_nonfinite
+        )
 
 
 def _normalises_batches(config: Config) -> bool:
-    return any("batch" in row.then for row in VARIANTS[config.model.variant].layers)
+    return any("batch" in row.then for row in MODEL_REGISTRY[config.model.arch].layers)
 
 
 def wants_graph(config: Config, mesh: Mesh, precision: Precision) -> bool:
@@ -313,42 +319,43 @@ def wants_graph(config: Config, mesh: Mesh, precision: Precision) -> bool:
     asked = replace(config, runtime=replace(config.runtime, cuda_graph=True))
     try:
         _check_update(asked, mesh, precision)
-    except Failure:
+    except UserError:
         return False
     return True
 
 
-def _check_batch(config: Config, mesh: Mesh, catalogue: Catalogue) -> None:
+def _check_batch(config: Config, mesh: Mesh, catalogue: DatasetInfo) -> None:
     batch, images = config.data.batch_size, len(catalogue.train)
     classes, asked = len(catalogue.train.classes), config.model.num_classes
     if batch < mesh.replicas:
-        raise Failure(
+        raise UserError(
             f"data.batch_size {batch} is the global batch, and has no image for some of the "
             f"{mesh.replicas} {'processes' if mesh.towers == 1 else 'pairs of processes'}: raise "
             "it, or take fewer processes",
-            everywhere=True,
+            on_all_ranks=True,
         )
-    if config.train.accumulate > batch // mesh.replicas:
-        raise Failure(
-            f"train.accumulate {config.train.accumulate} is more than the {batch // mesh.replicas} "
-            f"images of data.batch_size {batch} that fall to a process: lower it",
-            everywhere=True,
+    if config.train.grad_accum_steps > batch // mesh.replicas:
+        raise UserError(
+            f"train.grad_accum_steps {config.train.grad_accum_steps} is more than the "
+            f"{batch // mesh.replicas} images of data.batch_size {batch} that fall to a process: "
+            "lower it",
+            on_all_ranks=True,
         )
     if images < batch:
-        raise Failure(
+        raise UserError(
             f"data.batch_size {batch} is more than the {images} images of "
             f"{catalogue.train.folder}: take a smaller one",
-            everywhere=True,
+            on_all_ranks=True,
         )
     if classes < 2:
-        raise Failure(
+        raise UserError(
             f"{catalogue.train.folder} has one class only, of which nothing can be learned: it "
             "wants a folder for each class",
-            everywhere=True,
+            on_all_ranks=True,
         )
     if asked is not None and asked < classes:
-        raise Failure(
+        raise UserError(
             f"model.num_classes is {asked}, but {catalogue.train.folder} has {classes} classes: "
             "leave it out, and the data decides",
-            everywhere=True,
+            on_all_ranks=True,
         )

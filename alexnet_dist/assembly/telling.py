@@ -13,12 +13,12 @@ from torch.distributed.tensor import DTensor
 from alexnet_dist import __version__
 from alexnet_dist.assembly.parts import Images, Learner
 from alexnet_dist.config import Config
-from alexnet_dist.data.engine import Batch
+from alexnet_dist.data.corrupt_images import Batch
 from alexnet_dist.data.sources import DIGITS
-from alexnet_dist.model import VARIANTS
-from alexnet_dist.parallel.arithmetic import device_name
+from alexnet_dist.model import MODEL_REGISTRY
 from alexnet_dist.parallel.mesh import Mesh
-from alexnet_dist.tracking.reporter import Reporter
+from alexnet_dist.parallel.precision import device_name
+from alexnet_dist.tracking.reporter import Logger
 
 NEXT = """\
 next: Imagenette  --config configs/imagenette.yaml --data.root DIR
@@ -52,7 +52,7 @@ def opening(config: Config, images: Images, known: dict[str, Any], path: Path) -
     many = "processes" if known["world_size"] > 1 else "process"
     more = ", compiled" * known["compiled"] + ", a step a CUDA graph" * known["cuda_graph"]
     return (
-        f"{config.model.variant}: {known['parameters']:,} parameters, "
+        f"{config.model.arch}: {known['parameters']:,} parameters, "
         f"{len(images.catalogue.train.classes)} classes, {known['train_images']:,} training "
         f"and {known['val_images']:,} validation images\n"
         f"{known['world_size']} {many} on {known['device']}, {known['threads']} threads each, "
@@ -76,7 +76,7 @@ def closing(images: Images, result: dict[str, float], path: Path, stopped: str) 
     return "\n".join(lines)
 
 
-def show_first(report: Reporter, images: Images, batch: Batch) -> None:
+def show_first(report: Logger, images: Images, batch: Batch) -> None:
     """What the network really sees, as a picture."""
     if not report.speaks:
         return
@@ -88,7 +88,7 @@ def show_first(report: Reporter, images: Images, batch: Batch) -> None:
 
 
 def show_predictions(
-    report: Reporter, images: Images, learner: Learner, mesh: Mesh, step: int
+    report: Logger, images: Images, learner: Learner, mesh: Mesh, step: int
 ) -> None:
     """A few validation images with what the network takes them for.
 
@@ -115,7 +115,7 @@ def show_predictions(
 
 
 def show_kernels(
-    report: Reporter, config: Config, tensors: dict[str, Tensor], step: int, passes: float
+    report: Logger, config: Config, tensors: dict[str, Tensor], step: int, passes: float
 ) -> None:
     """The first layer's kernels, of a checkpoint's ``tensors``; all processes call it together."""
     first = next(tensor for tensor in tensors.values() if tensor.dim() == 4)
@@ -123,7 +123,7 @@ def show_kernels(
     report.kernels(
         step,
         kernels.float().cpu().numpy(),
-        VARIANTS[config.model.variant].towers,
+        MODEL_REGISTRY[config.model.arch].towers,
         f"first-layer kernels after {passes:.4g} passes",
     )
 

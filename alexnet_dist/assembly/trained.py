@@ -8,15 +8,15 @@ from typing import Any
 import torch
 
 from alexnet_dist.config import Config, from_dict
-from alexnet_dist.data.augment import Pixels, pixels_for
-from alexnet_dist.data.statistics import Statistics
-from alexnet_dist.errors import Failure
-from alexnet_dist.model import VARIANTS, Network, choose_kernels, outline
+from alexnet_dist.data.statistics import ChannelStats
+from alexnet_dist.data.transforms import Normalization, build_normalization
+from alexnet_dist.errors import UserError
+from alexnet_dist.model import MODEL_REGISTRY, Network, build_on_meta, choose_kernels
 from alexnet_dist.training import weights
 
 
 @dataclass(frozen=True)
-class Trained:
+class LoadedModel:
     """A checkpoint or a file of weights, its state, and the options that it is used under."""
 
     path: Path
@@ -47,21 +47,21 @@ class Trained:
     @property
     def fraction(self) -> float:
         """Side of a view over that of the image's central square, 224/256 in the paper."""
-        return self.config.data.image_size / self.config.data.resize
+        return self.config.data.image_size / self.config.data.resize_size
 
     @property
-    def pixels(self) -> Pixels:
+    def pixels(self) -> Normalization:
         """How the pixels of an image become its input, without colour noise."""
-        return pixels_for(
-            VARIANTS[self.config.model.variant].pixels,
-            Statistics.from_json(self.state["statistics"]),
+        return build_normalization(
+            MODEL_REGISTRY[self.config.model.arch].pixels,
+            ChannelStats.from_json(self.state["statistics"]),
             side=self.config.data.image_size,
         )
 
-    def outline(self) -> Network:
+    def build_on_meta(self) -> Network:
         """The network without memory, for a layout; see ``fill``."""
-        model = outline(
-            self.config.model.variant,
+        model = build_on_meta(
+            self.config.model.arch,
             num_classes=self.outputs,
             dropout=self.config.model.dropout,
             image_size=self.config.data.image_size,
@@ -81,13 +81,13 @@ class Trained:
 
     def model(self, device: torch.device) -> Network:
         """The network with its weights, ready to answer, on one device; after ``mesh.start``."""
-        model = self.outline().to_empty(device=device)
+        model = self.build_on_meta().to_empty(device=device)
         model = model.to(memory_format=torch.channels_last)
         self.fill(dict(model.named_parameters()))
         return model.eval()
 
 
-def read(path: str, options: Callable[[dict[str, Any]], Config] = from_dict) -> Trained:
+def read(path: str, options: Callable[[dict[str, Any]], Config] = from_dict) -> LoadedModel:
     """The network at ``path``: a run, whose best checkpoint it is, a checkpoint, a file that export
     wrote, or torchvision's AlexNet.
 
@@ -100,6 +100,6 @@ def read(path: str, options: Callable[[dict[str, Any]], Config] = from_dict) -> 
     try:
         found = weights.find(path)
         state = weights.read_state(found)
-    except Failure as failure:
-        raise Failure(str(failure), everywhere=True) from None
-    return Trained(found, state, options(state["config"]))
+    except UserError as failure:
+        raise UserError(str(failure), on_all_ranks=True) from None
+    return LoadedModel(found, state, options(state["config"]))

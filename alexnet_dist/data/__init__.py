@@ -6,30 +6,30 @@ import numpy as np
 import torch
 
 from alexnet_dist.data import dali
-from alexnet_dist.data.augment import Pixels
-from alexnet_dist.data.dataloader import DataLoaderEngine
-from alexnet_dist.data.engine import Engine, OnBadImage
-from alexnet_dist.data.plan import Plan, centre_boxes
-from alexnet_dist.data.prepared import PixelSource
-from alexnet_dist.data.resident import ResidentEngine, fits
-from alexnet_dist.data.sources import Source
-from alexnet_dist.errors import Failure
+from alexnet_dist.data.corrupt_images import Loader, OnCorruptImage
+from alexnet_dist.data.gpu_cache import GpuCacheLoader, fits
+from alexnet_dist.data.plan import SamplePlan, center_crop_boxes
+from alexnet_dist.data.prepared import RawDataset
+from alexnet_dist.data.sources import ImageDataset
+from alexnet_dist.data.torch_loader import TorchLoader
+from alexnet_dist.data.transforms import Normalization
+from alexnet_dist.errors import UserError
 
 
-def build_engine(
-    name: Literal["auto", "dali", "dataloader", "resident"],
-    source: Source,
-    pixels: Pixels,
+def build_loader(
+    name: Literal["auto", "dali", "torch", "gpu_cache"],
+    source: ImageDataset,
+    pixels: Normalization,
     *,
-    plan: Plan | None,
+    plan: SamplePlan | None,
     fraction: float,
     max_batch: int,
     device: torch.device,
-    decoder: Literal["auto", "region", "full", "cpu"] = "auto",
+    decoder: Literal["auto", "roi", "full", "cpu"] = "auto",
     threads: int,
     ahead: int = 2,
-    policy: OnBadImage = "stop",
-) -> Engine:
+    policy: OnCorruptImage = "stop",
+) -> Loader:
     """The engine that carries out ``plan``, or an evaluation where it is None.
 
     Raises:
@@ -37,14 +37,14 @@ def build_engine(
             are not raw pixels.
     """
     if name == "dali" and not dali.available():
-        raise Failure(
+        raise UserError(
             "DALI is not installed here: pip install nvidia-dali-cuda130 (Linux), or take "
-            "--data.engine dataloader",
-            everywhere=True,
+            "--data.loader torch",
+            on_all_ranks=True,
         )
-    on_gpu = device.type == "cuda" and isinstance(source, PixelSource) and fits(source, device)
-    if name == "resident" or (name == "auto" and on_gpu):
-        return ResidentEngine(
+    on_gpu = device.type == "cuda" and isinstance(source, RawDataset) and fits(source, device)
+    if name == "gpu_cache" or (name == "auto" and on_gpu):
+        return GpuCacheLoader(
             source,
             pixels,
             max_batch=max_batch,
@@ -54,16 +54,16 @@ def build_engine(
             ahead=ahead,
             policy=policy,
         )
-    if name == "dataloader" or not dali.available():
-        return DataLoaderEngine(
+    if name == "torch" or not dali.available():
+        return TorchLoader(
             source, pixels, device=device, threads=threads, ahead=ahead, policy=policy
         )
-    sides = np.unique(centre_boxes(source.index.sizes, fraction)[:, 2])
+    sides = np.unique(center_crop_boxes(source.index.sizes, fraction)[:, 2])
     resize = sides.tolist() != [pixels.side] or (plan is not None and plan.crop != "paper")
     chosen: dali.Decoder = "none"
     if not source.raw:
         chosen = dali.choose_decoder(device) if decoder == "auto" else decoder
-    return dali.DaliEngine(
+    return dali.DaliLoader(
         source,
         pixels,
         max_batch=max_batch,

@@ -25,7 +25,7 @@ from PIL import Image
 
 from alexnet_dist.data.samples import SPLITS, WNID, Listing, Sample, is_image
 from alexnet_dist.data.sources import IMAGES, Progress
-from alexnet_dist.errors import Failure
+from alexnet_dist.errors import UserError
 
 _VAL_IMAGE = re.compile(r"ILSVRC2012_val_(\d{8})")
 TARS = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz")
@@ -105,7 +105,7 @@ def _members(path: Path, file: Any = None) -> Iterator[tuple[str, int, int]]:
                     yield member.name, member.offset_data, member.size
                 tar.members.clear()  # type: ignore[attr-defined]  # they would fill the memory
     except (tarfile.TarError, EOFError) as error:
-        raise Failure(f"{path} is damaged or cut short ({error}): get it again") from None
+        raise UserError(f"{path} is damaged or cut short ({error}): get it again") from None
 
 
 def _tar_of_tars(path: Path) -> Iterator[Sample]:
@@ -156,7 +156,7 @@ def _official_val(
 ) -> tuple[list[Sample], dict[str, str]]:
     devkits = devkits or [entry for entry in sorted(tar.parent.iterdir()) if is_devkit(entry)]
     if not devkits:
-        raise Failure(
+        raise UserError(
             f"{tar} has images without classes: put the devkit, ILSVRC2012_devkit_t12.tar.gz, "
             "beside it"
         )
@@ -168,7 +168,7 @@ def _official_val(
             continue
         number = int(found[1])
         if not 1 <= number <= len(truth):
-            raise Failure(f"{devkits[0]} has no class for {name}: get the devkit again")
+            raise UserError(f"{devkits[0]} has no class for {name}: get the devkit again")
         label = wnids[truth[number - 1]]
         samples.append(Sample("val", label, Path(name).name, str(plain), offset, size))
     return samples, words
@@ -193,13 +193,13 @@ def _read_devkit(path: Path) -> tuple[list[int], dict[int, str], dict[str, str]]
                 if (file := tar.extractfile(member))
             }
     if len(content) < 2:
-        raise Failure(f"{path} lacks {' or '.join(wanted)}: get the devkit again")
+        raise UserError(f"{path} lacks {' or '.join(wanted)}: get the devkit again")
     try:
         synsets = np.atleast_1d(loadmat(BytesIO(content[wanted[0]]), squeeze_me=True)["synsets"])
         rows = [(int(s["ILSVRC2012_ID"]), str(s["WNID"]), str(s["words"])) for s in synsets]
         truth = [int(line) for line in content[wanted[1]].split()]
     except (ValueError, KeyError, TypeError, NotImplementedError) as error:
-        raise Failure(f"{path} is damaged ({error}): get the devkit again") from None
+        raise UserError(f"{path} is damaged ({error}): get the devkit again") from None
     return truth, {n: wnid for n, wnid, _ in rows}, {wnid: words for _, wnid, words in rows}
 
 
@@ -224,7 +224,7 @@ def _webdataset(split: str, path: Path, members: list[tuple[str, int, int]]) -> 
                 continue
             number = text(of, "cls")
             if not number.isdecimal():
-                raise Failure(f"{path}: {key} has no class number in a .cls: give it one")
+                raise UserError(f"{path}: {key} has no class number in a .cls: give it one")
             known: dict[str, Any] = {}
             if "json" in of:
                 try:
@@ -309,7 +309,7 @@ def _rows(path: Path) -> Iterator[tuple[list[Any], bytes]]:
         classes = [n for n in kinds if features.get(n, {}).get("_type") == "ClassLabel"]
         classes += [n for n in ("label", "labels", "cls", "class") if n in kinds]
         if image is None or not classes or not arrow.types.is_integer(kinds[classes[0]]):
-            raise Failure(
+            raise UserError(
                 f"{path} has the columns {', '.join(kinds)}: it wants an image (a struct of bytes "
                 "and path) and a label (a whole number)"
             )
@@ -320,13 +320,13 @@ def _rows(path: Path) -> Iterator[tuple[list[Any], bytes]]:
             for one, number in zip(batch.column(image).to_pylist(), numbers, strict=True):
                 name = Path((one or {}).get("path") or f"{path.stem}_{at:08d}.jpg").name
                 if number is None or number < 0:
-                    raise Failure(f"{path}: {name} has no class: leave it out of the data set")
+                    raise UserError(f"{path}: {name} has no class: leave it out of the data set")
                 words = str(names[number]) if number < len(names) else ""
                 yield [name, int(number), words], (one or {}).get("bytes") or b""
                 at += 1
     except (arrow.ArrowException, OSError) as error:
         first = str(error).partition("\n")[0]
-        raise Failure(f"{path} is damaged or cut short ({first}): get it again") from None
+        raise UserError(f"{path} is damaged or cut short ({first}): get it again") from None
 
 
 def cifar10(folder: Path, scratch: Path, progress: Progress) -> Listing:
@@ -334,7 +334,7 @@ def cifar10(folder: Path, scratch: Path, progress: Progress) -> Listing:
     try:
         words = _unpickled(folder / "batches.meta")["label_names"]
     except FileNotFoundError as error:
-        raise Failure(f"{error.filename} is missing: unpack CIFAR-10 again") from None
+        raise UserError(f"{error.filename} is missing: unpack CIFAR-10 again") from None
     samples = []
     batches = [folder / f"data_batch_{n}" for n in range(1, 6)] + [folder / "test_batch"]
     batches = [path for path in batches if path.is_file()]
@@ -370,7 +370,7 @@ def _unpickled(path: Path) -> Any:
         with path.open("rb") as file:
             return Plain(file, encoding="latin1").load()
     except (pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
-        raise Failure(f"{path} is not CIFAR-10's ({error}): unpack its archive again") from None
+        raise UserError(f"{path} is not CIFAR-10's ({error}): unpack its archive again") from None
 
 
 def _split_of(path: Path) -> str:
@@ -400,7 +400,7 @@ def _unpacked(path: Path, scratch: Path) -> Path:
                 with unpack(path, "rb") as packed:
                     shutil.copyfileobj(packed, target, 1 << 20)
             except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError) as error:
-                raise Failure(f"{path} is damaged or cut short ({error}): get it again") from None
+                raise UserError(f"{path} is damaged or cut short ({error}): get it again") from None
         os.replace(partial, copy)
     return copy
 
@@ -425,8 +425,8 @@ def _copied(
     return blob, json.loads(index.read_text())
 
 
-def _not_installed(what: str, package: str) -> Failure:
-    return Failure(
+def _not_installed(what: str, package: str) -> UserError:
+    return UserError(
         f"{what} is read with {package}, which is not installed: "
         "pip install 'alexnet-dist[prepare]'"
     )

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from alexnet_dist.data.augment import resize
+from alexnet_dist.data.transforms import resize
 
 try:
     from alexnet_dist.data.crops_triton import cut_by_triton

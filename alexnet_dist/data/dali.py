@@ -22,15 +22,15 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from alexnet_dist.data.augment import Pixels
-from alexnet_dist.data.engine import BadImages, Batch, OnBadImage, ahead_of_need
+from alexnet_dist.data.corrupt_images import Batch, CorruptImagePolicy, OnCorruptImage, prefetch
 from alexnet_dist.data.finishing import Finishing, Threads
 from alexnet_dist.data.formats import GIVES_UP, OTHER_SIZE, plain_size
-from alexnet_dist.data.plan import Draws
-from alexnet_dist.data.sources import Source
-from alexnet_dist.errors import Failure
+from alexnet_dist.data.plan import SampleParams
+from alexnet_dist.data.sources import ImageDataset
+from alexnet_dist.data.transforms import Normalization
+from alexnet_dist.errors import UserError
 
-Decoder = Literal["region", "full", "cpu", "none"]
+Decoder = Literal["roi", "full", "cpu", "none"]
 
 HARDWARE_SHARE = 0.65
 """Part of the images that a GPU's own JPEG engine decodes, where there is one."""
@@ -62,7 +62,7 @@ def build_pipeline(
     device: torch.device,
     decoder: Decoder,
     resize: bool,
-    pixels: Pixels,
+    pixels: Normalization,
     hw_decoder_load: float = HARDWARE_SHARE,
 ) -> Any:
     """A pipeline that is fed by name: encoded, start, shape; number; on a GPU mirror, mean, std.
@@ -140,8 +140,8 @@ def decoded(
 def feed(
     pipeline: Any,
     encoded: list[NDArray[np.uint8]],
-    draws: Draws,
-    pixels: Pixels,
+    draws: SampleParams,
+    pixels: Normalization,
     device: torch.device,
 ) -> None:
     """Feed one batch to a pipeline of ``build_pipeline``: ``encoded`` bytes, or cut pixels."""
@@ -161,14 +161,14 @@ def feed(
 
 @functools.cache
 def choose_decoder(device: torch.device) -> Decoder:
-    """The best decoder that works here: region, full or cpu.
+    """The best decoder that works here: roi, full or cpu.
 
     Decoding a region on a GPU ends some machines' processes by a fault that no exception can
     catch (NVIDIA/nvImageCodec issue 55), so each is tried in a process of its own first.
     """
     if device.type != "cuda":
-        return "region"
-    options: tuple[Decoder, ...] = ("region", "full")
+        return "roi"
+    options: tuple[Decoder, ...] = ("roi", "full")
     for decoder in options:
         command = [sys.executable, "-m", "alexnet_dist.data.dali", decoder, str(device.index or 0)]
         try:
@@ -181,7 +181,7 @@ def choose_decoder(device: torch.device) -> Decoder:
 
 def _probe(decoder: Decoder, device: torch.device) -> None:
     """Decode a few images of several kinds as the engine would; for ``choose_decoder``."""
-    pixels = Pixels(np.zeros(3), np.ones(3), np.zeros((3, 3)), 224)
+    pixels = Normalization(np.zeros(3), np.ones(3), np.zeros((3, 3)), 224)
     noise = np.random.default_rng(0).integers(0, 255, (300, 400, 3), np.uint8)
     encoded = []
     for mode, options in (("RGB", {}), ("RGB", {"progressive": True}), ("L", {})):
@@ -191,7 +191,7 @@ def _probe(decoder: Decoder, device: torch.device) -> None:
     encoded = encoded * 8
     count = len(encoded)
     boxes = np.tile([20, 30, 224, 224], (count, 1))
-    draws = Draws(
+    draws = SampleParams(
         np.arange(count), boxes, np.zeros(count, bool), np.zeros((count, 3)), lambda n: boxes
     )
     pipeline = build_pipeline(
@@ -204,7 +204,7 @@ def _probe(decoder: Decoder, device: torch.device) -> None:
             raise RuntimeError("the decoded images are not finite")
 
 
-class DaliEngine:
+class DaliLoader:
     """Carries out draws with DALI, in threads that stay ahead of the training step.
 
     Args:
@@ -217,8 +217,8 @@ class DaliEngine:
 
     def __init__(
         self,
-        source: Source,
-        pixels: Pixels,
+        source: ImageDataset,
+        pixels: Normalization,
         *,
         max_batch: int,
         device: torch.device,
@@ -226,12 +226,12 @@ class DaliEngine:
         resize: bool,
         threads: int,
         ahead: int = 2,
-        policy: OnBadImage = "stop",
+        policy: OnCorruptImage = "stop",
     ) -> None:
         from nvidia.nvimgcodec import CodeStream
 
         self.source, self.pixels, self.device = source, pixels, device
-        self.bad = BadImages(source, policy)
+        self.bad = CorruptImagePolicy(source, policy)
         self._parse = CodeStream
         self.ahead = ahead
         self._build = functools.partial(
@@ -251,28 +251,28 @@ class DaliEngine:
         self._readers = ThreadPoolExecutor(max(threads, 8), thread_name_prefix="read")
         self._labels = torch.from_numpy(source.index.labels)
         does = {
-            "region": "decoding the region",
+            "roi": "decoding the region",
             "full": "decoding the whole image",
             "cpu": "decoding the region on the CPU",
             "none": "of raw pixels",
         }
         self.description = f"DALI on {device.type}, {does[decoder]}, {threads} threads"
 
-    def batches(self, draws: Iterable[Draws]) -> Generator[Batch, None, None]:
+    def batches(self, draws: Iterable[SampleParams]) -> Generator[Batch, None, None]:
         """One finished batch for each of ``draws``, in order.
 
         Raises:
             Failure: an image cannot be decoded and the policy is to stop.
         """
-        return ahead_of_need(self._in_order(draws), self.ahead)
+        return prefetch(self._in_order(draws), self.ahead)
 
     def close(self) -> None:
         self._workers.shutdown(cancel_futures=True)
         self._readers.shutdown(cancel_futures=True)
         self._threads.close()
 
-    def _in_order(self, draws: Iterable[Draws]) -> Iterator[Batch]:
-        under_way: deque[tuple[Draws, Future[Batch]]] = deque()
+    def _in_order(self, draws: Iterable[SampleParams]) -> Iterator[Batch]:
+        under_way: deque[tuple[SampleParams, Future[Batch]]] = deque()
 
         def oldest() -> Batch:
             planned, future = under_way.popleft()
@@ -288,7 +288,7 @@ class DaliEngine:
             yield oldest()
 
     def _read_all(
-        self, draws: Draws, rows: slice = slice(None)
+        self, draws: SampleParams, rows: slice = slice(None)
     ) -> list[NDArray[np.uint8] | OSError]:
         numbers, boxes = draws.numbers[rows].tolist(), draws.boxes[rows].tolist()
         return [self._read(number, box) for number, box in zip(numbers, boxes, strict=True)]
@@ -324,10 +324,10 @@ class DaliEngine:
             return None
         return size
 
-    def _read_ahead(self, draws: Iterable[Draws]) -> Iterator[tuple[Draws, _Answers]]:
+    def _read_ahead(self, draws: Iterable[SampleParams]) -> Iterator[tuple[SampleParams, _Answers]]:
         """Each of ``draws`` with its bytes, which are read while the one before is decoded."""
 
-        def ask(item: Draws) -> tuple[Draws, _Answers]:
+        def ask(item: SampleParams) -> tuple[SampleParams, _Answers]:
             parts = [
                 slice(at, at + _READ_TOGETHER) for at in range(0, len(item.numbers), _READ_TOGETHER)
             ]
@@ -343,7 +343,7 @@ class DaliEngine:
         if before is not None:
             yield before
 
-    def _finish(self, planned: Draws, answers: _Answers) -> Batch:
+    def _finish(self, planned: SampleParams, answers: _Answers) -> Batch:
         draws, read = planned, answers()
         while True:
             for number, answer in zip(draws.numbers.tolist(), read, strict=True):
@@ -360,7 +360,7 @@ class DaliEngine:
             draws = self.bad.apply(planned)
             read = self._read_all(draws)
 
-    def _run(self, draws: Draws, encoded: list[NDArray[np.uint8]]) -> Batch:
+    def _run(self, draws: SampleParams, encoded: list[NDArray[np.uint8]]) -> Batch:
         side = self.pixels.side
         if len(draws.numbers) == 0:
             images = torch.empty(0, 3, side, side, device=self.device)
@@ -392,7 +392,9 @@ class DaliEngine:
         finally:
             self._idle.append(pipeline)
 
-    def _find_bad(self, draws: Draws, encoded: list[NDArray[np.uint8]], error: Exception) -> None:
+    def _find_bad(
+        self, draws: SampleParams, encoded: list[NDArray[np.uint8]], error: Exception
+    ) -> None:
         """Note which images made a batch fail: the one that DALI names, which need not fail alone
         or on the CPU; else those that do, decoded one by one in a pipeline of one."""
         cause = str(error).rpartition("encountered:")[2].strip()
@@ -408,7 +410,7 @@ class DaliEngine:
                 max_batch=1,
                 threads=1,
                 device=cpu,
-                decoder="none" if self.source.raw else "region",
+                decoder="none" if self.source.raw else "roi",
                 resize=True,
                 pixels=self.pixels,
             )
@@ -421,7 +423,7 @@ class DaliEngine:
                 self.bad.found(number, GIVES_UP)
         if not any_bad:
             first = cause.partition("\n")[0] or type(error).__name__
-            raise Failure(f"DALI failed on a batch whose images decode one by one: {first}")
+            raise UserError(f"DALI failed on a batch whose images decode one by one: {first}")
 
 
 def _arrays(images: Any) -> NDArray[np.uint8] | list[NDArray[np.uint8]]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from alexnet_dist.errors import Failure
+from alexnet_dist.errors import UserError
 
 VALIDATION_IMAGES = 500
 SIDE = 256
@@ -29,7 +29,7 @@ def write_digits(folder: Path) -> Path:
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise Failure(
+        raise UserError(
             "the embedded digits come with scikit-learn, which is not installed: "
             "pip install 'alexnet-dist[quickstart]', or give --data.root a folder of images"
         ) from None

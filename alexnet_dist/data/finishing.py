@@ -12,9 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from alexnet_dist.data.augment import Pixels
 from alexnet_dist.data.crops import Bytes, Ints, cut_on_cpu, resized_on_cpu
-from alexnet_dist.data.plan import Draws
+from alexnet_dist.data.plan import SampleParams
+from alexnet_dist.data.transforms import Normalization
 
 
 class Threads:
@@ -41,12 +41,12 @@ class Finishing:
         max_batch: the most images that batches usually have.
     """
 
-    def __init__(self, pixels: Pixels, *, max_batch: int, threads: Threads) -> None:
+    def __init__(self, pixels: Normalization, *, max_batch: int, threads: Threads) -> None:
         self.pixels, self._threads = pixels, threads
         self._memory = _Memory(max_batch * pixels.side**2 * 3)
 
     def __call__(
-        self, every: Bytes | Sequence[Bytes], rows: Ints, boxes: Ints, draws: Draws
+        self, every: Bytes | Sequence[Bytes], rows: Ints, boxes: Ints, draws: SampleParams
     ) -> Tensor:
         """A finished batch [b, 3, side, side], float32, channels last.
 
@@ -71,7 +71,9 @@ class Finishing:
         return images.permute(0, 3, 1, 2)
 
 
-def arithmetic(pixels: Pixels, draws: Draws) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def arithmetic(
+    pixels: Normalization, draws: SampleParams
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Means [b, 3] to subtract, and scales [3] to multiply with."""
     return pixels.means(draws), np.reciprocal(pixels.stds(draws.strength))
 

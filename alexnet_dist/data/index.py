@@ -7,11 +7,11 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from alexnet_dist.data.statistics import Statistics
+from alexnet_dist.data.statistics import ChannelStats
 
 
 @dataclass(frozen=True)
-class Index:
+class SplitIndex:
     """The images of one split.
 
     Attributes:
@@ -42,7 +42,7 @@ class Index:
 
 
 @dataclass(frozen=True)
-class Catalogue:
+class DatasetInfo:
     """All that is known of a data set without its pixels: sent from the process that made it to
     all others, and enough to open it.
 
@@ -52,9 +52,9 @@ class Catalogue:
     """
 
     kind: str
-    train: Index
-    val: Index
-    statistics: Statistics
+    train: SplitIndex
+    val: SplitIndex
+    statistics: ChannelStats
     titles: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -68,14 +68,14 @@ class Catalogue:
         return digest.hexdigest()[:16]
 
 
-class Source(Protocol):
+class ImageDataset(Protocol):
     """Images by number.
 
     Attributes:
         raw: whether they are pixels, which need no decoder.
     """
 
-    index: Index
+    index: SplitIndex
     raw: bool
 
     def read(self, number: int) -> NDArray[np.uint8]:

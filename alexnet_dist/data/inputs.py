@@ -21,7 +21,7 @@ from alexnet_dist.data.samples import (
     with_clean_names,
 )
 from alexnet_dist.data.sources import Progress
-from alexnet_dist.errors import Failure
+from alexnet_dist.errors import UserError
 
 _OFFICIAL = ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")
 _FORMS = (
@@ -55,7 +55,7 @@ def find_images(inputs: list[Path], val: list[Path], scratch: Path, progress: Pr
     else:
         listing.samples = [s._replace(split=_evaluated(s.split)) for s in listing.samples]
     if "train" not in splits:
-        raise Failure(
+        raise UserError(
             f"{inputs[0]} has no training images ({listing.source}): give what holds them first, "
             "and the validation images by --val"
         )
@@ -63,7 +63,7 @@ def find_images(inputs: list[Path], val: list[Path], scratch: Path, progress: Pr
         s.label for s in listing.samples if s.split == "train"
     }
     if odd:
-        raise Failure(
+        raise UserError(
             f"there are validation images of classes without training images "
             f"({', '.join(sorted(odd)[:5])}{', ...' if len(odd) > 5 else ''}): give both the same "
             "classes"
@@ -83,15 +83,15 @@ def _look(paths: list[Path], scratch: Path, progress: Progress) -> Listing:
     """All that lies at the paths, of which one may be the devkit of the official tars."""
     for path in paths:
         if not path.exists():
-            raise Failure(f"there is no {path}: give a folder or file with {_FORMS}")
+            raise UserError(f"there is no {path}: give a folder or file with {_FORMS}")
     devkits = [path for path in paths if is_devkit(path)]
     found = []
     for path in (path for path in paths if path not in devkits):
         found.append(_look_at(path, devkits, scratch, progress))
         if not found[-1].samples:
-            raise Failure(f"{path} holds no images in a form that is known here: {_FORMS}")
+            raise UserError(f"{path} holds no images in a form that is known here: {_FORMS}")
     if not found:
-        raise Failure(f"{paths[0]} is the devkit, without images: give the tars, too")
+        raise UserError(f"{paths[0]} is the devkit, without images: give the tars, too")
     return Listing(
         " and ".join(dict.fromkeys(one.source for one in found)),
         [sample for one in found for sample in one.samples],
@@ -105,7 +105,7 @@ def _look_at(path: Path, devkits: list[Path], scratch: Path, progress: Progress)
             return parquet_files([path], scratch, progress)
         if path.name.endswith(TARS):
             return tars([path], devkits, scratch, progress)
-        raise Failure(f"{path} is none of what is known here: {_FORMS}")
+        raise UserError(f"{path} is none of what is known here: {_FORMS}")
     below = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
     splits = [entry for entry in below if entry.name in SPLITS and _folders(entry)]
     for inner in (".", "ILSVRC/Data/CLS-LOC", "Data/CLS-LOC", "CLS-LOC"):
@@ -173,7 +173,7 @@ def _kaggle(folder: Path) -> Listing:
             lines = [line.partition(" ") for line in words.read_text().splitlines()]
             class_names = {wnid: name for wnid, _, name in lines}
     if flat and table is None:
-        raise Failure(
+        raise UserError(
             f"{val} has images without classes: put Kaggle's LOC_val_solution.csv into {folder}"
         )
     if flat and table is not None:
@@ -183,7 +183,7 @@ def _kaggle(folder: Path) -> Listing:
         for name in flat:
             label = classes.get(Path(name).stem)
             if label is None:
-                raise Failure(f"{table} has no line for {name}: it is cut short, get it again")
+                raise UserError(f"{table} has no line for {name}: it is cut short, get it again")
             samples.append(Sample("val", label, name, f"{val}/{name}", 0, WHOLE))
     elif val.is_dir():  # sorted into classes, as many scripts do
         samples += _class_folders("val", val)

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from alexnet_dist.data.augment import Pixels, crop_resize_flip, normalise
 from alexnet_dist.data.formats import checked, decode
-from alexnet_dist.data.plan import Ints, centre_boxes, five_boxes
+from alexnet_dist.data.plan import Ints, center_crop_boxes, five_crop_boxes
 from alexnet_dist.data.sources import IMAGES
+from alexnet_dist.data.transforms import Normalization, crop_resize_flip, normalize
 
 AHEAD = 2
 """Batches that are decoded while the network is at the one before."""
@@ -55,8 +55,8 @@ def boxes_and_flips(size: Ints, fraction: float, views: Literal[1, 10]) -> tuple
     """Where the views lie in an image of ``size`` [2], boxes [v, 4], the centre first, and which
     are reflected."""
     if views == 1:
-        return centre_boxes(size[None], fraction), [False]
-    five = five_boxes(size[None], fraction)[0][::-1]
+        return center_crop_boxes(size[None], fraction), [False]
+    five = five_crop_boxes(size[None], fraction)[0][::-1]
     return np.concatenate([five, five]), [False] * 5 + [True] * 5
 
 
@@ -95,7 +95,7 @@ def look(
             yield [future.result() for future in under_way.popleft()]
 
 
-def finish(views: Tensor, pixels: Pixels, device: torch.device) -> Tensor:
+def finish(views: Tensor, pixels: Normalization, device: torch.device) -> Tensor:
     """Views uint8 [b, 3, side, side] as the network wants them, without colour noise."""
     means = torch.from_numpy(pixels.mean).to(device, torch.float32).expand(len(views), 3)
-    return normalise(views.to(device), means, torch.from_numpy(pixels.stds(0)).to(device))
+    return normalize(views.to(device), means, torch.from_numpy(pixels.stds(0)).to(device))

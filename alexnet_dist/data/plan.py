@@ -28,7 +28,7 @@ count of Philox gives."""
 
 
 @dataclass(frozen=True)
-class Draws:
+class SampleParams:
     """A batch to be: b images and what is to be done to each.
 
     Attributes:
@@ -47,11 +47,11 @@ class Draws:
     boxes_of: Callable[[Ints], Ints]
     strength: float = 0.0
 
-    def substituted(self, numbers: Ints) -> "Draws":
+    def substituted(self, numbers: Ints) -> "SampleParams":
         """The same draws on other samples."""
         return replace(self, numbers=numbers, boxes=self.boxes_of(numbers))
 
-    def only(self, rows: NDArray[np.bool_]) -> "Draws":
+    def only(self, rows: NDArray[np.bool_]) -> "SampleParams":
         """The rows where the mask ``rows`` is True."""
         return replace(
             self,
@@ -69,14 +69,14 @@ def _centre(sizes: Ints, fraction: float) -> tuple[Ints, Ints]:
     return side, (sizes - short[:, None]) // 2
 
 
-def centre_boxes(sizes: Ints, fraction: float) -> Ints:
+def center_crop_boxes(sizes: Ints, fraction: float) -> Ints:
     """The central square of ``fraction`` of the shorter side, for images of ``sizes`` [b, 2]."""
     side, _ = _centre(sizes, fraction)
     corner = (sizes - side[:, None]) // 2
     return np.column_stack([corner, side, side])
 
 
-def five_boxes(sizes: Ints, fraction: float) -> Ints:
+def five_crop_boxes(sizes: Ints, fraction: float) -> Ints:
     """Five squares of ``fraction`` of the shorter side, [b, 5, 4]: in the corners of the central
     square, and in its centre (``centre_boxes``).
 
@@ -87,10 +87,10 @@ def five_boxes(sizes: Ints, fraction: float) -> Ints:
     room = (sizes.min(1) - side)[:, None]
     corners = [square + room * np.array(at) for at in ((0, 0), (0, 1), (1, 0), (1, 1))]
     boxes = [np.column_stack([corner, side, side]) for corner in corners]
-    return np.stack([*boxes, centre_boxes(sizes, fraction)], 1)
+    return np.stack([*boxes, center_crop_boxes(sizes, fraction)], 1)
 
 
-def paper_boxes(sizes: Ints, fraction: float, where: Floats) -> Ints:
+def random_crop_boxes(sizes: Ints, fraction: float, where: Floats) -> Ints:
     """A square of ``fraction`` of the shorter side anywhere in the central square.
 
     ``where`` [b, 2] is uniform in [0, 1). On a stored 256 x 256 image at 224/256 these are the
@@ -102,7 +102,7 @@ def paper_boxes(sizes: Ints, fraction: float, where: Floats) -> Ints:
     return np.column_stack([corner, side, side])
 
 
-def random_resized_boxes(
+def random_resized_crop_boxes(
     sizes: Ints,
     scale: tuple[float, float],
     ratio: tuple[float, float],
@@ -134,7 +134,7 @@ def random_resized_boxes(
 
 
 @dataclass
-class Plan:
+class SamplePlan:
     """The plan of a training run over N images.
 
     Attributes:
@@ -167,7 +167,7 @@ class Plan:
             self._order = epoch, shuffled[: self.steps * self.batch]
         return self._order[1]
 
-    def draw(self, epoch: int, step: int, rows: slice = slice(None)) -> Draws:
+    def draw(self, epoch: int, step: int, rows: slice = slice(None)) -> SampleParams:
         """The ``rows`` of global batch ``step`` of ``epoch``."""
         first = step * self.batch
         numbers = self.order(epoch)[first : first + self.batch][rows]
@@ -183,17 +183,17 @@ class Plan:
         def boxes_of(numbers: Ints) -> Ints:
             sizes = self.sizes[numbers]
             if self.crop == "random_resized":
-                return random_resized_boxes(sizes, self.scale, self.ratio, attempts, where)
-            return paper_boxes(sizes, self.fraction, where)
+                return random_resized_crop_boxes(sizes, self.scale, self.ratio, attempts, where)
+            return random_crop_boxes(sizes, self.fraction, where)
 
         radius = np.sqrt(-2 * np.log1p(-draws[:, 1:3]))  # Box and Muller
         angle = 2 * np.pi * draws[:, 3:5]
         normal = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)], 1)
         flips = (draws[:, 0] < 0.5) & self.flip
         strength = self.strength(epoch + step / self.steps)
-        return Draws(numbers, boxes_of(numbers), flips, normal[:, :3], boxes_of, strength)
+        return SampleParams(numbers, boxes_of(numbers), flips, normal[:, :3], boxes_of, strength)
 
-    def epoch(self, epoch: int, first_step: int, rows: slice) -> Iterator[Draws]:
+    def epoch(self, epoch: int, first_step: int, rows: slice) -> Iterator[SampleParams]:
         """The draws of ``epoch`` from ``first_step`` to its end."""
         for step in range(first_step, self.steps):
             yield self.draw(epoch, step, rows)
@@ -209,7 +209,7 @@ _REFLECTED = {1: [False], 10: [False] * 5 + [True] * 5}
 
 
 @dataclass(frozen=True)
-class EvaluationPlan:
+class EvalPlan:
     """Every image once, in order: by its central view, or ten times in a row by the paper's views,
     those of ``five_boxes`` and their reflections (Krizhevsky et al. 2012, section 4.1).
 
@@ -229,12 +229,12 @@ class EvaluationPlan:
     def steps(self) -> int:
         return -(-len(self.sizes) // self.batch)
 
-    def draws(self, rows: slice) -> Iterator[Draws]:
+    def draws(self, rows: slice) -> Iterator[SampleParams]:
         every = np.arange(len(self.sizes))
         for step in range(self.steps):
             images = every[step * self.batch : (step + 1) * self.batch][rows]
             numbers = np.repeat(images, self.views)
-            yield Draws(
+            yield SampleParams(
                 numbers,
                 self._boxes_of(numbers),
                 np.tile(_REFLECTED[self.views], len(images)),
@@ -245,6 +245,6 @@ class EvaluationPlan:
     def _boxes_of(self, numbers: Ints) -> Ints:
         sizes = self.sizes[numbers]
         if self.views == 1:
-            return centre_boxes(sizes, self.fraction)
+            return center_crop_boxes(sizes, self.fraction)
         row = np.arange(len(numbers))
-        return five_boxes(sizes, self.fraction)[row, row % 5]
+        return five_crop_boxes(sizes, self.fraction)[row, row % 5]

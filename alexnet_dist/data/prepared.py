@@ -23,9 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alexnet_dist.data.formats import checked
-from alexnet_dist.data.index import Catalogue, Index
-from alexnet_dist.data.statistics import Statistics
-from alexnet_dist.errors import Failure
+from alexnet_dist.data.index import DatasetInfo, SplitIndex
+from alexnet_dist.data.statistics import ChannelStats
+from alexnet_dist.errors import UserError
 
 FORMAT = 1  # of the folder; raise it when its meaning changes
 PREPARED = "prepared.json"
@@ -34,7 +34,7 @@ _MEND = "copy it again from where it was prepared, or remove the folder and prep
 _PLACES = {"shards": ("shards", "offsets", "lengths"), "pixels": ("rows",)}
 
 
-def is_prepared(folder: Path) -> bool:
+def is_packed_dataset(folder: Path) -> bool:
     """Whether this is a prepared folder.
 
     Raises:
@@ -44,14 +44,14 @@ def is_prepared(folder: Path) -> bool:
         return True
     plain = (folder / "train").is_dir()
     if not plain and any(found for pattern in _BEGUN for found in folder.glob(pattern)):
-        raise Failure(
+        raise UserError(
             f"the preparation of {folder} did not finish: run the same python -m "
             "alexnet_dist.prepare again, and it goes on"
         )
     return False
 
 
-def read_prepared(folder: Path) -> Catalogue:
+def load_packed_info(folder: Path) -> DatasetInfo:
     """What a prepared folder says of its images.
 
     Raises:
@@ -61,23 +61,23 @@ def read_prepared(folder: Path) -> Catalogue:
         facts = json.loads(path.read_text())
         written = facts["format"]
         if written != FORMAT:
-            raise Failure(
+            raise UserError(
                 f"{path} is of format {written}, this version reads {FORMAT}: take the version of "
                 "alexnet_dist that wrote it, or prepare the images anew"
             )
         train, val = (_index(folder, facts, split) for split in ("train", "val"))
         titles = dict(facts["class_names"])
     with _whole(folder / "statistics.npz") as path, np.load(path, allow_pickle=False) as kept:
-        statistics = Statistics(*(kept[name] for name in Statistics.__annotations__))
-    return Catalogue(facts["kind"], train, val, statistics, titles)
+        statistics = ChannelStats(*(kept[name] for name in ChannelStats.__annotations__))
+    return DatasetInfo(facts["kind"], train, val, statistics, titles)
 
 
-class ShardSource:
+class TarDataset:
     """Encoded images in tar files."""
 
     raw = False
 
-    def __init__(self, index: Index) -> None:
+    def __init__(self, index: SplitIndex) -> None:
         _check(index)
         _allow_files(len(index.files))
         self.index = index
@@ -93,11 +93,11 @@ class ShardSource:
         file = _paths(self.index)[self.index.places[number, 0]]
         return f"{file}: {self.index.names[number]}"
 
-    def __reduce__(self) -> tuple[type["ShardSource"], tuple[Index]]:
-        return ShardSource, (self.index,)
+    def __reduce__(self) -> tuple[type["TarDataset"], tuple[SplitIndex]]:
+        return TarDataset, (self.index,)
 
 
-class PixelSource:
+class RawDataset:
     """Raw pixels in one file, seen through a memory map.
 
     Attributes:
@@ -106,7 +106,7 @@ class PixelSource:
 
     raw = True
 
-    def __init__(self, index: Index) -> None:
+    def __init__(self, index: SplitIndex) -> None:
         _check(index)
         self.index = index
         pixels = np.memmap(_paths(index)[0], np.uint8, "r").view(np.ndarray)
@@ -118,11 +118,11 @@ class PixelSource:
     def path(self, number: int) -> str:
         return f"{_paths(self.index)[0]}: {self.index.names[number]}"
 
-    def __reduce__(self) -> tuple[type["PixelSource"], tuple[Index]]:
-        return PixelSource, (self.index,)
+    def __reduce__(self) -> tuple[type["RawDataset"], tuple[SplitIndex]]:
+        return RawDataset, (self.index,)
 
 
-def _index(folder: Path, facts: dict[str, Any], split: str) -> Index:
+def _index(folder: Path, facts: dict[str, Any], split: str) -> SplitIndex:
     about, places = facts["splits"][split], _PLACES[facts["kind"]]
     files = {file["name"]: file["bytes"] for file in about["files"]}
     with _whole(folder / f"{split}.index.npz") as path, np.load(path, allow_pickle=False) as kept:
@@ -131,7 +131,7 @@ def _index(folder: Path, facts: dict[str, Any], split: str) -> Index:
         where = np.column_stack([kept[name] for name in places])
         if not about["images"] == len(names) == len(labels) == len(sizes) == len(where):
             raise ValueError(f"it is not of the {about['images']} images of {PREPARED}")
-    index = Index(str(folder / split), names, labels, sizes, facts["classes"], files, where)
+    index = SplitIndex(str(folder / split), names, labels, sizes, facts["classes"], files, where)
     _check(index)
     return index
 
@@ -143,22 +143,22 @@ def _whole(path: Path) -> Iterator[Path]:
         yield path
     except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile) as error:
         reason = error.strerror if isinstance(error, OSError) else f"{error}"
-        raise Failure(f"{path} is damaged ({reason or type(error).__name__}): {_MEND}") from None
+        raise UserError(f"{path} is damaged ({reason or type(error).__name__}): {_MEND}") from None
 
 
-def _paths(index: Index) -> list[Path]:
+def _paths(index: SplitIndex) -> list[Path]:
     return [Path(index.folder).parent / name for name in index.files]
 
 
-def _check(index: Index) -> None:
+def _check(index: SplitIndex) -> None:
     """See to it that the files are there, on this machine, in their full length."""
     for path, size in zip(_paths(index), index.files.values(), strict=True):
         try:
             found = path.stat().st_size
         except OSError as error:
-            raise Failure(f"{path} cannot be read ({error.strerror}): {_MEND}") from None
+            raise UserError(f"{path} cannot be read ({error.strerror}): {_MEND}") from None
         if found != size:
-            raise Failure(f"{path} has {found:,} bytes where {PREPARED} says {size:,}: {_MEND}")
+            raise UserError(f"{path} has {found:,} bytes where {PREPARED} says {size:,}: {_MEND}")
 
 
 def _allow_files(count: int) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alexnet_dist.data.sources import IMAGES
-from alexnet_dist.errors import Failure
+from alexnet_dist.errors import UserError
 
 WHOLE = -1
 """The length of an image that is a file of its own."""
@@ -79,7 +79,7 @@ def with_clean_names(samples: list[Sample]) -> list[Sample]:
     for label in sorted({sample.label for sample in samples}):
         same = classes.setdefault(clean(label), label)
         if same != label:
-            raise Failure(
+            raise UserError(
                 f"the classes {same!r} and {label!r} would both be called {clean(label)!r}: "
                 "rename one"
             )

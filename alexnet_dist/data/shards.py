@@ -27,7 +27,7 @@ from alexnet_dist.data.samples import WHOLE, Listing, Sample, read
 from alexnet_dist.data.shrink import Form, Moments, shrink
 from alexnet_dist.data.sources import Progress
 from alexnet_dist.data.statistics import of_moments
-from alexnet_dist.errors import Failure
+from alexnet_dist.errors import UserError
 
 PARTIAL = ".partial"
 BAD_IMAGES = "bad-images.jsonl"
@@ -38,7 +38,7 @@ _OF_ONE_FILE = (errno.ENOENT, errno.EISDIR, errno.ELOOP, errno.EACCES)
 _LOOK_AT = 64  # images by which the size of all is guessed
 _BLOCK = 1 << 22
 
-OnBadImage = Literal["skip", "stop"]
+OnCorruptImage = Literal["skip", "stop"]
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def record_of(out: Path, shard: Shard) -> Path:
 
 
 def write_shard(
-    out: Path, form: Form, shard: Shard, on_bad_image: OnBadImage, done: Any = None
+    out: Path, form: Form, shard: Shard, on_bad_image: OnCorruptImage, done: Any = None
 ) -> None:
     """Prepare a shard's images, and then its record.
 
@@ -133,7 +133,7 @@ def write_shard(
             except OSError as error:
                 reason = error.strerror or str(error)
                 if on_bad_image == "stop":
-                    raise Failure(
+                    raise UserError(
                         f"{_path(sample)} cannot be decoded ({reason}): mend or remove it, or "
                         "leave it out by --on_bad_image skip"
                     ) from None
@@ -195,7 +195,7 @@ def check_shard(out: Path, form: Form, shard: Shard, done: Any = None) -> None:
             same = decode(checked(encoded)).size == (width, height)
     if not same:
         record_of(out, shard).unlink()
-        raise Failure(
+        raise UserError(
             f"{path} does not read back as it was written: look after the disk; the same command "
             "writes that part again"
         )
@@ -297,7 +297,7 @@ def _write_index(
 def _write_statistics(out: Path, records: list[dict[str, Any]], form: Form) -> None:
     count = sum(int(record["count"]) for record in records)
     if count == 0:
-        raise Failure(
+        raise UserError(
             f"not one training image could be decoded: mend the source, remove {out}, and prepare "
             "it anew"
         )
@@ -385,7 +385,7 @@ def _bytes(sample: Sample) -> NDArray[np.uint8]:
         alone = sample.length == WHOLE and error.errno in _OF_ONE_FILE
         if error.errno is None or (alone and Path(sample.file).parent.is_dir()):
             raise
-        raise Failure(
+        raise UserError(
             f"{sample.file} cannot be read ({error.strerror}): bring the source back; the same "
             "command goes on"
         ) from None

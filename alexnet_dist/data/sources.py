@@ -20,10 +20,10 @@ from PIL import Image
 
 from alexnet_dist.data.digits import write_digits
 from alexnet_dist.data.formats import FORMATS, checked
-from alexnet_dist.data.index import Catalogue, Index, Source
-from alexnet_dist.data.prepared import PixelSource, ShardSource, is_prepared, read_prepared
-from alexnet_dist.data.statistics import Statistics, measure
-from alexnet_dist.errors import Failure
+from alexnet_dist.data.index import DatasetInfo, ImageDataset, SplitIndex
+from alexnet_dist.data.prepared import RawDataset, TarDataset, is_packed_dataset, load_packed_info
+from alexnet_dist.data.statistics import ChannelStats, measure
+from alexnet_dist.errors import UserError
 
 IMAGES = frozenset({".jpeg", ".jpg", ".png", ".webp", ".bmp"})
 VALIDATION_NAMES = ("val", "test")
@@ -34,12 +34,12 @@ _FORMAT = 2  # of the kept index; raise it when its meaning changes
 Progress = Callable[[str, int, int], None]
 
 
-class FolderSource:
+class FolderDataset:
     """Files below a folder."""
 
     raw = False
 
-    def __init__(self, index: Index) -> None:
+    def __init__(self, index: SplitIndex) -> None:
         self.index = index
 
     def read(self, number: int) -> NDArray[np.uint8]:
@@ -54,12 +54,12 @@ class FolderSource:
         return f"{self.index.folder}/{self.index.names[number]}"
 
 
-class MemorySource:
+class InMemoryDataset:
     """The pixels of a small set, in memory."""
 
     raw = True
 
-    def __init__(self, index: Index, pixels: NDArray[np.uint8]) -> None:
+    def __init__(self, index: SplitIndex, pixels: NDArray[np.uint8]) -> None:
         self.index, self._pixels = index, pixels
 
     def read(self, number: int) -> NDArray[np.uint8]:
@@ -69,7 +69,7 @@ class MemorySource:
         return f"{self.index.folder} (image {self.index.names[number]})"
 
 
-def make_catalogue(root: str | None, cache: str, progress: Progress) -> Catalogue:
+def scan_dataset(root: str | None, cache: str, progress: Progress) -> DatasetInfo:
     """Find out what lies at ``root``, and keep the answer.
 
     Args:
@@ -84,11 +84,11 @@ def make_catalogue(root: str | None, cache: str, progress: Progress) -> Catalogu
     kept = Path(cache).expanduser()
     folder = write_digits(kept / DIGITS) if root in (None, DIGITS) else Path(str(root)).absolute()
     if not folder.is_dir():
-        raise Failure(
+        raise UserError(
             f"there is no folder {folder}: give --data.root the folder that holds train/ and val/"
         )
-    if is_prepared(folder):
-        return read_prepared(folder)
+    if is_packed_dataset(folder):
+        return load_packed_info(folder)
     if (folder / "cifar-10-batches-py").is_dir():
         train, val = (_cifar10(folder, split)[0] for split in (True, False))
         kind, source = "cifar10", _open("cifar10", train)
@@ -96,54 +96,54 @@ def make_catalogue(root: str | None, cache: str, progress: Progress) -> Catalogu
         kind = "folders"
         train = _index(folder, _split(folder, ("train",)), kept, progress)
         val = _index(folder, _split(folder, VALIDATION_NAMES), kept, progress)
-        source = FolderSource(train)
+        source = FolderDataset(train)
     if train.classes != val.classes:
         odd = sorted(set(train.classes) ^ set(val.classes))
-        raise Failure(
+        raise UserError(
             f"the classes of {train.folder} and {val.folder} differ ({', '.join(odd[:5])}"
             f"{', ...' if len(odd) > 5 else ''}): give both the same class folders"
         )
-    return Catalogue(kind, train, val, _statistics(folder, train, source, kept, progress))
+    return DatasetInfo(kind, train, val, _statistics(folder, train, source, kept, progress))
 
 
-def open_sources(catalogue: Catalogue) -> tuple[Source, Source]:
+def open_datasets(catalogue: DatasetInfo) -> tuple[ImageDataset, ImageDataset]:
     """Training and validation images, in whichever process."""
     return _open(catalogue.kind, catalogue.train), _open(catalogue.kind, catalogue.val)
 
 
-def _open(kind: str, index: Index) -> Source:
+def _open(kind: str, index: SplitIndex) -> ImageDataset:
     if kind == "cifar10":
         folder, split = index.folder.rsplit(":", 1)
-        return MemorySource(index, _cifar10(Path(folder), split == "train")[1])
-    kinds: dict[str, Callable[[Index], Source]] = {
-        "folders": FolderSource,
-        "shards": ShardSource,
-        "pixels": PixelSource,
+        return InMemoryDataset(index, _cifar10(Path(folder), split == "train")[1])
+    kinds: dict[str, Callable[[SplitIndex], ImageDataset]] = {
+        "folders": FolderDataset,
+        "shards": TarDataset,
+        "pixels": RawDataset,
     }
     return kinds[kind](index)
 
 
-def _cifar10(folder: Path, train: bool) -> tuple[Index, NDArray[np.uint8]]:
+def _cifar10(folder: Path, train: bool) -> tuple[SplitIndex, NDArray[np.uint8]]:
     from torchvision.datasets import CIFAR10
 
     try:
         data = CIFAR10(str(folder), train=train)
     except RuntimeError:
-        raise Failure(
+        raise UserError(
             f"CIFAR-10 below {folder} is damaged: unpack its archive there again"
         ) from None
     pixels: NDArray[np.uint8] = data.data
     names = [str(number) for number in range(len(pixels))]
     sizes = np.full((len(pixels), 2), pixels.shape[1], np.int64)
     where = f"{folder}:{'train' if train else 'test'}"
-    return Index(where, names, np.asarray(data.targets, np.int64), sizes, data.classes), pixels
+    return SplitIndex(where, names, np.asarray(data.targets, np.int64), sizes, data.classes), pixels
 
 
 def _split(folder: Path, names: tuple[str, ...]) -> Path:
     for name in names:
         if (folder / name).is_dir():
             return folder / name
-    raise Failure(
+    raise UserError(
         f"{folder} has no folder {' or '.join(f'{name}/' for name in names)}: data.root is the "
         "folder that holds train/ and val/, each with a folder a class"
     )
@@ -160,11 +160,13 @@ def _class_folders(split: Path) -> dict[str, int]:
     return dict(sorted(found.items()))
 
 
-def _index(root: Path, split: Path, cache: Path, progress: Progress) -> Index:
+def _index(root: Path, split: Path, cache: Path, progress: Progress) -> SplitIndex:
     """The index of a split: the kept one, unless a class folder has changed since."""
     folders = _class_folders(split)
     if not folders:
-        raise Failure(f"{split} has no folders in it: it wants one for each class, full of images")
+        raise UserError(
+            f"{split} has no folders in it: it wants one for each class, full of images"
+        )
     times = np.array(list(folders.values()), np.int64)
     places = _places(root, cache, f"{split.name}.npz")
     for place in places:
@@ -176,7 +178,7 @@ def _index(root: Path, split: Path, cache: Path, progress: Progress) -> Index:
             and np.array_equal(kept["times"], times)
         ):
             names = kept["names"].tobytes().decode().split("\n")
-            index = Index(str(split), names, kept["labels"], kept["sizes"], list(folders))
+            index = SplitIndex(str(split), names, kept["labels"], kept["sizes"], list(folders))
             # a file that is mended leaves the time of its folder as it was
             if not any(any(_header_size(split / names[number])) for number in index.unreadable()):
                 return index
@@ -193,7 +195,7 @@ def _index(root: Path, split: Path, cache: Path, progress: Progress) -> Index:
     return index
 
 
-def _scan(split: Path, classes: list[str], progress: Progress) -> Index:
+def _scan(split: Path, classes: list[str], progress: Progress) -> SplitIndex:
     names: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
@@ -202,14 +204,14 @@ def _scan(split: Path, classes: list[str], progress: Progress) -> Index:
         names += [f"{name}/{image}" for image in images]
         labels += [label] * len(images)
     if not names:
-        raise Failure(f"{split} has class folders but no images ({', '.join(sorted(IMAGES))})")
+        raise UserError(f"{split} has class folders but no images ({', '.join(sorted(IMAGES))})")
     sizes = np.zeros((len(names), 2), np.int64)
     with ThreadPoolExecutor(16) as pool:  # network storage answers slowly, but many at once
         paths = (split / name for name in names)
         for number, size in enumerate(pool.map(_header_size, paths)):
             sizes[number] = size
             progress(f"indexing {split}", number + 1, len(names))
-    return Index(str(split), names, np.array(labels, np.int64), sizes, classes)
+    return SplitIndex(str(split), names, np.array(labels, np.int64), sizes, classes)
 
 
 def _header_size(path: Path) -> tuple[int, int]:
@@ -222,14 +224,14 @@ def _header_size(path: Path) -> tuple[int, int]:
 
 
 def _statistics(
-    root: Path, train: Index, source: Source, cache: Path, progress: Progress
-) -> Statistics:
+    root: Path, train: SplitIndex, source: ImageDataset, cache: Path, progress: Progress
+) -> ChannelStats:
     digest = hashlib.sha256("\n".join(train.names).encode() + train.sizes.tobytes()).hexdigest()
     places = _places(root, cache, "statistics.npz")
     for place in places:
         kept = _load(place)
         if kept is not None and kept["format"] == _FORMAT and str(kept["of"]) == digest:
-            return Statistics(kept["mean"], kept["eigenvalues"], kept["eigenvectors"])
+            return ChannelStats(kept["mean"], kept["eigenvalues"], kept["eigenvectors"])
     result = measure(
         len(train), source.read, progress=lambda *at: progress("measuring colours", *at)
     )

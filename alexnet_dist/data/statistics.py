@@ -14,7 +14,7 @@ SAMPLE = 1024
 
 
 @dataclass(frozen=True)
-class Statistics:
+class ChannelStats:
     """Of RGB values of 0..255 over the training images.
 
     Attributes:
@@ -31,7 +31,7 @@ class Statistics:
         return {name: array.tolist() for name, array in vars(self).items()}
 
     @classmethod
-    def from_json(cls, record: dict[str, Any]) -> "Statistics":
+    def from_json(cls, record: dict[str, Any]) -> "ChannelStats":
         return cls(**{name: np.array(record[name]) for name in cls.__annotations__})
 
 
@@ -42,7 +42,7 @@ def measure(
     sample: int = SAMPLE,
     threads: int = 8,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Statistics:
+) -> ChannelStats:
     """Measure a seeded sample of ``count`` images, each by the pixels of its central square.
 
     Each image counts alike, whatever its size. ``read(number)`` gives encoded bytes, or pixels;
@@ -69,13 +69,13 @@ def measure(
             if result is not None:
                 first, second, used = first + result[0], second + result[1], used + 1
     if used == 0:
-        return Statistics(np.full(3, 127.5), np.zeros(3), np.eye(3))
+        return ChannelStats(np.full(3, 127.5), np.zeros(3), np.eye(3))
     return of_moments(first / used, second / used)
 
 
-def of_moments(mean: NDArray[np.float64], second: NDArray[np.float64]) -> Statistics:
+def of_moments(mean: NDArray[np.float64], second: NDArray[np.float64]) -> ChannelStats:
     """Statistics of the mean of RGB values, [3], and that of their products, [3, 3]."""
     values, vectors = np.linalg.eigh(second - np.outer(mean, mean))
     # largest first, and a sign that does not depend on the linear algebra library
     vectors = vectors[:, ::-1] * np.where(vectors.sum(0)[::-1] < 0, -1.0, 1.0)
-    return Statistics(mean, np.maximum(values[::-1], 0.0), vectors)
+    return ChannelStats(mean, np.maximum(values[::-1], 0.0), vectors)

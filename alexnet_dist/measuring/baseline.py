@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from alexnet_dist.data.augment import IMAGENET_MEAN, IMAGENET_STD
+from alexnet_dist.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from alexnet_dist.parallel.mesh import usable_processors
 
 

@@ -8,10 +8,10 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from alexnet_dist.data.dali import Decoder, decoded
-from alexnet_dist.data.plan import Draws
+from alexnet_dist.data.plan import SampleParams
 from alexnet_dist.measuring.turns import Work
-from alexnet_dist.parallel.arithmetic import Precision
 from alexnet_dist.parallel.mesh import Mesh
+from alexnet_dist.parallel.precision import Precision
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 COPIED = 2**28
@@ -79,7 +79,11 @@ def _sum(mesh: Mesh, gradients: int) -> Callable[[], float]:
 
 
 def decoding(
-    encoded: list[NDArray[np.uint8]], draws: Draws, decoder: Decoder, mesh: Mesh, threads: int
+    encoded: list[NDArray[np.uint8]],
+    draws: SampleParams,
+    decoder: Decoder,
+    mesh: Mesh,
+    threads: int,
 ) -> Work:
     """Images of which DALI decodes what ``draws`` ask for, from memory, and does nothing else."""
     from nvidia.dali import Pipeline, fn, types

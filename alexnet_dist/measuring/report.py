@@ -54,14 +54,14 @@ def verdict(record: Record) -> str:
     if others > wait:
         return (
             f"waiting for other processes {100 * others:.0f} %: take a larger data.batch_size, "
-            "--parallel.fc sharded, or --parallel.compress bf16"
+            "--parallel.fc sharded, or --parallel.grad_compression bf16"
         )
     return f"waiting for images {100 * wait:.0f} %: {_remedy(record)}"
 
 
 def _waits(record: Record) -> tuple[float, float]:
     training = record["training"]
-    return training["data_wait"], training["communication"]
+    return training["data_time_fraction"], training["comm_time_fraction"]
 
 
 def _remedy(record: Record) -> str:
@@ -71,11 +71,13 @@ def _remedy(record: Record) -> str:
         return "install DALI (pip install nvidia-dali-cuda130)"
     if kind != "pixels":
         gpu = "gpu" in record["machine"]
-        decode = "decode on the GPU (--data.decoder auto), or " if gpu and "CPU" in engine else ""
+        decode = (
+            "decode on the GPU (--data.dali_decoder auto), or " if gpu and "CPU" in engine else ""
+        )
         return f"{decode}prepare raw pixels (python -m alexnet_dist.prepare ... --format pixels)"
-    if "resident" in record["loading"] and "resident" not in engine:
-        return "take --data.engine resident"
-    return "take more --data.threads, or a larger --data.ahead"
+    if "gpu_cache" in record["loading"] and "gpu_cache" not in engine:
+        return "take --data.loader gpu_cache"
+    return "take more --data.threads, or a larger --data.prefetch"
 
 
 def show(record: Record) -> None:
@@ -121,7 +123,7 @@ def _rows(record: Record) -> list[tuple[str, ...]]:
         note += f" for images, {100 * others:.0f} % for other processes"
     rows.append(_row("end to end", training["images_per_second"], note=note))
     for name, layout in record["layouts"].items():
-        note = f"waits {100 * layout['communication']:.0f} % for other processes"
+        note = f"waits {100 * layout['comm_time_fraction']:.0f} % for other processes"
         rows.append(_row(f"computing alone, {name}", layout["images_per_second"], note=note))
     for name, one in record.get("each", {}).items():
         title, note = (

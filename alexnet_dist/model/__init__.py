@@ -1,25 +1,25 @@
 """The networks: a table of variants, one builder, and the layers that torch lacks."""
 
 from alexnet_dist.model.alexnet import (
-    VARIANTS,
+    MODEL_REGISTRY,
+    ModelSpec,
     Network,
-    Variant,
     build_model,
-    initial_weights,
-    outline,
+    build_on_meta,
+    iter_initial_weights,
 )
-from alexnet_dist.model.dropout import draw_masks
+from alexnet_dist.model.dropout import make_dropout_masks
 from alexnet_dist.model.kernels import choose_kernels
 from alexnet_dist.model.normalization import triton_runs_on
 
 __all__ = [
-    "VARIANTS",
+    "MODEL_REGISTRY",
+    "ModelSpec",
     "Network",
-    "Variant",
     "build_model",
+    "build_on_meta",
     "choose_kernels",
-    "draw_masks",
-    "initial_weights",
-    "outline",
+    "iter_initial_weights",
+    "make_dropout_masks",
     "triton_runs_on",
 ]

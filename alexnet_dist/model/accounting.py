@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from alexnet_dist.model.alexnet import outline
+from alexnet_dist.model.alexnet import build_on_meta
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def rows(variant: str, *, num_classes: int = 1000, image_size: int = 224) -> lis
         return hook
 
     with torch.device("meta"):
-        model = outline(variant, num_classes=num_classes, image_size=image_size).eval()
+        model = build_on_meta(variant, num_classes=num_classes, image_size=image_size).eval()
         for name, layer in model.named_modules():
             if not list(layer.children()) and not isinstance(layer, nn.Flatten):
                 layer.register_forward_hook(note(name))

@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from alexnet_dist.model.dropout import Dropout, Form
-from alexnet_dist.model.normalization import BatchNorm, LocalResponseNorm, SpatialResponseNorm
+from alexnet_dist.model.normalization import BatchNorm, LocalResponseNorm, WithinChannelLRN
 from alexnet_dist.model.stem import PaddedConv2d, StemConv2d
 
 Init = Literal["source", "paper", "torch"]
 
 
 @dataclass(frozen=True)
-class Layer:
+class LayerSpec:
     """A row of the table: a layer with weights, and what follows it, in order.
 
     Attributes:
@@ -53,7 +53,7 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Variant:
+class ModelSpec:
     """A network: its layers, and the constants they share.
 
     Attributes:
@@ -66,7 +66,7 @@ class Variant:
     """
 
     source: str
-    layers: tuple[Layer, ...]
+    layers: tuple[LayerSpec, ...]
     towers: int = 2
     lrn_alpha: float = 1e-4
     pool: tuple[int, int] = (3, 2)
@@ -75,89 +75,89 @@ class Variant:
     dropout: Form = "2012"
 
 
-def _with(layers: tuple[Layer, ...], **changes: dict[str, object]) -> tuple[Layer, ...]:
+def _with(layers: tuple[LayerSpec, ...], **changes: dict[str, object]) -> tuple[LayerSpec, ...]:
     """The table with some rows changed, as S describes a net by its difference from net 145."""
     return tuple(replace(row, **changes.get(row.name, {})) for row in layers)  # type: ignore[arg-type]
 
 
-def _without(layers: tuple[Layer, ...], *kinds: str) -> tuple[Layer, ...]:
+def _without(layers: tuple[LayerSpec, ...], *kinds: str) -> tuple[LayerSpec, ...]:
     def rest(then: str) -> str:
         return " ".join(kind for kind in then.split() if kind not in kinds)
 
     return tuple(replace(row, then=rest(row.then)) for row in layers)
 
 
-def _replacing(layers: tuple[Layer, ...], kind: str, other: str) -> tuple[Layer, ...]:
+def _replacing(layers: tuple[LayerSpec, ...], kind: str, other: str) -> tuple[LayerSpec, ...]:
     return tuple(replace(row, then=row.then.replace(kind, other)) for row in layers)
 
 
 # fmt: off
 _145 = (  # S, layers-145.cfg
-    Layer("conv1",   96, 11, 4, 0, "both", 0.01, 0, "lrn pool relu"),
-    Layer("conv2",  256,  5, 1, 2, "own",  0.01, 1, "relu lrn spatial pool"),
-    Layer("conv3",  384,  3, 1, 1, "both", 0.03, 0, "relu"),
-    Layer("conv4",  384,  3, 1, 1, "own",  0.03, 1, "relu"),
-    Layer("conv5",  256,  3, 1, 1, "own",  0.03, 1, "pool relu"),
-    Layer("fc6",   4096, reads="both", std=0.01, bias=1, then="relu dropout"),
-    Layer("fc7",   4096, reads="both", std=0.01, bias=1, then="relu dropout"),
-    Layer("fc8",      0, reads="both", std=0.01, bias=0),
+    LayerSpec("conv1",   96, 11, 4, 0, "both", 0.01, 0, "lrn pool relu"),
+    LayerSpec("conv2",  256,  5, 1, 2, "own",  0.01, 1, "relu lrn spatial pool"),
+    LayerSpec("conv3",  384,  3, 1, 1, "both", 0.03, 0, "relu"),
+    LayerSpec("conv4",  384,  3, 1, 1, "own",  0.03, 1, "relu"),
+    LayerSpec("conv5",  256,  3, 1, 1, "own",  0.03, 1, "pool relu"),
+    LayerSpec("fc6",   4096, reads="both", std=0.01, bias=1, then="relu dropout"),
+    LayerSpec("fc7",   4096, reads="both", std=0.01, bias=1, then="relu dropout"),
+    LayerSpec("fc8",      0, reads="both", std=0.01, bias=0),
 )
 _PAPER = _with(  # P puts ReLU first and knows no spatial normalisation
     _145,
     conv1={"then": "relu lrn pool"}, conv2={"then": "relu lrn pool"}, conv5={"then": "relu pool"},
 )
 _OWT = (  # cuda-convnet2, layers-imagenet-1gpu.cfg
-    Layer("conv1",   64, 11, 4, 0, std=0.01, bias=0, then="lrn pool relu"),
-    Layer("conv2",  192,  5, 1, 2, std=0.01, bias=1, then="relu lrn pool"),
-    Layer("conv3",  384,  3, 1, 1, std=0.03, bias=0, then="relu"),
-    Layer("conv4",  256,  3, 1, 1, std=0.03, bias=1, then="relu"),
-    Layer("conv5",  256,  3, 1, 1, std=0.03, bias=1, then="relu pool"),
-    Layer("fc6",   4096, std=0.01, bias=1, then="relu dropout"),
-    Layer("fc7",   4096, std=0.01, bias=1, then="relu dropout"),
-    Layer("fc8",      0, std=0.01, bias=-7),
+    LayerSpec("conv1",   64, 11, 4, 0, std=0.01, bias=0, then="lrn pool relu"),
+    LayerSpec("conv2",  192,  5, 1, 2, std=0.01, bias=1, then="relu lrn pool"),
+    LayerSpec("conv3",  384,  3, 1, 1, std=0.03, bias=0, then="relu"),
+    LayerSpec("conv4",  256,  3, 1, 1, std=0.03, bias=1, then="relu"),
+    LayerSpec("conv5",  256,  3, 1, 1, std=0.03, bias=1, then="relu pool"),
+    LayerSpec("fc6",   4096, std=0.01, bias=1, then="relu dropout"),
+    LayerSpec("fc7",   4096, std=0.01, bias=1, then="relu dropout"),
+    LayerSpec("fc8",      0, std=0.01, bias=-7),
 )
 _BN = (  # NVIDIA's Caffe, models/alexnet_bn/train_val.prototxt
-    Layer("conv1",   96, 11, 4, 0, "both", 0.01,  None, "batch relu pool"),
-    Layer("conv2",  256,  5, 1, 2, "own",  0.01,  None, "batch relu pool"),
-    Layer("conv3",  384,  3, 1, 1, "both", 0.01,  None, "batch relu"),
-    Layer("conv4",  384,  3, 1, 1, "own",  0.01,  None, "batch relu"),
-    Layer("conv5",  256,  3, 1, 1, "own",  0.01,  0.1, "batch relu pool"),
-    Layer("fc6",   4096, std=0.005, bias=0.1, then="relu dropout"),
-    Layer("fc7",   4096, std=0.005, bias=0.1, then="relu dropout"),
-    Layer("fc8",      0, std=0.01,  bias=0),
+    LayerSpec("conv1",   96, 11, 4, 0, "both", 0.01,  None, "batch relu pool"),
+    LayerSpec("conv2",  256,  5, 1, 2, "own",  0.01,  None, "batch relu pool"),
+    LayerSpec("conv3",  384,  3, 1, 1, "both", 0.01,  None, "batch relu"),
+    LayerSpec("conv4",  384,  3, 1, 1, "own",  0.01,  None, "batch relu"),
+    LayerSpec("conv5",  256,  3, 1, 1, "own",  0.01,  0.1, "batch relu pool"),
+    LayerSpec("fc6",   4096, std=0.005, bias=0.1, then="relu dropout"),
+    LayerSpec("fc7",   4096, std=0.005, bias=0.1, then="relu dropout"),
+    LayerSpec("fc8",      0, std=0.01,  bias=0),
 )
-_CONV6 = Layer("conv6", 256, 3, 1, 1, "both", 0.03, 1, "relu")
+_CONV6 = LayerSpec("conv6", 256, 3, 1, 1, "both", 0.03, 1, "relu")
 _FIGURE1 = (  # P gives four layers; theirs are those of cuda-convnet, layers-80sec.cfg, less fc64
-    Layer("conv1",   32,  5, 1, 2, std=0.0001, then="pool relu"),
-    Layer("conv2",   32,  5, 1, 2, std=0.01, then="pool relu"),
-    Layer("conv3",   64,  5, 1, 2, std=0.01, then="pool relu"),
-    Layer("fc4",      0, std=0.1),
+    LayerSpec("conv1",   32,  5, 1, 2, std=0.0001, then="pool relu"),
+    LayerSpec("conv2",   32,  5, 1, 2, std=0.01, then="pool relu"),
+    LayerSpec("conv3",   64,  5, 1, 2, std=0.01, then="pool relu"),
+    LayerSpec("fc4",      0, std=0.1),
 )
 
-VARIANTS: dict[str, Variant] = {
-    "paper": Variant("P, figure 2 and section 3", _PAPER, lrn_alpha=5e-4),
-    "original145": Variant("S, layers-145.cfg: the paper's '1 CNN'", _145),
-    "original146": Variant("S, layers-146.cfg: conv6 behind pool5",
+MODEL_REGISTRY: dict[str, ModelSpec] = {
+    "paper": ModelSpec("P, figure 2 and section 3", _PAPER, lrn_alpha=5e-4),
+    "original145": ModelSpec("S, layers-145.cfg: the paper's '1 CNN'", _145),
+    "original146": ModelSpec("S, layers-146.cfg: conv6 behind pool5",
                            (*_145[:5], _CONV6, *_145[5:])),
-    "original147": Variant("S, layers-147.cfg: pooling without overlap",
+    "original147": ModelSpec("S, layers-147.cfg: pooling without overlap",
                            _with(_145, conv2={"pad": 1}), pool=(2, 2)),
-    "original148": Variant("S, layers-148.cfg: no normalisation",
+    "original148": ModelSpec("S, layers-148.cfg: no normalisation",
                            _without(_145, "lrn", "spatial")),
-    "original150": Variant("S, layers-150.cfg: towers meet only in fc8",
+    "original150": ModelSpec("S, layers-150.cfg: towers meet only in fc8",
                            _with(_145, conv2={"out": 320}, conv3={"reads": "own"},
                                  fc6={"out": 8192, "reads": "own"}, fc7={"reads": "own"})),
-    "half_column": Variant("S, layers-145-half.cfg: one of the towers, conv5 as wide as both",
+    "half_column": ModelSpec("S, layers-145-half.cfg: one of the towers, conv5 as wide as both",
                            _with(_145, conv1={"out": 48}, conv2={"out": 128}, conv3={"out": 192},
                                  conv4={"out": 192}), towers=1),
-    "one_column": Variant("a review's single column, with adaptive average pooling to 6 x 6",
+    "one_column": ModelSpec("a review's single column, with adaptive average pooling to 6 x 6",
                           _with(_PAPER, conv5={"then": "relu pool average"}), towers=1),
-    "owt": Variant("Krizhevsky 2014; cuda-convnet2, layers-imagenet-1gpu.cfg", _OWT, towers=1),
-    "alexnet_bn": Variant("You, Gitman, Ginsburg 2017; NVIDIA's Caffe, models/alexnet_bn", _BN,
+    "owt": ModelSpec("Krizhevsky 2014; cuda-convnet2, layers-imagenet-1gpu.cfg", _OWT, towers=1),
+    "alexnet_bn": ModelSpec("You, Gitman, Ginsburg 2017; NVIDIA's Caffe, models/alexnet_bn", _BN,
                           dropout="torch"),
-    "figure1_relu": Variant("P, figure 1: four layers for images of 32 x 32", _FIGURE1, towers=1),
-    "figure1_tanh": Variant("P, figure 1: the same with tanh",
+    "figure1_relu": ModelSpec("P, figure 1: four layers for images of 32 x 32", _FIGURE1, towers=1),
+    "figure1_tanh": ModelSpec("P, figure 1: the same with tanh",
                             _replacing(_FIGURE1, "relu", "tanh"), towers=1),
-    "torchvision": Variant("torchvision.models.AlexNet", (), towers=1,
+    "torchvision": ModelSpec("torchvision.models.AlexNet", (), towers=1,
                            pixels="imagenet", init="torch", dropout="torch"),
 }
 # fmt: on
@@ -173,7 +173,7 @@ class AveragePool(nn.AdaptiveAvgPool2d):
         return input if input.shape[-2:] == (size, size) else super().forward(input)
 
 
-class TowerLinear(nn.Module):
+class GroupedLinear(nn.Module):
     """A fully connected layer of which each tower reads only its own half (net 150).
 
     Weight [out, in / towers], bias [out]; input [B, in], output [B, out].
@@ -203,7 +203,7 @@ class AlexNet(nn.Sequential):
     """A network of the table. Input [B, 3, H, W], the sides that it was built for, 224 or 227 in
     2012; output [B, classes]."""
 
-    variant: Variant
+    spec: ModelSpec
 
     def forward(self, input: Tensor, masks: Iterable[Tensor] = ()) -> Tensor:
         """``masks``: those of ``draw_masks(self.dropouts(), ...)``; see Dropout for none."""
@@ -227,7 +227,7 @@ class AlexNet(nn.Sequential):
 class TorchvisionAlexNet(torchvision.models.AlexNet):
     """torchvision's own class and parameters, fed with masks as the others are."""
 
-    variant: Variant
+    spec: ModelSpec
     features: nn.Sequential
 
     def __init__(self, num_classes: int, dropout: float, form: Form) -> None:
@@ -268,8 +268,8 @@ def build_model(
 ) -> Network:
     """Build a network of the table with its initial weights, on torch's default device; see
     ``outline`` and ``initial_weights``."""
-    model = outline(variant, num_classes=num_classes, dropout=dropout, image_size=image_size)
-    weights = initial_weights(model, init)
+    model = build_on_meta(variant, num_classes=num_classes, dropout=dropout, image_size=image_size)
+    weights = iter_initial_weights(model, init)
     parameters = dict(model.to_empty(device=torch.get_default_device()).named_parameters())
     with torch.no_grad():
         for name, value in weights:
@@ -277,7 +277,7 @@ def build_model(
     return model
 
 
-def outline(
+def build_on_meta(
     variant: str, *, num_classes: int = 1000, dropout: float = 0.5, image_size: int = 224
 ) -> Network:
     """A network of the table without memory, on torch's meta device.
@@ -291,18 +291,18 @@ def outline(
     Raises:
         ValueError: an unknown variant, or sides that leave nothing to pool.
     """
-    if variant not in VARIANTS:
-        raise ValueError(f"there is no variant '{variant}'; there are {', '.join(VARIANTS)}")
-    spec = VARIANTS[variant]
+    if variant not in MODEL_REGISTRY:
+        raise ValueError(f"there is no variant '{variant}'; there are {', '.join(MODEL_REGISTRY)}")
+    spec = MODEL_REGISTRY[variant]
     with torch.device("meta"):
         if variant == "torchvision":
             net = TorchvisionAlexNet(num_classes, dropout, spec.dropout)
-            net.variant = spec
+            net.spec = spec
             return net
         return _from_table(variant, spec, num_classes, dropout, image_size)
 
 
-def initial_weights(model: Network, init: Init | None = None) -> Iterator[tuple[str, Tensor]]:
+def iter_initial_weights(model: Network, init: Init | None = None) -> Iterator[tuple[str, Tensor]]:
     """The initial value of each parameter by name, on the CPU, drawn from torch's global generator
     one layer after another: whoever holds a part of the network takes part of each.
 
@@ -314,22 +314,22 @@ def initial_weights(model: Network, init: Init | None = None) -> Iterator[tuple[
     Raises:
         ValueError: an initialisation that the variant does not have.
     """
-    init = init or model.variant.init
-    rows = {row.name: row for row in model.variant.layers}
+    init = init or model.spec.init
+    rows = {row.name: row for row in model.spec.layers}
     if init != "torch" and not rows:
         raise ValueError(f"torchvision's network has torch's initialisation, not '{init}'")
     layers = {
         name: copy.deepcopy(layer)  # now, while it has no memory and the plainest of strides
         for name, layer in model.named_modules()
-        if isinstance(layer, (nn.Conv2d, nn.Linear, TowerLinear, BatchNorm))
+        if isinstance(layer, (nn.Conv2d, nn.Linear, GroupedLinear, BatchNorm))
     }
     return _draw(layers, init, rows)
 
 
 def _draw(
-    layers: "dict[str, nn.Conv2d | nn.Linear | TowerLinear | BatchNorm]",
+    layers: "dict[str, nn.Conv2d | nn.Linear | GroupedLinear | BatchNorm]",
     init: Init,
-    rows: dict[str, Layer],
+    rows: dict[str, LayerSpec],
 ) -> Iterator[tuple[str, Tensor]]:
     while layers:
         name = next(iter(layers))
@@ -346,10 +346,10 @@ def _draw(
 
 
 def _from_table(
-    variant: str, spec: Variant, num_classes: int, dropout: float, image_size: int
+    variant: str, spec: ModelSpec, num_classes: int, dropout: float, image_size: int
 ) -> AlexNet:
     model = AlexNet()
-    model.variant = spec
+    model.spec = spec
     channels, side = 3, image_size
     for row in spec.layers:
         if row.kernel:
@@ -367,7 +367,7 @@ def _from_table(
             outputs = row.out or num_classes
             own = spec.towers if row.reads == "own" else 1
             linear = (
-                nn.Linear(channels, outputs) if own == 1 else TowerLinear(channels, outputs, own)
+                nn.Linear(channels, outputs) if own == 1 else GroupedLinear(channels, outputs, own)
             )
             model.add_module(row.name, linear)
             channels = outputs
@@ -383,7 +383,9 @@ def _from_table(
     return model
 
 
-def _add_convolution(model: AlexNet, spec: Variant, row: Layer, channels: int, side: int) -> int:
+def _add_convolution(
+    model: AlexNet, spec: ModelSpec, row: LayerSpec, channels: int, side: int
+) -> int:
     """Add a convolution and what follows it; the side of its maps in pixels."""
     groups = spec.towers if row.reads == "own" else 1
     kind = StemConv2d if row.stride > 1 else nn.Conv2d
@@ -400,7 +402,7 @@ def _add_convolution(model: AlexNet, spec: Variant, row: Layer, channels: int, s
         elif name == "lrn":
             layer = LocalResponseNorm(5, spec.lrn_alpha, 0.75, 2.0, groups=spec.towers)
         elif name == "spatial":
-            layer = SpatialResponseNorm()
+            layer = WithinChannelLRN()
         elif name == "batch":
             layer = BatchNorm(row.out, eps=1e-4)
         elif name == "average":

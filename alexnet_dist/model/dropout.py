@@ -43,7 +43,7 @@ class Dropout(nn.Module):
         return f"p={self.p}, form={self.form}"
 
 
-def draw_masks(
+def make_dropout_masks(
     layers: Sequence[Dropout],
     *,
     seed: int,

@@ -151,7 +151,7 @@ def triton_runs_on(device: torch.device) -> bool:
     )
 
 
-class SpatialResponseNorm(nn.Module):
+class WithinChannelLRN(nn.Module):
     """Normalise each activation by the ``size`` x ``size`` pixels around it in its own map.
 
     Input and output: [B, C, H, W]. Source: "cnorm2" in layers-145.cfg (type rnorm, scale 0.001

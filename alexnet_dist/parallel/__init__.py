@@ -11,21 +11,21 @@ and how many bytes. The network knows none of it.
 import torch
 from torch import Tensor, nn
 
-from alexnet_dist.errors import Failure
-from alexnet_dist.model.alexnet import AlexNet, TorchvisionAlexNet, Variant
-from alexnet_dist.parallel.arithmetic import Precision
-from alexnet_dist.parallel.classes import Classes
-from alexnet_dist.parallel.ddp import WARM_UP, Compression, DataParallel
-from alexnet_dist.parallel.hybrid import Hybrid
+from alexnet_dist.errors import UserError
+from alexnet_dist.model.alexnet import AlexNet, ModelSpec, TorchvisionAlexNet
+from alexnet_dist.parallel.ddp import WARM_UP, DDPLayout, GradCompression
 from alexnet_dist.parallel.mesh import Mesh
-from alexnet_dist.parallel.shards import Sharding, Share
+from alexnet_dist.parallel.precision import Precision
+from alexnet_dist.parallel.sharded_fc import ShardedFCLayout
+from alexnet_dist.parallel.sharded_loss import ShardedClasses
+from alexnet_dist.parallel.sharding import Sharding, ShardSpec
 from alexnet_dist.parallel.towers import tower_of
 
-__all__ = ["build_layout", "check_layout", "warm_up"]
+__all__ = ["parallelize", "validate_parallel_config", "warm_up"]
 
 
-def check_layout(
-    variant: Variant,
+def validate_parallel_config(
+    variant: ModelSpec,
     processes: int,
     *,
     towers: int,
@@ -48,7 +48,7 @@ def check_layout(
     elif towers > 1 and variant.towers != 2:
         refusal = (
             "parallel.towers 2 wants a network of two towers (paper, original145 and its kin), and "
-            "model.variant has one: take --parallel.towers 1, or --parallel.fc sharded"
+            "model.arch has one: take --parallel.towers 1, or --parallel.fc sharded"
         )
     elif processes % towers:
         refusal = (
@@ -64,14 +64,14 @@ def check_layout(
         )
     elif compress == "powersgd" and precision == "fp16":
         refusal = (
-            "parallel.compress powersgd keeps what an overflow of fp16 leaves behind: take another "
-            "runtime.precision, or --parallel.compress fp16"
+            "parallel.grad_compression powersgd keeps what an overflow of fp16 leaves behind: "
+            "take another runtime.precision, or --parallel.grad_compression fp16"
         )
     if refusal:
-        raise Failure(refusal, everywhere=True)
+        raise UserError(refusal, on_all_ranks=True)
 
 
-def build_layout(
+def parallelize(
     model: AlexNet | TorchvisionAlexNet,
     mesh: Mesh,
     *,
@@ -81,17 +81,17 @@ def build_layout(
     precision: Precision,
     fc: str = "replicated",
     fc_schedule: str = "whole",
-    compression: Compression,
+    compression: GradCompression,
     compile_model: bool = False,
     weight_copies: bool = False,
-) -> DataParallel | Hybrid:
+) -> DDPLayout | ShardedFCLayout:
     """Lay ``model``, as ``outline`` gives it, out on the ``mesh``, as it is arranged.
 
     Its parameters have no values yet; ``sharding.fill`` or a checkpoint gives them. What
     ``check_layout`` refuses is not asked again.
     """
     if fc == "sharded":
-        return Hybrid(
+        return ShardedFCLayout(
             model,
             mesh,
             batch=batch,
@@ -106,10 +106,10 @@ def build_layout(
     if mesh.towers > 1:
         assert isinstance(model, AlexNet)
         network = tower_of(model, mesh)
-        classes = Classes(Share(num_classes, mesh.towers, mesh.tower), mesh.group("mp"))
+        classes = ShardedClasses(ShardSpec(num_classes, mesh.towers, mesh.tower), mesh.group("mp"))
         shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         sharding = Sharding(mesh, shapes, "mp")
-    return DataParallel(
+    return DDPLayout(
         network,
         mesh,
         batch=batch,
@@ -124,7 +124,7 @@ def build_layout(
 
 
 def warm_up(
-    layout: DataParallel | Hybrid, images: Tensor, labels: Tensor, masks: tuple[Tensor, ...]
+    layout: DDPLayout | ShardedFCLayout, images: Tensor, labels: Tensor, masks: tuple[Tensor, ...]
 ) -> None:
     """The passes of WARM_UP, on any images; no parameter changes."""
     averages = [p for p in layout.parameters.values() if not p.requires_grad]  # these move forward

@@ -12,7 +12,7 @@ from alexnet_dist.parallel.waits import WAITS
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-class Gathering:
+class AsyncAllGather:
     """``x`` of every process on its way to all; it has the same shape on each."""
 
     def __init__(self, x: Tensor, group: dist.ProcessGroup) -> None:
@@ -32,7 +32,7 @@ class Gathering:
         return self.promised()
 
 
-class Summing:
+class AsyncReduceScatter:
     """Parts of sums on their way: block r of ``x`` [processes, ...] goes to process r.
 
     A reduce-scatter made of an all-to-all and a sum in float32 (or more): the same bytes, one
@@ -50,12 +50,12 @@ class Summing:
         WAITS.begin(self._sent.device)
         self._work.wait()
         WAITS.end()
-        return at_least_float(self._received).sum(0)
+        return upcast_to_fp32(self._received).sum(0)
 
 
 def gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """``x`` of every process, [processes, *x.shape]."""
-    return Gathering(x, group).wait()
+    return AsyncAllGather(x, group).wait()
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -86,6 +86,6 @@ def _all_reduced(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     return total
 
 
-def at_least_float(x: Tensor) -> Tensor:
+def upcast_to_fp32(x: Tensor) -> Tensor:
     """float32, unless it is more already."""
     return x if x.dtype == torch.float64 else x.float()

@@ -21,17 +21,17 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_
 from torch.nn.parallel import DistributedDataParallel
 
 from alexnet_dist.model.normalization import BatchNorm
-from alexnet_dist.parallel.arithmetic import Precision, Scaler, autocast
-from alexnet_dist.parallel.classes import Classes, counted
-from alexnet_dist.parallel.collectives import at_least_float, summed
+from alexnet_dist.parallel.collectives import summed, upcast_to_fp32
 from alexnet_dist.parallel.copies import WithCopies
 from alexnet_dist.parallel.mesh import Mesh
-from alexnet_dist.parallel.shards import Sharding, Share
+from alexnet_dist.parallel.precision import Precision, SyncedGradScaler, autocast
+from alexnet_dist.parallel.sharded_loss import ShardedClasses, counted
+from alexnet_dist.parallel.sharding import Sharding, ShardSpec
 from alexnet_dist.parallel.waits import WAITS, wait_from_last_gradient
 
 
 @dataclass(frozen=True)
-class Compression:
+class GradCompression:
     """How gradients travel between replicas: as they are, in 16 bits, or as PowerSGD's matrices of
     ``rank`` (Vogels et al. 2019) after ``start`` steps and the two passes of the warm-up."""
 
@@ -40,7 +40,7 @@ class Compression:
     start: int = 1000
 
 
-PLAIN = Compression()
+PLAIN = GradCompression()
 WARM_UP = 2
 """Backward passes before the first step, which change nothing.
 
@@ -50,7 +50,7 @@ an uninterrupted one in the last bits.
 """
 
 
-class DataParallel:
+class DDPLayout:
     """What the loop calls when every replica computes the whole network on its own rows.
 
     Args:
@@ -80,8 +80,8 @@ class DataParallel:
         accumulate: int = 1,
         precision: Precision = "fp32",
         compile_model: bool = False,
-        compression: Compression = PLAIN,
-        classes: Classes | None = None,
+        compression: GradCompression = PLAIN,
+        classes: ShardedClasses | None = None,
         sharding: Sharding | None = None,
         weight_copies: bool = False,
     ) -> None:
@@ -93,7 +93,7 @@ class DataParallel:
         self._parts = parts(batch, mesh.replicas, accumulate)
         self._classes = classes
         group = mesh.group("mp") if mesh.towers > 1 else None
-        self.scaler = Scaler(precision, mesh.device, group)
+        self.scaler = SyncedGradScaler(precision, mesh.device, group)
         self._lowered = WithCopies(self.model) if weight_copies else None
         self.copies = self._lowered.copies if self._lowered else {}
         network = self._lowered or self.model
@@ -156,13 +156,13 @@ class DataParallel:
         scores = self._scores(images)
         return counted(*self.classes(scores).places(scores, labels)) * self.mesh.speaks
 
-    def classes(self, scores: Tensor) -> Classes:
-        return self._classes or Classes(Share(scores.shape[1], 1, 0))
+    def classes(self, scores: Tensor) -> ShardedClasses:
+        return self._classes or ShardedClasses(ShardSpec(scores.shape[1], 1, 0))
 
     def _scores(self, images: Tensor) -> Tensor:
         self.model.eval()
         with autocast(self.precision, self.mesh.device):
-            return at_least_float(self.model(images))
+            return upcast_to_fp32(self.model(images))
 
 
 def on_device(model: nn.Module, device: torch.device) -> nn.Module:
@@ -198,7 +198,7 @@ def summing(module: nn.Module, *, last: bool) -> AbstractContextManager[None]:
 
 
 def averaged(
-    module: nn.Module, mesh: Mesh, compression: Compression = PLAIN
+    module: nn.Module, mesh: Mesh, compression: GradCompression = PLAIN
 ) -> DistributedDataParallel:
     """``module`` with gradients that are averaged over the replicas, and with batch normalisations
     that have the statistics of all rows."""

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from alexnet_dist.errors import Failure
+from alexnet_dist.errors import UserError
 from alexnet_dist.parallel.rendezvous import own_store
 
 T = TypeVar("T")
@@ -90,15 +90,15 @@ class Mesh:
 
     def from_first(self, work: Callable[[], T]) -> T:
         """What ``work`` gives on rank 0, in every process; its Failure, too, is everyone's."""
-        answer: list[T | Failure | None] = [None]
+        answer: list[T | UserError | None] = [None]
         if self.rank == 0:
             try:
                 answer[0] = work()
-            except Failure as failure:
+            except UserError as failure:
                 answer[0] = failure
         dist.broadcast_object_list(answer, group=self.patient)
-        if isinstance(answer[0], Failure):
-            raise Failure(str(answer[0]), everywhere=True)
+        if isinstance(answer[0], UserError):
+            raise UserError(str(answer[0]), on_all_ranks=True)
         return answer[0]  # type: ignore[return-value]
 
     def gather(self, thing: T) -> list[T]:
@@ -128,15 +128,15 @@ def start(
         _end_with_launcher()
     gpus = torch.cuda.device_count() if device != "cpu" else 0
     if device == "cuda" and gpus == 0:
-        raise Failure(
+        raise UserError(
             "runtime.device is cuda, but torch sees no GPU here: take --runtime.device cpu",
-            everywhere=True,
+            on_all_ranks=True,
         )
     if gpus and local_world > gpus:
-        raise Failure(
+        raise UserError(
             f"{local_world} processes on this machine, but {gpus} GPU{'s' if gpus > 1 else ''}: "
             f"take --nproc_per_node={gpus}, or --runtime.device cpu",
-            everywhere=True,
+            on_all_ranks=True,
         )
     where = torch.device("cuda", local_rank) if gpus else torch.device("cpu")
     if gpus:

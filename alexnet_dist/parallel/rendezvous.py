@@ -13,7 +13,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from alexnet_dist.errors import Failure
+from alexnet_dist.errors import UserError
 
 _MEET_SECONDS = 300
 _POLL_SECONDS = 0.02
@@ -67,7 +67,7 @@ def _accept(store: dist.Store, rank: int) -> str:
 
 def _wait(until: float, who: str) -> None:
     if time.monotonic() > until:
-        raise Failure(
+        raise UserError(
             f"{who} not come within {_MEET_SECONDS} s: start all machines of the run together"
         )
     time.sleep(_POLL_SECONDS)

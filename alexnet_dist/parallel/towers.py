@@ -34,13 +34,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from alexnet_dist.model.alexnet import AlexNet, TowerLinear
+from alexnet_dist.model.alexnet import AlexNet, GroupedLinear
 from alexnet_dist.model.dropout import Dropout
 from alexnet_dist.model.normalization import BatchNorm, LocalResponseNorm
 from alexnet_dist.model.stem import StemConv2d
-from alexnet_dist.parallel.collectives import Gathering
+from alexnet_dist.parallel.collectives import AsyncAllGather
 from alexnet_dist.parallel.mesh import Mesh
-from alexnet_dist.parallel.shards import DropoutShare, Share
+from alexnet_dist.parallel.sharding import ShardedDropout, ShardSpec
 
 
 def tower_of(model: AlexNet, mesh: Mesh) -> AlexNet:
@@ -51,7 +51,7 @@ def tower_of(model: AlexNet, mesh: Mesh) -> AlexNet:
             yet either.
     """
     tower = AlexNet()
-    tower.variant = model.variant
+    tower.spec = model.spec
     with torch.device("meta"):
         for name, layer in model.named_children():
             tower.add_module(name, _half(layer, mesh))
@@ -71,18 +71,18 @@ def _half(layer: nn.Module, mesh: Mesh) -> nn.Module:
             return half
         alone = layer.groups == 2
         return nn.Conv2d(*numbers, bias=bias) if alone else _ConvOfBoth(mesh, numbers, bias)
-    if isinstance(layer, TowerLinear):
+    if isinstance(layer, GroupedLinear):
         out, inputs = layer.weight.shape
         return nn.Linear(inputs, out // 2)
     if isinstance(layer, nn.Linear):
-        share = Share(layer.out_features, 2, mesh.tower)
+        share = ShardSpec(layer.out_features, 2, mesh.tower)
         return _LinearOfBoth(mesh, layer.in_features, len(share))
     if isinstance(layer, LocalResponseNorm):
         return LocalResponseNorm(layer.size, layer.alpha, layer.beta, layer.k, kernel=layer.kernel)
     if isinstance(layer, BatchNorm):
         return BatchNorm(layer.features // 2, layer.eps, layer.momentum)
     if isinstance(layer, Dropout):
-        return DropoutShare(Share(layer.units, 2, mesh.tower), layer.p, layer.form)
+        return ShardedDropout(ShardSpec(layer.units, 2, mesh.tower), layer.p, layer.form)
     return layer
 
 
@@ -134,14 +134,14 @@ class _Line:
     def __init__(self, mesh: Mesh) -> None:
         self.group, self.other = mesh.group("mp"), 1 - mesh.tower
         self.coming: Tensor | None = None
-        self._under_way: Gathering | None = None
+        self._under_way: AsyncAllGather | None = None
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def send(self, x: Tensor) -> Tensor:
         """Begin to exchange ``x``; what is returned is the other's once ``wait`` has been."""
         # maps as they lie in memory, channels last, so that nothing is copied to be sent
         packed = x.permute(0, 2, 3, 1) if x.dim() == 4 else x
-        self._under_way = Gathering(packed, self.group)
+        self._under_way = AsyncAllGather(packed, self.group)
         theirs = self._under_way.promised()[self.other]
         return theirs.permute(0, 3, 1, 2) if x.dim() == 4 else theirs
 

@@ -149,11 +149,11 @@ def _safetensors(file: str, state: Mapping[str, Any], network: Exported) -> str:
             "```sh",
             f"python -m alexnet_dist.predict photo.jpg --checkpoint {file}",
             f"python -m alexnet_dist.evaluate --checkpoint {file} --data.root DATA",
-            f"python -m alexnet_dist.train --model.weights {file} --data.root DATA",
+            f"python -m alexnet_dist.train --model.pretrained {file} --data.root DATA",
             "```",
         ]
     )
-    outline = (
+    build_on_meta = (
         f'network = outline("{state["variant"]}", num_classes={network.outputs}, '
         f"image_size={network.side}, dropout={network.dropout})"
     )
@@ -161,7 +161,7 @@ def _safetensors(file: str, state: Mapping[str, Any], network: Exported) -> str:
         "from alexnet_dist.model import outline",
         "from safetensors.torch import load_file",
         "",
-        outline,
+        build_on_meta,
         'network = network.to_empty(device="cpu").eval()',
         f'network.load_state_dict(load_file("{file}"))',
         "scores = network(torch.from_numpy(images)).detach().numpy()",

@@ -62,7 +62,7 @@ class Console:
                 f"top-1 error {event['top1_error']:.2f} %  top-5 {event['top5_error']:.2f} %  "
                 f"loss {event['loss']:.4f}  ({event['images']} images, {event['seconds']:.1f} s)"
             )
-        elif kind == "bad_image":
+        elif kind == "corrupt_image":
             instead = event.get("substitute")
             self.say(
                 f"bad image {event['path']} ({event['reason']}): "
@@ -70,10 +70,10 @@ class Console:
             )
         elif kind in ("warning", "checkpoint_failed"):
             self.say(f"warning: {event['message']}")
-        elif kind == "nan":
+        elif kind == "nonfinite":
             self.say(
                 f"warning: {event['what']} at step {event['step']}"
-                + (": its update is left out" if event["left_out"] else "")
+                + (": its update is left out" if event["skipped"] else "")
             )
         elif kind == "rollback":
             self.say(f"going back from step {event['step']} to step {event['to']}")
@@ -84,10 +84,11 @@ class Console:
         loss = "not finite" if event["loss"] is None else f"{event['loss']:.4f}"
         numbers = (
             f"loss {loss}  lr {event['lr']:.2g}  "
-            f"{event['images_per_second']:.0f} img/s  wait {100 * event['data_wait']:.0f} %"
+            f"{event['images_per_second']:.0f} img/s  "
+            f"wait {100 * event['data_time_fraction']:.0f} %"
         )
-        if event.get("communication"):
-            numbers += f"  comm {100 * event['communication']:.0f} %"
+        if event.get("comm_time_fraction"):
+            numbers += f"  comm {100 * event['comm_time_fraction']:.0f} %"
         epoch = max(math.ceil(event["epoch"] - 1e-9), 1)
         where = f"epoch {epoch}/{self._epochs}"
         if self._bar is None:

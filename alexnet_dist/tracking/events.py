@@ -7,12 +7,12 @@ import time
 from pathlib import Path
 from typing import Any, Protocol
 
-from alexnet_dist.errors import Failure
+from alexnet_dist.errors import UserError
 
 Event = dict[str, Any]
 
 
-class Sink(Protocol):
+class LogSink(Protocol):
     """Something that takes events."""
 
     def take(self, event: Event) -> None: ...
@@ -20,10 +20,10 @@ class Sink(Protocol):
     def close(self, patience: float | None = None) -> None: ...
 
 
-class Stream:
+class EventLog:
     """Hands each event to all sinks, in order; ranks but the first have none."""
 
-    def __init__(self, *sinks: Sink) -> None:
+    def __init__(self, *sinks: LogSink) -> None:
         self.sinks = list(sinks)
 
     def emit(self, event: str, **values: Any) -> None:
@@ -60,7 +60,7 @@ def read(path: Path) -> list[Event]:
     try:
         lines = path.read_text().splitlines()
     except OSError:
-        raise Failure(f"there are no records at {path}: give a run's folder") from None
+        raise UserError(f"there are no records at {path}: give a run's folder") from None
     events = []
     for line in lines:
         try:

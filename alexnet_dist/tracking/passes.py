@@ -49,7 +49,7 @@ def rates_by_pass(events: Sequence[Event]) -> dict[str, Points]:
     for event in events:
         if event["event"] != "train" or "lr" not in event:
             continue
-        for group, rate in event.get("rates", {"weights": event["lr"]}).items():
+        for group, rate in event.get("lrs", {"weights": event["lr"]}).items():
             passes, values = found.setdefault(group, ([], []))
             passes.append(event["epoch"])
             values.append(rate)

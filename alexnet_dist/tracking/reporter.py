@@ -10,12 +10,12 @@ from numpy.typing import NDArray
 from alexnet_dist.errors import stderr
 from alexnet_dist.tracking import plots
 from alexnet_dist.tracking.console import Console
-from alexnet_dist.tracking.events import JsonLines, Sink, Stream, read, surviving
-from alexnet_dist.tracking.run import RunFolder, Status
+from alexnet_dist.tracking.events import EventLog, JsonLines, LogSink, read, surviving
+from alexnet_dist.tracking.run_dir import RunDir, Status
 from alexnet_dist.tracking.wandb import Mode, Wandb
 
 
-class Reporter:
+class Logger:
     """Speaks where there is a ``folder``, on rank 0, and is silent elsewhere, so that the training
     loop need not know which rank it runs on.
 
@@ -27,7 +27,7 @@ class Reporter:
 
     def __init__(
         self,
-        folder: RunFolder | None,
+        folder: RunDir | None,
         config: dict[str, Any],
         *,
         steps: int,
@@ -39,7 +39,7 @@ class Reporter:
         self.folder, self.images = folder, images
         self.wandb_id: str | None = None
         self._console = Console(steps, steps_per_epoch)
-        sinks: list[Sink] = []
+        sinks: list[LogSink] = []
         if folder is not None:
             folder.keep_config(config)
             self.wandb_id = str(folder.set_status("running")["wandb_id"])
@@ -55,7 +55,7 @@ class Reporter:
                         warn=stderr,
                     )
                 )
-        self._stream = Stream(*sinks)
+        self._stream = EventLog(*sinks)
 
     @property
     def speaks(self) -> bool:
@@ -114,4 +114,4 @@ class Reporter:
             return
         if self.images:
             caption = self.folder.path.name
-            self.emit("picture", step=step, name=name, path=str(path), caption=caption)
+            self.emit("image", step=step, name=name, path=str(path), caption=caption)

@@ -16,7 +16,14 @@ INIT_SECONDS = 30
 CLOSE_SECONDS = 60
 
 _CURVES = {
-    "train": ("loss", "top1_error", "lr", "images_per_second", "data_wait", "communication"),
+    "train": (
+        "loss",
+        "top1_error",
+        "lr",
+        "images_per_second",
+        "data_time_fraction",
+        "comm_time_fraction",
+    ),
     "eval": ("loss", "top1_error", "top5_error"),
 }
 
@@ -45,14 +52,14 @@ def send(run: Any, event: Event) -> None:
     kind = event["event"]
     if kind in _CURVES:
         values = {f"{kind}/{n}": event[n] for n in _CURVES[kind] if event.get(n) is not None}
-        values |= {f"lr/{group}": rate for group, rate in event.get("rates", {}).items()}
+        values |= {f"lr/{group}": rate for group, rate in event.get("lrs", {}).items()}
         run.log({**values, "epoch": event["epoch"], "global_step": event["step"]})
-    elif kind == "picture":
+    elif kind == "image":
         import wandb
 
         image = wandb.Image(event["path"], caption=event["caption"])
         run.log({event["name"]: image, "global_step": event["step"]})
-    elif kind in ("best", "end"):
+    elif kind in ("best", "finished"):
         for name in ("top1_error", "top5_error", "step"):
             if event.get(name) is not None:
                 run.summary[f"{kind}/{name}"] = event[name]

@@ -36,7 +36,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor
 
-from alexnet_dist.errors import Failure
+from alexnet_dist.errors import UserError
 
 FORMAT = 2
 _MANIFEST, _STATE = "manifest.json", "state.json"
@@ -63,7 +63,7 @@ class Saved:
     seconds: float
 
 
-class Checkpoints:
+class CheckpointManager:
     """The checkpoints of one run; all processes call each method together.
 
     Args:
@@ -202,7 +202,7 @@ class _Writer(HuggingFaceStorageWriter):
 
     def __init__(
         self,
-        checkpoints: Checkpoints,
+        checkpoints: CheckpointManager,
         final: Path,
         state: Mapping[str, Any],
         tensors: Mapping[str, Tensor],
@@ -263,7 +263,7 @@ def find(path: str, prefer: str = "best") -> Path:
     for name in (prefer, "last"):
         if (folder / "checkpoints" / name / _MANIFEST).is_file():
             return (folder / "checkpoints" / name).resolve()
-    raise Failure(
+    raise UserError(
         f"there is no checkpoint at {path}: give a run's folder, or one of its checkpoints"
     )
 
@@ -288,10 +288,10 @@ def _damage(checkpoint: Path, rank: int, world: int) -> str:
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         return f"{_MANIFEST}: {_cause(error)}"
     if manifest.get("format") != FORMAT:
-        raise Failure(
+        raise UserError(
             f"the checkpoint {checkpoint} is of format {manifest.get('format')}, this version "
             f"reads {FORMAT}: take the version of alexnet_dist that wrote it",
-            everywhere=True,
+            on_all_ranks=True,
         )
     for name, digest in files[rank::world]:
         try:
@@ -312,7 +312,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         state: dict[str, Any] = json.loads((checkpoint / _STATE).read_text())
         return state
     except (OSError, ValueError) as error:
-        raise Failure(
+        raise UserError(
             f"the checkpoint {checkpoint} cannot be read ({error}): take another one"
         ) from None
 
@@ -325,8 +325,9 @@ def load(checkpoint: Path, tensors: Mapping[str, Tensor]) -> None:
     """
     damage = find_damage(checkpoint)
     if damage:
-        raise Failure(
-            f"the checkpoint {checkpoint} is damaged ({damage}): take another one", everywhere=True
+        raise UserError(
+            f"the checkpoint {checkpoint} is damaged ({damage}): take another one",
+            on_all_ranks=True,
         )
     check_shapes(checkpoint, read_state(checkpoint)["tensors"], tensors)
     try:
@@ -334,9 +335,9 @@ def load(checkpoint: Path, tensors: Mapping[str, Tensor]) -> None:
             dcp.load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(checkpoint)))
     except (Exception, CheckpointException) as error:  # torch wraps what went wrong anywhere
         _stop_if_interrupted(error)
-        raise Failure(
+        raise UserError(
             f"the checkpoint {checkpoint} cannot be read ({_cause(error)}): take another one",
-            everywhere=True,
+            on_all_ranks=True,
         ) from None
 
 
@@ -352,11 +353,11 @@ def check_shapes(
         shape = shapes.get(name)
         if shape != list(tensor.shape):
             has = "no such tensor" if shape is None else f"one of {shape}"
-            raise Failure(
+            raise UserError(
                 f"the checkpoint {where} is of another network: {name} should be "
                 f"{list(tensor.shape)}, and it has {has}; give the model options it was trained "
-                "with, or start from its weights alone by --model.weights",
-                everywhere=True,
+                "with, or start from its weights alone by --model.pretrained",
+                on_all_ranks=True,
             )
 
 

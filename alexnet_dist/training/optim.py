@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from alexnet_dist.errors import Failure
+from alexnet_dist.errors import UserError
 
 try:
     from alexnet_dist.training import sgd_triton
@@ -17,7 +17,7 @@ except ImportError:  # Triton is not to be had for every platform
 Sums = dict[str, Tensor]
 
 
-class PaperSGD(torch.optim.SGD):
+class KrizhevskySGD(torch.optim.SGD):
     """The paper's update, in which the learning rate sits inside the velocity:
 
         v <- momentum * v - weight_decay * lr * w - lr * gradient
@@ -69,7 +69,7 @@ class PaperSGD(torch.optim.SGD):
                 group["lr"], group["dampening"] = rate, 0.0
 
 
-class Lars(PaperSGD):
+class Lars(KrizhevskySGD):
     """The paper's update with a rate of its own for each weight tensor:
 
         local <- trust * |w| / (|gradient| + weight_decay * |w|)
@@ -141,7 +141,7 @@ def _square(tensor: Tensor) -> Tensor:
 
 
 def build_optimizer(
-    name: Literal["paper", "sgd", "lars"],
+    name: Literal["sgd2012", "sgd", "lars"],
     parameters: Mapping[str, nn.Parameter],
     *,
     lr: float,
@@ -169,10 +169,10 @@ def build_optimizer(
     parameters = learned(parameters)
     own = set(own) - {"weights", "biases"}
     for name_of in sorted(own - set(parameters)):
-        raise Failure(
+        raise UserError(
             f"optim names a rate for {name_of}, and the network has no such parameter: give "
             f"weights, biases, or one of {', '.join(parameters)}",
-            everywhere=True,
+            on_all_ranks=True,
         )
     groups: dict[str, dict[str, Any]] = {}
     for full_name, parameter in parameters.items():
@@ -187,12 +187,14 @@ def build_optimizer(
         parameters[name_of]: copy for name_of, copy in (copies or {}).items()
     }
     kind: Any = torch.optim.SGD
-    if name == "paper":
-        kind = partial(PaperSGD, triton=triton, copies=of_each)
+    if name == "sgd2012":
+        kind = partial(KrizhevskySGD, triton=triton, copies=of_each)
     elif name == "lars":
         kind = partial(Lars, trust=trust, whole=whole, triton=triton, copies=of_each)
     optimizer: torch.optim.SGD = kind(list(groups.values()), lr=lr, momentum=momentum, fused=fused)
-    velocities(optimizer, parameters)  # torch leaves them unwritten where fp16 skips the first step
+    momentum_buffers(
+        optimizer, parameters
+    )  # torch leaves them unwritten where fp16 skips the first step
     return optimizer
 
 
@@ -201,7 +203,7 @@ def learned(parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
     return {name: p for name, p in parameters.items() if p.requires_grad}
 
 
-def velocities(
+def momentum_buffers(
     optimizer: torch.optim.SGD, parameters: Mapping[str, nn.Parameter]
 ) -> dict[str, torch.Tensor]:
     """The optimizer's velocity of each parameter that it moves, by its name; made where there is

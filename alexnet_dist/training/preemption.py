@@ -41,7 +41,7 @@ class Preempted(Exception):  # noqa: N818 (a way to end, not an error)
         self.cause = cause
 
 
-class Preemption:
+class PreemptionHandler:
     """What this process has been told, and what all have.
 
     Args:

@@ -9,8 +9,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from alexnet_dist.training import checkpoint, weights
-from alexnet_dist.training.checkpoint import Checkpoints
-from alexnet_dist.training.optim import velocities
+from alexnet_dist.training.checkpoint import CheckpointManager
+from alexnet_dist.training.optim import momentum_buffers
 
 Result = dict[str, Any]
 
@@ -36,7 +36,7 @@ class Saver:
 
     def __init__(
         self,
-        checkpoints: Checkpoints,
+        checkpoints: CheckpointManager,
         layout: Layout,
         optimizer: torch.optim.SGD,
         emit: Callable[..., None],
@@ -52,7 +52,7 @@ class Saver:
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint holds: tensors of one device, whoever has which part of them."""
         stored, parameters = self.layout.sharding.stored, self.layout.parameters
-        moving = velocities(self.optimizer, parameters)
+        moving = momentum_buffers(self.optimizer, parameters)
         return {f"model.{name}": stored(name, p.detach()) for name, p in parameters.items()} | {
             f"velocity.{name}": stored(name, velocity) for name, velocity in moving.items()
         }

@@ -14,43 +14,43 @@ class Schedule:
 
     Attributes: those of config.ScheduleConfig, and
         lr: the rate; the peak of one_cycle.
-        bias_lr: rate of biases as a multiple of that of weights.
-        factors: what multiplies the rates of some groups, whatever the shape.
+        bias_lr_mult: rate of biases as a multiple of that of weights.
+        lr_mults: what multiplies the rates of some groups, whatever the shape.
         epochs: passes of the whole run.
     """
 
-    name: Literal["constant", "plateau", "one_cycle", "polynomial", "table"]
+    name: Literal["constant", "plateau", "one_cycle", "polynomial", "piecewise"]
     lr: float
     epochs: float
-    bias_lr: float = 1.0
-    warmup: float = 0.0
+    bias_lr_mult: float = 1.0
+    warmup_epochs: float = 0.0
     patience: int = 3
-    drops: int = 3
-    rise: float = 0.3
-    table: Table = field(default_factory=dict)
-    factors: dict[str, float] = field(default_factory=dict)
+    max_drops: int = 3
+    pct_start: float = 0.3
+    milestones: Table = field(default_factory=dict)
+    lr_mults: dict[str, float] = field(default_factory=dict)
     dropped: int = 0
     best: float = math.inf
     waited: int = 0
 
     def rate(self, group: str, passes: float, *, bias: bool = False) -> float:
         """The rate of ``group`` in the step that begins after ``passes``."""
-        if group in self.table and self.name == "table":
-            value = value_at(self.table[group], passes)
+        if group in self.milestones and self.name == "piecewise":
+            value = piecewise_value(self.milestones[group], passes)
         else:
-            value = self._shape(passes) * (self.bias_lr if bias else 1.0)
-        value *= self.factors.get(group, 1.0)
-        return value * min(1.0, passes / self.warmup) if self.warmup > 0 else value
+            value = self._shape(passes) * (self.bias_lr_mult if bias else 1.0)
+        value *= self.lr_mults.get(group, 1.0)
+        return value * min(1.0, passes / self.warmup_epochs) if self.warmup_epochs > 0 else value
 
     def _shape(self, passes: float) -> float:
         if self.name == "plateau":
             return self.lr * 0.1**self.dropped
         if self.name == "one_cycle":
-            return self.lr * _one_cycle(passes / self.epochs, self.rise)
+            return self.lr * _one_cycle(passes / self.epochs, self.pct_start)
         if self.name == "polynomial":  # of power 2, as You, Gitman and Ginsburg 2017 have it
             return self.lr * max(1 - passes / self.epochs, 0.0) ** 2
-        if self.name == "table":
-            return value_at(self.table["weights"], passes)
+        if self.name == "piecewise":
+            return piecewise_value(self.milestones["weights"], passes)
         return self.lr
 
     def observe(self, error: float) -> None:
@@ -60,7 +60,7 @@ class Schedule:
             self.best, self.waited = error, 0
             return
         self.waited += 1
-        if self.waited >= self.patience and self.dropped < self.drops:
+        if self.waited >= self.patience and self.dropped < self.max_drops:
             self.dropped, self.waited = self.dropped + 1, 0
 
     def state(self) -> dict[str, Any]:
@@ -73,7 +73,7 @@ class Schedule:
         self.best = math.inf if state["best"] is None else state["best"]
 
 
-def value_at(rows: list[tuple[float, float]], passes: float) -> float:
+def piecewise_value(rows: list[tuple[float, float]], passes: float) -> float:
     """The value of the last row that begins at or before ``passes``."""
     begins = [row[0] for row in rows]
     # a step's share of a pass is a rounded fraction; a change at a pass is of its first step

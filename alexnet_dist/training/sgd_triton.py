@@ -29,7 +29,7 @@ WARPS = 4
 @triton.jit
 def _update(
     weights,
-    velocities,
+    momentum_buffers,
     gradients,
     copies,
     counts,
@@ -57,8 +57,8 @@ def _update(
             gradient = tl.load(gradients[i] + start + at, mask=there, other=0.0)
             b = rate * (gradient + decay * w)
             if moving:
-                b += momentum * tl.load(velocities[i] + start + at, mask=there, other=0.0)
-                tl.store(velocities[i] + start + at, b, mask=there)
+                b += momentum * tl.load(momentum_buffers[i] + start + at, mask=there, other=0.0)
+                tl.store(momentum_buffers[i] + start + at, b, mask=there)
             w -= b
             tl.store(weights[i] + start + at, w, mask=there)
             if copying:
@@ -68,11 +68,11 @@ def _update(
 
 
 @torch.library.custom_op(
-    "alexnet_dist::paper_update", mutates_args=("weights", "velocities", "copies")
+    "alexnet_dist::paper_update", mutates_args=("weights", "momentum_buffers", "copies")
 )
 def paper_update(
     weights: Sequence[Tensor],
-    velocities: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
     gradients: Sequence[Tensor],
     copies: Sequence[Tensor],
     rate: Tensor,
@@ -94,7 +94,7 @@ def paper_update(
     if programs:
         _update[(programs,)](
             tuple(weights),
-            tuple(velocities),
+            tuple(momentum_buffers),
             tuple(gradients),
             tuple(copies),
             counts,

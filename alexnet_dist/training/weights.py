@@ -15,7 +15,7 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from alexnet_dist.errors import Failure
+from alexnet_dist.errors import UserError
 from alexnet_dist.training import checkpoint
 
 FORMAT = "1"
@@ -44,10 +44,10 @@ def read_state(found: Path) -> dict[str, Any]:
     if _MARK not in header:
         return _of_torchvision(found, shapes)
     if header[_MARK] != FORMAT:
-        raise Failure(
+        raise UserError(
             f"{found} is of format {header[_MARK]}, this version reads {FORMAT}: take the version "
             "of alexnet_dist that wrote it",
-            everywhere=True,
+            on_all_ranks=True,
         )
     try:
         state = {name: json.loads(header[name]) for name in header if name not in ("format", _MARK)}
@@ -108,10 +108,10 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # what a pickle that is damaged, or forbidden, raises is anything
         raise _unreadable(path, error) from None
     if not isinstance(found, dict) or not all(isinstance(t, Tensor) for t in found.values()):
-        raise Failure(
+        raise UserError(
             f"{path} holds something else than tensors by name: give a file that torch.save wrote "
             "of a model's state_dict()",
-            everywhere=True,
+            on_all_ranks=True,
         )
     return {f"model.{name}": tensor for name, tensor in found.items()}
 
@@ -124,13 +124,13 @@ def _of_torchvision(path: Path, shapes: dict[str, list[int]]) -> dict[str, Any]:
     """
     last = shapes.get("model.classifier.6.weight")
     if last is None or shapes.get("model.features.0.weight") != [64, 3, 11, 11]:
-        raise Failure(
+        raise UserError(
             f"{path} is neither an export of this package nor torchvision's AlexNet: give a run's "
             "folder, an exported .safetensors, or the state_dict() of torchvision.models.alexnet",
-            everywhere=True,
+            on_all_ranks=True,
         )
     return {
-        "config": {"model": {"variant": "torchvision"}},
+        "config": {"model": {"arch": "torchvision"}},
         "classes": [str(number) for number in range(last[0])],
         "unnamed": True,
         # of no use to a network that reads pixels by ImageNet's own: black, and no directions
@@ -145,17 +145,17 @@ def _of_torchvision(path: Path, shapes: dict[str, list[int]]) -> dict[str, Any]:
 
 def _refuse_others(path: Path) -> None:
     if path.suffix not in (_OURS, *_TORCH):
-        raise Failure(
+        raise UserError(
             f"{path} holds no weights that can be read: give a run's folder, a checkpoint, or a "
             f"file that ends in {_OURS} or {' or '.join(_TORCH)}",
-            everywhere=True,
+            on_all_ranks=True,
         )
 
 
-def _unreadable(path: Path, error: Exception) -> Failure:
+def _unreadable(path: Path, error: Exception) -> UserError:
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return Failure(
+    return UserError(
         f"{path} cannot be read as weights ({lines[0].strip().rstrip('.')}): it is damaged or "
         "something else; export it again, or fetch it again",
-        everywhere=True,
+        on_all_ranks=True,
     )

@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 
 from alexnet_dist.data.formats import decode
-from alexnet_dist.data.sources import make_catalogue, open_sources
+from alexnet_dist.data.sources import open_datasets, scan_dataset
 
 
 def write_prepared(plain: Path, folder: Path, kind: str, *, shards: int = 2) -> Path:
     """The images of a plain folder as they are, in ``shards`` tar files or as raw pixels."""
-    catalogue = make_catalogue(str(plain), str(plain), lambda *_: None)
+    catalogue = scan_dataset(str(plain), str(plain), lambda *_: None)
     folder.mkdir(parents=True)
     splits = {}
-    for split, source in zip(("train", "val"), open_sources(catalogue), strict=True):
+    for split, source in zip(("train", "val"), open_datasets(catalogue), strict=True):
         index, count = source.index, len(source.index)
         order = np.random.default_rng(0).permutation(count)
         encoded = [np.fromfile(source.path(number), np.uint8) for number in range(count)]

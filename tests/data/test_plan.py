@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alexnet_dist.data.plan import EvaluationPlan, Plan, centre_boxes, five_boxes
+from alexnet_dist.data.plan import EvalPlan, SamplePlan, center_crop_boxes, five_crop_boxes
 
 sizes = st.lists(st.tuples(st.integers(1, 900), st.integers(1, 900)), min_size=5, max_size=60)
 
 
-def plan(sizes: list[tuple[int, int]], batch: int = 4, **options: object) -> Plan:
-    return Plan(np.array(sizes), batch, seed=3, **options)  # type: ignore[arg-type]
+def plan(sizes: list[tuple[int, int]], batch: int = 4, **options: object) -> SamplePlan:
+    return SamplePlan(np.array(sizes), batch, seed=3, **options)  # type: ignore[arg-type]
 
 
 @given(sizes, st.integers(0, 5), st.sampled_from([1, 2, 3, 4]))
@@ -92,14 +92,14 @@ def test_draws_depend_on_the_position_and_not_on_the_batch(epoch: int, step: int
 
 
 def test_seeds_and_epochs_differ() -> None:
-    one, other = plan([(256, 256)] * 100), Plan(np.full((100, 2), 256), 4, seed=4)
+    one, other = plan([(256, 256)] * 100), SamplePlan(np.full((100, 2), 256), 4, seed=4)
     assert one.order(0).tolist() != one.order(1).tolist()
     assert one.order(0).tolist() != other.order(0).tolist()
 
 
 @pytest.mark.parametrize("replicas", [1, 2, 3, 7])
 def test_evaluation_has_each_image_once_and_as_many_batches_everywhere(replicas: int) -> None:
-    whole = EvaluationPlan(np.full((13, 2), 256), batch=8)
+    whole = EvalPlan(np.full((13, 2), 256), batch=8)
     each = [list(whole.draws(slice(r, None, replicas))) for r in range(replicas)]
     assert {len(batches) for batches in each} == {2}
     numbers = [n for batches in each for draws in batches for n in draws.numbers.tolist()]
@@ -114,7 +114,7 @@ def test_evaluation_has_each_image_once_and_as_many_batches_everywhere(replicas:
 
 
 def test_the_papers_ten_views_of_a_stored_256_image() -> None:
-    (draws,) = EvaluationPlan(np.full((2, 2), 256), batch=2, views=10).draws(slice(None))
+    (draws,) = EvalPlan(np.full((2, 2), 256), batch=2, views=10).draws(slice(None))
     corners = [(0, 0), (0, 32), (32, 0), (32, 32), (16, 16)]
     wanted = {(n, *at, 224, 224, flip) for n in (0, 1) for at in corners for flip in (False, True)}
     rows = zip(draws.numbers.tolist(), draws.boxes.tolist(), draws.flips.tolist(), strict=True)
@@ -128,10 +128,12 @@ def test_the_papers_ten_views_of_a_stored_256_image() -> None:
 def test_five_boxes_reach_the_edges_of_the_central_square(
     sizes: list[tuple[int, int]], fraction: float
 ) -> None:
-    for (height, width), boxes in zip(sizes, five_boxes(np.array(sizes), fraction), strict=True):
+    for (height, width), boxes in zip(
+        sizes, five_crop_boxes(np.array(sizes), fraction), strict=True
+    ):
         short = min(height, width)
         top, left = (height - short) // 2, (width - short) // 2
-        side = centre_boxes(np.array([(height, width)]), fraction)[0, 2]
+        side = center_crop_boxes(np.array([(height, width)]), fraction)[0, 2]
         low, right = top + short - side, left + short - side
         assert boxes[:4, :2].tolist() == [[top, left], [top, right], [low, left], [low, right]]
         assert (boxes[:, 2:] == side).all()

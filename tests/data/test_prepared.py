@@ -12,12 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
-from alexnet_dist.data import build_engine
-from alexnet_dist.data.augment import pixels_for
-from alexnet_dist.data.engine import Batch
-from alexnet_dist.data.plan import EvaluationPlan, Plan
-from alexnet_dist.data.sources import Catalogue, make_catalogue, open_sources
-from alexnet_dist.errors import Failure
+from alexnet_dist.data import build_loader
+from alexnet_dist.data.corrupt_images import Batch
+from alexnet_dist.data.plan import EvalPlan, SamplePlan
+from alexnet_dist.data.sources import DatasetInfo, open_datasets, scan_dataset
+from alexnet_dist.data.transforms import build_normalization
+from alexnet_dist.errors import UserError
 from tests.conftest import losses, train, write_images
 from tests.data.prepared_folder import write_prepared
 
@@ -43,24 +43,24 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-def catalogue(root: Path) -> Catalogue:
-    return make_catalogue(str(root), str(root), lambda *_: None)
+def catalogue(root: Path) -> DatasetInfo:
+    return scan_dataset(str(root), str(root), lambda *_: None)
 
 
-def first_batches(found: Catalogue, name: str, crop: str) -> list[Batch]:
+def first_batches(found: DatasetInfo, name: str, crop: str) -> list[Batch]:
     """Training and validation images through an engine, two batches of each."""
-    train_source, val_source = open_sources(found)
+    train_source, val_source = open_datasets(found)
     fraction = {"exact": 0.5, "whole": 1.0, "random_resized": 0.8}[crop]
     drawn = "random_resized" if crop == "random_resized" else "paper"
-    plan = Plan(found.train.sizes, 8, 1, fraction=fraction, crop=drawn)  # type: ignore[arg-type]
-    evaluation = EvaluationPlan(found.val.sizes, 8, fraction)
-    pixels = pixels_for("centred", found.statistics, side=64, colour="source")
+    plan = SamplePlan(found.train.sizes, 8, 1, fraction=fraction, crop=drawn)  # type: ignore[arg-type]
+    evaluation = EvalPlan(found.val.sizes, 8, fraction)
+    pixels = build_normalization("centred", found.statistics, side=64, colour="source")
     batches: list[Batch] = []
     for source, of, draws in (
         (train_source, plan, plan.epoch(0, 0, slice(None))),
         (val_source, None, evaluation.draws(slice(None))),
     ):
-        engine = build_engine(
+        engine = build_loader(
             name,  # type: ignore[arg-type]
             source,
             pixels,
@@ -68,7 +68,7 @@ def first_batches(found: Catalogue, name: str, crop: str) -> list[Batch]:
             fraction=fraction,
             max_batch=8,
             device=CPU,
-            threads=0 if name == "dataloader" and crop != "exact" else 1,
+            threads=0 if name == "torch" and crop != "exact" else 1,
         )
         running = engine.batches(draws)
         batches += [next(running), next(running)]
@@ -78,7 +78,7 @@ def first_batches(found: Catalogue, name: str, crop: str) -> list[Batch]:
 
 
 @pytest.mark.parametrize("crop", ["exact", "whole", "random_resized"])
-@pytest.mark.parametrize("engine", ["dali", "dataloader"])
+@pytest.mark.parametrize("engine", ["dali", "torch"])
 def test_every_form_gives_the_same_batches(
     engine: str, crop: str, folders: dict[str, Path]
 ) -> None:
@@ -101,7 +101,7 @@ def test_what_is_known_of_a_prepared_folder(folders: dict[str, Path]) -> None:
         assert found.train.classes == ["blue", "green", "red"]
         assert found.titles["red"] == "the colour red"
         assert np.array_equal(found.statistics.eigenvectors, plain.statistics.eigenvectors)
-        for source, index in zip(open_sources(found), (plain.train, plain.val), strict=True):
+        for source, index in zip(open_datasets(found), (plain.train, plain.val), strict=True):
             assert source.index.names == index.names
             assert source.path(7).endswith(index.names[7])
             image = np.asarray(Image.open(f"{index.folder}/{index.names[7]}"))
@@ -124,7 +124,7 @@ def read_all(sent: bytes, answer: "multiprocessing.Queue[list[int]]") -> None:
 
 def test_sources_travel_to_another_process(folders: dict[str, Path]) -> None:
     found = [pickle.loads(pickle.dumps(catalogue(folders[f"jpg {form}"]))) for form in FORMS]
-    sources = [source for one in found for source in open_sources(one)]
+    sources = [source for one in found for source in open_datasets(one)]
     sent = pickle.dumps(sources)
     assert len(sent) < 20_000  # where the images lie, and not the images
     context = multiprocessing.get_context("spawn")
@@ -148,7 +148,7 @@ def test_what_is_wrong_with_a_prepared_folder_is_said(
     def sentence(form: str, spoil: object) -> str:
         folder = write_prepared(folders["jpg"], tmp_path / str(len(list(tmp_path.iterdir()))), form)
         spoil(folder)  # type: ignore[operator]
-        with pytest.raises(Failure) as failure:
+        with pytest.raises(UserError) as failure:
             catalogue(folder)
         assert str(folder) in str(failure.value)
         return str(failure.value)
@@ -178,18 +178,18 @@ def test_what_is_wrong_with_a_prepared_folder_is_said(
     assert "not of the 31 images" in other
 
 
-@pytest.mark.parametrize("engine", ["dali", "dataloader"])
+@pytest.mark.parametrize("engine", ["dali", "torch"])
 def test_a_bad_image_in_a_shard_is_named(
     engine: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:
     folder = write_prepared(folders["jpg"], tmp_path / "shards", "shards")
-    _, source = open_sources(catalogue(folder))
+    _, source = open_datasets(catalogue(folder))
     shard, offset, length = source.index.places[5].tolist()
     with (folder / f"val-{shard:05d}.tar").open("r+b") as file:
         file.seek(offset + length - 2)
         file.write(b"\0\0")
     named = rf"val-0000{shard}\.tar: green/001\.jpg cannot be decoded .*cut short"
-    with pytest.raises(Failure, match=named):
+    with pytest.raises(UserError, match=named):
         first_batches(catalogue(folder), engine, "exact")
 
 

@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 
 from alexnet_dist.data import sources, statistics
-from alexnet_dist.data.engine import BadImages
-from alexnet_dist.data.sources import FolderSource, make_catalogue, open_sources
-from alexnet_dist.errors import Failure
+from alexnet_dist.data.corrupt_images import CorruptImagePolicy
+from alexnet_dist.data.sources import FolderDataset, open_datasets, scan_dataset
+from alexnet_dist.errors import UserError
 from tests.conftest import write_images
 
 
@@ -18,8 +18,8 @@ def quiet(*_: object) -> None:
     pass
 
 
-def catalogue(root: Path, cache: Path) -> sources.Catalogue:
-    return make_catalogue(str(root), str(cache), quiet)
+def catalogue(root: Path, cache: Path) -> sources.DatasetInfo:
+    return scan_dataset(str(root), str(cache), quiet)
 
 
 def test_what_an_index_knows(images: Path, tmp_path: Path) -> None:
@@ -28,7 +28,7 @@ def test_what_an_index_knows(images: Path, tmp_path: Path) -> None:
     assert found.train.classes == ["blue", "green", "red"]
     assert found.train.labels.tolist() == [0] * 11 + [1] * 10 + [2] * 10
     assert (found.train.sizes == 76).all()
-    train, val = open_sources(found)
+    train, val = open_datasets(found)
     assert train.path(0).endswith("train/blue/000.jpg")
     assert bytes(val.read(12)[:2]) == b"\xff\xd8"
 
@@ -85,7 +85,7 @@ def test_test_is_as_good_a_name_as_val(tmp_path: Path) -> None:
 
 def test_what_is_wrong_with_a_folder_is_said(tmp_path: Path) -> None:
     def sentence(root: Path) -> str:
-        with pytest.raises(Failure) as failure:
+        with pytest.raises(UserError) as failure:
             catalogue(root, tmp_path / "cache")
         return str(failure.value)
 
@@ -108,10 +108,10 @@ def test_what_is_wrong_with_a_folder_is_said(tmp_path: Path) -> None:
 def test_an_unreadable_header_is_named_at_the_start(tmp_path: Path) -> None:
     root = write_images(tmp_path / "i")
     (root / "train/red/002.jpg").write_bytes(b"no image")
-    source = FolderSource(catalogue(root, tmp_path).train)
-    with pytest.raises(Failure, match=r"train/red/002\.jpg cannot be decoded"):
-        BadImages(source, "stop")
-    assert list(BadImages(source, "substitute").reasons) == [21]
+    source = FolderDataset(catalogue(root, tmp_path).train)
+    with pytest.raises(UserError, match=r"train/red/002\.jpg cannot be decoded"):
+        CorruptImagePolicy(source, "stop")
+    assert list(CorruptImagePolicy(source, "substitute").reasons) == [21]
 
 
 def test_statistics_against_numpy(images: Path, tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_statistics_against_numpy(images: Path, tmp_path: Path) -> None:
     rebuilt = ours.eigenvectors @ np.diag(ours.eigenvalues) @ ours.eigenvectors.T
     assert np.allclose(rebuilt, covariance)
     assert (np.diff(ours.eigenvalues) <= 0).all()
-    record = statistics.Statistics.from_json(ours.to_json())
+    record = statistics.ChannelStats.from_json(ours.to_json())
     assert np.array_equal(record.eigenvectors, ours.eigenvectors)
 
 
@@ -153,7 +153,7 @@ def test_cifar10s_own_files(tmp_path: Path) -> None:
         patch.setattr(CIFAR10, "test_list", lists[5:])
         patch.setattr(CIFAR10, "meta", CIFAR10.meta | {"md5": hashlib.md5(meta).hexdigest()})
         found = catalogue(tmp_path, tmp_path / "cache")
-        train, val = open_sources(found)
+        train, val = open_datasets(found)
         wanted = CIFAR10(str(tmp_path), train=True)
     assert (len(found.train), len(found.val)) == (20, 4)
     for number in (0, 19):

@@ -12,7 +12,7 @@ def running(
     processes: int, images: Path, runs: Path, *options: str, torchrun: tuple[str, ...] = ()
 ) -> "subprocess.Popen[str]":
     """A run, long unless ``options`` say otherwise, that has taken its first steps."""
-    wanted = [*TINY, f"--data.root={images}", f"--run.root={runs}", "--train.epochs=10000"]
+    wanted = [*TINY, f"--data.root={images}", f"--run.output_dir={runs}", "--train.epochs=10000"]
     words = command(processes, "alexnet_dist.train", *wanted, "--run.name=run", *options)
     at = words.index("--standalone") if processes else 0
     launcher = subprocess.Popen(

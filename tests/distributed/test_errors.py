@@ -26,7 +26,7 @@ def the_sentence(result: Result) -> str:
 
 @pytest.fixture
 def runs(tmp_path: Path) -> str:
-    return f"--run.root={tmp_path / 'runs'}"
+    return f"--run.output_dir={tmp_path / 'runs'}"
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,7 @@ def runs(tmp_path: Path) -> str:
         (["--data.batch_size=many"], "data.batch_size wants a whole number, not many"),
         (["--config=nowhere.yaml"], "there is no config nowhere.yaml"),
         (["--data.root=/nowhere"], "there is no folder /nowhere: give --data.root"),
-        (["--model.variant=alexnet"], "there is no model.variant alexnet; there are paper,"),
+        (["--model.arch=alexnet"], "there is no model.arch alexnet; there are paper,"),
         (["--run.resume=/nowhere"], "there is no run at /nowhere"),
         (["--runtime.device=cuda"], "runtime.device is cuda, but torch sees no GPU here"),
     ],
@@ -85,15 +85,16 @@ def test_an_image_that_cannot_be_decoded(tmp_path: Path, runs: str) -> None:
     result = launch(2, *TINY, f"--data.root={root}", runs, "--run.name=stop")
     assert any("train/green" in s and "cannot be decoded" in s for s in result.said)
     assert the_sentence(result)
-    train(2, root, tmp_path, "--run.name=skip", "--data.on_bad_image=skip")
-    news = events(tmp_path / "skip", "bad_image")
+    train(2, root, tmp_path, "--run.name=skip", "--data.on_corrupt_image=skip")
+    news = events(tmp_path / "skip", "corrupt_image")
     assert {Path(e["path"]).parent.name for e in news} == {"green"}
     assert {Path(e["substitute"]).parent.name for e in news} == {"red"}
-    train(0, root, tmp_path, "--run.name=alone", "--data.on_bad_image=skip")
-    alone = [(e["path"], e["substitute"]) for e in events(tmp_path / "alone", "bad_image")]
+    train(0, root, tmp_path, "--run.name=alone", "--data.on_corrupt_image=skip")
+    alone = [(e["path"], e["substitute"]) for e in events(tmp_path / "alone", "corrupt_image")]
     assert sorted(alone) == sorted((e["path"], e["substitute"]) for e in news)
     digests = [
-        [e["order_digest"] for e in events(tmp_path / name, "epoch")] for name in ("skip", "alone")
+        [e["sample_order_hash"] for e in events(tmp_path / name, "epoch")]
+        for name in ("skip", "alone")
     ]
     assert digests[0] == digests[1]
 
@@ -102,7 +103,7 @@ def test_a_checkpoint_of_another_model(images: Path, tmp_path: Path, runs: str) 
     root = f"--data.root={images}"
     train(0, images, tmp_path / "runs", "--run.name=run", "--train.max_steps=1")
     for option, words in (
-        ("--model.variant=owt", "model.variant cannot change from paper to owt"),
+        ("--model.arch=owt", "model.arch cannot change from paper to owt"),
         ("--train.seed=5", "train.seed cannot change from 2012 to 5"),
         ("--data.batch_size=9", "data.batch_size cannot change from 7 to 9"),
     ):
@@ -110,8 +111,8 @@ def test_a_checkpoint_of_another_model(images: Path, tmp_path: Path, runs: str) 
         assert words in sentence
         assert "--run.resume never" in sentence
     checkpoint = tmp_path / "runs/run/checkpoints/last"
-    start = [f"--model.weights={checkpoint.resolve()}", "--run.name=other"]
-    assert "is of another network" in refused(0, root, runs, *start, "--model.variant=owt")
+    start = [f"--model.pretrained={checkpoint.resolve()}", "--run.name=other"]
+    assert "is of another network" in refused(0, root, runs, *start, "--model.arch=owt")
     train(0, images, tmp_path / "runs", *start, "--train.max_steps=1", "--model.num_classes=5")
 
 
@@ -133,7 +134,7 @@ def test_a_harmless_change_is_recorded(images: Path, tmp_path: Path) -> None:
 
 def test_a_run_folder_in_use(images: Path, tmp_path: Path, runs: str) -> None:
     holder = (
-        "import sys, time; from pathlib import Path; from alexnet_dist.tracking.run import *; "
+        "import sys, time; from pathlib import Path; from alexnet_dist.tracking.run_dir import *; "
         "folder = RunFolder(Path(sys.argv[1])); folder.take(); print('held', flush=True); "
         "time.sleep(60)"
     )
@@ -166,7 +167,7 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(images: Path, tmp_path: 
         assert "training goes on" in result.out
         assert (small / "run/checkpoints/last").resolve().name == "step-00000004"
         assert not list((small / "run/checkpoints").glob(".partial*"))
-        assert events(small / "run", "end")
+        assert events(small / "run", "finished")
     finally:
         subprocess.run(["umount", "-l", str(small)], check=True)
 
@@ -181,8 +182,12 @@ def test_a_loss_that_explodes_reaches_no_checkpoint(
     every: str, images: Path, tmp_path: Path
 ) -> None:
     """The weights go with the first update, and no record would fall due before the epoch's end."""
-    options = [f"--checkpoint.every_steps={every}", "--train.log_every=1000", "--run.name=run"]
-    roots = [f"--data.root={images}", f"--run.root={tmp_path}"]
+    options = [
+        f"--checkpoint.interval_steps={every}",
+        "--train.log_interval=1000",
+        "--run.name=run",
+    ]
+    roots = [f"--data.root={images}", f"--run.output_dir={tmp_path}"]
     sentence = refused(0, *roots, *options, "--optim.lr=1e38")
     assert "the last checkpoint is intact" in sentence
     assert not list((tmp_path / "run/checkpoints").iterdir())
@@ -193,7 +198,7 @@ def test_pictures_that_cannot_be_written_cost_nothing(images: Path, tmp_path: Pa
         (tmp_path / "run" / f"{name}.png").mkdir(parents=True)  # no file can be there
     train(0, images, tmp_path, "--run.name=run", "--train.epochs=1")
     assert len(events(tmp_path / "run", "warning")) == 4
-    assert events(tmp_path / "run", "end")
+    assert events(tmp_path / "run", "finished")
 
 
 def test_nothing_to_evaluate(tmp_path: Path) -> None:
@@ -204,7 +209,7 @@ def test_nothing_to_evaluate(tmp_path: Path) -> None:
 
 
 def test_debug_shows_where_it_came_from() -> None:
-    result = launch(0, "--data.root=/nowhere", "--debug", "--run.root=/tmp/none")
+    result = launch(0, "--data.root=/nowhere", "--debug", "--run.output_dir=/tmp/none")
     assert "Traceback" in result.err
 
 
@@ -212,7 +217,12 @@ def test_interrupt_is_no_traceback(images: Path, tmp_path: Path) -> None:
     import signal
     import time
 
-    options = [*TINY, f"--data.root={images}", f"--run.root={tmp_path}", "--train.epochs=10000"]
+    options = [
+        *TINY,
+        f"--data.root={images}",
+        f"--run.output_dir={tmp_path}",
+        "--train.epochs=10000",
+    ]
     with subprocess.Popen(
         command(0, "alexnet_dist.train", *options, "--run.name=run"),
         stdout=subprocess.PIPE,

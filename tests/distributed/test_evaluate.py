@@ -11,13 +11,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from alexnet_dist.model import outline
+from alexnet_dist.model import build_on_meta
 from alexnet_dist.training import checkpoint
 from tests.conftest import events, launch, train
 
 BAD = 4
 """The validation image that is spoiled."""
-OTHER = ["--model.variant=half_column", "--data.image_size=71", "--train.seed=5"]
+OTHER = ["--model.arch=half_column", "--data.image_size=71", "--train.seed=5"]
 
 
 @pytest.fixture(scope="module")
@@ -70,10 +70,10 @@ def test_two_networks_on_any_number_of_processes(
         "loss": -right.log().mean().item(),
     }
     for processes in (0, 2):
-        skip = [f"--data.root={root}", "--data.on_bad_image=skip"]
+        skip = [f"--data.root={root}", "--data.on_corrupt_image=skip"]
         counted = average(processes, *networks, *skip)
         assert counted["images"] == len(labels) == 12
-        assert counted["left_out"] == 1
+        assert counted["num_skipped"] == 1
         assert counted["top1_error"] == wanted["top1_error"]
         assert counted["loss"] == pytest.approx(wanted["loss"], rel=1e-4)
 
@@ -91,7 +91,7 @@ def _chances(run: Path, files: list[Path]) -> torch.Tensor:
     found = checkpoint.find(str(run))
     state = checkpoint.read_state(found)
     side = state["config"]["data"]["image_size"]
-    model = outline(state["config"]["model"]["variant"], num_classes=3, image_size=side)
+    model = build_on_meta(state["config"]["model"]["arch"], num_classes=3, image_size=side)
     model = model.to_empty(device="cpu").eval()
     tensors = {k: v for file in found.glob("*.safetensors") for k, v in load_file(file).items()}
     model.load_state_dict(

@@ -35,8 +35,8 @@ def same(run: Path, calm: Path) -> None:
     assert [e["step"] for e in kept if e["event"] == "train"] == list(range(1, 41))
     for kind in ("epoch", "eval"):
         assert [e["step"] for e in kept if e["event"] == kind] == list(range(4, 41, 4))
-    digests = [[e["order_digest"] for e in events(calm, "epoch")],
-               [e["order_digest"] for e in kept if e["event"] == "epoch"]]  # fmt: skip
+    digests = [[e["sample_order_hash"] for e in events(calm, "epoch")],
+               [e["sample_order_hash"] for e in kept if e["event"] == "epoch"]]  # fmt: skip
     assert digests[0] == digests[1]
     assert json.loads((run / "status.json").read_text())["status"] == "ended"
     assert not [p for p in run.rglob("*") if ".partial" in p.name or p.name == "PREEMPT"]
@@ -83,7 +83,7 @@ def test_a_run_that_is_told_to_leave_saves_and_goes_on(
 @pytest.mark.slow
 def test_signals_to_every_process_do_not_take_the_images_away(images: Path, tmp_path: Path) -> None:
     """As a cluster sends them: to the processes that load images for training, too."""
-    engine = ["--data.engine=dataloader", "--data.threads=2", FEW]
+    engine = ["--data.loader=torch", "--data.threads=2", FEW]
     run = tmp_path / "run"
     with running(2, images, tmp_path, *engine) as launcher:
         trainers = workers(launcher.pid)
@@ -149,7 +149,13 @@ def test_a_run_leaves_in_the_middle_of_an_evaluation(
     )
     file = tmp_path / "slow_evaluation.py"
     file.write_text(script.replace("sys.argv[1]", repr(str(tmp_path / "run"))))
-    options = [*TINY, f"--data.root={images}", f"--run.root={tmp_path}", "--run.name=run", FEW]
+    options = [
+        *TINY,
+        f"--data.root={images}",
+        f"--run.output_dir={tmp_path}",
+        "--run.name=run",
+        FEW,
+    ]
     words = command(2, "x", *options)
     words[words.index("-m", 3) : words.index("x") + 1] = [str(file)]
     done = subprocess.run(words, capture_output=True, text=True, env=environment(), timeout=120)
@@ -176,7 +182,12 @@ def test_a_life_ends_before_its_time_is_up(images: Path, tmp_path: Path) -> None
 @pytest.mark.slow
 def test_torchrun_starts_a_group_again(calm: Path, images: Path, tmp_path: Path) -> None:
     """Where a process hangs, which is found by its silence, named, and then dies."""
-    options = [FEW, "--checkpoint.every_steps=2", "--runtime.timeout=5", "--run.resume=never"]
+    options = [
+        FEW,
+        "--checkpoint.interval_steps=2",
+        "--runtime.hang_timeout=5",
+        "--run.resume=never",
+    ]
     restarts = ("--max-restarts=2",)
     with running(2, images, tmp_path, *options, torchrun=restarts) as launcher:
         wait_for(lambda: started(tmp_path / "run", 4))
@@ -203,8 +214,8 @@ def test_a_host_that_leaves_is_done_without(calm: Path, images: Path, tmp_path: 
         "--local-addr=127.0.0.1",
         "--max-restarts=3",
     ]
-    wanted = [*TINY, f"--data.root={images}", f"--run.root={tmp_path}", "--run.name=run", FEW]
-    words = command(1, "alexnet_dist.train", *wanted, "--checkpoint.every_steps=2")
+    wanted = [*TINY, f"--data.root={images}", f"--run.output_dir={tmp_path}", "--run.name=run", FEW]
+    words = command(1, "alexnet_dist.train", *wanted, "--checkpoint.interval_steps=2")
     at = words.index("--standalone")
     words[at : at + 1] = rendezvous
     run = tmp_path / "run"
@@ -223,8 +234,8 @@ def test_a_host_that_leaves_is_done_without(calm: Path, images: Path, tmp_path: 
     assert later[-1]["world_size"] == 1
     assert losses(run) == pytest.approx(losses(calm), rel=1e-4)
     kept = surviving(read(run / "metrics.jsonl"))
-    assert [e["order_digest"] for e in kept if e["event"] == "epoch"] == [
-        e["order_digest"] for e in events(calm, "epoch")
+    assert [e["sample_order_hash"] for e in kept if e["event"] == "epoch"] == [
+        e["sample_order_hash"] for e in events(calm, "epoch")
     ]
 
 
@@ -254,12 +265,12 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
 
 
 def spoilt(what: str, images: Path, runs: Path, *options: str) -> Result:
-    wanted = [*TINY, f"--data.root={images}", f"--run.root={runs}", "--run.name=run", FEW]
+    wanted = [*TINY, f"--data.root={images}", f"--run.output_dir={runs}", "--run.name=run", FEW]
     return launch(
         2,
         *wanted,
         *options,
-        module="tests.distributed.spoilt",
+        module="tests.distributed.fault_injection",
         SPOIL=what,
         SPOIL_ONCE=str(runs / "once"),
     )
@@ -269,12 +280,12 @@ def spoilt(what: str, images: Path, runs: Path, *options: str) -> Result:
 @pytest.mark.parametrize("every", ["1", "7"])
 def test_an_update_that_is_not_finite_is_left_out(every: str, images: Path, tmp_path: Path) -> None:
     """By looking at each gradient, or by going back and looking then: to the same bits."""
-    logged = f"--train.log_every={every}"
-    result = spoilt("IMAGES:6,18", images, tmp_path, "--train.on_nan=rollback", logged)
+    logged = f"--train.log_interval={every}"
+    result = spoilt("IMAGES:6,18", images, tmp_path, "--train.on_nonfinite=rollback", logged)
     assert result.code == 0, result.err
     run = tmp_path / "run"
     kept = surviving(read(run / "metrics.jsonl"))
-    bad = [e for e in kept if e["event"] == "nan" and e["left_out"]]
+    bad = [e for e in kept if e["event"] == "nonfinite" and e["skipped"]]
     assert [e["step"] for e in bad] == [6, 18]
     assert all("loss is nan" in e["what"] and len(e["paths"]) == 7 for e in bad)
     assert all(Path(path).is_file() for e in bad for path in e["paths"])
@@ -282,7 +293,9 @@ def test_an_update_that_is_not_finite_is_left_out(every: str, images: Path, tmp_
     trained = [e for e in kept if e["event"] == "train" and e["loss"] is not None]
     assert sum(e["steps"] for e in trained) == 40 // int(every) * int(every) - 2
     if every == "1":
-        other = spoilt("IMAGES:6,18", images, tmp_path / "skip", "--train.on_nan=skip", logged)
+        other = spoilt(
+            "IMAGES:6,18", images, tmp_path / "skip", "--train.on_nonfinite=skip", logged
+        )
         assert other.code == 0
         assert losses(run) == losses(tmp_path / "skip/run")
         assert tensors(run) == tensors(tmp_path / "skip/run")
@@ -292,7 +305,7 @@ def test_an_update_that_is_not_finite_is_left_out(every: str, images: Path, tmp_
 def test_weights_that_are_spoilt_once_are_those_of_the_last_checkpoint_again(
     calm: Path, images: Path, tmp_path: Path
 ) -> None:
-    result = spoilt("WEIGHTS:18", images, tmp_path, "--train.on_nan=rollback")
+    result = spoilt("WEIGHTS:18", images, tmp_path, "--train.on_nonfinite=rollback")
     assert result.code == 0, result.err
     (back,) = events(tmp_path / "run", "rollback")
     assert (back["step"], back["to"], back["suspect"]) == (19, 16, 19)
@@ -304,8 +317,8 @@ def test_a_run_that_is_not_finite_any_more_stops(images: Path, tmp_path: Path) -
     always = "IMAGES:" + ",".join(map(str, range(6, 40)))
     for number, policy in enumerate(("stop", "rollback")):
         runs = tmp_path / str(number)
-        result = spoilt(always, images, runs, f"--train.on_nan={policy}")
+        result = spoilt(always, images, runs, f"--train.on_nonfinite={policy}")
         assert result.code != 0
         assert "take a smaller --optim.lr" in result.said[0]
-        assert events(runs / "run", "nan")[0]["step"] == 6
+        assert events(runs / "run", "nonfinite")[0]["step"] == 6
         assert json.loads((runs / "run/status.json").read_text())["status"] == "failed"

@@ -15,7 +15,7 @@ LAUNCH = Path(__file__).parents[2] / "launch"
 @pytest.mark.slow
 def test_one_machine_and_two_train_alike(images: Path, tmp_path: Path) -> None:
     """The two machines are this one, which joins the run twice."""
-    options = [*TINY, f"--data.root={images}", f"--run.root={tmp_path}", "--train.epochs=1"]
+    options = [*TINY, f"--data.root={images}", f"--run.output_dir={tmp_path}", "--train.epochs=1"]
 
     port = str(20000 + os.getpid() % 9000)
 

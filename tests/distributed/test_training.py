@@ -35,7 +35,7 @@ def test_any_number_of_processes_trains_alike(calm: dict[int, Path]) -> None:
 def test_the_records_say_where_the_time_went(calm: dict[int, Path]) -> None:
     for processes, run in calm.items():
         for event in events(run, "train"):
-            waits = event["data_wait"], event["communication"]
+            waits = event["data_time_fraction"], event["comm_time_fraction"]
             assert all(0 <= share <= 1 for share in waits)
             assert sum(waits) < 1
             assert (waits[1] > 0) == (processes > 0)
@@ -45,7 +45,7 @@ def test_any_number_of_processes_sees_the_same_images_in_the_same_order(
     calm: dict[int, Path],
 ) -> None:
     digests = {
-        processes: [(e["order_digest"], e["images"]) for e in events(run, "epoch")]
+        processes: [(e["sample_order_hash"], e["images"]) for e in events(run, "epoch")]
         for processes, run in calm.items()
     }
     assert digests[0] == digests[2] == digests[3]
@@ -77,9 +77,9 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(
     run, whole = tmp_path / "run", calm[processes]
     assert losses(run) == losses(whole)
     assert [e["step"] for e in events(run, "resume")] == [3, 6]
-    last = {e["step"]: e["order_digest"] for e in events(run, "epoch")}
+    last = {e["step"]: e["sample_order_hash"] for e in events(run, "epoch")}
     for event in events(whole, "epoch"):
-        assert last[event["step"]] == event["order_digest"]
+        assert last[event["step"]] == event["sample_order_hash"]
     assert tensors(run) == tensors(whole)
 
 
@@ -95,11 +95,11 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(
 @pytest.mark.slow
 def test_means_of_several_steps_are_bit_equal_too(images: Path, tmp_path: Path) -> None:
     """The sums over three processes must not depend on how many steps are read at once."""
-    options = ["--train.log_every=3", "--train.epochs=3"]
+    options = ["--train.log_interval=3", "--train.epochs=3"]
     train(3, images, tmp_path, "--run.name=whole", *options)
-    train(3, images, tmp_path, "--run.name=run", "--checkpoint.every_steps=2", *options[:1],
+    train(3, images, tmp_path, "--run.name=run", "--checkpoint.interval_steps=2", *options[:1],
           options[1], "--train.max_steps=5")  # fmt: skip
-    train(3, images, tmp_path, "--run.name=run", "--checkpoint.every_steps=2", *options)
+    train(3, images, tmp_path, "--run.name=run", "--checkpoint.interval_steps=2", *options)
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
     whole = {e["step"]: e["loss"] for e in events(tmp_path / "whole", "epoch")}
     again = {e["step"]: e["loss"] for e in events(tmp_path / "run", "epoch")}
@@ -124,9 +124,9 @@ def test_other_numbers_of_processes_go_on_in_mid_epoch(
         train(processes, images, tmp_path, "--run.name=run", f"--train.max_steps={stop}")
     run = tmp_path / "run"
     assert losses(run) == pytest.approx(losses(calm[0]), rel=1e-4)
-    last = {e["step"]: e["order_digest"] for e in events(run, "epoch")}
+    last = {e["step"]: e["sample_order_hash"] for e in events(run, "epoch")}
     assert [last[e["step"]] for e in events(calm[0], "epoch")] == [
-        e["order_digest"] for e in events(calm[0], "epoch")
+        e["sample_order_hash"] for e in events(calm[0], "epoch")
     ]
 
 
@@ -153,9 +153,9 @@ def test_a_run_goes_on_under_another_layout(
         train(processes, images, tmp_path, "--run.name=run", f"--train.max_steps={stop}", *both)
     run = tmp_path / "run"
     assert losses(run) == pytest.approx(losses(calm[0]), rel=1e-4)
-    digests = {e["step"]: (e["order_digest"], e["images"]) for e in events(run, "epoch")}
+    digests = {e["step"]: (e["sample_order_hash"], e["images"]) for e in events(run, "epoch")}
     for event in events(calm[0], "epoch"):
-        assert digests[event["step"]] == (event["order_digest"], event["images"])
+        assert digests[event["step"]] == (event["sample_order_hash"], event["images"])
     assert {e["images"] for e in events(run, "eval")} == {13}
     assert "parallel.towers" in events(run, "resume")[0]["changed"]
 
@@ -196,10 +196,10 @@ def test_a_launcher_that_dies_leaves_no_orphan(images: Path, tmp_path: Path) -> 
 def _killed_and_started_again(processes: int, images: Path, runs: Path, *more: str) -> Path:
     """A run whose processes all die at once after a checkpoint, and which then goes on to its end
     by what its folder keeps."""
-    options = [*TINY, f"--data.root={images}", f"--run.root={runs}", "--run.name=run", *more]
+    options = [*TINY, f"--data.root={images}", f"--run.output_dir={runs}", "--run.name=run", *more]
     run = runs / "run"
     with subprocess.Popen(
-        command(processes, "alexnet_dist.train", *options, "--checkpoint.every_steps=2"),
+        command(processes, "alexnet_dist.train", *options, "--checkpoint.interval_steps=2"),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
@@ -207,6 +207,6 @@ def _killed_and_started_again(processes: int, images: Path, runs: Path, *more: s
     ) as launcher:
         wait_for(lambda: (run / "checkpoints/last").exists() and len(losses(run)) >= 3)
         os.killpg(launcher.pid, signal.SIGKILL)
-    train(processes, images, runs, "--run.name=run", "--checkpoint.every_steps=2")
+    train(processes, images, runs, "--run.name=run", "--checkpoint.interval_steps=2")
     assert events(run, "resume")[0]["step"] >= 2
     return run

@@ -13,24 +13,24 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from alexnet_dist.data import build_engine, dali
-from alexnet_dist.data.augment import Pixels, pixels_for
-from alexnet_dist.data.dataloader import DataLoaderEngine
-from alexnet_dist.data.engine import Batch
-from alexnet_dist.data.plan import Plan
-from alexnet_dist.data.resident import ResidentEngine
-from alexnet_dist.data.sources import Source, make_catalogue, open_sources
-from alexnet_dist.model import draw_masks
+from alexnet_dist.data import build_loader, dali
+from alexnet_dist.data.corrupt_images import Batch
+from alexnet_dist.data.gpu_cache import GpuCacheLoader
+from alexnet_dist.data.plan import SamplePlan
+from alexnet_dist.data.sources import ImageDataset, open_datasets, scan_dataset
+from alexnet_dist.data.torch_loader import TorchLoader
+from alexnet_dist.data.transforms import Normalization, build_normalization
+from alexnet_dist.model import make_dropout_masks
 from alexnet_dist.model.dropout import Dropout
 from alexnet_dist.model.normalization import LocalResponseNorm, lrn_triton
-from alexnet_dist.parallel.arithmetic import Scaler, choose_precision
+from alexnet_dist.parallel.precision import SyncedGradScaler, resolve_precision
 from alexnet_dist.parallel.waits import Waits
 from alexnet_dist.training import checkpoint
-from alexnet_dist.training.checkpoint import Checkpoints
-from alexnet_dist.training.loop import Pace
-from alexnet_dist.training.optim import PaperSGD, sgd_triton
+from alexnet_dist.training.checkpoint import CheckpointManager
+from alexnet_dist.training.optim import KrizhevskySGD, sgd_triton
+from alexnet_dist.training.step import StepThrottle
 from tests.conftest import TINY, events, launch, losses, train, write_images
-from tests.data.bad_images import damaged, encode, photograph, put, whole, write_folder
+from tests.data.corrupt_images import damaged, encode, photograph, put, whole, write_folder
 from tests.data.prepared_folder import write_prepared
 from tests.distributed.groups import running, tensors, workers
 
@@ -39,28 +39,28 @@ GPU = torch.device("cuda", 0)
 
 
 @pytest.fixture
-def opened(tmp_path: Path) -> tuple[Source, Pixels]:
+def opened(tmp_path: Path) -> tuple[ImageDataset, Normalization]:
     root = write_images(tmp_path / "i", train=64, side=160)
-    catalogue = make_catalogue(str(root), str(tmp_path), lambda *_: None)
-    pixels = pixels_for("centred", catalogue.statistics, side=128, colour="source")
-    return open_sources(catalogue)[0], pixels
+    catalogue = scan_dataset(str(root), str(tmp_path), lambda *_: None)
+    pixels = build_normalization("centred", catalogue.statistics, side=128, colour="source")
+    return open_datasets(catalogue)[0], pixels
 
 
 def test_the_decoder_that_is_chosen_works() -> None:
     pytest.importorskip("nvidia.dali", reason="DALI is not installed here")
-    assert dali.choose_decoder(GPU) in ("region", "full")
+    assert dali.choose_decoder(GPU) in ("roi", "full")
 
 
-@pytest.mark.parametrize("decoder", ["region", "full", "cpu"])
+@pytest.mark.parametrize("decoder", ["roi", "full", "cpu"])
 def test_mixed_decoding_is_that_of_the_reference(
-    decoder: str, opened: tuple[Source, Pixels]
+    decoder: str, opened: tuple[ImageDataset, Normalization]
 ) -> None:
     pytest.importorskip("nvidia.dali", reason="DALI is not installed here")
-    if decoder == "region" and dali.choose_decoder(GPU) != "region":
+    if decoder == "roi" and dali.choose_decoder(GPU) != "roi":
         pytest.skip("decoding a region ends the process on this GPU (nvImageCodec issue 55)")
     source, pixels = opened
-    plan = Plan(source.index.sizes, 16, 1, fraction=0.7)
-    ours = dali.DaliEngine(
+    plan = SamplePlan(source.index.sizes, 16, 1, fraction=0.7)
+    ours = dali.DaliLoader(
         source,
         pixels,
         max_batch=16,
@@ -69,7 +69,7 @@ def test_mixed_decoding_is_that_of_the_reference(
         resize=True,
         threads=2,
     )
-    theirs = DataLoaderEngine(source, pixels, device=GPU, threads=0)
+    theirs = TorchLoader(source, pixels, device=GPU, threads=0)
     for mine, other in zip(
         ours.batches(plan.epoch(0, 0, slice(None))),
         theirs.batches(plan.epoch(0, 0, slice(None))),
@@ -86,15 +86,15 @@ def test_raw_pixels_are_those_of_the_reference(tmp_path: Path) -> None:
     pytest.importorskip("nvidia.dali", reason="DALI is not installed here")
     plain = write_images(tmp_path / "i", train=64, side=160)
     folder = write_prepared(plain, tmp_path / "pixels", "pixels")
-    catalogue = make_catalogue(str(folder), str(tmp_path), lambda *_: None)
-    pixels = pixels_for("centred", catalogue.statistics, side=128, colour="source")
-    source = open_sources(catalogue)[0]
-    plan = Plan(source.index.sizes, 16, 1, fraction=0.7, strength=lambda _: 0.1)
+    catalogue = scan_dataset(str(folder), str(tmp_path), lambda *_: None)
+    pixels = build_normalization("centred", catalogue.statistics, side=128, colour="source")
+    source = open_datasets(catalogue)[0]
+    plan = SamplePlan(source.index.sizes, 16, 1, fraction=0.7, strength=lambda _: 0.1)
     options = {"plan": plan, "fraction": 0.7, "max_batch": 16, "device": GPU, "threads": 2}
     draws = [plan.draw(0, step) for step in range(plan.steps)]
     batches = [
-        build_engine(name, source, pixels, **options).batches(draws)  # type: ignore[arg-type]
-        for name in ("dali", "dataloader")
+        build_loader(name, source, pixels, **options).batches(draws)  # type: ignore[arg-type]
+        for name in ("dali", "torch")
     ]
     for mine, other in zip(*batches, strict=True):
         assert mine.images.device == GPU
@@ -109,10 +109,10 @@ def test_resident_pixels(crop: str, on_gpu: bool, tmp_path: Path) -> None:
     resized, and in an epoch that is longer than what is prepared ahead."""
     plain = write_images(tmp_path / "i", train=64, side=160)
     folder = write_prepared(plain, tmp_path / "pixels", "pixels")
-    catalogue = make_catalogue(str(folder), str(tmp_path), lambda *_: None)
-    pixels = pixels_for("centred", catalogue.statistics, side=112, colour="source")
-    source = open_sources(catalogue)[0]
-    plan = Plan(
+    catalogue = scan_dataset(str(folder), str(tmp_path), lambda *_: None)
+    pixels = build_normalization("centred", catalogue.statistics, side=112, colour="source")
+    source = open_datasets(catalogue)[0]
+    plan = SamplePlan(
         source.index.sizes,
         7,
         1,
@@ -121,8 +121,8 @@ def test_resident_pixels(crop: str, on_gpu: bool, tmp_path: Path) -> None:
         strength=lambda _: 0.1,
     )
     options: dict[str, Any] = {"max_batch": 7, "device": GPU, "threads": 2}
-    ours = ResidentEngine(source, pixels, on_gpu=on_gpu, **options)
-    theirs = DataLoaderEngine(source, pixels, device=GPU, threads=0)
+    ours = GpuCacheLoader(source, pixels, on_gpu=on_gpu, **options)
+    theirs = TorchLoader(source, pixels, device=GPU, threads=0)
     draws = [*plan.epoch(0, 0, slice(None)), plan.draw(0, 0, slice(7, None, 8))]
     kept = list(ours.batches(draws))
     for mine, other in zip(kept, theirs.batches(draws), strict=True):
@@ -143,37 +143,37 @@ def test_resident_pixels(crop: str, on_gpu: bool, tmp_path: Path) -> None:
 def test_auto_takes_resident_pixels(tmp_path: Path) -> None:
     plain = write_images(tmp_path / "i")
     folder = write_prepared(plain, tmp_path / "pixels", "pixels")
-    for name in ("auto", "dataloader"):
-        plainly = [f"--data.engine={name}", "--runtime.deterministic=true"]
+    for name in ("auto", "torch"):
+        plainly = [f"--data.loader={name}", "--runtime.deterministic=true"]
         train(1, folder, tmp_path / name, "--run.name=run", *plainly)
     (start,) = events(tmp_path / "auto" / "run", "start")
     assert start["engine"] == "resident: 0.0 GB of raw pixels on the GPU"
     assert losses(tmp_path / "auto/run") == losses(tmp_path / "dataloader/run")
 
 
-@pytest.mark.parametrize("decoder", ["region", "full"])
+@pytest.mark.parametrize("decoder", ["roi", "full"])
 def test_odd_and_damaged_images(decoder: str, tmp_path: Path) -> None:
     """As on CPUs: what is whole is decoded as the reference does it, what is not is named."""
     pytest.importorskip("nvidia.dali", reason="DALI is not installed here")
-    if decoder == "region" and dali.choose_decoder(GPU) != "region":
+    if decoder == "roi" and dali.choose_decoder(GPU) != "roi":
         pytest.skip("decoding a region ends the process on this GPU (nvImageCodec issue 55)")
     plain = encode(photograph(), "JPEG")
     good, bad = whole(), damaged()
     paths = write_folder(tmp_path, good | dict.fromkeys(bad, plain))
-    catalogue = make_catalogue(str(tmp_path), str(tmp_path / "cache"), lambda *_: None)
-    source = open_sources(catalogue)[0]
+    catalogue = scan_dataset(str(tmp_path), str(tmp_path / "cache"), lambda *_: None)
+    source = open_datasets(catalogue)[0]
     for kind, content in bad.items():
         put(paths[kind], content)
-    pixels = Pixels(np.zeros(3), np.ones(3), np.zeros((3, 3)), 64)
-    plan = Plan(source.index.sizes, len(source.index), 1, fraction=64 / 96)
+    pixels = Normalization(np.zeros(3), np.ones(3), np.zeros((3, 3)), 64)
+    plan = SamplePlan(source.index.sizes, len(source.index), 1, fraction=64 / 96)
     options: dict[str, Any] = {
         "max_batch": plan.batch,
         "decoder": decoder,
         "resize": True,
         "threads": 2,
     }
-    ours = dali.DaliEngine(source, pixels, device=GPU, policy="omit", **options)
-    theirs = DataLoaderEngine(source, pixels, device=GPU, threads=0, policy="omit")
+    ours = dali.DaliLoader(source, pixels, device=GPU, policy="omit", **options)
+    theirs = TorchLoader(source, pixels, device=GPU, threads=0, policy="omit")
     (mine,), (other,) = (list(each.batches([plan.draw(0, 0)])) for each in (ours, theirs))
     named = {str(event["path"]) for event in ours.bad.take_news()}
     assert named == {str(paths[kind]) for kind in bad}
@@ -185,11 +185,11 @@ def test_odd_and_damaged_images(decoder: str, tmp_path: Path) -> None:
         assert differences[row] < 2.0, kind  # of 255
 
 
-def test_memory_does_not_grow(opened: tuple[Source, Pixels]) -> None:
+def test_memory_does_not_grow(opened: tuple[ImageDataset, Normalization]) -> None:
     pytest.importorskip("nvidia.dali", reason="DALI is not installed here")
     source, pixels = opened
-    plan = Plan(source.index.sizes, 16, 1, crop="random_resized")
-    engine = dali.DaliEngine(
+    plan = SamplePlan(source.index.sizes, 16, 1, crop="random_resized")
+    engine = dali.DaliLoader(
         source,
         pixels,
         max_batch=16,
@@ -244,7 +244,7 @@ def test_evaluate_computes_as_training_did(tmp_path: Path) -> None:
 def test_more_processes_than_gpus(tmp_path: Path) -> None:
     root = write_images(tmp_path / "i")
     count = torch.cuda.device_count() + 1
-    result = launch(count, *TINY, f"--data.root={root}", f"--run.root={tmp_path}")
+    result = launch(count, *TINY, f"--data.root={root}", f"--run.output_dir={tmp_path}")
     assert result.code != 0
     assert f"{count} processes on this machine, but" in result.said[0]
 
@@ -252,8 +252,8 @@ def test_more_processes_than_gpus(tmp_path: Path) -> None:
 @pytest.mark.parametrize("variant", ["paper", "original145", "one_column", "torchvision"])
 def test_deterministic_runs_have_the_same_bits(variant: str, tmp_path: Path) -> None:
     root = write_images(tmp_path / "i", side=256)
-    options = ["--runtime.deterministic=true", f"--model.variant={variant}", "--train.epochs=1"]
-    options += ["--data.image_size=224", "--data.resize=256"]
+    options = ["--runtime.deterministic=true", f"--model.arch={variant}", "--train.epochs=1"]
+    options += ["--data.image_size=224", "--data.resize_size=256"]
     for name in ("one", "two"):
         train(1, root, tmp_path, f"--run.name={name}", *options)
     assert losses(tmp_path / "one") == losses(tmp_path / "two")
@@ -261,7 +261,7 @@ def test_deterministic_runs_have_the_same_bits(variant: str, tmp_path: Path) -> 
 
 def test_a_gpu_trains_as_a_cpu_does(tmp_path: Path) -> None:
     root = write_images(tmp_path / "i")
-    plain = ["--model.dropout=0", "--data.engine=dataloader"]  # masks differ between devices
+    plain = ["--model.dropout=0", "--data.loader=torch"]  # masks differ between devices
     train(1, root, tmp_path, "--run.name=gpu", *plain)
     train(1, root, tmp_path, "--run.name=cpu", "--runtime.device=cpu", *plain)
     assert losses(tmp_path / "gpu") == pytest.approx(losses(tmp_path / "cpu"), rel=1e-3)
@@ -303,7 +303,7 @@ def test_response_normalisation_by_triton(
 def test_the_papers_update() -> None:
     w = torch.nn.Parameter(torch.randn(1000, device=GPU))
     wanted, v = w.detach().double().clone(), torch.zeros(1000, device=GPU, dtype=torch.float64)
-    optimizer = PaperSGD([w], lr=0.0, momentum=0.9, weight_decay=0.0005, fused=True)
+    optimizer = KrizhevskySGD([w], lr=0.0, momentum=0.9, weight_decay=0.0005, fused=True)
     for rate in (0.01, 0.001, 1e-5):
         w.grad = torch.randn_like(w)
         optimizer.param_groups[0]["lr"] = rate
@@ -324,8 +324,8 @@ def test_the_papers_update_by_triton() -> None:
         w: torch.empty_like(w, dtype=torch.bfloat16, requires_grad=False) for w in ours
     }
     options: dict[str, Any] = {"lr": 0.0, "momentum": 0.9, "weight_decay": 0.0005, "fused": True}
-    optimizer = PaperSGD(ours, **options, triton=True, copies=copies)
-    other = PaperSGD(theirs, **options)
+    optimizer = KrizhevskySGD(ours, **options, triton=True, copies=copies)
+    other = KrizhevskySGD(theirs, **options)
     for rate in (0.01, 0.001, 0.02):
         for mine, w in zip(ours, theirs, strict=True):
             mine.grad = torch.randn_like(mine)
@@ -347,7 +347,7 @@ def test_the_papers_update_by_triton() -> None:
         [],
         ["--runtime.weight_copies=true"],
         ["--runtime.compile=true"],
-        ["--optim.name=lars", "--optim.trust=0.01", "--train.accumulate=2"],
+        ["--optim.name=lars", "--optim.trust_coefficient=0.01", "--train.grad_accum_steps=2"],
     ],
 )
 def test_a_graphed_step_is_the_plain_one(options: list[str], tmp_path: Path) -> None:
@@ -379,13 +379,13 @@ def test_waits_are_those_of_the_stream() -> None:
 
 
 def test_a_process_keeps_near_its_device() -> None:
-    pace, batches, alive = Pace(GPU), [torch.zeros(1, device=GPU) for _ in range(5)], []
+    pace, batches, alive = StepThrottle(GPU), [torch.zeros(1, device=GPU) for _ in range(5)], []
     for batch in batches:
         begun = time.perf_counter()
         torch.cuda._sleep(100_000_000)
         pace.started(Batch(batch, batch, np.zeros(1, np.int64)))
         alive.append(time.perf_counter() - begun)
-    assert max(alive[: Pace.AHEAD]) < min(alive[Pace.AHEAD :])
+    assert max(alive[: StepThrottle.AHEAD]) < min(alive[StepThrottle.AHEAD :])
     pace.finish()
     assert torch.cuda.current_stream().query()
 
@@ -393,7 +393,7 @@ def test_a_process_keeps_near_its_device() -> None:
 def test_batch_normalisation_is_that_of_the_cpu(tmp_path: Path) -> None:
     """Losses, and the running averages that an evaluation reads."""
     root = write_images(tmp_path / "i")
-    options = ["--model.variant=alexnet_bn", "--train.max_steps=3", "--runtime.precision=fp32"]
+    options = ["--model.arch=alexnet_bn", "--train.max_steps=3", "--runtime.precision=fp32"]
     for device in ("cpu", "cuda"):
         train(0, root, tmp_path / device, "--run.name=run", f"--runtime.device={device}", *options)
     ours, theirs = (tmp_path / device / "run" for device in ("cuda", "cpu"))
@@ -416,27 +416,32 @@ def test_bench_measures_every_part(tmp_path: Path) -> None:
     pytest.importorskip("nvidia.dali", reason="DALI is not installed here")
     root, out = write_images(tmp_path / "i"), tmp_path / "bench.json"
     words = ["--rounds=1", "--seconds=0.1", "--each", f"--out={out}"]
-    options = [*TINY, "--runtime.precision=bf16", f"--data.root={root}", f"--run.root={tmp_path}"]
+    options = [
+        *TINY,
+        "--runtime.precision=bf16",
+        f"--data.root={root}",
+        f"--run.output_dir={tmp_path}",
+    ]
     result = launch(0, *words, *options, module="alexnet_dist.bench")
     assert result.code == 0, result.err[-3000:]
     record = json.loads(out.read_text())
     assert {"matrix_product", "memory", "host_to_device", "decoder"} == set(record["limits"])
     assert {"runtime.precision", "runtime.lrn", "runtime.update"} <= set(record["each"])
-    assert 0 <= record["training"]["data_wait"] <= 1
+    assert 0 <= record["training"]["data_time_fraction"] <= 1
     assert 0 < record["peak_memory_bytes"] < torch.cuda.mem_get_info(GPU)[1]
 
 
 def test_masks_are_rows_of_one_mask() -> None:
     options: dict[str, Any] = {"seed": 1, "step": 2, "batch": 9, "device": GPU}
-    (whole,) = draw_masks([Dropout(64)], rows=slice(None), **options)
-    (mine,) = draw_masks([Dropout(64)], rows=slice(1, None, 2), **options)
+    (whole,) = make_dropout_masks([Dropout(64)], rows=slice(None), **options)
+    (mine,) = make_dropout_masks([Dropout(64)], rows=slice(1, None, 2), **options)
     assert torch.equal(mine, whole[1::2])
     assert np.isclose(whole.float().mean().item(), 0.5, atol=0.1)
 
 
 def test_precision_is_bf16_where_the_gpu_has_it() -> None:
     wanted = "bf16" if torch.cuda.get_device_capability(GPU) >= (8, 0) else "fp16"
-    assert choose_precision("auto", GPU) == wanted
+    assert resolve_precision("auto", GPU) == wanted
 
 
 def test_a_save_holds_what_was_there_when_it_began(tmp_path: Path) -> None:
@@ -448,7 +453,7 @@ def test_a_save_holds_what_was_there_when_it_began(tmp_path: Path) -> None:
         kernel = torch.randn(96, 3, 11, 11, device=GPU)
         live["model.b"] = kernel.to(memory_format=torch.channels_last)
         before = {name: tensor.clone() for name, tensor in live.items()}
-        checkpoints = Checkpoints(tmp_path, group, GPU)
+        checkpoints = CheckpointManager(tmp_path, group, GPU)
         for step in (1, 2):  # the second into memory that is kept
             checkpoints.begin({"step": step}, live, best=False)
             for tensor in live.values():  # training goes on
@@ -478,7 +483,7 @@ def test_a_run_that_is_told_to_leave_goes_on_bit_for_bit(tmp_path: Path) -> None
 def test_an_update_that_is_not_finite_is_left_out() -> None:
     weight = torch.nn.Parameter(torch.ones(1000, device=GPU))
     optimizer = torch.optim.SGD([weight], lr=1.0, fused=True)
-    scaler = Scaler("bf16", GPU, None)
+    scaler = SyncedGradScaler("bf16", GPU, None)
     for guarding, gradient, after in (
         (True, float("nan"), 1.0),
         (True, 0.5, 0.5),

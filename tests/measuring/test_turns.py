@@ -58,8 +58,8 @@ def _record(wait: float, others: float, kind: str = "folders", **more: Any) -> d
         "compute": {"operations_per_image": 10},
         "training": {
             "images_per_second": {"median": 400.0},
-            "data_wait": wait,
-            "communication": others,
+            "data_time_fraction": wait,
+            "comm_time_fraction": others,
             "engine": "DALI on cpu, decoding the region, 2 threads",
         },
         "images": {"kind": kind},
@@ -73,7 +73,7 @@ def _record(wait: float, others: float, kind: str = "folders", **more: Any) -> d
     [
         (_record(0.01, 0.02), "computing 97 % of the time, at 50 % of the images"),
         (_record(0.31, 0.02), "waiting for images 31 %: prepare raw pixels"),
-        (_record(0.31, 0.02, "pixels"), "waiting for images 31 %: take --data.engine resident"),
+        (_record(0.31, 0.02, "pixels"), "waiting for images 31 %: take --data.loader gpu_cache"),
         (_record(0.31, 0.4), "waiting for other processes 40 %: take a larger data.batch_size"),
     ],
 )

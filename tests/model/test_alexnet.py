@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from alexnet_dist.model import VARIANTS, build_model
+from alexnet_dist.model import MODEL_REGISTRY, build_model
 from alexnet_dist.summary import megabytes, rows, table
 
 
@@ -53,7 +53,7 @@ def test_the_table_of_the_review_line_by_line() -> None:
     assert "237.82" in text
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", MODEL_REGISTRY)
 @pytest.mark.parametrize("side", [224, 227])
 def test_every_variant_reads_both_sizes(variant: str, side: int) -> None:
     assert rows(variant, num_classes=7, image_size=side)[-1].shape == (7,)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from alexnet_dist.export import main as export
 from alexnet_dist.model import build_model
 from alexnet_dist.model.normalization import BatchNorm
-from alexnet_dist.training.optim import build_optimizer, velocities
+from alexnet_dist.training.optim import build_optimizer, momentum_buffers
 from tests.networks import command, save_network
 
 Summed = Callable[[Tensor], Tensor] | None
@@ -94,7 +94,7 @@ def test_the_optimizer_moves_scale_and_shift_without_decay_and_no_average() -> N
         assert weights[0] == [f"{layer}.weight" for layer in LAYERS]
         assert {"batch1.weight", "batch1.bias", "conv5.bias", "fc8.bias"} < set(biases[0])
         assert set(weights[0] + biases[0]) == set(parameters) - averages
-        assert set(velocities(optimizer, parameters)) == set(parameters) - averages
+        assert set(momentum_buffers(optimizer, parameters)) == set(parameters) - averages
 
 
 LAYERS = ["conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8"]

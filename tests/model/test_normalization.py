@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from alexnet_dist.model.normalization import LocalResponseNorm, SpatialResponseNorm
+from alexnet_dist.model.normalization import LocalResponseNorm, WithinChannelLRN
 
 
 def by_definition(
@@ -43,11 +43,11 @@ def test_alpha_means_what_it_means_in_torch() -> None:
 
 def test_spatial_and_its_gradient() -> None:
     x = torch.randn(2, 3, 7, 6, dtype=torch.float64, requires_grad=True)
-    y = SpatialResponseNorm(5, 0.9, 0.75, 1.0)(x)
+    y = WithinChannelLRN(5, 0.9, 0.75, 1.0)(x)
     patches = torch.nn.functional.unfold(x.pow(2).flatten(0, 1)[:, None], 5, padding=2)
     wanted = x / (1 + 0.9 / 25 * patches.sum(1).view_as(x)).pow(0.75)
     assert torch.allclose(y, wanted, rtol=1e-12)
-    assert torch.autograd.gradcheck(SpatialResponseNorm(5, 0.9), x)
+    assert torch.autograd.gradcheck(WithinChannelLRN(5, 0.9), x)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

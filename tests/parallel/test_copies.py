@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from alexnet_dist.model import VARIANTS, Variant, initial_weights, outline
-from alexnet_dist.model.alexnet import Layer
+from alexnet_dist.model import MODEL_REGISTRY, ModelSpec, build_on_meta, iter_initial_weights
+from alexnet_dist.model.alexnet import LayerSpec
 from alexnet_dist.parallel import mesh
 from alexnet_dist.parallel.copies import WithCopies
-from alexnet_dist.parallel.ddp import Compression, DataParallel, averaged
+from alexnet_dist.parallel.ddp import DDPLayout, GradCompression, averaged
 from alexnet_dist.training import checkpoint
-from alexnet_dist.training.checkpoint import Checkpoints
+from alexnet_dist.training.checkpoint import CheckpointManager
 from alexnet_dist.training.optim import build_optimizer
 
 CPU = torch.device("cpu")
@@ -25,26 +25,26 @@ def here() -> Iterator[mesh.Mesh]:
     mesh.leave()
 
 
-SMALL = Variant(
+SMALL = ModelSpec(
     "the kinds of layers that there are, but thin",
     (
-        Layer("conv1", 8, 11, 4, std=0.1, then="relu lrn pool"),
-        Layer("conv2", 8, 3, 1, 1, "own", std=0.1, then="relu pool"),
-        Layer("fc3", 16, reads="own", std=0.1, then="relu dropout"),
-        Layer("fc4", 0, std=0.1),
+        LayerSpec("conv1", 8, 11, 4, std=0.1, then="relu lrn pool"),
+        LayerSpec("conv2", 8, 3, 1, 1, "own", std=0.1, then="relu pool"),
+        LayerSpec("fc3", 16, reads="own", std=0.1, then="relu dropout"),
+        LayerSpec("fc4", 0, std=0.1),
     ),
 )
 
 
-def losses(here: mesh.Mesh, *, copies: bool, compiled: bool = False) -> tuple[Tensor, DataParallel]:
+def losses(here: mesh.Mesh, *, copies: bool, compiled: bool = False) -> tuple[Tensor, DDPLayout]:
     """Of four steps, and the layout with the gradients of the last one."""
     torch.manual_seed(0)
-    model = outline("small", num_classes=3, image_size=67)
-    weights = initial_weights(model)
+    model = build_on_meta("small", num_classes=3, image_size=67)
+    weights = iter_initial_weights(model)
     options = {"precision": "bf16", "weight_copies": copies, "compile_model": compiled}
-    layout = DataParallel(model, here, batch=2, **options)  # type: ignore[arg-type]
+    layout = DDPLayout(model, here, batch=2, **options)  # type: ignore[arg-type]
     layout.sharding.fill(layout.parameters, weights)
-    update = build_optimizer("paper", layout.parameters, lr=1e-3, momentum=0.9, weight_decay=5e-4)
+    update = build_optimizer("sgd2012", layout.parameters, lr=1e-3, momentum=0.9, weight_decay=5e-4)
     found = []
     for _ in range(4):
         update.zero_grad()
@@ -57,7 +57,7 @@ def losses(here: mesh.Mesh, *, copies: bool, compiled: bool = False) -> tuple[Te
 
 def test_they_give_autocasts_bits(here: mesh.Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever updates the weights, here torch, which knows of no copy."""
-    monkeypatch.setitem(VARIANTS, "small", SMALL)
+    monkeypatch.setitem(MODEL_REGISTRY, "small", SMALL)
     (plain, one), (ours, other) = (losses(here, copies=copies) for copies in (False, True))
     assert len(plain[:, 0].unique()) == 4
     assert torch.equal(plain, ours)
@@ -82,7 +82,7 @@ def test_who_writes_both_spares_the_cast(here: mesh.Mesh, tmp_path: Path) -> Non
         copy.fill_(7)  # as an update would
     lowered.refresh()
     assert copy.unique().tolist() == [7]
-    checkpoints = Checkpoints(tmp_path, here.saving, CPU)
+    checkpoints = CheckpointManager(tmp_path, here.saving, CPU)
     stored = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
     checkpoints.begin({"step": 1}, stored, best=False)
     saved = checkpoints.settle()
@@ -101,7 +101,7 @@ def test_ddp_hears_of_the_weights_gradients(here: mesh.Mesh) -> None:
         net.forward = lambda x, masks=(), plain=net.forward: plain(x)  # type: ignore[method-assign, misc]
         lowered = WithCopies(net)
         lowered.refresh()
-        mean = averaged(lowered, here, Compression("bf16")) if hooked else lowered
+        mean = averaged(lowered, here, GradCompression("bf16")) if hooked else lowered
         assert [name.rpartition(".")[2] for name, _ in mean.named_parameters()] == [
             "weight",
             "bias",

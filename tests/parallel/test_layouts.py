@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from alexnet_dist.errors import Failure
-from alexnet_dist.model import VARIANTS
-from alexnet_dist.parallel import check_layout
-from alexnet_dist.parallel.classes import Classes, counted
+from alexnet_dist.errors import UserError
+from alexnet_dist.model import MODEL_REGISTRY
+from alexnet_dist.parallel import validate_parallel_config
 from alexnet_dist.parallel.mesh import Mesh
-from alexnet_dist.parallel.shards import Share
+from alexnet_dist.parallel.sharded_loss import ShardedClasses, counted
+from alexnet_dist.parallel.sharding import ShardSpec
 from tests.conftest import environment
 
 WORKER = Path(__file__).with_name("worker.py")
@@ -253,19 +253,27 @@ def test_what_cannot_be_laid_out_is_refused(
     variant: str, processes: int, asked: dict[str, Any], sentence: str
 ) -> None:
     plain = {"towers": 1, "fc": "replicated", "compress": "none", "precision": "fp32"}
-    with pytest.raises(Failure, match=sentence) as failure:
-        check_layout(VARIANTS[variant], processes, **plain | asked)
-    assert failure.value.everywhere
-    check_layout(VARIANTS["paper"], 4, **plain | {"towers": 2})
+    with pytest.raises(UserError, match=sentence) as failure:
+        validate_parallel_config(MODEL_REGISTRY[variant], processes, **plain | asked)
+    assert failure.value.on_all_ranks
+    validate_parallel_config(MODEL_REGISTRY["paper"], 4, **plain | {"towers": 2})
 
 
 def test_batch_normalisation_in_turns_is_refused() -> None:
-    layers = (*VARIANTS["owt"].layers[:-2], replace(VARIANTS["owt"].layers[-2], then="batch relu"))
-    variant, plain = replace(VARIANTS["owt"], layers=layers), {"towers": 1, "compress": "none"}
-    with pytest.raises(Failure, match=r"take --parallel\.fc_schedule whole"):
-        check_layout(variant, 2, fc="sharded", fc_schedule="pipelined", precision="fp32", **plain)
+    layers = (
+        *MODEL_REGISTRY["owt"].layers[:-2],
+        replace(MODEL_REGISTRY["owt"].layers[-2], then="batch relu"),
+    )
+    variant, plain = (
+        replace(MODEL_REGISTRY["owt"], layers=layers),
+        {"towers": 1, "compress": "none"},
+    )
+    with pytest.raises(UserError, match=r"take --parallel\.fc_schedule whole"):
+        validate_parallel_config(
+            variant, 2, fc="sharded", fc_schedule="pipelined", precision="fp32", **plain
+        )
     for fc, schedule in (("sharded", "whole"), ("replicated", "pipelined")):
-        check_layout(variant, 2, fc=fc, fc_schedule=schedule, precision="fp32", **plain)
+        validate_parallel_config(variant, 2, fc=fc, fc_schedule=schedule, precision="fp32", **plain)
 
 
 def test_a_pair_is_two_neighbours_with_the_same_images() -> None:
@@ -277,16 +285,16 @@ def test_a_pair_is_two_neighbours_with_the_same_images() -> None:
 
 
 def test_shares_are_dealt_as_dtensor_deals_them() -> None:
-    assert [len(Share(10, 8, part)) for part in range(8)] == [2, 2, 2, 2, 2, 0, 0, 0]
+    assert [len(ShardSpec(10, 8, part)) for part in range(8)] == [2, 2, 2, 2, 2, 0, 0, 0]
     for whole in range(1, 20):
         for parts in range(1, 9):
             chunks = [len(chunk) for chunk in torch.arange(whole).chunk(parts)]
             chunks += [0] * (parts - len(chunks))
-            assert [len(Share(whole, parts, part)) for part in range(parts)] == chunks
+            assert [len(ShardSpec(whole, parts, part)) for part in range(parts)] == chunks
 
 
 def test_equal_scores_are_placed_by_number_and_no_number_is_never_right() -> None:
-    classes, nan, inf = Classes(Share(4, 1, 0)), torch.nan, torch.inf
+    classes, nan, inf = ShardedClasses(ShardSpec(4, 1, 0)), torch.nan, torch.inf
     scores = [[1.0, 1, 1, 1], [0, 2, 2, 3], [inf, 0, 0, 0], [nan] * 4, [nan, 0, 0, 0]]
     loss, places = classes.places(torch.tensor(scores), torch.tensor([2, 1, 0, 1, 2]))
     assert places[:3].tolist() == [2, 1, 0]

@@ -27,17 +27,23 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
-from alexnet_dist.model import VARIANTS, build_model, draw_masks, initial_weights, outline
+from alexnet_dist.model import (
+    MODEL_REGISTRY,
+    build_model,
+    build_on_meta,
+    iter_initial_weights,
+    make_dropout_masks,
+)
 from alexnet_dist.model.alexnet import AlexNet, TorchvisionAlexNet
-from alexnet_dist.parallel import build_layout, warm_up
-from alexnet_dist.parallel.arithmetic import Precision
-from alexnet_dist.parallel.ddp import PLAIN, Compression, DataParallel
-from alexnet_dist.parallel.hybrid import Hybrid
+from alexnet_dist.parallel import parallelize, warm_up
+from alexnet_dist.parallel.ddp import PLAIN, DDPLayout, GradCompression
 from alexnet_dist.parallel.mesh import Mesh, start
+from alexnet_dist.parallel.precision import Precision
+from alexnet_dist.parallel.sharded_fc import ShardedFCLayout
 from alexnet_dist.training import checkpoint
-from alexnet_dist.training.loop import train_step
-from alexnet_dist.training.optim import build_optimizer, velocities
+from alexnet_dist.training.optim import build_optimizer, momentum_buffers
 from alexnet_dist.training.saver import Saver
+from alexnet_dist.training.step import train_step
 
 SIDE = 67
 SEED = 5
@@ -45,9 +51,9 @@ ON = os.environ.get("LAYOUT_TEST_ON", "cpu")
 """cpu; cuda, a GPU for each process and nccl; or one-gpu, all on the first one, over gloo."""
 COMPRESSIONS = {
     "": PLAIN,
-    "bf16": Compression("bf16"),
-    "fp16": Compression("fp16"),
-    "powersgd": Compression("powersgd", rank=2, start=2),
+    "bf16": GradCompression("bf16"),
+    "fp16": GradCompression("fp16"),
+    "powersgd": GradCompression("powersgd", rank=2, start=2),
 }
 DEVICE = torch.device("cpu" if ON == "cpu" else "cuda")
 
@@ -67,14 +73,14 @@ def lay_out(
     num_classes: int,
     variant: str = "paper",
     precision: Precision = "fp32",
-) -> DataParallel | Hybrid:
+) -> DDPLayout | ShardedFCLayout:
     """A layout by its name: ddp, towers, whole or pipelined, and perhaps "*" the parts of a batch,
     and "+" a compression."""
-    model = outline(variant, image_size=SIDE, num_classes=num_classes)
-    weights = initial_weights(model)
+    model = build_on_meta(variant, image_size=SIDE, num_classes=num_classes)
+    weights = iter_initial_weights(model)
     name, _, compress = name.partition("+")
     kind, _, accumulate = name.partition("*")
-    layout = build_layout(
+    layout = parallelize(
         model,
         mesh.arrange(2 if kind == "towers" else 1),
         batch=batch,
@@ -105,7 +111,7 @@ def masks_of(
     model: AlexNet | TorchvisionAlexNet, step: int, batch: int, rows: slice
 ) -> tuple[Tensor, ...]:
     layers = model.dropouts()
-    return draw_masks(layers, seed=1, step=step, batch=batch, rows=rows, device=DEVICE)
+    return make_dropout_masks(layers, seed=1, step=step, batch=batch, rows=rows, device=DEVICE)
 
 
 def gradients(mesh: Mesh, name: str, variant: str, classes: int, batch: int) -> dict:
@@ -177,7 +183,7 @@ def lars(mesh: Mesh, name: str, classes: int) -> dict:
 
 def steps(mesh: Mesh, name: str, count: int, batch: int) -> dict:
     layout = lay_out(name, mesh, batch, num_classes=10)
-    full = outline("paper", image_size=SIDE, num_classes=10)
+    full = build_on_meta("paper", image_size=SIDE, num_classes=10)
     optimizer = build_optimizer(
         "paper", layout.parameters, lr=1e-4, momentum=0.9, weight_decay=5e-4
     )
@@ -198,7 +204,7 @@ class Normalised:
 
     def __init__(self, mesh: Mesh, name: str, batch: int) -> None:
         self.layout = lay_out(name, mesh, batch, num_classes=10, variant="alexnet_bn")
-        self.full, self.batch = outline("alexnet_bn", image_size=SIDE, num_classes=10), batch
+        self.full, self.batch = build_on_meta("alexnet_bn", image_size=SIDE, num_classes=10), batch
         parameters = self.layout.parameters
         self.optimizer = build_optimizer("sgd", parameters, lr=0.1, momentum=0.9, weight_decay=0.01)
         self.averages = {key: p for key, p in parameters.items() if not p.requires_grad}
@@ -238,7 +244,7 @@ def normalised(mesh: Mesh, name: str, count: int, batch: int) -> dict:
 
 
 def resumed(mesh: Mesh, name: str, folder: str) -> dict:
-    checkpoints = checkpoint.Checkpoints(Path(folder), mesh.saving, mesh.device)
+    checkpoints = checkpoint.CheckpointManager(Path(folder), mesh.saving, mesh.device)
     calm, stopped = Normalised(mesh, name, 7), Normalised(mesh, name, 7)
 
     def save(step: int) -> Path:
@@ -272,7 +278,7 @@ def resumed(mesh: Mesh, name: str, folder: str) -> dict:
     }
 
 
-def own_rows(layout: DataParallel | Hybrid, batch: int) -> tuple[Tensor, Tensor]:
+def own_rows(layout: DDPLayout | ShardedFCLayout, batch: int) -> tuple[Tensor, Tensor]:
     images, labels = batch_of(batch, 10, 0)
     return images[layout.mesh.rows], labels[layout.mesh.rows]
 
@@ -305,8 +311,8 @@ def memory(mesh: Mesh, name: str) -> dict:
     and the most on the way; the largest over the processes, in bytes."""
     before = resident()
     layout = lay_out(name, mesh, 8, num_classes=10)
-    optimizer = build_optimizer("paper", layout.parameters, lr=0.1, momentum=0.9, weight_decay=0)
-    for velocity in velocities(optimizer, layout.parameters).values():
+    optimizer = build_optimizer("sgd2012", layout.parameters, lr=0.1, momentum=0.9, weight_decay=0)
+    for velocity in momentum_buffers(optimizer, layout.parameters).values():
         velocity.fill_(1)
     held = sum(2 * p.numel() * p.element_size() for p in layout.parameters.values())
     answers = mesh.gather((resident() - before, resident("VmHWM") - before, held))
@@ -318,7 +324,7 @@ def overflow(mesh: Mesh, name: str, where: str) -> dict:
     """Whether a step of fp16 is left out where gradients overflow, on the first process or on
     "all", and the next one is taken."""
     layout = lay_out(name, mesh, 6, num_classes=10, precision="fp16")
-    full = outline("paper", image_size=SIDE, num_classes=10)
+    full = build_on_meta("paper", image_size=SIDE, num_classes=10)
     optimizer = build_optimizer("sgd", layout.parameters, lr=1e-4, momentum=0.9, weight_decay=0)
     images, labels = own_rows(layout, 6)
     masks = masks_of(full, 0, 6, layout.mask_rows)
@@ -347,7 +353,7 @@ def held(mesh: Mesh, name: str) -> dict:
 
 def write(mesh: Mesh, name: str, folder: str) -> dict:
     layout = lay_out(name, mesh, 8, num_classes=4)
-    checkpoints = checkpoint.Checkpoints(Path(folder), mesh.saving, mesh.device)
+    checkpoints = checkpoint.CheckpointManager(Path(folder), mesh.saving, mesh.device)
     checkpoints.begin({"step": 1}, _known(layout, values=True), best=False)
     saved = checkpoints.settle()
     assert saved is not None
@@ -366,11 +372,11 @@ def read(mesh: Mesh, name: str, folder: str) -> dict:
     return {"equal": min(one for one, _ in answers), "tensors": answers[0][1]}
 
 
-def _known(layout: DataParallel | Hybrid, *, values: bool) -> dict[str, Tensor]:
+def _known(layout: DDPLayout | ShardedFCLayout, *, values: bool) -> dict[str, Tensor]:
     """Parameters and velocities of a layout as a checkpoint has them, filled with numbers that
     follow from their names, or with zeros."""
     stored, found = layout.sharding.stored, {}
-    model = outline("paper", image_size=SIDE, num_classes=4)
+    model = build_on_meta("paper", image_size=SIDE, num_classes=4)
     for key, parameter in model.named_parameters():
         for kind in ("model", "velocity"):
             local = torch.zeros_like(layout.parameters[key])
@@ -389,16 +395,16 @@ def _local(tensor: Tensor) -> Tensor:
 def shrink() -> None:
     """Cut fc6 and fc7 of every network to 1/32, for layouts do not care and processors do; and add
     one with batch normalisation behind these, too."""
-    for name, variant in VARIANTS.items():
+    for name, variant in MODEL_REGISTRY.items():
         layers = tuple(
             replace(row, out=row.out // 32) if row.name in ("fc6", "fc7") else row
             for row in variant.layers
         )
-        VARIANTS[name] = replace(variant, layers=layers)
+        MODEL_REGISTRY[name] = replace(variant, layers=layers)
     more = {"fc6": "batch relu dropout", "fc7": "batch relu dropout"}
-    bn = VARIANTS["alexnet_bn"]
+    bn = MODEL_REGISTRY["alexnet_bn"]
     layers = tuple(replace(row, then=more.get(row.name, row.then)) for row in bn.layers)
-    VARIANTS["bn_everywhere"] = replace(bn, layers=layers, towers=1)
+    MODEL_REGISTRY["bn_everywhere"] = replace(bn, layers=layers, towers=1)
 
 
 JOBS: dict[str, Callable[..., dict]] = {

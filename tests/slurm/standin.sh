@@ -5,7 +5,7 @@
 # which "running" is a run that is killed and "nothing" one that has not begun.
 for word in "$@"; do
     case $word in
-    --run.root=*) root=${word#*=} ;;
+    --run.output_dir=*) root=${word#*=} ;;
     --run.name=*) run=$root/${word#*=} ;;
     esac
 done

@@ -92,7 +92,7 @@ def test_a_limit_on_lives_without_a_checkpoint(place: Path) -> None:
 
 
 def test_where_the_run_lies(place: Path) -> None:
-    assert "in there/job-7 has" in job(place, "--run.root", "there", ends="ended")[1]
+    assert "in there/job-7 has" in job(place, "--run.output_dir", "there", ends="ended")[1]
     assert "in runs/mine has" in job(place, "--run.name=mine", ends="ended")[1]
     assert job(place, "--run.name=mine", ends="ended")[:2] == (
         1,

@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from alexnet_dist import replay
-from alexnet_dist.errors import Failure
-from alexnet_dist.tracking.events import JsonLines, Stream
-from alexnet_dist.tracking.run import RunFolder
+from alexnet_dist.errors import UserError
+from alexnet_dist.tracking.events import EventLog, JsonLines
+from alexnet_dist.tracking.run_dir import RunDir
 from tests.conftest import launch
 from tests.tracking.offline import read_back
 
@@ -21,7 +21,7 @@ class Life:
 
     def __init__(self, run: Path, number: int, first: str, step: int) -> None:
         self.run, self.number = run, number
-        self._stream = Stream(JsonLines(run / "metrics.jsonl"))
+        self._stream = EventLog(JsonLines(run / "metrics.jsonl"))
         self.emit(first, step)
 
     def emit(self, event: str, step: int, **values: Any) -> None:
@@ -32,7 +32,7 @@ class Life:
 
     def train(self, *steps: int) -> None:
         for step in steps:
-            speed = {"images_per_second": 10.0, "data_wait": 0.1}
+            speed = {"images_per_second": 10.0, "data_time_fraction": 0.1}
             error = 90.0 - step
             self.emit("train", step, loss=self.loss(step), top1_error=error, lr=0.1, **speed)
 
@@ -43,7 +43,7 @@ class Life:
     def picture(self, step: int, name: str) -> None:
         """As the run's records name it, wherever the run lay then."""
         path = f"elsewhere/{name}.png"
-        self.emit("picture", step, name=name, path=path, caption=f"{self.number}")
+        self.emit("image", step, name=name, path=path, caption=f"{self.number}")
 
     def die(self, cut: str = "") -> None:
         self._stream.close()
@@ -56,7 +56,7 @@ def run(tmp_path: Path) -> Path:
     """Five lives: the first without a checkpoint, then one killed behind its checkpoint of step 4,
     one that rolled back by itself, one that was preempted, and one that came to its end."""
     run = tmp_path / "run"
-    folder = RunFolder(run)
+    folder = RunDir(run)
     folder.take()
     folder.keep_config({"optim": {"lr": 0.25}, "track": {"project": "p"}})
     for name in ("first_batch", "curves"):
@@ -90,7 +90,7 @@ def run(tmp_path: Path) -> Path:
     life.evaluate(12)
     life.picture(12, "curves")
     life.picture(12, "kernels")  # whose file is gone
-    life.evaluate(12, "end")
+    life.evaluate(12, "finished")
     life.die()
     return run
 
@@ -122,12 +122,12 @@ def test_many_lives_become_one_curve(run: Path) -> None:
     assert "kernels" not in names
     kept = {name: json.loads(summary[name]) for name in summary if "/" in name}
     assert (kept["best/step"], kept["best/top1_error"]) == (4, 48.0)
-    assert (kept["end/step"], kept["end/top1_error"]) == (12, 44.0)
+    assert (kept["finished/step"], kept["finished/top1_error"]) == (12, 44.0)
     assert json.loads(config["optim"]) == {"lr": 0.25}
 
 
 def test_the_last_picture_of_each_name_is_shown(run: Path) -> None:
-    pictures = [event for event in replay.shown(run) if event["event"] == "picture"]
+    pictures = [event for event in replay.shown(run) if event["event"] == "image"]
     assert [(event["name"], event["step"]) for event in pictures] == [
         ("first_batch", 0),
         ("curves", 12),
@@ -147,14 +147,14 @@ def test_online_it_tells_the_address_or_what_was_refused(
     assert (options["name"], options["project"], options["resume"]) == ("b", "c", "never")
     sent.finish.assert_called_once()
     begin.side_effect = RuntimeError("run a\nexists")
-    with pytest.raises(Failure, match=r"run a exists\): give --wandb offline"):
+    with pytest.raises(UserError, match=r"run a exists\): give --wandb offline"):
         replay.main([str(run), "--wandb=online", "--id=a"])
 
 
 def test_nothing_to_replay(tmp_path: Path) -> None:
-    with pytest.raises(Failure, match="there are no records at"):
+    with pytest.raises(UserError, match="there are no records at"):
         replay.main([str(tmp_path / "nowhere")])
     Life(tmp_path, 1, "start", 0).die()
-    with pytest.raises(Failure, match="no step of training yet: give a run"):
+    with pytest.raises(UserError, match="no step of training yet: give a run"):
         replay.main([str(tmp_path)])
     assert not (tmp_path / "replay").exists()

@@ -7,27 +7,27 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alexnet_dist.errors import Failure
+from alexnet_dist.errors import UserError
 from alexnet_dist.tracking import plots
-from alexnet_dist.tracking.events import JsonLines, Stream, read, surviving
-from alexnet_dist.tracking.run import RunFolder, choose_folder, read_status
+from alexnet_dist.tracking.events import EventLog, JsonLines, read, surviving
+from alexnet_dist.tracking.run_dir import RunDir, read_status, resolve_run_dir
 
 
 def test_records_survive_a_cut_line(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    first = Stream(JsonLines(path))
+    first = EventLog(JsonLines(path))
     first.emit("train", step=1, loss=0.1 + 0.2)
     first.close()
     with path.open("a") as file:
         file.write('{"event": "train", "st')
-    second = Stream(JsonLines(path))
+    second = EventLog(JsonLines(path))
     second.emit("train", step=2, loss=1.0)
     second.close()
     assert [(e["step"], e["loss"]) for e in read(path)] == [(1, 0.1 + 0.2), (2, 1.0)]
 
 
 def test_records_wait_for_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stream = Stream(JsonLines(tmp_path / "metrics.jsonl"))
+    stream = EventLog(JsonLines(tmp_path / "metrics.jsonl"))
     write = os.write
 
     def full(file: int, content: bytes) -> int:
@@ -71,11 +71,11 @@ def test_steps_behind_a_rollback_are_void() -> None:
 
 def test_names_of_runs(tmp_path: Path) -> None:
     def next_name(resume: str = "auto") -> tuple[str, bool]:
-        path, goes_on = choose_folder(str(tmp_path), "a", resume)
+        path, goes_on = resolve_run_dir(str(tmp_path), "a", resume)
         return path.name, goes_on
 
     assert next_name() == ("a", False)
-    folder = RunFolder(tmp_path / "a")
+    folder = RunDir(tmp_path / "a")
     folder.take()
     folder.keep_config({"x": 1})
     folder.set_status("running")
@@ -85,9 +85,9 @@ def test_names_of_runs(tmp_path: Path) -> None:
     folder.set_status("ended")
     assert read_status(folder.path)["wandb_id"] == run_id
     assert next_name() == ("a-2", False)
-    assert choose_folder(str(tmp_path), "b", str(folder.path)) == (folder.path, True)
-    with pytest.raises(Failure, match="no run at"):
-        choose_folder(str(tmp_path), "b", str(tmp_path / "c"))
+    assert resolve_run_dir(str(tmp_path), "b", str(folder.path)) == (folder.path, True)
+    with pytest.raises(UserError, match="no run at"):
+        resolve_run_dir(str(tmp_path), "b", str(tmp_path / "c"))
 
 
 def _ink(path: Path) -> float:

@@ -14,11 +14,11 @@ from alexnet_dist.tracking import wandb as tracking
 from tests.conftest import TINY, Result, command, environment, events, launch, losses, train
 from tests.tracking.offline import read_back
 
-TINY_ONLINE = [*(o for o in TINY if "wandb" not in o), "--track.wandb=online", "--train.epochs=1"]
+TINY_ONLINE = [*(o for o in TINY if "wandb" not in o), "--wandb.mode=online", "--train.epochs=1"]
 
 
 def test_an_offline_run_goes_on_as_one(images: Path, tmp_path: Path) -> None:
-    options = ["--run.name=run", "--track.wandb=offline", "--train.epochs=1"]
+    options = ["--run.name=run", "--wandb.mode=offline", "--train.epochs=1"]
     train(2, images, tmp_path, *options, "--train.max_steps=2")
     train(2, images, tmp_path, *options)
     run = tmp_path / "run"
@@ -149,7 +149,7 @@ def test_a_server_that_is_not_there_stops_nothing(images: Path, tmp_path: Path) 
         0,
         *TINY_ONLINE,
         f"--data.root={images}",
-        f"--run.root={tmp_path}",
+        f"--run.output_dir={tmp_path}",
         "--run.name=run",
         WANDB_API_KEY="0" * 40,
         WANDB_BASE_URL="http://127.0.0.1:9",
@@ -161,9 +161,9 @@ def test_a_server_that_is_not_there_stops_nothing(images: Path, tmp_path: Path) 
 @pytest.mark.slow
 def test_one_whose_service_is_killed_costs_a_warning(images: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    options = [*TINY, f"--data.root={images}", f"--run.root={tmp_path}", "--run.name=run"]
+    options = [*TINY, f"--data.root={images}", f"--run.output_dir={tmp_path}", "--run.name=run"]
     with subprocess.Popen(
-        command(0, "alexnet_dist.train", *options, "--data.batch_size=1", "--track.wandb=offline"),
+        command(0, "alexnet_dist.train", *options, "--data.batch_size=1", "--wandb.mode=offline"),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -184,7 +184,7 @@ def test_one_whose_service_is_killed_costs_a_warning(images: Path, tmp_path: Pat
     assert "Traceback" not in err
     assert sorted(losses(run)) == list(range(1, 63))
     assert killed_at < 50  # or nothing was left to go on with
-    (end,) = events(run, "end")
+    (end,) = events(run, "finished")
     assert end["step"] == 62
     assert ended - end["time"] < tracking.CLOSE_SECONDS / 4
 

@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from alexnet_dist.errors import Failure
+from alexnet_dist.errors import UserError
 from alexnet_dist.model.alexnet import AlexNet
 from alexnet_dist.model.dropout import Dropout
 from alexnet_dist.parallel import mesh
-from alexnet_dist.parallel.ddp import DataParallel
-from alexnet_dist.training.graph import WARM_UP, GraphedStep
-from alexnet_dist.training.loop import train_step
-from alexnet_dist.training.optim import PaperSGD, build_optimizer, velocities
+from alexnet_dist.parallel.ddp import DDPLayout
+from alexnet_dist.training.cuda_graph import WARM_UP, CudaGraphStep
+from alexnet_dist.training.optim import KrizhevskySGD, build_optimizer, momentum_buffers
 from alexnet_dist.training.sgd_triton import BLOCK
+from alexnet_dist.training.step import train_step
 from tests.training.recorded import Recorder
 
 SHAPES = {
@@ -43,7 +43,7 @@ def optimizer(name: str, mine: dict[str, nn.Parameter], **options: object) -> to
     return build_optimizer(name, mine, lr=0.1, own=own, **options)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", ["paper", "lars"])
+@pytest.mark.parametrize("name", ["sgd2012", "lars"])
 @pytest.mark.parametrize(("momentum", "decay"), [(0.9, 0.05), (0.0, 0.05), (0.9, 0.0)])
 def test_against_torchs_fused_update(name: str, momentum: float, decay: float) -> None:
     """Several groups and steps, each with rates of its own, and one that is left out."""
@@ -71,20 +71,22 @@ def test_against_torchs_fused_update(name: str, momentum: float, decay: float) -
             fused.step()
     for mine, other in (
         (ours, theirs),
-        (velocities(by_triton, ours), velocities(fused, theirs)),
+        (momentum_buffers(by_triton, ours), momentum_buffers(fused, theirs)),
     ):
         for name_of in SHAPES:
             one, two = mine[name_of].detach(), other[name_of].detach()
             assert one.stride() == two.stride()
             assert torch.allclose(one, two, rtol=1e-6, atol=1e-6), name_of
-    assert any(v.any() for v in velocities(by_triton, ours).values()) == bool(momentum)
+    assert any(v.any() for v in momentum_buffers(by_triton, ours).values()) == bool(momentum)
 
 
 def test_against_the_definition_and_its_copies() -> None:
     w = nn.Parameter(torch.linspace(-2, 2, 2 * BLOCK + 3))
     copy = torch.zeros_like(w, dtype=torch.bfloat16, requires_grad=False)
     wanted, v = w.detach().double(), torch.zeros(len(w), dtype=torch.float64)
-    by_triton = PaperSGD([w], 0.0, weight_decay=0.0005, fused=True, triton=True, copies={w: copy})
+    by_triton = KrizhevskySGD(
+        [w], 0.0, weight_decay=0.0005, fused=True, triton=True, copies={w: copy}
+    )
     for rate in (0.01, 0.01, 0.001, 0.02, 1e-5):
         w.grad = torch.randn_like(w)
         by_triton.param_groups[0]["lr"] = rate
@@ -141,7 +143,7 @@ def batches(count: int) -> list[Batch]:
 
 @pytest.mark.parametrize(
     ("name", "precision", "copies", "parts"),
-    [("paper", "bf16", True, 1), ("lars", "fp32", False, 2)],
+    [("sgd2012", "bf16", True, 1), ("lars", "fp32", False, 2)],
 )
 def test_a_graphed_step_is_the_plain_one(
     name: str, precision: str, copies: bool, parts: int, here: mesh.Mesh
@@ -149,7 +151,7 @@ def test_a_graphed_step_is_the_plain_one(
     """To the bit, over changes of rate; captured once, where Python passes no number any more."""
     results, weights, recorders = [], [], []
     for graphed in (False, True):
-        layout = DataParallel(
+        layout = DDPLayout(
             network(),
             here,
             batch=BATCH,
@@ -166,11 +168,11 @@ def test_a_graphed_step_is_the_plain_one(
             triton=True,
             copies=layout.copies,
         )
-        moving = velocities(update, layout.parameters)
+        moving = momentum_buffers(update, layout.parameters)
         written = [*layout.parameters.values(), *moving.values(), *layout.copies.values()]
         recorder = Recorder(written)
         recorders.append(recorder)
-        step = GraphedStep(layout, update, aside=lambda work: work(), capture=recorder)
+        step = CudaGraphStep(layout, update, aside=lambda work: work(), capture=recorder)
         found = []
         for number, batch in enumerate(batches(WARM_UP + 3)):
             for group in update.param_groups:
@@ -191,9 +193,9 @@ def test_a_graphed_step_is_the_plain_one(
 
 
 def test_what_cannot_be_captured_is_a_sentence(here: mesh.Mesh) -> None:
-    layout = DataParallel(network(), here, batch=BATCH)
+    layout = DDPLayout(network(), here, batch=BATCH)
     update = build_optimizer(
-        "paper", layout.parameters, lr=0.1, momentum=0.9, weight_decay=0, triton=True
+        "sgd2012", layout.parameters, lr=0.1, momentum=0.9, weight_decay=0, triton=True
     )
     plain = layout.forward_backward
 
@@ -203,9 +205,9 @@ def test_what_cannot_be_captured_is_a_sentence(here: mesh.Mesh) -> None:
         return result
 
     layout.forward_backward = curious  # type: ignore[method-assign, assignment]
-    step = GraphedStep(layout, update, aside=lambda work: work(), capture=Recorder([]))
+    step = CudaGraphStep(layout, update, aside=lambda work: work(), capture=Recorder([]))
     *first, last = batches(WARM_UP + 1)
     for batch in first:
         step(batch, batch.masks)
-    with pytest.raises(Failure, match=r"cannot be captured .*not permitted.*cuda_graph false"):
+    with pytest.raises(UserError, match=r"cannot be captured .*not permitted.*cuda_graph false"):
         step(last, last.masks)

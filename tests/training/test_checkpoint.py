@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from alexnet_dist.errors import Failure
+from alexnet_dist.errors import UserError
 from alexnet_dist.training import checkpoint
-from alexnet_dist.training.checkpoint import Checkpoints, Saved
+from alexnet_dist.training.checkpoint import CheckpointManager, Saved
 
 CPU = torch.device("cpu")
 
@@ -22,10 +22,10 @@ def _alone() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def checkpoints(folder: Path, **options: object) -> Checkpoints:
+def checkpoints(folder: Path, **options: object) -> CheckpointManager:
     group = dist.new_group(backend="gloo")
     assert isinstance(group, dist.ProcessGroup)
-    return Checkpoints(folder, group, CPU, **options)  # type: ignore[arg-type]
+    return CheckpointManager(folder, group, CPU, **options)  # type: ignore[arg-type]
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -33,7 +33,7 @@ def tensors() -> dict[str, torch.Tensor]:
     return {"model.conv1.weight": kernel, "model.fc8.bias": torch.randn(5)}
 
 
-def save(to: Checkpoints, step: int, *, best: bool = False, **state: object) -> Saved:
+def save(to: CheckpointManager, step: int, *, best: bool = False, **state: object) -> Saved:
     to.begin({"step": step, **state}, tensors(), best=best)
     saved = to.settle()
     assert saved is not None
@@ -139,7 +139,7 @@ def test_a_damaged_one_is_set_aside_and_the_one_before_it_used(damage: str, tmp_
     mine = checkpoints(tmp_path)
     first, second = save(mine, 9).path, save(mine, 10, best=True).path
     DAMAGES[damage](second)
-    with pytest.raises(Failure, match="is damaged"):
+    with pytest.raises(UserError, match="is damaged"):
         checkpoint.load(second, tensors())
     found, sentences = mine.newest()
     assert found == first
@@ -161,12 +161,12 @@ def test_what_a_cut_life_left_behind_is_removed(tmp_path: Path) -> None:
 
 def test_another_network_and_another_version_are_named(tmp_path: Path) -> None:
     made = save(checkpoints(tmp_path), 1).path
-    with pytest.raises(Failure, match=r"another network: model\.fc8\.bias should be \[7\]"):
+    with pytest.raises(UserError, match=r"another network: model\.fc8\.bias should be \[7\]"):
         checkpoint.load(made, {"model.fc8.bias": torch.zeros(7)})
     (made / "manifest.json").write_text('{"format": 99, "files": {}}')
-    with pytest.raises(Failure, match="format 99"):
+    with pytest.raises(UserError, match="format 99"):
         checkpoint.find_damage(made)
-    with pytest.raises(Failure, match="there is no checkpoint at"):
+    with pytest.raises(UserError, match="there is no checkpoint at"):
         checkpoint.find(str(tmp_path / "nowhere"))
 
 

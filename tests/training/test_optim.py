@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from alexnet_dist.errors import Failure
-from alexnet_dist.training.optim import PaperSGD, build_optimizer, velocities
+from alexnet_dist.errors import UserError
+from alexnet_dist.training.optim import KrizhevskySGD, build_optimizer, momentum_buffers
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -16,7 +16,7 @@ def test_against_the_formula(dtype: torch.dtype, fused: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     w = nn.Parameter(torch.randn(50, dtype=dtype, generator=generator))
     wanted, v = w.detach().double().clone(), torch.zeros(50, dtype=torch.float64)
-    optimizer = PaperSGD([w], lr=0.0, momentum=0.9, weight_decay=0.0005, fused=fused)
+    optimizer = KrizhevskySGD([w], lr=0.0, momentum=0.9, weight_decay=0.0005, fused=fused)
     for rate in (0.01, 0.01, 0.001, 0.02, 1e-5):
         gradient = torch.randn(50, dtype=dtype, generator=generator)
         w.grad = gradient
@@ -34,7 +34,7 @@ def test_against_the_formula(dtype: torch.dtype, fused: bool) -> None:
 
 def test_by_hand() -> None:
     w = nn.Parameter(torch.tensor([2.0], dtype=torch.float64))
-    optimizer = PaperSGD([w], lr=0.1, momentum=0.9, weight_decay=0.5, fused=True)
+    optimizer = KrizhevskySGD([w], lr=0.1, momentum=0.9, weight_decay=0.5, fused=True)
     w.grad = torch.tensor([3.0], dtype=torch.float64)
     optimizer.step()  # v = -0.5 * 0.1 * 2 - 0.1 * 3 = -0.4
     assert w.item() == pytest.approx(1.6)
@@ -45,7 +45,7 @@ def test_by_hand() -> None:
 
 def test_a_lower_rate_leaves_the_papers_velocity_and_shrinks_torchs() -> None:
     moved = {}
-    for name in ("paper", "sgd"):
+    for name in ("sgd2012", "sgd"):
         w = nn.Parameter(torch.zeros(1, dtype=torch.float64))
         parameters = {"conv.weight": w}
         optimizer = build_optimizer(
@@ -62,13 +62,13 @@ def test_a_lower_rate_leaves_the_papers_velocity_and_shrinks_torchs() -> None:
         before = w.item()
         optimizer.step()
         moved[name] = w.item() - before
-    assert moved["paper"] == pytest.approx(-0.9)
+    assert moved["sgd2012"] == pytest.approx(-0.9)
     assert moved["sgd"] == pytest.approx(-0.0009)
 
 
 def test_without_momentum_it_is_plain_descent() -> None:
     w = nn.Parameter(torch.zeros(1, dtype=torch.float64))
-    optimizer = PaperSGD([w], lr=0.01, momentum=0.0, fused=True)
+    optimizer = KrizhevskySGD([w], lr=0.01, momentum=0.0, fused=True)
     w.grad = torch.ones(1, dtype=torch.float64)
     optimizer.step()
     assert w.item() == pytest.approx(-0.01)
@@ -77,7 +77,7 @@ def test_without_momentum_it_is_plain_descent() -> None:
 def test_groups_and_their_decay() -> None:
     net = nn.ModuleDict({"conv1": nn.Linear(2, 2), "fc8": nn.Linear(2, 2)})
     optimizer = build_optimizer(
-        "paper",
+        "sgd2012",
         dict(net.named_parameters()),
         lr=0.1,
         momentum=0.9,
@@ -91,7 +91,7 @@ def test_groups_and_their_decay() -> None:
 def test_velocities_are_those_of_the_optimizer() -> None:
     w = nn.Parameter(torch.ones(3))
     optimizer = build_optimizer("sgd", {"w": w}, lr=0.1, momentum=0.9, weight_decay=0.0)
-    velocities(optimizer, {"w": w})["w"].fill_(2.0)
+    momentum_buffers(optimizer, {"w": w})["w"].fill_(2.0)
     w.grad = torch.zeros(3)
     optimizer.step()
     assert w.tolist() == pytest.approx([1 - 0.1 * 0.9 * 2] * 3)
@@ -152,7 +152,7 @@ def test_lars_adds_up_the_squares_of_four_million_weights() -> None:
 
 def test_a_rate_for_a_parameter_that_is_not_there_is_a_sentence() -> None:
     parameters = {"conv1.weight": nn.Parameter(torch.zeros(2, 2))}
-    with pytest.raises(Failure, match=r"conv9\.weight, and the network has no such parameter"):
+    with pytest.raises(UserError, match=r"conv9\.weight, and the network has no such parameter"):
         build_optimizer(
-            "paper", parameters, lr=0.1, momentum=0.9, weight_decay=0.0, own={"conv9.weight"}
+            "sgd2012", parameters, lr=0.1, momentum=0.9, weight_decay=0.0, own={"conv9.weight"}
         )

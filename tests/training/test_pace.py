@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from alexnet_dist.training.loop import Pace
+from alexnet_dist.training.step import StepThrottle
 
 
 class Event:
@@ -38,18 +38,18 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[Event]:
 
 
 def test_two_steps_are_under_way_and_their_batches_alive(events: list[Event]) -> None:
-    pace = Pace(torch.device("cuda"))
+    pace = StepThrottle(torch.device("cuda"))
     for step in range(1, 6):
         pace.started(Batch())  # type: ignore[arg-type]
-        assert len(events) == max(step - Pace.AHEAD, 0)
-        assert Batch.alive == min(step, Pace.AHEAD)
+        assert len(events) == max(step - StepThrottle.AHEAD, 0)
+        assert Batch.alive == min(step, StepThrottle.AHEAD)
     pace.finish()
     assert len(events) == 5
     assert Batch.alive == 0
 
 
 def test_on_a_processor_steps_are_done_when_they_return(events: list[Event]) -> None:
-    pace = Pace(torch.device("cpu"))
+    pace = StepThrottle(torch.device("cpu"))
     pace.started(Batch())  # type: ignore[arg-type]
     assert Batch.alive == 0
     pace.finish()

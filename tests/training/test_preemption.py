@@ -12,7 +12,7 @@ import pytest
 import torch.distributed as dist
 
 from alexnet_dist.training import preemption
-from alexnet_dist.training.preemption import Preempted, Preemption, end_of_life
+from alexnet_dist.training.preemption import Preempted, PreemptionHandler, end_of_life
 
 
 @pytest.fixture
@@ -23,13 +23,15 @@ def group() -> Iterator[dist.ProcessGroup]:
     dist.destroy_process_group()
 
 
-def hearing(run: Path, group: dist.ProcessGroup, time_limit: float | None = None) -> Preemption:
-    return Preemption(
+def hearing(
+    run: Path, group: dist.ProcessGroup, time_limit: float | None = None
+) -> PreemptionHandler:
+    return PreemptionHandler(
         run, group, signals=("SIGUSR2",), time_limit=time_limit, grace=60, leave=lambda: None
     )
 
 
-def cause(of: Preemption, need: float = 0.0) -> str:
+def cause(of: PreemptionHandler, need: float = 0.0) -> str:
     """The cause that it finds within two seconds, or ""."""
     until = time.monotonic() + 2
     while time.monotonic() < until:
@@ -122,9 +124,9 @@ STUCK = """
 import sys, datetime
 from pathlib import Path
 import torch.distributed as dist
-from alexnet_dist.training.preemption import Preemption
+from alexnet_dist.training.preemption import PreemptionHandler
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-Preemption(Path(sys.argv[1]), dist.group.WORLD, signals=(), time_limit=None, grace=1.0,
+PreemptionHandler(Path(sys.argv[1]), dist.group.WORLD, signals=(), time_limit=None, grace=1.0,
            leave=lambda: None)
 print("waiting", flush=True)
 store = dist.TCPStore("127.0.0.1", 0, None, True)

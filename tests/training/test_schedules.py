@@ -27,7 +27,7 @@ def test_plateau_goes_on_from_its_state() -> None:
 
 def test_tables_hold_from_the_first_step_of_a_pass() -> None:
     table = {"weights": [(0.0, 0.01), (24.0, 0.001)], "conv1.weight": [(0.0, 0.01), (2.0, 0.0)]}
-    schedule = Schedule("table", lr=9.0, epochs=90, table=table, bias_lr=2.0)
+    schedule = Schedule("piecewise", lr=9.0, epochs=90, milestones=table, bias_lr_mult=2.0)
     steps = 7
     assert schedule.rate("weights", (24 * steps - 1) / steps) == 0.01
     assert schedule.rate("weights", (24 * steps) / steps) == 0.001
@@ -36,7 +36,7 @@ def test_tables_hold_from_the_first_step_of_a_pass() -> None:
 
 
 def test_one_cycle_rises_to_its_peak_and_falls_to_nothing() -> None:
-    schedule = Schedule("one_cycle", lr=0.005, epochs=10, rise=0.3)
+    schedule = Schedule("one_cycle", lr=0.005, epochs=10, pct_start=0.3)
     rates = [schedule.rate("weights", passes / 10) for passes in range(101)]
     assert rates[0] == pytest.approx(0.0002)
     assert max(rates) == pytest.approx(0.005) == rates[30]
@@ -46,24 +46,26 @@ def test_one_cycle_rises_to_its_peak_and_falls_to_nothing() -> None:
 
 
 def test_polynomial_falls_as_the_square_of_what_is_left() -> None:
-    schedule = Schedule("polynomial", lr=10.0, epochs=100, warmup=2.0)
+    schedule = Schedule("polynomial", lr=10.0, epochs=100, warmup_epochs=2.0)
     assert schedule.rate("weights", 1.0) == pytest.approx(10 * 0.99**2 / 2)
     assert schedule.rate("weights", 75.0) == pytest.approx(0.625)
     assert schedule.rate("weights", 100.0) == 0
 
 
 def test_warmup_and_biases() -> None:
-    schedule = Schedule("constant", lr=0.01, epochs=5, warmup=2.0, bias_lr=2.0)
+    schedule = Schedule("constant", lr=0.01, epochs=5, warmup_epochs=2.0, bias_lr_mult=2.0)
     assert schedule.rate("weights", 0.0) == 0
     assert schedule.rate("weights", 1.0) == pytest.approx(0.005)
     assert schedule.rate("biases", 4.0, bias=True) == pytest.approx(0.02)
 
 
 def test_a_factor_multiplies_any_schedule() -> None:
-    factors = {"fc8.weight": 0.05}
-    for name in ("constant", "plateau", "one_cycle", "polynomial", "table"):
+    lr_mults = {"fc8.weight": 0.05}
+    for name in ("constant", "plateau", "one_cycle", "polynomial", "piecewise"):
         table = {"weights": [(0.0, 0.01), (2.0, 0.004)]}
-        schedule = Schedule(name, lr=0.02, epochs=4, table=table, warmup=0.5, factors=factors)
+        schedule = Schedule(
+            name, lr=0.02, epochs=4, milestones=table, warmup_epochs=0.5, lr_mults=lr_mults
+        )
         for passes in (0.25, 1.0, 2.0, 3.5):
             whole = schedule.rate("weights", passes)
             assert schedule.rate("fc8.weight", passes) == pytest.approx(0.05 * whole)

@@ -10,7 +10,7 @@ import pytest
 
 from alexnet_dist.assembly import parts
 from alexnet_dist.config import Config
-from alexnet_dist.errors import Failure
+from alexnet_dist.errors import UserError
 from alexnet_dist.parallel import mesh
 from alexnet_dist.training.optim import sgd_triton
 from tests.interpreter import WANTED, run_interpreted
@@ -36,7 +36,7 @@ def test_memory_is_read_and_written_once(copying: bool, stores: int) -> None:
     kernel, many = sgd_triton._update, 3
     names = kernel.arg_names
     kinds: dict = dict.fromkeys(("rate_pointer", "left_out_pointer"), "*fp32")
-    kinds |= dict.fromkeys(("weights", "velocities", "gradients"), ("*fp32",) * many)
+    kinds |= dict.fromkeys(("weights", "momentum_buffers", "gradients"), ("*fp32",) * many)
     kinds |= {"copies": ("*bf16",) * many * copying, "counts": ("i32",) * many}
     kinds |= dict.fromkeys(("momentum", "decay"), "fp32")
     values = {"tensors": many, "moving": True, "copying": copying, "block": sgd_triton.BLOCK}
@@ -74,9 +74,9 @@ def refusal(here: mesh.Mesh, *words: str) -> str:
     for word in words:
         room, name, value = re.split("[.=]", word)
         setattr(getattr(config, room), name, value == "true" or value)
-    with pytest.raises(Failure) as failure:
+    with pytest.raises(UserError) as failure:
         parts.check_network(config, here)
-    assert failure.value.everywhere
+    assert failure.value.on_all_ranks
     return str(failure.value)
 
 
@@ -89,16 +89,16 @@ def test_refusals_name_the_thing_and_the_mend(
         assert "an NVIDIA GPU no older than Ampere: leave it out" in refusal(here, option)
     monkeypatch.setattr(parts, "triton_runs_on", lambda device: True)
     for words, sentence in (
-        ((graph, "optim.name=sgd"), "take --optim.name paper or lars"),
+        ((graph, "optim.name=sgd"), "take --optim.name sgd2012 or lars"),
         ((copies, "runtime.update=fused"), "runtime.update is fused: take --runtime.update auto"),
-        ((copies, "model.variant=alexnet_bn"), "no copies of batch normalisation"),
+        ((copies, "model.arch=alexnet_bn"), "no copies of batch normalisation"),
         ((copies, "parallel.fc=sharded"), "take --parallel.fc replicated"),
         ((graph, "parallel.fc=sharded"), "take --parallel.fc replicated"),
-        ((graph, "train.on_nan=skip"), "take --train.on_nan stop"),
-        ((graph, "train.on_nan=rollback"), "take --train.on_nan stop"),
+        ((graph, "train.on_nonfinite=skip"), "take --train.on_nonfinite stop"),
+        ((graph, "train.on_nonfinite=rollback"), "take --train.on_nonfinite stop"),
     ):
         assert sentence in refusal(here, *words)
-    monkeypatch.setattr(parts, "choose_precision", lambda wanted, device: "fp16")
+    monkeypatch.setattr(parts, "resolve_precision", lambda wanted, device: "fp16")
     assert "the precision is fp16" in refusal(here, copies)
     assert "cannot capture the scale of fp16" in refusal(here, graph)
     choose = parts.wants_graph

@@ -15,9 +15,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from alexnet_dist.errors import Failure
-from alexnet_dist.training.loop import Batch, Layout, train_step
-from alexnet_dist.training.optim import PaperSGD
+from alexnet_dist.errors import UserError
+from alexnet_dist.training.optim import KrizhevskySGD
+from alexnet_dist.training.step import Batch, Layout, train_step
 
 Work = Callable[[], Tensor]
 
@@ -53,7 +53,7 @@ class _Buffers:
     masks: tuple[Tensor, ...]
 
 
-class GraphedStep:
+class CudaGraphStep:
     """``train_step`` of a layout and an optimizer whose update is Triton's, for batches of one
     shape.
 
@@ -69,7 +69,7 @@ class GraphedStep:
         aside: Callable[[Work], Tensor] = aside,
         capture: Callable[[Work], tuple[Callable[[], None], Tensor]] = capture,
     ) -> None:
-        assert isinstance(optimizer, PaperSGD)
+        assert isinstance(optimizer, KrizhevskySGD)
         assert optimizer.by_triton is not None
         self._step = partial(train_step, layout, optimizer)
         self._send_rates = optimizer.by_triton.send_rates
@@ -98,7 +98,7 @@ class GraphedStep:
                 self._captured = self._capture(work)
             except RuntimeError as error:
                 reason = str(error).strip().splitlines()[0].rstrip(".")
-                raise Failure(
+                raise UserError(
                     f"the step cannot be captured as a CUDA graph ({reason}): take "
                     "--runtime.cuda_graph false"
                 ) from error
@@ -137,6 +137,9 @@ def check_graph(*, processes: int, fc: str, precision: str, on_nan: str) -> None
     elif precision == "fp16":
         refusal = "cannot capture the scale of fp16: take --runtime.precision bf16"
     elif on_nan != "stop":
-        refusal = f"cannot look at gradients for train.on_nan {on_nan}: take --train.on_nan stop"
+        refusal = (
+            f"cannot look at gradients for train.on_nonfinite {on_nan}: "
+            "take --train.on_nonfinite stop"
+        )
     if refusal:
-        raise Failure(f"runtime.cuda_graph {refusal}", everywhere=True)
+        raise UserError(f"runtime.cuda_graph {refusal}", on_all_ranks=True)

@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from alexnet_dist.data import crops
-from alexnet_dist.data.augment import Pixels
-from alexnet_dist.data.engine import BadImages, Batch, OnBadImage, ahead_of_need
+from alexnet_dist.data.corrupt_images import Batch, CorruptImagePolicy, OnCorruptImage, prefetch
 from alexnet_dist.data.finishing import Finishing, Threads, arithmetic
-from alexnet_dist.data.plan import Draws
-from alexnet_dist.data.prepared import PixelSource
-from alexnet_dist.data.sources import Source
-from alexnet_dist.errors import Failure
+from alexnet_dist.data.plan import SampleParams
+from alexnet_dist.data.prepared import RawDataset
+from alexnet_dist.data.sources import ImageDataset
+from alexnet_dist.data.transforms import Normalization
+from alexnet_dist.errors import UserError
 
 _RESIZED_TOGETHER = 64
 """Images that a GPU resizes at once: their pixels as float32 take 100 MB or so."""
@@ -30,13 +30,13 @@ _UPLOADED_TOGETHER = 2**28
 """Bytes of the file that are uploaded at once."""
 
 
-def fits(source: PixelSource, device: torch.device) -> bool:
+def fits(source: RawDataset, device: torch.device) -> bool:
     """Whether a GPU has room for the pixels, besides half of its memory for training."""
     free, total = torch.cuda.mem_get_info(device)
     return source.pixels.nbytes <= free - total // 2
 
 
-class ResidentEngine:
+class GpuCacheLoader:
     """Carries out draws on raw pixels, in a thread that stays ahead of the training step.
 
     Args:
@@ -51,19 +51,19 @@ class ResidentEngine:
 
     def __init__(
         self,
-        source: Source,
-        pixels: Pixels,
+        source: ImageDataset,
+        pixels: Normalization,
         *,
         max_batch: int,
         device: torch.device,
         on_gpu: bool,
         threads: int,
         ahead: int = 2,
-        policy: OnBadImage = "stop",
+        policy: OnCorruptImage = "stop",
     ) -> None:
         self.source = _of_pixels(source)
         self.pixels, self.device, self.ahead = pixels, device, ahead
-        self.bad = BadImages(source, policy)
+        self.bad = CorruptImagePolicy(source, policy)
         self._rows = source.index.places[:, 0]
         self._labels = torch.from_numpy(source.index.labels)
         self._threads = Threads(threads)
@@ -78,12 +78,12 @@ class ResidentEngine:
             where = f"in host memory, cut by {how} in {threads} threads"
         self.description = f"resident: {size} {where}"
 
-    def batches(self, draws: Iterable[Draws]) -> Generator[Batch, None, None]:
+    def batches(self, draws: Iterable[SampleParams]) -> Generator[Batch, None, None]:
         """One finished batch for each of ``draws``, in order."""
         if self.device.type != "cuda":
-            yield from ahead_of_need(map(self._on_cpu, draws), self.ahead)
+            yield from prefetch(map(self._on_cpu, draws), self.ahead)
             return
-        for batch, done in ahead_of_need(map(self._on_gpu, draws), self.ahead):
+        for batch, done in prefetch(map(self._on_gpu, draws), self.ahead):
             current = torch.cuda.current_stream(self.device)
             current.wait_event(done)
             for tensor in (batch.images, batch.labels):  # which are of another stream's memory
@@ -93,12 +93,12 @@ class ResidentEngine:
     def close(self) -> None:
         self._threads.close()
 
-    def _on_cpu(self, draws: Draws) -> Batch:
+    def _on_cpu(self, draws: SampleParams) -> Batch:
         numbers = draws.numbers
         images = self._finish(self.source.pixels, self._rows[numbers], draws.boxes, draws)
         return Batch(images, self._labels[numbers], numbers)
 
-    def _on_gpu(self, draws: Draws) -> tuple[Batch, torch.cuda.Event]:
+    def _on_gpu(self, draws: SampleParams) -> tuple[Batch, torch.cuda.Event]:
         """The batch, and what has to happen on the GPU before it is one."""
         side, count = self.pixels.side, len(draws.numbers)
         resize = bool((draws.boxes[:, 2:] != side).any())
@@ -144,28 +144,28 @@ class ResidentEngine:
         return pinned.to(self.device, non_blocking=True)
 
 
-def _of_pixels(source: Source) -> PixelSource:
+def _of_pixels(source: ImageDataset) -> RawDataset:
     index = source.index
-    if not isinstance(source, PixelSource):
+    if not isinstance(source, RawDataset):
         folder = index.folder.rpartition(":")[0] if source.raw else Path(index.folder).parent
         holds = "its own form of them" if source.raw else "shards" if index.files else "image files"
-        raise Failure(
-            f"data.engine resident wants raw pixels, and {folder} holds {holds}: prepare them by "
+        raise UserError(
+            f"data.loader gpu_cache wants raw pixels, and {folder} holds {holds}: prepare them by "
             "python -m alexnet_dist.prepare IN --out DIR --crop center --format pixels, or take "
-            "--data.engine auto",
-            everywhere=True,
+            "--data.loader auto",
+            on_all_ranks=True,
         )
     if len(index) and not 0 <= index.places.min() <= index.places.max() < len(source.pixels):
-        raise Failure(
+        raise UserError(
             f"the index of {index.folder} names images that its pixels do not have: copy it again "
             "from where it was prepared, or prepare it anew",
-            everywhere=True,
+            on_all_ranks=True,
         )
     if (index.sizes != source.pixels.shape[1:3]).any():
-        raise Failure(
-            f"data.engine resident wants images of one size, and those of {index.folder} have "
+        raise UserError(
+            f"data.loader gpu_cache wants images of one size, and those of {index.folder} have "
             "several: prepare them anew",
-            everywhere=True,
+            on_all_ranks=True,
         )
     return source
 

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from alexnet_dist.data.plan import Draws
-from alexnet_dist.data.statistics import Statistics
+from alexnet_dist.data.plan import SampleParams
+from alexnet_dist.data.statistics import ChannelStats
 
 Colour = Literal["none", "source", "paper"]
 
@@ -20,7 +20,7 @@ IMAGENET_STD = np.array([0.229, 0.224, 0.225])
 
 
 @dataclass(frozen=True)
-class Pixels:
+class Normalization:
     """How pixels of 0..255 become the network's input: (x + basis @ coefficients - mean) / std.
 
     Attributes:
@@ -37,7 +37,7 @@ class Pixels:
     side: int
     shrinks: bool = False
 
-    def means(self, draws: Draws) -> NDArray[np.float32]:
+    def means(self, draws: SampleParams) -> NDArray[np.float32]:
         """[b, 3]: the mean to subtract from each image; a colour shift is but another mean."""
         return np.asarray(self.mean - draws.strength * draws.colours @ self.basis.T, np.float32)
 
@@ -52,13 +52,13 @@ class Pixels:
         return np.rint(pixels.clip(0, 255)).astype(np.uint8)
 
 
-def pixels_for(
+def build_normalization(
     reads: Literal["centred", "imagenet"],
-    statistics: Statistics,
+    statistics: ChannelStats,
     *,
     side: int,
     colour: Colour = "none",
-) -> Pixels:
+) -> Normalization:
     """The arithmetic for a network that ``reads`` centred or ImageNet's pixels.
 
     Args:
@@ -77,7 +77,7 @@ def pixels_for(
         basis = statistics.eigenvectors * np.sqrt(statistics.eigenvalues)
     elif colour == "paper":
         basis = 255 * statistics.eigenvectors * (statistics.eigenvalues / 255**2)
-    return Pixels(mean, std, basis, side, shrinks=colour == "source")
+    return Normalization(mean, std, basis, side, shrinks=colour == "source")
 
 
 def crop_resize_flip(image: Tensor, box: NDArray[np.int64], flip: bool, side: int) -> Tensor:
@@ -98,7 +98,7 @@ def resize(image: Tensor, side: int) -> Tensor:
     return F.interpolate(batch, [side, side], mode="bilinear", antialias=True)[0]
 
 
-def normalise(images: Tensor, means: Tensor, std: Tensor) -> Tensor:
+def normalize(images: Tensor, means: Tensor, std: Tensor) -> Tensor:
     """uint8 [b, 3, H, W] to float32, channels last; ``means`` [b, 3], ``std`` [3]."""
     result = images.to(torch.float32, memory_format=torch.channels_last)
     count, _, height, width = images.shape

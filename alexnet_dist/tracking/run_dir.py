@@ -18,14 +18,14 @@ from typing import Any, Literal
 
 import yaml
 
-from alexnet_dist.errors import Failure
+from alexnet_dist.errors import UserError
 
 Status = Literal["running", "preempted", "stopped", "ended", "failed"]
 """preempted: saved, and wants to be started again by itself; stopped: saved, for a person to go on
 with; failed: for a person to mend. One that was killed stays running."""
 
 
-class RunFolder:
+class RunDir:
     """The folder of a run that this process leads (rank 0)."""
 
     def __init__(self, path: Path) -> None:
@@ -42,9 +42,9 @@ class RunFolder:
             (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
             lock = (self.path / ".lock").open("a")
         except OSError as error:
-            raise Failure(
+            raise UserError(
                 f"the run folder {self.path} cannot be written ({error.strerror}): give another "
-                "--run.root"
+                "--run.output_dir"
             ) from None
         for attempt in range(20):  # under a restart the run before may still be dying
             try:
@@ -52,7 +52,7 @@ class RunFolder:
                 break
             except OSError:
                 if attempt == 19:
-                    raise Failure(
+                    raise UserError(
                         f"the run folder {self.path} is in use by another run that is alive: give "
                         "this one another --run.name"
                     ) from None
@@ -99,7 +99,7 @@ def read_config(path: Path) -> dict[str, Any]:
         return {}
 
 
-def choose_folder(root: str, name: str, resume: str) -> tuple[Path, bool]:
+def resolve_run_dir(root: str, name: str, resume: str) -> tuple[Path, bool]:
     """Where a run of this name belongs, and whether it goes on there.
 
     An unfinished run goes on under "auto"; a new one takes the name, or name-2, name-3, ...
@@ -112,7 +112,7 @@ def choose_folder(root: str, name: str, resume: str) -> tuple[Path, bool]:
     if resume not in ("auto", "never"):
         path = Path(resume)
         if not (path / "config.yaml").is_file():
-            raise Failure(f"there is no run at {resume}: give --run.resume a run's folder")
+            raise UserError(f"there is no run at {resume}: give --run.resume a run's folder")
         return path, True
     number = 1
     while True:

@@ -31,15 +31,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from alexnet_dist.model.alexnet import AlexNet, TorchvisionAlexNet, TowerLinear
+from alexnet_dist.model.alexnet import AlexNet, GroupedLinear, TorchvisionAlexNet
 from alexnet_dist.model.dropout import Dropout
 from alexnet_dist.model.normalization import BatchNorm
-from alexnet_dist.parallel.arithmetic import Precision, Scaler, autocast
-from alexnet_dist.parallel.classes import Classes, counted
-from alexnet_dist.parallel.collectives import Gathering, Summing, at_least_float, gather
+from alexnet_dist.parallel.collectives import (
+    AsyncAllGather,
+    AsyncReduceScatter,
+    gather,
+    upcast_to_fp32,
+)
 from alexnet_dist.parallel.ddp import (
     PLAIN,
-    Compression,
+    GradCompression,
     averaged,
     compiled,
     on_device,
@@ -47,11 +50,13 @@ from alexnet_dist.parallel.ddp import (
     summing,
 )
 from alexnet_dist.parallel.mesh import Mesh
-from alexnet_dist.parallel.shards import DropoutShare, Sharding, Share
+from alexnet_dist.parallel.precision import Precision, SyncedGradScaler, autocast
+from alexnet_dist.parallel.sharded_loss import ShardedClasses, counted
+from alexnet_dist.parallel.sharding import ShardedDropout, Sharding, ShardSpec
 from alexnet_dist.parallel.waits import WAITS
 
 
-class Hybrid:
+class ShardedFCLayout:
     """What the loop calls when fully connected layers are split; see DataParallel for what its
     methods give.
 
@@ -72,7 +77,7 @@ class Hybrid:
         precision: Precision = "fp32",
         schedule: Literal["whole", "pipelined"] = "whole",
         compile_model: bool = False,
-        compression: Compression = PLAIN,
+        compression: GradCompression = PLAIN,
     ) -> None:
         self.mesh, self.batch, self.precision = mesh, batch, precision
         self.turns = mesh.replicas if schedule == "pipelined" else 1
@@ -88,8 +93,8 @@ class Hybrid:
         self.sharding = Sharding(mesh, dealt, "dp")
         self.copies: dict[str, Tensor] = {}  # none, where DataParallel may have some
         self.mask_rows = slice(None)
-        self.scaler = Scaler(precision, mesh.device, self._group)
-        self._classes = Classes(self._connected.classes, self._group)
+        self.scaler = SyncedGradScaler(precision, mesh.device, self._group)
+        self._classes = ShardedClasses(self._connected.classes, self._group)
         self._compute = compiled(self._convolutions) if compile_model else self._convolutions
         if mesh.replicas > 1:
             self._compute = averaged(self._compute, mesh, compression)
@@ -189,7 +194,7 @@ class Hybrid:
     def _scores(self, features: Tensor) -> Tensor:
         self._connected.eval()
         with autocast(self.precision, self.mesh.device):
-            return at_least_float(self._connected(features, ()))
+            return upcast_to_fp32(self._connected(features, ()))
 
 
 class _Connected(nn.Module):
@@ -202,15 +207,15 @@ class _Connected(nn.Module):
         super().__init__()
         self.names: list[str] = []
         self.layers = nn.ModuleList()
-        split: Share | None = None  # how the activations lie between the layers
+        split: ShardSpec | None = None  # how the activations lie between the layers
         for name, layer in layers.items():
-            if isinstance(layer, (nn.Linear, TowerLinear)):
+            if isinstance(layer, (nn.Linear, GroupedLinear)):
                 if split is not None:
                     self._add("", _Whole(split, mesh.group("dp")))
-                split = Share(len(layer.weight), mesh.replicas, mesh.replica)
+                split = ShardSpec(len(layer.weight), mesh.replicas, mesh.replica)
                 self._add(name, _share_of(layer, split))
             elif isinstance(layer, Dropout) and split is not None:
-                self._add("", DropoutShare(split, layer.p, layer.form))
+                self._add("", ShardedDropout(split, layer.p, layer.form))
             elif isinstance(layer, BatchNorm) and split is not None:  # sees the images of all
                 self._add(name, BatchNorm(len(split), layer.eps, layer.momentum))
             else:
@@ -237,10 +242,10 @@ class _Connected(nn.Module):
         return x
 
 
-def _share_of(layer: nn.Linear | TowerLinear, share: Share) -> nn.Module:
+def _share_of(layer: nn.Linear | GroupedLinear, share: ShardSpec) -> nn.Module:
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's, about a layer without outputs
-        if isinstance(layer, TowerLinear):
+        if isinstance(layer, GroupedLinear):
             return _TowerLinearShare(layer, share)
         return nn.Linear(layer.in_features, len(share))
 
@@ -248,7 +253,7 @@ def _share_of(layer: nn.Linear | TowerLinear, share: Share) -> nn.Module:
 class _TowerLinearShare(nn.Module):
     """Some outputs of a layer of which each tower reads only its own half (net 150)."""
 
-    def __init__(self, layer: TowerLinear, share: Share) -> None:
+    def __init__(self, layer: GroupedLinear, share: ShardSpec) -> None:
         super().__init__()
         outputs, inputs = layer.weight.shape
         self.weight = nn.Parameter(torch.empty(len(share), inputs))
@@ -264,23 +269,23 @@ class _TowerLinearShare(nn.Module):
         return torch.cat([F.linear(*part) for part in zip(inputs, weights, biases, strict=True)], 1)
 
 
-def _rows(rows: Tensor, count: int, group: dist.ProcessGroup) -> Gathering:
+def _rows(rows: Tensor, count: int, group: dist.ProcessGroup) -> AsyncAllGather:
     """Send ``count`` rows to all; the last one is of nothing where R does not divide the batch."""
     missing = count - len(rows)
-    return Gathering(F.pad(rows, (0, 0, 0, missing)) if missing else rows, group)
+    return AsyncAllGather(F.pad(rows, (0, 0, 0, missing)) if missing else rows, group)
 
 
-def _sums(gradient: Tensor, count: int, group: dist.ProcessGroup) -> Summing:
+def _sums(gradient: Tensor, count: int, group: dist.ProcessGroup) -> AsyncReduceScatter:
     """Send the gradients of features, image i * R + r, to be summed as row i of process r."""
     missing = count * group.size() - len(gradient)
     padded = F.pad(gradient, (0, 0, 0, missing)) if missing else gradient
-    return Summing(padded.unflatten(0, (count, group.size())).transpose(0, 1), group)
+    return AsyncReduceScatter(padded.unflatten(0, (count, group.size())).transpose(0, 1), group)
 
 
 class _Whole(nn.Module):
     """The outputs of all processes, of a layer that is split: [n, own] to [n, whole]."""
 
-    def __init__(self, share: Share, group: dist.ProcessGroup) -> None:
+    def __init__(self, share: ShardSpec, group: dist.ProcessGroup) -> None:
         super().__init__()
         self.share, self.group = share, group
 
@@ -293,7 +298,7 @@ class _Columns(torch.autograd.Function):
     """Columns of all, forward; sums of their gradients, each to its own process, backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, share: Share, group: dist.ProcessGroup) -> Tensor:
+    def forward(ctx: Any, x: Tensor, share: ShardSpec, group: dist.ProcessGroup) -> Tensor:
         ctx.share, ctx.group = share, group
         # in blocks of equal width; what is added lies behind the last column of all
         padded = F.pad(x, (0, share.width - len(share)))
@@ -304,5 +309,5 @@ class _Columns(torch.autograd.Function):
         share, (grad,) = ctx.share, grads
         blocks = F.pad(grad, (0, share.width * share.parts - share.whole))
         sent = blocks.unflatten(1, (share.parts, share.width)).transpose(0, 1)
-        own = Summing(sent, ctx.group).wait()[:, : len(share)]
+        own = AsyncReduceScatter(sent, ctx.group).wait()[:, : len(share)]
         return own.to(grad.dtype), None, None

@@ -1,10 +1,10 @@
 """What becomes of odd and damaged images: a table of kinds and engines.
 
-python -m benchmarks.bad_images [--out FILE.json]
+python -m benchmarks.corrupt_images [--out FILE.json]
 
-The kinds are those of tests/data/bad_images.py. Damaged files take the place of good ones that are
-in the index, as in a run that has begun. With a GPU, DALI's two ways of decoding there are in the
-table too.
+The kinds are those of tests/data/corrupt_images.py. Damaged files take the place of good ones that
+are in the index, as in a run that has begun. With a GPU, DALI's two ways of decoding there are in
+the table too.
 """
 
 import argparse
@@ -21,15 +21,15 @@ import numpy as np
 import PIL
 import torch
 
-from alexnet_dist.data.augment import Pixels
-from alexnet_dist.data.dali import DaliEngine, choose_decoder
-from alexnet_dist.data.dataloader import DataLoaderEngine
-from alexnet_dist.data.engine import Engine
+from alexnet_dist.data.corrupt_images import Loader
+from alexnet_dist.data.dali import DaliLoader, choose_decoder
 from alexnet_dist.data.formats import checked, plain_size
-from alexnet_dist.data.plan import Plan
-from alexnet_dist.data.sources import Source, make_catalogue, open_sources
+from alexnet_dist.data.plan import SamplePlan
+from alexnet_dist.data.sources import ImageDataset, open_datasets, scan_dataset
+from alexnet_dist.data.torch_loader import TorchLoader
+from alexnet_dist.data.transforms import Normalization
 from alexnet_dist.measuring.machine import machine
-from tests.data.bad_images import (
+from tests.data.corrupt_images import (
     damaged,
     encode,
     inwardly_damaged,
@@ -49,20 +49,20 @@ def engines() -> dict[str, Any]:
     shared: dict[str, Any] = {"policy": "omit"}
     dali: dict[str, Any] = {"max_batch": 1, "resize": True, "threads": 2, **shared}
     found: dict[str, Any] = {
-        REFERENCE: partial(DataLoaderEngine, device=CPU, threads=0, **shared),
-        "DALI on CPUs": partial(DaliEngine, device=CPU, decoder="region", **dali),
+        REFERENCE: partial(TorchLoader, device=CPU, threads=0, **shared),
+        "DALI on CPUs": partial(DaliLoader, device=CPU, decoder="roi", **dali),
     }
     if torch.cuda.is_available():
         gpu = torch.device("cuda", 0)
         works = choose_decoder(gpu)
-        for decoder in ("region", "full"):
-            if decoder == "full" or works == "region":
-                make = partial(DaliEngine, device=gpu, decoder=decoder, **dali)
+        for decoder in ("roi", "full"):
+            if decoder == "full" or works == "roi":
+                make = partial(DaliLoader, device=gpu, decoder=decoder, **dali)
                 found[f"DALI on a GPU, {decoder}"] = make
     return found
 
 
-def outcome(engine: Engine, plan: Plan, number: int) -> tuple[torch.Tensor | None, str]:
+def outcome(engine: Loader, plan: SamplePlan, number: int) -> tuple[torch.Tensor | None, str]:
     """The finished image, or why there is none."""
     draws = plan.draw(0, 0)
     (batch,) = engine.batches([draws.only(draws.numbers == number)])
@@ -70,12 +70,12 @@ def outcome(engine: Engine, plan: Plan, number: int) -> tuple[torch.Tensor | Non
     return (None, str(news[0]["reason"])) if news else (batch.images[0].cpu(), "")
 
 
-def fill(folder: Path) -> tuple[Source, dict[str, int]]:
+def fill(folder: Path) -> tuple[ImageDataset, dict[str, int]]:
     """Files of all kinds in ``folder``, and their numbers in the index."""
     plain = encode(photograph(), "JPEG", quality=90)
     bad = damaged() | inwardly_damaged()
     paths = write_folder(folder, whole() | dict.fromkeys(bad, plain))
-    source = open_sources(make_catalogue(str(folder), str(folder), lambda *_: None))[0]
+    source = open_datasets(scan_dataset(str(folder), str(folder), lambda *_: None))[0]
     for kind, content in bad.items():
         put(paths[kind], content)
     return source, {kind: source.index.names.index(f"all/{p.name}") for kind, p in paths.items()}
@@ -84,8 +84,8 @@ def fill(folder: Path) -> tuple[Source, dict[str, int]]:
 def rows(folder: Path) -> list[dict[str, Any]]:
     """One for each kind and engine."""
     source, numbers = fill(folder)
-    plan = Plan(source.index.sizes, len(source.index), 3, fraction=SIDE / 96)
-    pixels = Pixels(np.zeros(3), np.ones(3), np.zeros((3, 3)), SIDE)
+    plan = SamplePlan(source.index.sizes, len(source.index), 3, fraction=SIDE / 96)
+    pixels = Normalization(np.zeros(3), np.ones(3), np.zeros((3, 3)), SIDE)
     running = {name: make(source, pixels) for name, make in engines().items()}
     found: list[dict[str, Any]] = []
     for kind, number in numbers.items():
@@ -152,7 +152,7 @@ def main() -> None:
         found = rows(Path(folder))
     device = torch.device("cuda", 0) if torch.cuda.is_available() else CPU
     record = {
-        "what": "benchmarks/bad_images.py",
+        "what": "benchmarks/corrupt_images.py",
         "date": time.strftime("%Y-%m-%d"),
         "machine": machine(device) | {"pillow": PIL.__version__},
         "microseconds_for_a_good_image": microseconds(),

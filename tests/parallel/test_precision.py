@@ -5,22 +5,22 @@ from pathlib import Path
 import pytest
 import torch
 
-from alexnet_dist.parallel import arithmetic
+from alexnet_dist.parallel import precision as precision_module
 from alexnet_dist.training.optim import build_optimizer
 
 
 def test_precision_follows_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     monkeypatch.setattr(Path, "read_text", lambda _: "flags : sse avx2")
-    assert arithmetic.choose_precision("auto", cpu) == "fp32"
+    assert precision_module.resolve_precision("auto", cpu) == "fp32"
     for processor, precision in (
         ("GenuineIntel flags : avx512_bf16", "fp32"),
         ("GenuineIntel flags : avx512_bf16 amx_bf16", "bf16"),
         ("AuthenticAMD flags : avx512_bf16", "bf16"),
     ):
         monkeypatch.setattr(Path, "read_text", lambda _, text=processor: text)
-        assert arithmetic.choose_precision("auto", cpu) == precision
-    assert arithmetic.choose_precision("fp16", cpu) == "fp16"
+        assert precision_module.resolve_precision("auto", cpu) == precision
+    assert precision_module.resolve_precision("fp16", cpu) == "fp16"
 
 
 @pytest.mark.parametrize("name", ["paper", "sgd", "lars"])
@@ -37,7 +37,7 @@ def test_an_update_that_is_not_finite_is_left_out_without_a_trace(name: str) -> 
             momentum=0.9,
             weight_decay=0.0005,
         )
-        scaler = arithmetic.Scaler("fp32", cpu, None)
+        scaler = precision_module.SyncedGradScaler("fp32", cpu, None)
         scaler.guarding = spoilt
         left_out = []
         steps = gradients[:2] + [torch.full((10, 10), float("inf"))] * spoilt + gradients[2:]

@@ -11,24 +11,24 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from alexnet_dist.parallel.collectives import at_least_float, gather
-from alexnet_dist.parallel.shards import Share
+from alexnet_dist.parallel.collectives import gather, upcast_to_fp32
+from alexnet_dist.parallel.sharding import ShardSpec
 
 BEST = 5
 """Labels that an image may be given where the top-5 error is counted."""
 
 
 @dataclass(frozen=True)
-class Classes:
+class ShardedClasses:
     """The classes whose scores this process has, and the group that has the others."""
 
-    share: Share
+    share: ShardSpec
     group: dist.ProcessGroup | None = None
 
     def cross_entropy(self, scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Summed loss of images with ``scores`` [b, own classes] and ``labels`` [b], and each
         one's best class [b]."""
-        scores = at_least_float(scores)
+        scores = upcast_to_fp32(scores)
         if self.group is None:
             return F.cross_entropy(scores, labels, reduction="sum"), scores.argmax(1)
         loss, best = _CrossEntropy.apply(scores, labels, self)
@@ -67,7 +67,7 @@ def counted(loss: Tensor, places: Tensor) -> Tensor:
 
 
 def _losses(
-    scores: Tensor, labels: Tensor, classes: Classes
+    scores: Tensor, labels: Tensor, classes: ShardedClasses
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Of each image: loss, score of its label, best class, and logarithm of the summed exp."""
     share = classes.share
@@ -96,7 +96,7 @@ class _CrossEntropy(torch.autograd.Function):
     """The gradient of a score needs its own value and the sum over all classes, no other score."""
 
     @staticmethod
-    def forward(ctx: Any, scores: Tensor, labels: Tensor, classes: Classes) -> Any:
+    def forward(ctx: Any, scores: Tensor, labels: Tensor, classes: ShardedClasses) -> Any:
         loss, _, best, total = _losses(scores, labels, classes)
         ctx.save_for_backward(scores, labels, total)
         ctx.share = classes.share

@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from alexnet_dist.data.plan import Draws
-from alexnet_dist.data.sources import Source
-from alexnet_dist.errors import Failure
+from alexnet_dist.data.plan import SampleParams
+from alexnet_dist.data.sources import ImageDataset
+from alexnet_dist.errors import UserError
 
-OnBadImage = Literal["stop", "substitute", "omit"]
+OnCorruptImage = Literal["stop", "substitute", "omit"]
 T = TypeVar("T")
 
 
@@ -33,19 +33,19 @@ class Batch:
     numbers: NDArray[np.int64]
 
 
-class Engine(Protocol):
+class Loader(Protocol):
     """Carries out draws: one batch for each, in order, prepared ahead of need."""
 
-    bad: "BadImages"
+    bad: "CorruptImagePolicy"
     description: str
 
-    def batches(self, draws: Iterable[Draws]) -> Generator[Batch, None, None]: ...
+    def batches(self, draws: Iterable[SampleParams]) -> Generator[Batch, None, None]: ...
 
     def close(self) -> None: ...
 
 
 @dataclass
-class BadImages:
+class CorruptImagePolicy:
     """Images that cannot be decoded, and what stands in for them.
 
     ``policy``: "stop" raises; "substitute" takes the next image that is good, whatever its class,
@@ -53,8 +53,8 @@ class BadImages:
     image out (of an evaluation, which must not count another one twice).
     """
 
-    source: Source
-    policy: OnBadImage
+    source: ImageDataset
+    policy: OnCorruptImage
     reasons: dict[int, str] = field(default_factory=dict)
     news: list[dict[str, object]] = field(default_factory=list)
 
@@ -63,15 +63,15 @@ class BadImages:
         for number in unreadable:
             self.reasons[number] = "it has no readable header of a JPEG, PNG, WebP or BMP"
         if unreadable and self.policy == "stop":
-            raise Failure(self._sentence(unreadable[0], len(unreadable)), everywhere=True)
+            raise UserError(self._sentence(unreadable[0], len(unreadable)), on_all_ranks=True)
 
     def found(self, number: int, reason: str) -> None:
         """Note that an image turned out bad; raises Failure where the policy is to stop."""
         self.reasons[number] = reason
         if self.policy == "stop":
-            raise Failure(self._sentence(number, 1))
+            raise UserError(self._sentence(number, 1))
 
-    def apply(self, draws: Draws) -> Draws:
+    def apply(self, draws: SampleParams) -> SampleParams:
         """The draws without the images known to be bad."""
         bad = np.array([number in self.reasons for number in draws.numbers.tolist()], np.bool_)
         if not bad.any():
@@ -83,7 +83,7 @@ class BadImages:
             numbers[row] = self._next_good(int(numbers[row]))
         return draws.substituted(numbers)
 
-    def note(self, planned: Draws) -> None:
+    def note(self, planned: SampleParams) -> None:
         """Record what ``apply`` made of a batch, once it is known to be good."""
         for number in planned.numbers.tolist():
             if number in self.reasons:
@@ -106,17 +106,17 @@ class BadImages:
         for away in range(1, count):
             if (number + away) % count not in self.reasons:
                 return (number + away) % count
-        raise Failure(f"no image of {self.source.index.folder} can be decoded", everywhere=True)
+        raise UserError(f"no image of {self.source.index.folder} can be decoded", on_all_ranks=True)
 
     def _sentence(self, number: int, count: int) -> str:
         others = f" and {count - 1} other images" if count > 1 else ""
         return (
             f"{self.source.path(number)}{others} cannot be decoded ({self.reasons[number]}): mend "
-            "or remove it, or go on without it by --data.on_bad_image skip"
+            "or remove it, or go on without it by --data.on_corrupt_image skip"
         )
 
 
-def ahead_of_need(items: Iterable[T], ahead: int) -> Generator[T, None, None]:
+def prefetch(items: Iterable[T], ahead: int) -> Generator[T, None, None]:
     """The ``items``, made in a thread of their own, where up to ``ahead`` of them may wait."""
     ready: Queue[Any] = Queue(ahead)
     stop = Event()

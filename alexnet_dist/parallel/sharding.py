@@ -14,7 +14,7 @@ from alexnet_dist.parallel.mesh import Mesh
 
 
 @dataclass(frozen=True)
-class Share:
+class ShardSpec:
     """The outputs that one of ``parts`` processes has of a layer's ``whole``.
 
     Dealt as DTensor deals them: ceil(whole / parts) to each while there are any, so that the last
@@ -61,7 +61,7 @@ class Sharding:
             if self.over == "mp"
             else (self.mesh.replicas, self.mesh.replica)
         )
-        return whole[Share(len(whole), parts, part).slice]
+        return whole[ShardSpec(len(whole), parts, part).slice]
 
     @torch.no_grad()
     def fill(
@@ -101,11 +101,11 @@ class Sharding:
         )
 
 
-class DropoutShare(Dropout):
+class ShardedDropout(Dropout):
     """Dropout of some of a layer's units: takes the whole layer's mask and uses its own columns,
     so that the units dropped are those of one device."""
 
-    def __init__(self, share: Share, p: float, form: Form) -> None:
+    def __init__(self, share: ShardSpec, p: float, form: Form) -> None:
         super().__init__(len(share), p, form)
         self.share = share
 

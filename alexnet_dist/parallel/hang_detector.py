@@ -20,7 +20,7 @@ from alexnet_dist.errors import stderr
 from alexnet_dist.parallel.mesh import Mesh
 
 
-class Watch:
+class HangDetector:
     """Watches the process that makes it, from now until ``close``.
 
     Args:
@@ -103,7 +103,7 @@ class Watch:
         if self._rank == (others[0] if others else 0):
             stderr(
                 f"{what}: the run ends, and the same command goes on from its last checkpoint "
-                "(slow storage wants a higher --runtime.timeout)"
+                "(slow storage wants a higher --runtime.hang_timeout)"
             )
         for one in (kill or {}).values():
             if one["host"] == socket.gethostname():  # a stopped process heeds no gentler signal

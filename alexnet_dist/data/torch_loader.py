@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from alexnet_dist.data.augment import Pixels, crop_resize_flip, normalise
-from alexnet_dist.data.engine import BadImages, Batch, OnBadImage
+from alexnet_dist.data.corrupt_images import Batch, CorruptImagePolicy, OnCorruptImage
 from alexnet_dist.data.formats import OTHER_SIZE, decode
-from alexnet_dist.data.plan import Draws
-from alexnet_dist.data.sources import Source
+from alexnet_dist.data.plan import SampleParams
+from alexnet_dist.data.sources import ImageDataset
+from alexnet_dist.data.transforms import Normalization, crop_resize_flip, normalize
 
 Order = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]
 
@@ -26,7 +26,7 @@ Order = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]
 class _Decoded(Dataset[tuple[Tensor, dict[int, str]]]):
     """A whole batch for each order, decoded in one worker process."""
 
-    def __init__(self, source: Source, side: int) -> None:
+    def __init__(self, source: ImageDataset, side: int) -> None:
         self.source, self.side = source, side
 
     def __getitem__(self, order: Order) -> tuple[Tensor, dict[int, str]]:
@@ -55,9 +55,9 @@ class _Decoded(Dataset[tuple[Tensor, dict[int, str]]]):
 class _Orders:
     """Draws as what a worker needs of them, remembering the draws that are under way."""
 
-    def __init__(self, draws: Iterable[Draws], bad: BadImages) -> None:
+    def __init__(self, draws: Iterable[SampleParams], bad: CorruptImagePolicy) -> None:
         self.draws, self.bad = draws, bad
-        self.under_way: list[tuple[Draws, Draws]] = []
+        self.under_way: list[tuple[SampleParams, SampleParams]] = []
 
     def __iter__(self) -> Iterator[Order]:
         for draws in self.draws:
@@ -73,27 +73,27 @@ def _be_deaf(_: int) -> None:
         signal.signal(signal.Signals[name], signal.SIG_IGN)
 
 
-class DataLoaderEngine:
+class TorchLoader:
     """Carries out draws in ``threads`` worker processes (0: in this one)."""
 
     def __init__(
         self,
-        source: Source,
-        pixels: Pixels,
+        source: ImageDataset,
+        pixels: Normalization,
         *,
         device: torch.device,
         threads: int,
         ahead: int = 2,
-        policy: OnBadImage = "stop",
+        policy: OnCorruptImage = "stop",
     ) -> None:
         self.source, self.pixels, self.device = source, pixels, device
         self.threads, self.ahead = threads, ahead
-        self.bad = BadImages(source, policy)
+        self.bad = CorruptImagePolicy(source, policy)
         self._decoded = _Decoded(source, pixels.side)
         self._labels = torch.from_numpy(source.index.labels)
         self.description = f"DataLoader, {threads} worker processes"
 
-    def batches(self, draws: Iterable[Draws]) -> Generator[Batch, None, None]:
+    def batches(self, draws: Iterable[SampleParams]) -> Generator[Batch, None, None]:
         """One finished batch for each of ``draws``, in order.
 
         Raises:
@@ -117,7 +117,9 @@ class DataLoaderEngine:
         for worker in multiprocessing.active_children():
             worker.kill()  # they are deaf to anything gentler
 
-    def _finish(self, planned: Draws, draws: Draws, images: Tensor, bad: dict[int, str]) -> Batch:
+    def _finish(
+        self, planned: SampleParams, draws: SampleParams, images: Tensor, bad: dict[int, str]
+    ) -> Batch:
         while bad:
             for number, reason in bad.items():
                 self.bad.found(number, reason)
@@ -126,5 +128,5 @@ class DataLoaderEngine:
         self.bad.note(planned)
         means = torch.from_numpy(self.pixels.means(draws)).to(self.device)
         stds = torch.from_numpy(self.pixels.stds(draws.strength)).to(self.device)
-        images = normalise(images.to(self.device, non_blocking=True), means, stds)
+        images = normalize(images.to(self.device, non_blocking=True), means, stds)
         return Batch(images, self._labels[draws.numbers].to(self.device), draws.numbers)

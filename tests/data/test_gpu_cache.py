@@ -11,14 +11,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alexnet_dist.data import build_engine, crops
-from alexnet_dist.data.augment import Pixels, crop_resize_flip, pixels_for
-from alexnet_dist.data.engine import Batch, Engine
-from alexnet_dist.data.plan import EvaluationPlan, Plan, random_resized_boxes
-from alexnet_dist.data.prepared import PixelSource
-from alexnet_dist.data.resident import ResidentEngine, fits
-from alexnet_dist.data.sources import Source, make_catalogue, open_sources
-from alexnet_dist.errors import Failure
+from alexnet_dist.data import build_loader, crops
+from alexnet_dist.data.corrupt_images import Batch, Loader
+from alexnet_dist.data.gpu_cache import GpuCacheLoader, fits
+from alexnet_dist.data.plan import EvalPlan, SamplePlan, random_resized_crop_boxes
+from alexnet_dist.data.prepared import RawDataset
+from alexnet_dist.data.sources import ImageDataset, open_datasets, scan_dataset
+from alexnet_dist.data.transforms import Normalization, build_normalization, crop_resize_flip
+from alexnet_dist.errors import UserError
 from tests.conftest import events, losses, train, write_images
 from tests.data.prepared_folder import write_prepared
 from tests.interpreter import WANTED, run_interpreted
@@ -29,22 +29,24 @@ SIDE = 61  # of the finished images: no row of them is a whole number of vectors
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("resident")
+    root = tmp_path_factory.mktemp("gpu_cache")
     plain = write_images(root / "plain", side=96)
     return {"plain": plain} | {
         kind: write_prepared(plain, root / kind, kind) for kind in ("shards", "pixels")
     }
 
 
-def opened(folder: Path) -> tuple[Source, Source, Pixels]:
+def opened(folder: Path) -> tuple[ImageDataset, ImageDataset, Normalization]:
     """Training and validation images, and arithmetic in which nothing is a whole number."""
-    catalogue = make_catalogue(str(folder), str(folder), lambda *_: None)
-    pixels = pixels_for("imagenet", catalogue.statistics, side=SIDE, colour="source")
-    return *open_sources(catalogue), pixels
+    catalogue = scan_dataset(str(folder), str(folder), lambda *_: None)
+    pixels = build_normalization("imagenet", catalogue.statistics, side=SIDE, colour="source")
+    return *open_datasets(catalogue), pixels
 
 
-def engine(name: str, source: Source, pixels: Pixels, batch: int, plan: Plan | None) -> Engine:
-    return build_engine(
+def engine(
+    name: str, source: ImageDataset, pixels: Normalization, batch: int, plan: SamplePlan | None
+) -> Loader:
+    return build_loader(
         name,  # type: ignore[arg-type]
         source,
         pixels,
@@ -52,7 +54,7 @@ def engine(name: str, source: Source, pixels: Pixels, batch: int, plan: Plan | N
         fraction=SIDE / 96,
         max_batch=batch,
         device=CPU,
-        threads=0 if name == "dataloader" else 2,
+        threads=0 if name == "torch" else 2,
     )
 
 
@@ -82,7 +84,7 @@ def test_batches_are_those_of_the_dataloader(crop: str, by: str, folders: dict[s
     """To the bit: cut or resized, flipped, with colour noise that ends in mid-epoch; from the
     beginning of an epoch or its middle; the rows of one process of two, and of one with none."""
     source, _, pixels = opened(folders["pixels"])
-    plan = Plan(
+    plan = SamplePlan(
         source.index.sizes,
         10,
         3,
@@ -92,7 +94,7 @@ def test_batches_are_those_of_the_dataloader(crop: str, by: str, folders: dict[s
     )
     flips = np.concatenate([draws.flips for draws in plan.epoch(0, 0, slice(None))])
     assert 0 < flips.sum() < len(flips)
-    ours, theirs = (engine(name, source, pixels, 10, plan) for name in ("resident", "dataloader"))
+    ours, theirs = (engine(name, source, pixels, 10, plan) for name in ("gpu_cache", "torch"))
     assert {"c": "by C", "torch": "want of a C compiler"}[by] in ours.description
     for first, rows in ((0, slice(None)), (1, slice(1, None, 2)), (2, slice(10, None, 11))):
         draws = list(plan.epoch(0, first, rows))
@@ -102,8 +104,8 @@ def test_batches_are_those_of_the_dataloader(crop: str, by: str, folders: dict[s
 
 def test_ten_views_of_every_image_once(folders: dict[str, Path]) -> None:
     _, source, pixels = opened(folders["pixels"])
-    plan = EvaluationPlan(source.index.sizes, 6, SIDE / 96, views=10)
-    ours, theirs = (engine(name, source, pixels, 60, None) for name in ("resident", "dataloader"))
+    plan = EvalPlan(source.index.sizes, 6, SIDE / 96, views=10)
+    ours, theirs = (engine(name, source, pixels, 60, None) for name in ("gpu_cache", "torch"))
     for rows in (slice(None), slice(1, None, 2)):  # the second has no image of the last batch
         draws = list(plan.draws(rows))
         batches = list(ours.batches(draws))
@@ -117,8 +119,8 @@ def test_ten_views_of_every_image_once(folders: dict[str, Path]) -> None:
 def test_a_batch_that_is_kept_stays_as_it_was(folders: dict[str, Path]) -> None:
     """And memory that has been let go of is used again."""
     source, _, pixels = opened(folders["pixels"])
-    plan = Plan(source.index.sizes, 5, 3, fraction=SIDE / 96)
-    ours = engine("resident", source, pixels, 5, plan)
+    plan = SamplePlan(source.index.sizes, 5, 3, fraction=SIDE / 96)
+    ours = engine("gpu_cache", source, pixels, 5, plan)
     kept = [batch.images[2:] for batch in ours.batches(plan.epoch(0, 0, slice(None)))]
     again = [batch.images[2:].clone() for batch in ours.batches(plan.epoch(0, 0, slice(None)))]
     assert all(torch.equal(one, other) for one, other in zip(kept, again, strict=True))
@@ -132,8 +134,8 @@ def test_a_batch_that_is_kept_stays_as_it_was(folders: dict[str, Path]) -> None:
 
 def test_a_loop_that_leaves_early_is_no_burden(folders: dict[str, Path]) -> None:
     source, _, pixels = opened(folders["pixels"])
-    plan = Plan(source.index.sizes, 4, 5, fraction=SIDE / 96)
-    ours = engine("resident", source, pixels, 4, plan)
+    plan = SamplePlan(source.index.sizes, 4, 5, fraction=SIDE / 96)
+    ours = engine("gpu_cache", source, pixels, 4, plan)
     for _ in range(3):
         batches = ours.batches(plan.epoch(0, 0, slice(None)))
         assert next(batches).numbers.tolist() == plan.draw(0, 0).numbers.tolist()
@@ -146,7 +148,7 @@ def boxes_of_all_shapes(count: int, stored: int) -> tuple[np.ndarray, ...]:
     generator = np.random.default_rng(2)
     sizes = np.full((count, 2), stored)
     attempts, where = generator.random((count, 10, 2)), generator.random((count, 2))
-    boxes = random_resized_boxes(sizes, (0.05, 1.0), (0.5, 2.0), attempts, where)
+    boxes = random_resized_crop_boxes(sizes, (0.05, 1.0), (0.5, 2.0), attempts, where)
     boxes[0] = [0, 0, stored, stored]
     boxes[1] = [3, 5, SIDE, SIDE]  # as it is
     boxes[2] = [stored - 1, 0, 1, stored]  # a line
@@ -155,7 +157,7 @@ def boxes_of_all_shapes(count: int, stored: int) -> tuple[np.ndarray, ...]:
 
 def test_matrix_products_resize_as_torchvision_does(folders: dict[str, Path]) -> None:
     source, _, _ = opened(folders["pixels"])
-    assert isinstance(source, PixelSource)
+    assert isinstance(source, RawDataset)
     images = torch.from_numpy(source.pixels.copy())
     boxes, flips = boxes_of_all_shapes(len(images), 96)
     ours = crops.resized(images, torch.from_numpy(boxes), torch.from_numpy(flips), SIDE)
@@ -203,9 +205,9 @@ def test_in_the_interpreter() -> None:
 def check_cut(cut: Callable[..., None], folder: Path) -> None:
     """That a kernel finishes the crops as the CPU does, and nothing where there are none."""
     source, _, pixels = opened(folder)
-    draws = Plan(source.index.sizes, 9, 3, fraction=SIDE / 96).draw(0, 0)
-    (batch,) = engine("resident", source, pixels, 9, None).batches([draws])
-    assert isinstance(source, PixelSource)
+    draws = SamplePlan(source.index.sizes, 9, 3, fraction=SIDE / 96).draw(0, 0)
+    (batch,) = engine("gpu_cache", source, pixels, 9, None).batches([draws])
+    assert isinstance(source, RawDataset)
     scales = np.reciprocal(pixels.stds(draws.strength))
     rows = source.index.places[draws.numbers, 0]
     given = (source.pixels.copy(), rows, draws.boxes, draws.flips, pixels.means(draws), scales)
@@ -220,21 +222,21 @@ def test_what_is_refused(folders: dict[str, Path]) -> None:
     for kind, holds in (("plain", "image files"), ("shards", "shards")):
         source, _, pixels = opened(folders[kind])
         said = f"wants raw pixels, and {folders[kind]} holds {holds}: prepare them by python"
-        with pytest.raises(Failure, match=said):
-            engine("resident", source, pixels, 4, None)
-        assert not isinstance(engine("auto", source, pixels, 4, None), ResidentEngine)
+        with pytest.raises(UserError, match=said):
+            engine("gpu_cache", source, pixels, 4, None)
+        assert not isinstance(engine("auto", source, pixels, 4, None), GpuCacheLoader)
     source, _, pixels = opened(folders["pixels"])
-    assert not isinstance(engine("auto", source, pixels, 4, None), ResidentEngine)  # not on a CPU
+    assert not isinstance(engine("auto", source, pixels, 4, None), GpuCacheLoader)  # not on a CPU
     sizes = source.index.sizes.copy()
     sizes[3] = 95, 96
     source.index = replace(source.index, sizes=sizes)
-    with pytest.raises(Failure, match=r"images of one size, and those of .*train have several"):
-        engine("resident", source, pixels, 4, None)
+    with pytest.raises(UserError, match=r"images of one size, and those of .*train have several"):
+        engine("gpu_cache", source, pixels, 4, None)
 
 
 def test_what_fits_on_a_gpu(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     source, _, _ = opened(folders["pixels"])
-    assert isinstance(source, PixelSource)
+    assert isinstance(source, RawDataset)
     size, total = 31 * 96 * 96 * 3, 10_000_000
     for free, wanted in ((total // 2 + size, True), (total // 2 + size - 1, False)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free, total))
@@ -245,11 +247,11 @@ def test_what_fits_on_a_gpu(folders: dict[str, Path], monkeypatch: pytest.Monkey
 def test_training_is_the_same_as_with_dali(tmp_path: Path) -> None:
     pytest.importorskip("nvidia.dali", reason="DALI is not installed here")
     folder = write_prepared(write_images(tmp_path / "plain"), tmp_path / "pixels", "pixels")
-    options = ["--train.max_steps=2", "--data.colour=source"]
-    for name in ("resident", "dali"):
-        train(0, folder, tmp_path / name, f"--data.engine={name}", *options)
-    (start,) = events(tmp_path / "resident" / "run", "start")
+    options = ["--train.max_steps=2", "--data.pca_noise=source"]
+    for name in ("gpu_cache", "dali"):
+        train(0, folder, tmp_path / name, f"--data.loader={name}", *options)
+    (start,) = events(tmp_path / "gpu_cache" / "run", "start")
     assert start["engine"].startswith("resident: 0.0 GB of raw pixels in host memory, cut by ")
-    ours, theirs = (losses(tmp_path / name / "run") for name in ("resident", "dali"))
+    ours, theirs = (losses(tmp_path / name / "run") for name in ("gpu_cache", "dali"))
     assert ours == pytest.approx(theirs, rel=1e-5)
     assert len(ours) == 2

@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from alexnet_dist.errors import Failure
+from alexnet_dist.errors import UserError
 from alexnet_dist.training.schedules import Schedule
 
 
-class Scaler(Protocol):
+class SyncedGradScaler(Protocol):
     """A gradient scaler that can leave steps out; see parallel/arithmetic.py."""
 
     guarding: bool
@@ -39,7 +39,7 @@ class Layout(Protocol):
     parameters: dict[str, nn.Parameter]
 
     @property
-    def scaler(self) -> Scaler: ...
+    def scaler(self) -> SyncedGradScaler: ...
 
     def forward_backward(
         self, images: Tensor, labels: Tensor, masks: Iterable[Tensor] = ()
@@ -89,7 +89,7 @@ def train_step(
 
 
 @dataclass(frozen=True)
-class BadStep:
+class NonFiniteStep:
     """A step whose loss or gradient was not finite.
 
     Attributes:
@@ -108,7 +108,7 @@ class BadStep:
 
 
 @dataclass
-class Meters:
+class TrainMetrics:
     """What training has done so far: losses and hits by step, and the order of the images.
 
     Steps add tensors of the device and are not waited for; ``collect`` reads them, over all
@@ -144,7 +144,7 @@ class Meters:
         self._results.append(result)
         self._numbers.append(numbers)
 
-    def collect(self) -> list[BadStep]:
+    def collect(self) -> list[NonFiniteStep]:
         """Read what was added, and tell the bad steps; all processes call it together."""
         if not self._results:
             return []
@@ -157,7 +157,7 @@ class Meters:
             self.digest = chain(self.digest, numbers)
             self.images += len(numbers)
             if any(left_out) or loss - loss != 0:
-                bad.append(BadStep(step, loss, numbers))
+                bad.append(NonFiniteStep(step, loss, numbers))
                 self.bad_in_a_row += 1
                 continue
             self.bad_in_a_row = 0
@@ -212,7 +212,7 @@ def chain(digest: str, numbers: NDArray[np.int64]) -> str:
     return hashlib.sha256(link).hexdigest()
 
 
-class Errors(Metric):
+class EvalMetrics(Metric):
     """Loss and classification errors over a data set, counted exactly.
 
     Whole numbers, summed over processes: no padding, no mean of means.
@@ -257,10 +257,10 @@ def check_count(result: Mapping[str, float], left_out: int, images: int) -> None
         Failure: it has not.
     """
     if result["images"] + left_out != images:
-        raise Failure(
+        raise UserError(
             f"evaluation counted {result['images']} images and left out {left_out}, but there are "
             f"{images}: this is a defect, please report it",
-            everywhere=True,
+            on_all_ranks=True,
         )
 
 
@@ -274,7 +274,7 @@ def evaluate(
 
     ``between`` is called after each batch; what it raises ends the evaluation.
     """
-    errors = Errors().to(device)
+    errors = EvalMetrics().to(device)
     for batch in batches:
         errors.update(layout.hits(batch.images, batch.labels))
         between()
@@ -282,7 +282,7 @@ def evaluate(
     return result
 
 
-class Pace:
+class StepThrottle:
     """Keeps the process at most ``AHEAD`` steps ahead of its device, and batches alive until their
     steps are done.
 
@@ -313,7 +313,7 @@ class Pace:
             self._under_way.popleft()[0].synchronize()
 
 
-class Clock:
+class StepTimer:
     """Where the time between two records went; evaluations and checkpoints do not count.
 
     Attributes:

@@ -15,7 +15,7 @@ Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def choose_precision(
+def resolve_precision(
     wanted: Literal["auto", "fp32", "tf32", "bf16", "fp16"], device: torch.device
 ) -> Precision:
     """bf16 where the device is good at it, unless something is asked for.
@@ -35,7 +35,7 @@ def choose_precision(
     return "bf16" if fast else "fp32"
 
 
-def set_arithmetic(precision: str, deterministic: bool) -> None:
+def configure_backends(precision: str, deterministic: bool) -> None:
     """How torch computes: TF32 only where asked for, and cuDNN's fastest kernels unless the bits
     are to repeat."""
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
@@ -59,7 +59,7 @@ def autocast(precision: Precision, device: torch.device) -> AbstractContextManag
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
-class Scaler(GradScaler):
+class SyncedGradScaler(GradScaler):
     """Leaves out updates whose gradients are not finite, without waiting to learn which: always in
     fp16, whose losses it scales; in other precisions while ``guarding``, at the cost of a pass over
     the gradients, and to the same bits.

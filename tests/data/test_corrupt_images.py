@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from alexnet_dist.data import build_engine, sources
-from alexnet_dist.data.augment import Pixels
-from alexnet_dist.data.dali import DaliEngine
-from alexnet_dist.data.engine import Batch, Engine, OnBadImage
+from alexnet_dist.data import build_loader, sources
+from alexnet_dist.data.corrupt_images import Batch, Loader, OnCorruptImage
+from alexnet_dist.data.dali import DaliLoader
 from alexnet_dist.data.formats import checked, decode, plain_size
-from alexnet_dist.data.plan import Draws, Plan
-from alexnet_dist.data.sources import Source, make_catalogue, open_sources
-from alexnet_dist.errors import Failure
-from tests.data.bad_images import (
+from alexnet_dist.data.plan import SampleParams, SamplePlan
+from alexnet_dist.data.sources import ImageDataset, open_datasets, scan_dataset
+from alexnet_dist.data.transforms import Normalization
+from alexnet_dist.errors import UserError
+from tests.data.corrupt_images import (
     Content,
     damaged,
     encode,
@@ -29,22 +29,22 @@ from tests.data.bad_images import (
     write_folder,
 )
 
-ENGINES = ["dali", "dataloader"]
+ENGINES = ["dali", "torch"]
 SIDE = 64
-BYTES = Pixels(np.zeros(3), np.ones(3), np.zeros((3, 3)), SIDE)
+BYTES = Normalization(np.zeros(3), np.ones(3), np.zeros((3, 3)), SIDE)
 
 
-def open_folder(root: Path) -> Source:
-    return open_sources(make_catalogue(str(root), str(root / "cache"), lambda *_: None))[0]
+def open_folder(root: Path) -> ImageDataset:
+    return open_datasets(scan_dataset(str(root), str(root / "cache"), lambda *_: None))[0]
 
 
-def plan_of(source: Source, crop: Literal["paper", "random_resized"] = "paper") -> Plan:
+def plan_of(source: ImageDataset, crop: Literal["paper", "random_resized"] = "paper") -> SamplePlan:
     """All images in one batch; by the paper's crop 64 of 96 pixels, without a resize."""
-    return Plan(source.index.sizes, len(source.index), 3, crop=crop, fraction=SIDE / 96)
+    return SamplePlan(source.index.sizes, len(source.index), 3, crop=crop, fraction=SIDE / 96)
 
 
-def engine(name: str, source: Source, plan: Plan, policy: OnBadImage) -> Engine:
-    return build_engine(
+def engine(name: str, source: ImageDataset, plan: SamplePlan, policy: OnCorruptImage) -> Loader:
+    return build_loader(
         name,  # type: ignore[arg-type]
         source,
         BYTES,
@@ -52,13 +52,17 @@ def engine(name: str, source: Source, plan: Plan, policy: OnBadImage) -> Engine:
         fraction=plan.fraction,
         max_batch=plan.batch,
         device=torch.device("cpu"),
-        threads=0 if name == "dataloader" else 2,
+        threads=0 if name == "torch" else 2,
         policy=policy,
     )
 
 
 def run(
-    name: str, source: Source, plan: Plan, *draws: Draws, policy: OnBadImage = "stop"
+    name: str,
+    source: ImageDataset,
+    plan: SamplePlan,
+    *draws: SampleParams,
+    policy: OnCorruptImage = "stop",
 ) -> tuple[list[Batch], list[dict]]:
     """The batches of an engine, and its news."""
     used = engine(name, source, plan, policy)
@@ -68,11 +72,13 @@ def run(
         used.close()
 
 
-def one_of(draws: Draws, number: int) -> Draws:
+def one_of(draws: SampleParams, number: int) -> SampleParams:
     return draws.only(draws.numbers == number)
 
 
-def replaced(root: Path, contents: dict[str, Content], when: str) -> tuple[Source, dict[str, Path]]:
+def replaced(
+    root: Path, contents: dict[str, Content], when: str
+) -> tuple[ImageDataset, dict[str, Path]]:
     """A folder of damaged files; "after" they were indexed as good ones."""
     good = encode(photograph(), "JPEG")
     paths = write_folder(root, contents if when == "before" else dict.fromkeys(contents, good))
@@ -120,7 +126,9 @@ def test_what_alpha_16_bits_and_ink_become() -> None:
 
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("policy", ["substitute", "omit"])
-def test_damaged_images_are_skipped_alike(policy: OnBadImage, when: str, tmp_path: Path) -> None:
+def test_damaged_images_are_skipped_alike(
+    policy: OnCorruptImage, when: str, tmp_path: Path
+) -> None:
     contents = damaged()
     if when == "before":
         contents.pop("no file any more")
@@ -164,7 +172,7 @@ def test_each_damaged_image_stops_by_its_name(name: str, tmp_path: Path) -> None
     used = engine(name, source, plan, "stop")
     for path in paths.values():
         number = source.index.names.index(f"all/{path.name}")
-        with pytest.raises(Failure) as failure:
+        with pytest.raises(UserError) as failure:
             list(used.batches([one_of(plan.draw(0, 0), number)]))
         assert str(failure.value).startswith(f"{path} cannot be decoded (")
         used.bad.reasons.clear()
@@ -224,24 +232,24 @@ def test_a_batch_that_fails_names_those_that_fail_alone_or_only_together(
     assert {event["path"] for event in news} == {str(paths["1"]), str(paths["2"])}
 
     third = source.index.names.index(f"all/{paths['3'].name}")
-    decode_batch = DaliEngine._run
+    decode_batch = DaliLoader._run
 
-    def together(self: DaliEngine, draws: Draws, encoded: list) -> Batch:
+    def together(self: DaliLoader, draws: SampleParams, encoded: list) -> Batch:
         rows = np.flatnonzero(draws.numbers == third)
         if len(rows):
             raise RuntimeError(f"Error in\nencountered:\n\nFailed to decode sample #{rows[0]} :")
         return decode_batch(self, draws, encoded)
 
-    monkeypatch.setattr(DaliEngine, "_run", together)
+    monkeypatch.setattr(DaliLoader, "_run", together)
     (batch,), news = run("dali", source, plan, draws, policy="substitute")
     assert {event["path"] for event in news} == {str(path) for path in paths.values()}
     assert third not in batch.numbers
 
-    def at_a_loss(self: DaliEngine, draws: Draws, encoded: list) -> Batch:
+    def at_a_loss(self: DaliLoader, draws: SampleParams, encoded: list) -> Batch:
         raise MemoryError("Error in\nencountered:\n\nout of memory\nand more")
 
-    monkeypatch.setattr(DaliEngine, "_run", at_a_loss)
-    with pytest.raises(Failure, match=r"whose images decode one by one: out of memory$"):
+    monkeypatch.setattr(DaliLoader, "_run", at_a_loss)
+    with pytest.raises(UserError, match=r"whose images decode one by one: out of memory$"):
         run("dali", source, plan, one_of(draws, third), policy="substitute")
 
 
@@ -286,7 +294,7 @@ def test_statistics_pass_over_what_cannot_be_decoded(tmp_path: Path) -> None:
     write_folder(tmp_path / "bad", contents)
     write_folder(tmp_path / "good", {"one": encode(photograph(), "JPEG", quality=90)})
     spoilt, good = (
-        make_catalogue(str(tmp_path / name), str(tmp_path), lambda *_: None).statistics
+        scan_dataset(str(tmp_path / name), str(tmp_path), lambda *_: None).statistics
         for name in ("bad", "good")
     )
     assert np.allclose(spoilt.mean, good.mean)

@@ -9,13 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
-from alexnet_dist.data import build_engine
-from alexnet_dist.data.augment import Pixels, pixels_for
-from alexnet_dist.data.dali import DaliEngine
-from alexnet_dist.data.engine import Batch, Engine
-from alexnet_dist.data.plan import Draws, EvaluationPlan, Plan
-from alexnet_dist.data.sources import Source, make_catalogue, open_sources
-from alexnet_dist.errors import Failure
+from alexnet_dist.data import build_loader
+from alexnet_dist.data.corrupt_images import Batch, Loader
+from alexnet_dist.data.dali import DaliLoader
+from alexnet_dist.data.plan import EvalPlan, SampleParams, SamplePlan
+from alexnet_dist.data.sources import ImageDataset, open_datasets, scan_dataset
+from alexnet_dist.data.transforms import Normalization, build_normalization
+from alexnet_dist.errors import UserError
 from tests.conftest import write_images
 
 CPU = torch.device("cpu")
@@ -25,14 +25,16 @@ def quiet(*_: object) -> None:
     pass
 
 
-def open_folder(folder: Path, cache: Path) -> tuple[Source, Source, Pixels]:
-    catalogue = make_catalogue(str(folder), str(cache), quiet)
-    pixels = pixels_for("centred", catalogue.statistics, side=64, colour="source")
-    return *open_sources(catalogue), pixels
+def open_folder(folder: Path, cache: Path) -> tuple[ImageDataset, ImageDataset, Normalization]:
+    catalogue = scan_dataset(str(folder), str(cache), quiet)
+    pixels = build_normalization("centred", catalogue.statistics, side=64, colour="source")
+    return *open_datasets(catalogue), pixels
 
 
-def engine(name: str, source: Source, pixels: Pixels, plan: Plan, **options: object) -> Engine:
-    return build_engine(
+def engine(
+    name: str, source: ImageDataset, pixels: Normalization, plan: SamplePlan, **options: object
+) -> Loader:
+    return build_loader(
         name,  # type: ignore[arg-type]
         source,
         pixels,
@@ -45,7 +47,7 @@ def engine(name: str, source: Source, pixels: Pixels, plan: Plan, **options: obj
     )
 
 
-def epoch(engine: Engine, plan: Plan) -> list[Batch]:
+def epoch(engine: Loader, plan: SamplePlan) -> list[Batch]:
     batches = list(engine.batches(plan.epoch(0, 0, slice(None))))
     engine.close()
     return batches
@@ -56,7 +58,7 @@ def test_engines_agree(crop: str, tmp_path: Path) -> None:
     # 64 of 128 is cut without a resize, everything else is resized
     source, _, pixels = open_folder(write_images(tmp_path / "i", side=128), tmp_path)
     fraction = 0.5 if crop == "exact" else 0.8
-    plan = Plan(
+    plan = SamplePlan(
         source.index.sizes,
         8,
         1,
@@ -65,7 +67,7 @@ def test_engines_agree(crop: str, tmp_path: Path) -> None:
     )
     pairs = zip(
         epoch(engine("dali", source, pixels, plan), plan),
-        epoch(engine("dataloader", source, pixels, plan), plan),
+        epoch(engine("torch", source, pixels, plan), plan),
         strict=True,
     )
     for step, (dali, plain) in enumerate(pairs):
@@ -78,11 +80,11 @@ def test_engines_agree(crop: str, tmp_path: Path) -> None:
             assert batch.images.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("name", ["dali", "dataloader"])
+@pytest.mark.parametrize("name", ["dali", "torch"])
 def test_pixels_are_those_of_the_file(name: str, tmp_path: Path) -> None:
     source, _, _ = open_folder(write_images(tmp_path / "i", side=128), tmp_path)
-    plan = Plan(source.index.sizes, 4, 5, fraction=0.5)
-    pixels = Pixels(np.array([1.0, 2.0, 3.0]), np.ones(3), np.zeros((3, 3)), 64)
+    plan = SamplePlan(source.index.sizes, 4, 5, fraction=0.5)
+    pixels = Normalization(np.array([1.0, 2.0, 3.0]), np.ones(3), np.zeros((3, 3)), 64)
     (batch, *_) = epoch(engine(name, source, pixels, plan), plan)
     draws = plan.draw(0, 0)
     for row, number in enumerate(draws.numbers.tolist()):
@@ -93,13 +95,15 @@ def test_pixels_are_those_of_the_file(name: str, tmp_path: Path) -> None:
         assert np.array_equal(batch.images[row].numpy().transpose(1, 2, 0), image)
 
 
-@pytest.mark.parametrize("name", ["dali", "dataloader"])
+@pytest.mark.parametrize("name", ["dali", "torch"])
 def test_colour_noise_is_a_shift_of_the_whole_image(name: str, tmp_path: Path) -> None:
     """And it ends in mid-epoch, where a life says so."""
     source, _, pixels = open_folder(write_images(tmp_path / "i", side=128), tmp_path)
-    plan = Plan(source.index.sizes, 4, 5, fraction=0.5, strength=lambda p: 0.1 * (p < 2.5 / 7))
+    plan = SamplePlan(
+        source.index.sizes, 4, 5, fraction=0.5, strength=lambda p: 0.1 * (p < 2.5 / 7)
+    )
     assert plan.steps == 7
-    plain = Pixels(pixels.mean, np.ones(3), np.zeros((3, 3)), 64)
+    plain = Normalization(pixels.mean, np.ones(3), np.zeros((3, 3)), 64)
     noisy = epoch(engine(name, source, pixels, plan), plan)
     clean = epoch(engine(name, source, plain, plan), plan)
     for step in range(3):
@@ -121,12 +125,12 @@ def damage(folder: Path) -> dict[str, Path]:
     return {"cut": cut, "noise": noise, "empty": empty}
 
 
-@pytest.mark.parametrize("name", ["dali", "dataloader"])
+@pytest.mark.parametrize("name", ["dali", "torch"])
 def test_bad_images_are_replaced_and_recorded(name: str, tmp_path: Path) -> None:
     root = write_images(tmp_path / "i", side=128)
     source, _, pixels = open_folder(root, tmp_path)  # the index knows them as good
     bad = damage(root)
-    plan = Plan(source.index.sizes, 5, 5, fraction=0.5)
+    plan = SamplePlan(source.index.sizes, 5, 5, fraction=0.5)
     used = engine(name, source, pixels, plan, policy="substitute")
     batches = list(used.batches(plan.epoch(0, 0, slice(None))))
     news = {event["path"]: event["substitute"] for event in used.bad.take_news()}
@@ -143,22 +147,22 @@ def test_bad_images_are_replaced_and_recorded(name: str, tmp_path: Path) -> None
     used.close()
 
 
-@pytest.mark.parametrize("name", ["dali", "dataloader"])
+@pytest.mark.parametrize("name", ["dali", "torch"])
 def test_a_bad_image_stops_by_name(name: str, tmp_path: Path) -> None:
     root = write_images(tmp_path / "i", side=128)
     source, _, pixels = open_folder(root, tmp_path)
     damage(root)
-    plan = Plan(source.index.sizes, 31, 5, fraction=0.5)
-    with pytest.raises(Failure, match=r"\.jpg cannot be decoded .* --data\.on_bad_image skip"):
+    plan = SamplePlan(source.index.sizes, 31, 5, fraction=0.5)
+    with pytest.raises(UserError, match=r"\.jpg cannot be decoded .* --data\.on_corrupt_image skip"):
         epoch(engine(name, source, pixels, plan), plan)
 
 
-@pytest.mark.parametrize("name", ["dali", "dataloader"])
+@pytest.mark.parametrize("name", ["dali", "torch"])
 def test_evaluation_leaves_bad_images_out(name: str, tmp_path: Path) -> None:
     root = write_images(tmp_path / "i", side=128)
     _, source, pixels = open_folder(root, tmp_path)
     sorted((root / "val").rglob("*.jpg"))[4].write_bytes(b"")
-    used = build_engine(
+    used = build_loader(
         name,  # type: ignore[arg-type]
         source,
         pixels,
@@ -169,17 +173,17 @@ def test_evaluation_leaves_bad_images_out(name: str, tmp_path: Path) -> None:
         threads=1,
         policy="omit",
     )
-    plan = EvaluationPlan(source.index.sizes, 8, 0.5)
+    plan = EvalPlan(source.index.sizes, 8, 0.5)
     numbers = [n for b in used.batches(plan.draws(slice(None))) for n in b.numbers.tolist()]
     assert sorted(numbers) == [n for n in range(13) if n != 4]
     assert [event["number"] for event in used.bad.take_news()] == [4]
     used.close()
 
 
-@pytest.mark.parametrize("name", ["dali", "dataloader"])
+@pytest.mark.parametrize("name", ["dali", "torch"])
 def test_a_loop_that_leaves_early_is_no_burden(name: str, tmp_path: Path) -> None:
     source, _, pixels = open_folder(write_images(tmp_path / "i", side=128), tmp_path)
-    plan = Plan(source.index.sizes, 4, 5, fraction=0.5)
+    plan = SamplePlan(source.index.sizes, 4, 5, fraction=0.5)
     used = engine(name, source, pixels, plan)
     for _ in range(3):
         batches = used.batches(plan.epoch(0, 0, slice(None)))
@@ -194,12 +198,12 @@ def test_batches_come_in_order_though_one_overtakes_another(
     """Two are under way: the second ends before the first, which waits for it; of two that fail,
     the first is told of."""
     source, _, pixels = open_folder(write_images(tmp_path / "i", side=128), tmp_path)
-    plan = Plan(source.index.sizes, 4, 5, fraction=0.5)
+    plan = SamplePlan(source.index.sizes, 4, 5, fraction=0.5)
     draws = list(plan.epoch(0, 0, slice(None)))
     of = {item.numbers.tobytes(): number for number, item in enumerate(draws)}
-    second, run = Event(), DaliEngine._run
+    second, run = Event(), DaliLoader._run
 
-    def overtaken(self: DaliEngine, item: Draws, encoded: list) -> Batch:
+    def overtaken(self: DaliLoader, item: SampleParams, encoded: list) -> Batch:
         number = of[item.numbers.tobytes()]
         assert number != 0 or second.wait(60)
         batch = run(self, item, encoded)
@@ -207,7 +211,7 @@ def test_batches_come_in_order_though_one_overtakes_another(
             second.set()
         return batch
 
-    monkeypatch.setattr(DaliEngine, "_run", overtaken)
+    monkeypatch.setattr(DaliLoader, "_run", overtaken)
     batches = epoch(engine("dali", source, pixels, plan), plan)
     assert [b.numbers.tolist() for b in batches] == [item.numbers.tolist() for item in draws]
 
@@ -215,7 +219,7 @@ def test_batches_come_in_order_though_one_overtakes_another(
     for number, reason in ((0, b""), (1, b"no image at all")):
         Path(source.path(int(draws[number].numbers[0]))).write_bytes(reason)
 
-    def failing(self: DaliEngine, item: Draws, answers: Callable[[], list]) -> Batch:
+    def failing(self: DaliLoader, item: SampleParams, answers: Callable[[], list]) -> Batch:
         number = of[item.numbers.tobytes()]
         assert number != 0 or second.wait(60)
         try:
@@ -224,7 +228,7 @@ def test_batches_come_in_order_though_one_overtakes_another(
             if number == 1:
                 second.set()
 
-    finish = DaliEngine._finish
-    monkeypatch.setattr(DaliEngine, "_finish", failing)
-    with pytest.raises(Failure, match="the file is empty"):
+    finish = DaliLoader._finish
+    monkeypatch.setattr(DaliLoader, "_finish", failing)
+    with pytest.raises(UserError, match="the file is empty"):
         epoch(engine("dali", source, pixels, plan), plan)
