@@ -83,7 +83,7 @@ def test_files_are_held_to_the_same_names(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("data: {train_crop: square}", "data.train_crop wants one of paper, chunked, random_resized"),
+        ("data: {train_crop: square}", "data.train_crop wants one of paper, chunked"),
         ("data: {on_corrupt_image: ignore}", "data.on_corrupt_image wants one of stop, skip"),
         ("runtime: {precision: bf61}", "runtime.precision wants one of"),
         ("model: {init: authors}", "model.init wants one of"),

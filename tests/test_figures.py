@@ -174,7 +174,12 @@ def mesh() -> Iterator[Mesh]:
 def state(root: Path) -> dict[str, Any]:
     """What a checkpoint says of a network with a fourth output that has no class."""
     config = to_dict(Config())
-    config["data"] |= {"root": str(root), "image_size": SIDE, "resize": 76, "eval_batch_size": 8}
+    config["data"] |= {
+        "root": str(root),
+        "image_size": SIDE,
+        "resize_size": 76,
+        "eval_batch_size": 8,
+    }
     config["runtime"] |= {"precision": "fp32", "threads": 1}
     config["model"]["num_classes"] = 4
     grey = ChannelStats(np.full(3, 127.5), np.zeros(3), np.eye(3)).to_json()
@@ -276,7 +281,7 @@ def test_what_cannot_be_drawn_is_a_sentence(
         with pytest.raises(UserError, match=sentence):
             figures.main([*words])
     build_on_meta = SimpleNamespace(named_parameters=lambda: [("fc.weight", torch.empty(3, 4))])
-    monkeypatch.setattr(figures.LoadedModel, "outline", lambda _: build_on_meta)
+    monkeypatch.setattr(figures.LoadedModel, "build_on_meta", lambda _: build_on_meta)
     with pytest.raises(UserError, match=r"fc\.weight of paper does not read the three colours"):
         figures.main([run, "--only=3"])
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -26,7 +26,10 @@ def rates(config: Config) -> tuple[Schedule, torch.optim.SGD]:
     """A recipe's schedule, and an optimizer with its groups, of a network without memory."""
     optim = config.optim
     schedule = Schedule(
-        lr=optim.lr, bias_lr_mult=optim.bias_lr_mult, epochs=config.train.epochs, **vars(optim.schedule)
+        lr=optim.lr,
+        bias_lr_mult=optim.bias_lr_mult,
+        epochs=config.train.epochs,
+        **vars(optim.schedule),
     )
     model = build_on_meta(config.model.arch, image_size=config.data.image_size)
     parameters = dict(model.named_parameters())

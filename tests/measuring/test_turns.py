@@ -64,7 +64,7 @@ def _record(wait: float, others: float, kind: str = "folders", **more: Any) -> d
         },
         "images": {"kind": kind},
         "machine": {},
-        "loading": {"dali": {}, "resident": {}},
+        "loading": {"dali": {}, "gpu_cache": {}},
     } | more
 
 
