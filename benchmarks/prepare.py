@@ -25,8 +25,8 @@ import torch
 from PIL import Image
 from torch.nn.functional import interpolate
 
-from alexnet_dist.data.shrink import Form, Moments, shrink
 from alexnet_dist.measuring.machine import machine
+from alexnet_dist.prepare.images import Form, Moments, shrink
 
 SIDE, QUALITY = 256, 95
 FORM = Form("shards", SIDE, "none", QUALITY)

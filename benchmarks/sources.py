@@ -36,7 +36,7 @@ from alexnet_dist.data.sources import open_datasets, scan_dataset
 from alexnet_dist.data.transforms import IMAGENET_MEAN, IMAGENET_STD, build_normalization
 from alexnet_dist.measuring.machine import machine
 from alexnet_dist.parallel.mesh import keep_memory, usable_processors
-from tests.data.prepared_folder import write_prepared
+from tests.prepare.packed_folder import write_prepared
 
 CPU = torch.device("cpu")
 WAYS = [

@@ -8,8 +8,8 @@ import pytest
 from alexnet_dist.bench import main
 from alexnet_dist.errors import UserError
 from tests.conftest import TINY, launch
-from tests.data.prepared_folder import write_prepared
 from tests.networks import command
+from tests.prepare.packed_folder import write_prepared
 
 SHORT = ["--rounds=1", "--seconds=0.1"]
 BENCH = "alexnet_dist.bench"

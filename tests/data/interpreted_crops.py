@@ -4,8 +4,8 @@ from pathlib import Path
 
 from alexnet_dist.data import crops
 from tests.conftest import write_images
-from tests.data.prepared_folder import write_prepared
 from tests.data.test_gpu_cache import check_cut
+from tests.prepare.packed_folder import write_prepared
 
 
 def test_crops_are_those_of_the_cpu(tmp_path: Path) -> None:

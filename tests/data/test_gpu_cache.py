@@ -20,8 +20,8 @@ from alexnet_dist.data.sources import ImageDataset, open_datasets, scan_dataset
 from alexnet_dist.data.transforms import Normalization, build_normalization, crop_resize_flip
 from alexnet_dist.errors import UserError
 from tests.conftest import events, losses, train, write_images
-from tests.data.prepared_folder import write_prepared
 from tests.interpreter import WANTED, run_interpreted
+from tests.prepare.packed_folder import write_prepared
 
 CPU = torch.device("cpu")
 SIDE = 61  # of the finished images: no row of them is a whole number of vectors

@@ -31,8 +31,8 @@ from alexnet_dist.training.optim import KrizhevskySGD, sgd_triton
 from alexnet_dist.training.step import StepThrottle
 from tests.conftest import TINY, events, launch, losses, train, write_images
 from tests.data.corrupt_images import damaged, encode, photograph, put, whole, write_folder
-from tests.data.prepared_folder import write_prepared
 from tests.distributed.groups import running, tensors, workers
+from tests.prepare.packed_folder import write_prepared
 
 pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda", 0)

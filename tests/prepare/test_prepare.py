@@ -19,13 +19,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alexnet_dist import prepare
-from alexnet_dist.data import shards
 from alexnet_dist.data.formats import checked, decode
-from alexnet_dist.data.inputs import find_images
-from alexnet_dist.data.samples import Listing, read
-from alexnet_dist.data.shrink import Form, shrink
 from alexnet_dist.errors import UserError
+from alexnet_dist.prepare import __main__ as prepare
+from alexnet_dist.prepare import shards
+from alexnet_dist.prepare.images import Form, shrink
+from alexnet_dist.prepare.inputs import find_images
+from alexnet_dist.prepare.samples import Listing, read
 from tests.conftest import command, environment
 from tests.data.corrupt_images import damaged, encode, photograph, whole
 

@@ -23,9 +23,9 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from PIL import Image
 
-from alexnet_dist.data.samples import SPLITS, WNID, Listing, Sample, is_image
 from alexnet_dist.data.sources import IMAGES, Progress
 from alexnet_dist.errors import UserError
+from alexnet_dist.prepare.samples import SPLITS, WNID, Listing, Sample, is_image
 
 _VAL_IMAGE = re.compile(r"ILSVRC2012_val_(\d{8})")
 TARS = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz")

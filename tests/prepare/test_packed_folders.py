@@ -19,7 +19,7 @@ from alexnet_dist.data.sources import DatasetInfo, open_datasets, scan_dataset
 from alexnet_dist.data.transforms import build_normalization
 from alexnet_dist.errors import UserError
 from tests.conftest import losses, train, write_images
-from tests.data.prepared_folder import write_prepared
+from tests.prepare.packed_folder import write_prepared
 
 CPU = torch.device("cpu")
 SIDE = 128

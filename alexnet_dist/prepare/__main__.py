@@ -39,13 +39,12 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from alexnet_dist.data import shards
-from alexnet_dist.data.inputs import find_images
-from alexnet_dist.data.samples import Listing
-from alexnet_dist.data.shards import OnCorruptImage, Shard
-from alexnet_dist.data.shrink import Form
 from alexnet_dist.errors import UserError, run_command, stderr
-from alexnet_dist.parallel.mesh import usable_processors
+from alexnet_dist.prepare import shards
+from alexnet_dist.prepare.images import Form
+from alexnet_dist.prepare.inputs import find_images
+from alexnet_dist.prepare.samples import Listing
+from alexnet_dist.prepare.shards import OnCorruptImage, Shard
 
 DOWNLOADS = {"imagenette": "imagenette2", "cifar10": "cifar-10-batches-py"}
 """What --download gets, and the folder that it makes."""
@@ -197,7 +196,7 @@ def workers(count: int) -> Iterator[tuple[ProcessPoolExecutor, Any]]:
     ways = multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if "forkserver" in ways else "spawn")
     if "forkserver" in ways:  # torch is imported once, and not by each
-        context.set_forkserver_preload(["alexnet_dist.data.shards", "alexnet_dist.parallel.mesh"])
+        context.set_forkserver_preload(["alexnet_dist.prepare.shards"])
     done = context.Value("q", 0)
     pool = ProcessPoolExecutor(count, context, _begin, (done,))
     try:
@@ -384,7 +383,7 @@ def understand(arguments: list[str]) -> argparse.Namespace:
     add(
         "--workers",
         type=_number(1, 1024),
-        default=usable_processors(),
+        default=_available_cpus(),
         help="processes (as many as there are CPUs)",
     )
     add("--seed", type=_number(0, 2**63), default=0, help="of the order of images in shards (0)")
@@ -406,6 +405,11 @@ def understand(arguments: list[str]) -> argparse.Namespace:
     if words.format == "pixels" and words.crop != "center":
         raise UserError("--format pixels wants images of one size: give --crop center, too")
     return words
+
+
+def _available_cpus() -> int:
+    affinity = getattr(os, "sched_getaffinity", None)  # which macOS lacks
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def _number(low: float, high: float, kind: type = int) -> Callable[[str], Any]:

@@ -23,11 +23,11 @@ from numpy.typing import NDArray
 
 from alexnet_dist.data.formats import checked, decode
 from alexnet_dist.data.prepared import FORMAT, PREPARED
-from alexnet_dist.data.samples import WHOLE, Listing, Sample, read
-from alexnet_dist.data.shrink import Form, Moments, shrink
 from alexnet_dist.data.sources import Progress
 from alexnet_dist.data.statistics import of_moments
 from alexnet_dist.errors import UserError
+from alexnet_dist.prepare.images import Form, Moments, shrink
+from alexnet_dist.prepare.samples import WHOLE, Listing, Sample, read
 
 PARTIAL = ".partial"
 BAD_IMAGES = "bad-images.jsonl"

@@ -9,8 +9,10 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from alexnet_dist.data.archives import TARS, cifar10, is_devkit, parquet_files, tars
-from alexnet_dist.data.samples import (
+from alexnet_dist.data.sources import Progress
+from alexnet_dist.errors import UserError
+from alexnet_dist.prepare.archives import TARS, cifar10, is_devkit, parquet_files, tars
+from alexnet_dist.prepare.samples import (
     SPLITS,
     WHOLE,
     WNID,
@@ -20,8 +22,6 @@ from alexnet_dist.data.samples import (
     is_image,
     with_clean_names,
 )
-from alexnet_dist.data.sources import Progress
-from alexnet_dist.errors import UserError
 
 _OFFICIAL = ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")
 _FORMS = (

@@ -1,0 +1,1 @@
+"""Prepare ImageNet for training: the command is in __main__.py."""
