@@ -28,7 +28,7 @@ from alexnet_dist.parallel.mesh import Mesh, start
 from alexnet_dist.parallel.precision import configure_backends, resolve_precision
 from alexnet_dist.parallel.sharded_loss import ShardedClasses, counted
 from alexnet_dist.parallel.sharding import ShardSpec
-from alexnet_dist.tracking.console import IndexProgress
+from alexnet_dist.tracking.console import ProgressReporter
 from alexnet_dist.training.step import EvalMetrics, check_count, evaluate
 
 
@@ -47,7 +47,7 @@ def main(arguments: list[str]) -> None:
     config = networks[0].config
     mesh = start(config.runtime.device, config.runtime.threads)
     data = config.data
-    catalogue = mesh.from_first(lambda: scan_dataset(data.root, data.cache_dir, IndexProgress()))
+    catalogue = mesh.from_first(lambda: scan_dataset(data.root, data.cache_dir, ProgressReporter()))
     if not networks[0].knows(catalogue.val.classes):
         raise UserError(
             f"the classes of {catalogue.val.folder} are not those that {networks[0].path} was "

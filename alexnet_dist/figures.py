@@ -34,9 +34,9 @@ from alexnet_dist.errors import UserError, run_command
 from alexnet_dist.model import MODEL_REGISTRY, Network
 from alexnet_dist.parallel.mesh import Mesh, start
 from alexnet_dist.parallel.precision import autocast, configure_backends, resolve_precision
-from alexnet_dist.tracking import paper_figures, passes, plots
-from alexnet_dist.tracking.console import IndexProgress, with_progress
-from alexnet_dist.tracking.events import Event, read, surviving
+from alexnet_dist.tracking import Event, paper_figures, passes, plots
+from alexnet_dist.tracking.console import ProgressReporter
+from alexnet_dist.tracking.logger import drop_superseded, read_events
 
 FIGURES = ("curves", "1", "3", "4")
 IMAGES, QUERIES, NEIGHBOURS, LABELS = 8, 5, 6, 5
@@ -70,7 +70,7 @@ def main(arguments: list[str]) -> None:
     of_records, of_networks = {"curves", "1"} & set(drawn), {"3", "4"} & set(drawn)
     # what was asked for must be there
     records = {
-        name: surviving(read(Path(run) / "metrics.jsonl"))
+        name: drop_superseded(read_events(Path(run) / "metrics.jsonl"))
         for name, run in names.items()
         if of_records and (wanted.only or (Path(run) / "metrics.jsonl").is_file())
     }
@@ -230,7 +230,7 @@ def draw_figure4(wanted: Wanted, network: LoadedModel, mesh: Mesh, which: str) -
         Failure: the images are not there, or not those of the network's classes.
     """
     data, runtime = network.config.data, network.config.runtime
-    catalogue = scan_dataset(data.root, data.cache_dir, IndexProgress())
+    catalogue = scan_dataset(data.root, data.cache_dir, ProgressReporter())
     if catalogue.val.classes != network.classes:
         raise UserError(
             f"the classes of {catalogue.val.folder} are not those that {network.path} was trained "
@@ -281,8 +281,7 @@ def _draw_neighbours(
     among: NDArray[np.int64],
     names: list[str],
 ) -> None:
-    steps = with_progress(views.batches(among), "nearest training images", views.steps(among))
-    features = ((one.numbers, eye.features(one.images)) for one in steps)
+    features = ((one.numbers, eye.features(one.images)) for one in views.batches(among))
     numbers, _ = nearest(eye.features(batch.images), features, wanted.neighbours)
     rows = [views.of(row) for row in numbers]
     found = [views.seen(row) for row in rows]

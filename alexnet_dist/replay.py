@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from alexnet_dist.errors import UserError, run_command
-from alexnet_dist.tracking.events import Event, read, surviving
+from alexnet_dist.tracking import Event
+from alexnet_dist.tracking.logger import drop_superseded, read_events
 from alexnet_dist.tracking.run_dir import read_config
-from alexnet_dist.tracking.wandb import begin, resolve, send
+from alexnet_dist.tracking.wandb import init_run, log_event, resolve_mode
 
 
 def main(arguments: list[str]) -> None:
@@ -30,7 +31,7 @@ def main(arguments: list[str]) -> None:
     folder = Path(words.run)
     events = shown(folder)
     config = read_config(folder)
-    mode = resolve(words.wandb)
+    mode = resolve_mode(words.wandb)
     if mode not in ("online", "offline"):
         raise UserError(f"WANDB_MODE is {mode} here: give --wandb online, or --wandb offline")
     options = {
@@ -38,7 +39,7 @@ def main(arguments: list[str]) -> None:
         "run_id": words.id or uuid.uuid4().hex[:8],
         "config": config,
         "name": words.name or folder.resolve().name,
-        "project": words.project or config.get("track", {}).get("project"),
+        "project": words.project or config.get("wandb", {}).get("project"),
         "resume": "never",  # appended to another replay, every step would be there twice
     }
     try:
@@ -58,7 +59,7 @@ def shown(folder: Path) -> list[Event]:
     Raises:
         Failure: there are no records, or none of training.
     """
-    events = surviving(read(folder / "metrics.jsonl"))
+    events = drop_superseded(read_events(folder / "metrics.jsonl"))
     if not any(event["event"] in ("train", "eval") for event in events):
         raise UserError(
             f"the records of {folder} have no step of training yet: give a run that has taken some"
@@ -90,10 +91,10 @@ def counts(events: list[Event]) -> str:
 def _send(events: list[Event], folder: Path, options: dict[str, Any]) -> str:
     """Send them; where they are then, for people."""
     folder.mkdir(exist_ok=True)
-    run = begin(folder, **options)
+    run = init_run(folder, **options)
     where = f"wandb sync {Path(run.dir).parent}" if run.url is None else str(run.url)
     for event in events:
-        send(run, event)
+        log_event(run, event)
     run.finish()
     return where
 

@@ -24,7 +24,7 @@ from alexnet_dist.errors import UserError, run_command
 from alexnet_dist.parallel.hang_detector import HangDetector
 from alexnet_dist.parallel.mesh import Mesh, start
 from alexnet_dist.parallel.waits import WAITS
-from alexnet_dist.tracking.reporter import Logger
+from alexnet_dist.tracking.logger import Logger, end_message, start_message
 from alexnet_dist.tracking.run_dir import RunDir, read_config, resolve_run_dir
 from alexnet_dist.training.checkpoint import CheckpointManager
 from alexnet_dist.training.optim import momentum_buffers
@@ -96,11 +96,11 @@ class Run:
         self.report = Logger(
             folder,
             to_dict(config),
-            steps=self.steps,
+            total_steps=self.steps,
             steps_per_epoch=self.images.plan.steps,
-            wandb=config.wandb.mode,
-            project=config.wandb.project,
-            images=config.wandb.log_images,
+            wandb_mode=config.wandb.mode,
+            wandb_project=config.wandb.project,
+            log_images=config.wandb.log_images,
         )
 
     @property
@@ -133,7 +133,7 @@ class Run:
             signals=tuple(run.preempt_signals),
             time_limit=time_limit(run),
             grace=run.sigterm_grace,
-            leave=self.report.abandon,
+            leave=self.report.stop_progress_bar,
         )
         try:
             self._agree()
@@ -145,7 +145,7 @@ class Run:
         except Preempted as stop:
             self._leave(stop.cause)
         except BaseException:
-            self.report.abandon()
+            self.report.stop_progress_bar()
             raise
         finally:
             self.watch.close()
@@ -373,7 +373,7 @@ class Run:
         by_hand = cause == INTERRUPT
         self.report.close("stopped" if by_hand else "preempted", self.step, HASTE_SECONDS)
         saved = "saved; the" if self.saver.saved == here else "NOT saved, as said above; the"
-        self.report.say(
+        self.report.print(
             f"stopped by {cause} at step {here[0]} of {self.steps}, {saved} same command goes on"
         )
         self.images.close()
@@ -450,7 +450,8 @@ class Run:
     def _announce(self) -> None:
         known = telling.facts(self.mesh, self.images, self.learner)
         config = to_dict(self.config)
-        self.report.say(telling.opening(self.config, self.images, known, self.path))
+        classes = len(self.images.catalogue.train.classes)
+        self.report.print(start_message(self.config.model.arch, classes, known, self.path))
         if self.before is None:
             self.report.emit("start", step=0, epoch=0.0, config=config, **known)
         else:
@@ -461,7 +462,7 @@ class Run:
     def _finish(self, result: dict[str, float]) -> None:
         ended = self.step >= self.steps
         telling.show_predictions(self.report, self.images, self.learner, self.mesh, self.step)
-        self.report.curves(self.step)
+        self.report.plot_curves(self.step)
         tensors = self.saver.tensors()
         telling.show_kernels(self.report, self.config, tensors, self.step, self.passes)
         self.report.emit(
@@ -475,11 +476,12 @@ class Run:
         self.report.close("ended" if ended else "stopped", self.step)
         self.images.close()
         stopped = "" if ended else f"step {self.step} of {self.steps}"
-        self.report.say(telling.closing(self.images, result, self.path, stopped))
+        hint = telling.hint(self.images)
+        self.report.print(end_message(result, self.path, stopped_at=stopped, hint=hint))
 
     def _already_there(self, last: int) -> None:
         self.report.close("ended" if self.step >= self.steps else "stopped", self.step)
-        self.report.say(
+        self.report.print(
             f"{self.path} is at step {self.step} already, and was asked for {last}: raise "
             "--train.max_steps or --train.epochs, or begin anew by --run.resume never"
         )
@@ -494,7 +496,7 @@ def _open_run(mesh: Mesh, parsed: ParsedArgs) -> tuple[RunDir | None, Path, dict
         name = config.run.name or parsed.recipe
         path, resumed = resolve_run_dir(config.run.output_dir, name, config.run.resume)
         folder = RunDir(path)
-        folder.take()
+        folder.lock()
         folder.set_status("running")
         opened.append(folder)
         return str(path), read_config(path) if resumed else {}

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from alexnet_dist.measuring.machine import machine
-from alexnet_dist.tracking.events import read
+from alexnet_dist.tracking.logger import read_events
 
 SMALL = ["--data.image_size=91", "--data.resize_size=91", "--data.scale=[0.25,1.0]"]
 COMMON = [*SMALL, "--data.ratio=[1.0,1.0]", "--train.epochs=4", "--wandb.mode=off"]
@@ -61,7 +61,7 @@ def train(name: str, options: list[str], seed: int, data: Path, root: Path) -> d
     command += [f"--train.seed={seed}"]
     begin = time.perf_counter()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    events = read(root / run / "metrics.jsonl")
+    events = read_events(root / run / "metrics.jsonl")
     errors = [event["top1_error"] for event in events if event["event"] == "eval"]
     return {"seed": seed, "top1_errors": errors, "seconds": round(time.perf_counter() - begin)}
 

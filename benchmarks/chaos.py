@@ -30,7 +30,8 @@ from PIL import Image
 from safetensors import safe_open
 
 from alexnet_dist.measuring.machine import machine
-from alexnet_dist.tracking.events import Event, read, surviving
+from alexnet_dist.tracking import Event
+from alexnet_dist.tracking.logger import drop_superseded, read_events
 
 SIDE, BATCH, IMAGES, BAD = 76, 7, 199, (17, 91, 154)
 OPTIONS = [
@@ -96,7 +97,9 @@ class Chaos:
             return ""
 
     def events(self) -> list[Event]:
-        return read(self.run / "metrics.jsonl") if (self.run / "metrics.jsonl").exists() else []
+        return (
+            read_events(self.run / "metrics.jsonl") if (self.run / "metrics.jsonl").exists() else []
+        )
 
     def step(self) -> int:
         """The last step recorded, whatever came of it."""
@@ -286,7 +289,7 @@ def digest(run: Path) -> str:
 
 
 def orders(run: Path) -> list[str]:
-    kept = surviving(read(run / "metrics.jsonl"))
+    kept = drop_superseded(read_events(run / "metrics.jsonl"))
     return [event["sample_order_hash"] for event in kept if event["event"] == "epoch"]
 
 

@@ -22,7 +22,7 @@ from PIL import Image
 
 from alexnet_dist.config import CheckpointConfig
 from alexnet_dist.measuring.machine import machine
-from alexnet_dist.tracking.events import read
+from alexnet_dist.tracking.logger import read_events
 
 BATCH, STEPS, EVERY = 32, 31, 10
 KINDS = {
@@ -53,7 +53,7 @@ def train(images: Path, root: Path, kind: str) -> dict[str, Any]:
         "--optim.lr=0.0001",
     ]
     subprocess.run(command, check=True, capture_output=True)
-    events = read(root / kind / "metrics.jsonl")
+    events = read_events(root / kind / "metrics.jsonl")
     saves = [e for e in events if e["event"] == "checkpoint" and e["step"] < STEPS]
     steps = [e["seconds"] for e in events if e["event"] == "train"][1:]
     return {

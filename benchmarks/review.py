@@ -16,7 +16,7 @@ import torch
 from matplotlib.figure import Figure
 
 from alexnet_dist.measuring.machine import machine
-from alexnet_dist.tracking.events import read, surviving
+from alexnet_dist.tracking.logger import drop_superseded, read_events
 from alexnet_dist.tracking.plots import save
 
 Losses = dict[int, dict[str, float]]
@@ -33,7 +33,7 @@ _COLOURS = {"train": "#8fb8de", "validation": "#c44536"}
 
 def losses(run: Path) -> tuple[Losses, dict[str, Any]]:
     """Losses after whole passes, and what the run is: its first words in the records."""
-    events = surviving(read(run / "metrics.jsonl"))
+    events = drop_superseded(read_events(run / "metrics.jsonl"))
     found: Losses = {}
     for event in events:
         kind = {"epoch": "train", "eval": "validation"}.get(event["event"])

@@ -22,7 +22,7 @@ from alexnet_dist.errors import UserError
 from alexnet_dist.model import build_model
 from alexnet_dist.parallel.mesh import Mesh
 from alexnet_dist.tracking import paper_figures, passes, plots
-from alexnet_dist.tracking.events import EventLog, JsonLines
+from alexnet_dist.tracking.logger import EventLog, JsonlSink
 from alexnet_dist.training.checkpoint import CheckpointManager
 from tests.conftest import write_images
 
@@ -33,7 +33,7 @@ CPU = torch.device("cpu")
 def records(run: Path, errors: list[float], more: list[tuple[float, float]] = ()) -> str:  # type: ignore[assignment]
     """A run of four steps a pass, with a training error for each pass; ``more``: other ends."""
     run.mkdir(parents=True)
-    stream = EventLog(JsonLines(run / "metrics.jsonl"))
+    stream = EventLog(JsonlSink(run / "metrics.jsonl"))
     for number, error in enumerate(errors):
         for step in range(4 * number + 1, 4 * number + 5):
             epoch, loss = step / 4, error / 40

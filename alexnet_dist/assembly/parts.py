@@ -28,7 +28,7 @@ from alexnet_dist.parallel import parallelize, validate_parallel_config, warm_up
 from alexnet_dist.parallel.ddp import GradCompression
 from alexnet_dist.parallel.mesh import Mesh
 from alexnet_dist.parallel.precision import Precision, configure_backends, resolve_precision
-from alexnet_dist.tracking.console import IndexProgress
+from alexnet_dist.tracking.console import ProgressReporter
 from alexnet_dist.training.cuda_graph import CudaGraphStep, check_graph
 from alexnet_dist.training.optim import build_optimizer
 from alexnet_dist.training.schedules import Schedule, piecewise_value
@@ -51,7 +51,7 @@ class Images:
     def __init__(self, config: Config, mesh: Mesh) -> None:
         self.config, data = config, config.data
         self.catalogue = mesh.from_first(
-            lambda: scan_dataset(data.root, data.cache_dir, IndexProgress())
+            lambda: scan_dataset(data.root, data.cache_dir, ProgressReporter())
         )
         _check_batch(config, mesh, self.catalogue)
         train_source, val_source = open_datasets(self.catalogue)

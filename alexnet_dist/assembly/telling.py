@@ -1,6 +1,5 @@
 """What a run tells of itself, in words and pictures."""
 
-import os
 import platform
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,8 @@ from alexnet_dist.data.sources import DIGITS
 from alexnet_dist.model import MODEL_REGISTRY
 from alexnet_dist.parallel.mesh import Mesh
 from alexnet_dist.parallel.precision import device_name
-from alexnet_dist.tracking.reporter import Logger
-
-NEXT = """\
-next: Imagenette  --config configs/imagenette.yaml --data.root DIR
-      CIFAR-10    --data.root DIR (its own files, or folders of images)
-      ImageNet    --config configs/paper2012.yaml --data.root IMAGENET"""
-"""What to try after the embedded digits."""
+from alexnet_dist.tracking.logger import QUICKSTART_HINT, Logger
+from alexnet_dist.tracking.run_dir import restart_info
 
 
 def facts(mesh: Mesh, images: Images, learner: Learner) -> dict[str, Any]:
@@ -36,55 +30,32 @@ def facts(mesh: Mesh, images: Images, learner: Learner) -> dict[str, Any]:
         "compiled": learner.compiles,
         "cuda_graph": learner.graphs,
         "threads": mesh.threads,
-        "engine": images.engine.description,
+        "loader": images.engine.description,
         "layout": learner.layout.description,
         "parameters": sum(p.numel() for p in learner.model.parameters() if p.requires_grad),
         "train_images": len(images.catalogue.train),
         "val_images": len(images.catalogue.val),
-        "fingerprint": images.catalogue.fingerprint,
+        "dataset_hash": images.catalogue.fingerprint,
         "versions": versions(),
-        "lives": _lives(),
+        "restarts": restart_info(),
     }
 
 
-def opening(config: Config, images: Images, known: dict[str, Any], path: Path) -> str:
-    """The same for people."""
-    many = "processes" if known["world_size"] > 1 else "process"
-    more = ", compiled" * known["compiled"] + ", a step a CUDA graph" * known["cuda_graph"]
-    return (
-        f"{config.model.arch}: {known['parameters']:,} parameters, "
-        f"{len(images.catalogue.train.classes)} classes, {known['train_images']:,} training "
-        f"and {known['val_images']:,} validation images\n"
-        f"{known['world_size']} {many} on {known['device']}, {known['threads']} threads each, "
-        f"{known['precision']}{more}; {known['engine']}\n"
-        f"{known['layout']}\n"
-        f"the run is in {path}"
-    )
-
-
-def closing(images: Images, result: dict[str, float], path: Path, stopped: str) -> str:
-    """What training has come to, and what to do next; ``stopped`` says where, if too early."""
-    lines = [
-        f"top-1 accuracy {100 - result['top1_error']:.2f} %  (error {result['top1_error']:.2f} "
-        f"%, top-5 {result['top5_error']:.2f} %) on {result['images']} validation images",
-        f"records, curves and kernels: {path}",
-    ]
-    if stopped:
-        lines.append(f"stopped at {stopped}; the same command goes on from here")
-    if Path(images.catalogue.train.folder).parent.name == DIGITS:
-        lines.append(NEXT)
-    return "\n".join(lines)
+def hint(images: Images) -> str:
+    """What to do after the embedded digits."""
+    is_quickstart = Path(images.catalogue.train.folder).parent.name == DIGITS
+    return QUICKSTART_HINT if is_quickstart else ""
 
 
 def show_first(report: Logger, images: Images, batch: Batch) -> None:
     """What the network really sees, as a picture."""
-    if not report.speaks:
+    if not report.is_active:
         return
     names = _names(images)
     seen = images.pixels.seen(batch.images[:32], images.colour_strength(0))
     captions = [names[label] for label in batch.labels[:32].tolist()]
     title = "the first training batch, as the network sees it"
-    report.sheet("first_batch", 0, seen, captions, title)
+    report.log_image_grid("first_batch", 0, seen, captions, title)
 
 
 def show_predictions(
@@ -101,7 +72,7 @@ def show_predictions(
     some = first.only(np.arange(len(first.numbers)) < count).substituted(spread)
     batch = next(iter(images.val_engine.batches([some])))
     chances = learner.layout.logits(batch.images).softmax(1).max(1)
-    if not report.speaks:
+    if not report.is_active:
         return
     names = _names(images)
     captions = [
@@ -111,7 +82,7 @@ def show_predictions(
         )
     ]
     seen = images.val_pixels.seen(batch.images)
-    report.sheet("predictions", step, seen, captions, "validation images")
+    report.log_image_grid("predictions", step, seen, captions, "validation images")
 
 
 def show_kernels(
@@ -120,11 +91,11 @@ def show_kernels(
     """The first layer's kernels, of a checkpoint's ``tensors``; all processes call it together."""
     first = next(tensor for tensor in tensors.values() if tensor.dim() == 4)
     kernels = first.full_tensor() if isinstance(first, DTensor) else first
-    report.kernels(
+    report.log_kernels(
         step,
         kernels.float().cpu().numpy(),
         MODEL_REGISTRY[config.model.arch].towers,
-        f"first-layer kernels after {passes:.4g} passes",
+        f"first-layer kernels after {passes:.4g} epochs",
     )
 
 
@@ -142,13 +113,3 @@ def _names(images: Images) -> list[str]:
     catalogue = images.catalogue
     titles = [catalogue.titles.get(name, name) for name in catalogue.train.classes]
     return [title.partition(",")[0] for title in titles]
-
-
-def _lives() -> dict[str, str]:
-    """Which of its lives this is, as launcher and cluster count them."""
-    names = {
-        "torchrun_restarts": "TORCHELASTIC_RESTART_COUNT",
-        "slurm_job": "SLURM_JOB_ID",
-        "slurm_restarts": "SLURM_RESTART_COUNT",
-    }
-    return {name: os.environ[word] for name, word in names.items() if word in os.environ}

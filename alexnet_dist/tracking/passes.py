@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from alexnet_dist.tracking.events import Event
+from alexnet_dist.tracking import Event
 
 LEVEL = 25.0
 """Training error in percent that figure 1 of the paper compares at."""

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
-from alexnet_dist.tracking.events import Event
+from alexnet_dist.tracking import Event
 from alexnet_dist.tracking.passes import Points, rates_by_pass, smooth
 
 mpl.rcParams.update(

@@ -1,7 +1,7 @@
-"""A run's folder: its name, who may write in it, and how the run stands.
+"""A run's folder: its name, who may write in it, and its status.
 
 RUN/config.yaml      the resolved options
-RUN/status.json      {"status": ..., "step": ..., "wandb_id": ...}
+RUN/status.json      {"format": 2, "status": ..., "step": ..., "wandb_id": ...}
 RUN/metrics.jsonl    the records
 RUN/checkpoints/     the checkpoints
 RUN/*.png            what the network sees, its curves and kernels
@@ -20,69 +20,64 @@ import yaml
 
 from alexnet_dist.errors import UserError
 
+FORMAT = 2
+"""Of run folders. Those of alexnet_dist 0.1.0 have no format: its options have other names."""
+
+LOCK_SECONDS = 5.0
+"""To wait for the lock: a process of the attempt before may still be ending."""
+
 Status = Literal["running", "preempted", "stopped", "ended", "failed"]
-"""preempted: saved, and wants to be started again by itself; stopped: saved, for a person to go on
-with; failed: for a person to mend. One that was killed stays running."""
+"""preempted: saved, to be restarted automatically; stopped: saved, to be resumed by a person;
+failed: a person has to fix something first. One that was killed stays running."""
 
 
 class RunDir:
-    """The folder of a run that this process leads (rank 0)."""
+    """The folder of a run, for the process that writes in it (rank 0)."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock: Any = None
 
-    def take(self) -> None:
+    def lock(self) -> None:
         """Create the folder, and keep other live runs out of it.
 
         Raises:
-            Failure: another run is at work in it, or it cannot be written.
+            UserError: another run is at work in it, or it cannot be written.
         """
         try:
             (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
-            lock = (self.path / ".lock").open("a")
+            self._lock = (self.path / ".lock").open("a")
         except OSError as error:
             raise UserError(
                 f"the run folder {self.path} cannot be written ({error.strerror}): give another "
                 "--run.output_dir"
             ) from None
-        for attempt in range(20):  # under a restart the run before may still be dying
+        deadline = time.monotonic() + LOCK_SECONDS
+        while True:
             try:
-                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
+                fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
             except OSError:
-                if attempt == 19:
+                if time.monotonic() > deadline:
                     raise UserError(
                         f"the run folder {self.path} is in use by another run that is alive: give "
                         "this one another --run.name"
                     ) from None
                 time.sleep(0.25)
-        self._lock = lock
-
-    def status(self) -> dict[str, Any]:
-        return read_status(self.path)
 
     def set_status(self, status: Status, **more: Any) -> dict[str, Any]:
-        """Note how the run stands; what is noted, be the disk full or not."""
-        record = read_status(self.path) | {"status": status, "launch": _launch(), **more}
-        record.setdefault("wandb_id", uuid.uuid4().hex[:8])
+        """Write the status; what is written, even where the disk is full."""
+        record = read_status(self.path) | {"status": status, "launch": _launch_id(), **more}
+        record = {"format": FORMAT, "wandb_id": uuid.uuid4().hex[:8]} | record
         _write(self.path / "status.json", json.dumps(record) + "\n")
         return record
 
-    def keep_config(self, config: dict[str, Any]) -> None:
+    def save_config(self, config: dict[str, Any]) -> None:
         _write(self.path / "config.yaml", yaml.safe_dump(config, sort_keys=False))
 
 
-def _launch() -> str:
-    """What stays the same while one launcher, or one SLURM job, starts a run again and again."""
-    job = os.environ.get("SLURM_JOB_ID")
-    if job is not None:
-        return f"slurm job {job}"
-    return f"{socket.gethostname()} {os.getppid()}" if "TORCHELASTIC_RUN_ID" in os.environ else ""
-
-
 def read_status(path: Path) -> dict[str, Any]:
-    """How the run in ``path`` stands; {} where there is none."""
+    """The status of the run in ``path``; {} where there is none."""
     try:
         status: dict[str, Any] = json.loads((path / "status.json").read_text())
         return status
@@ -91,43 +86,82 @@ def read_status(path: Path) -> dict[str, Any]:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The resolved options of the run in ``path``; {} where there are none."""
-    try:
-        config: dict[str, Any] = yaml.safe_load((path / "config.yaml").read_text())
-        return config
-    except (OSError, yaml.YAMLError):
-        return {}
-
-
-def resolve_run_dir(root: str, name: str, resume: str) -> tuple[Path, bool]:
-    """Where a run of this name belongs, and whether it goes on there.
-
-    An unfinished run goes on under "auto"; a new one takes the name, or name-2, name-3, ...
-    where runs of it have ended (or under "never", but for the run that this very launcher began:
-    started again after a fault, it goes on). Any other ``resume`` is a run's folder.
+    """The resolved options of the run in ``path``; {} where there are none.
 
     Raises:
-        Failure: ``resume`` names a folder without a run.
+        UserError: it was written by another version.
+    """
+    try:
+        config: dict[str, Any] = yaml.safe_load((path / "config.yaml").read_text())
+    except (OSError, yaml.YAMLError):
+        return {}
+    check_format(path)
+    return config
+
+
+def check_format(path: Path) -> None:
+    """Refuse the run folder of another version.
+
+    Raises:
+        UserError: the run in ``path`` has another format.
+    """
+    status = read_status(path)
+    if status and status.get("format") != FORMAT:
+        version = "alexnet_dist 0.1.0" if "format" not in status else "a newer alexnet_dist"
+        raise UserError(
+            f"the run in {path} was written by {version}, whose options and records have other "
+            "names: use it with that version, or begin another one by --run.name",
+        )
+
+
+def resolve_run_dir(output_dir: str, name: str, resume: str) -> tuple[Path, bool]:
+    """The folder of a run of this name, and whether it resumes there.
+
+    Under "auto" an unfinished run resumes; a new one takes the name, or name-2, name-3, ... where
+    runs of it have ended. Under "never" a run is new, unless this very launcher began it and
+    restarts it after a fault. Any other ``resume`` is a run's folder.
+
+    Raises:
+        UserError: ``resume`` names a folder without a run, or that of another version.
     """
     if resume not in ("auto", "never"):
         path = Path(resume)
-        if not (path / "config.yaml").is_file():
+        if not read_config(path):
             raise UserError(f"there is no run at {resume}: give --run.resume a run's folder")
         return path, True
     number = 1
     while True:
-        path = Path(root) / (name if number == 1 else f"{name}-{number}")
-        if not read_config(path):
+        path = Path(output_dir) / (name if number == 1 else f"{name}-{number}")
+        if not (path / "config.yaml").is_file():
             return path, False
         status = read_status(path)
-        ours = status.get("launch") and status["launch"] == _launch()
+        ours = status.get("launch") and status["launch"] == _launch_id()
         if (resume == "auto" or ours) and status.get("status") != "ended":
+            check_format(path)
             return path, True
         number += 1
 
 
+def restart_info() -> dict[str, str]:
+    """Which attempt of the run this is, as launcher and cluster count them."""
+    names = {
+        "torchrun_restarts": "TORCHELASTIC_RESTART_COUNT",
+        "slurm_job": "SLURM_JOB_ID",
+        "slurm_restarts": "SLURM_RESTART_COUNT",
+    }
+    return {name: os.environ[word] for name, word in names.items() if word in os.environ}
+
+
+def _launch_id() -> str:
+    """What stays the same while one launcher, or one SLURM job, restarts a run."""
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is not None:
+        return f"slurm job {job}"
+    return f"{socket.gethostname()} {os.getppid()}" if "TORCHELASTIC_RUN_ID" in os.environ else ""
+
+
 def _write(path: Path, text: str) -> None:
-    """Write a small file whole or not at all; a full disk leaves the old one."""
+    """Write a small file completely or not at all; a full disk leaves the old one."""
     partial = path.with_name(f".partial-{path.name}")
     try:
         partial.write_text(text)

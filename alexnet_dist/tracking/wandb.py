@@ -1,19 +1,23 @@
-"""Weights & Biases: what of an event it is told, and a sink that tells it at arm's length."""
+"""Weights & Biases: what of an event is sent there, and a sink that cannot stop training."""
 
 import atexit
 import contextlib
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from queue import Queue
 from typing import Any, Literal
 
-from alexnet_dist.tracking.events import Event
+from alexnet_dist.tracking import Event
 
 Mode = Literal["auto", "online", "offline", "off"]
 
-INIT_SECONDS = 30
-CLOSE_SECONDS = 60
+INIT_TIMEOUT = 30
+"""Seconds for a server to answer at the start."""
+
+CLOSE_TIMEOUT = 60.0
+"""Seconds for all that is queued to be sent at the end."""
 
 _CURVES = {
     "train": (
@@ -28,8 +32,19 @@ _CURVES = {
 }
 
 
-def begin(folder: Path, run_id: str, **options: Any) -> Any:
-    """A W&B run whose curves run over the steps of training; its files lie below ``folder``.
+def resolve_mode(mode: Mode) -> str:
+    """auto: WANDB_MODE if set; else online where there is an API key, and offline where not."""
+    if mode != "auto":
+        return mode
+    has_key = bool(os.environ.get("WANDB_API_KEY"))
+    with contextlib.suppress(OSError):
+        netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+        has_key = has_key or "wandb" in netrc.read_text()
+    return os.environ.get("WANDB_MODE") or ("online" if has_key else "offline")
+
+
+def init_run(folder: Path, run_id: str, **options: Any) -> Any:
+    """A W&B run whose curves run over training steps; its files lie below ``folder``.
 
     Args:
         options: of wandb.init: mode, config, name, project, resume.
@@ -40,19 +55,19 @@ def begin(folder: Path, run_id: str, **options: Any) -> Any:
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
 
-    settings = wandb.Settings(init_timeout=INIT_SECONDS, console="off")
+    settings = wandb.Settings(init_timeout=INIT_TIMEOUT, console="off")
     run = wandb.init(dir=str(folder), id=run_id, settings=settings, **options)
     run.define_metric("global_step")
     run.define_metric("*", step_metric="global_step")
     return run
 
 
-def send(run: Any, event: Event) -> None:
-    """Tell a run of ``begin`` what W&B shows of an event; of most it shows nothing."""
+def log_event(run: Any, event: Event) -> None:
+    """Send what W&B shows of an event to a run of ``init_run``; of most events that is nothing."""
     kind = event["event"]
     if kind in _CURVES:
         values = {f"{kind}/{n}": event[n] for n in _CURVES[kind] if event.get(n) is not None}
-        values |= {f"lr/{group}": rate for group, rate in event.get("lrs", {}).items()}
+        values |= {f"lr/{group}": lr for group, lr in event.get("lrs", {}).items()}
         run.log({**values, "epoch": event["epoch"], "global_step": event["step"]})
     elif kind == "image":
         import wandb
@@ -65,23 +80,11 @@ def send(run: Any, event: Event) -> None:
                 run.summary[f"{kind}/{name}"] = event[name]
 
 
-def resolve(mode: Mode) -> str:
-    """auto: online where there is a key, else offline."""
-    if mode != "auto":
-        return mode
-    netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
-    try:
-        key = bool(os.environ.get("WANDB_API_KEY")) or "wandb" in netrc.read_text()
-    except OSError:
-        key = bool(os.environ.get("WANDB_API_KEY"))
-    return os.environ.get("WANDB_MODE") or ("online" if key else "offline")
+class WandbSink:
+    """Sends events to one W&B run, which resumes when the training run does.
 
-
-class Wandb:
-    """Sends events to one W&B run, which goes on when the training run does.
-
-    Everything that touches W&B happens in one daemon thread, fed by a queue: what fails there, or
-    hangs, ends the tracking and is told to ``warn``; the run's records are in metrics.jsonl.
+    Everything that touches W&B happens in one daemon thread, fed by a queue: where it fails or
+    hangs, ``warn`` is called once and training continues; the records are in metrics.jsonl.
     """
 
     def __init__(
@@ -92,9 +95,9 @@ class Wandb:
         *,
         mode: Mode,
         project: str,
-        warn: Any,
+        warn: Callable[[str], None],
     ) -> None:
-        self._mode = resolve(mode)
+        self._mode = resolve_mode(mode)
         self._options: dict[str, Any] = {
             "folder": folder,
             "run_id": run_id,
@@ -109,42 +112,42 @@ class Wandb:
         self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
         self._thread.start()
 
-    def take(self, event: Event) -> None:
+    def log(self, event: Event) -> None:
         if not self._failed:
             self._queue.put(event)
 
-    def close(self, patience: float | None = None) -> None:
+    def close(self, timeout: float | None = None) -> None:
         self._queue.put(None)
-        self._thread.join(CLOSE_SECONDS if patience is None else patience)
+        self._thread.join(CLOSE_TIMEOUT if timeout is None else timeout)
         if self._thread.is_alive():
             if not self._failed:
                 self._warn("Weights & Biases does not answer; the records are in metrics.jsonl")
-            # its own farewell at the end of the process would wait for it for ever; what is
-            # registered last runs first, and everything of ours is written by now
+            # W&B's own exit handler would wait for its service forever; what is registered last
+            # runs first, and everything of ours is written by now
             atexit.register(os._exit, 0)
 
     def _work(self) -> None:
         try:
-            run = self._begin()
+            run = self._init()
             while (event := self._queue.get()) is not None:
-                send(run, event)
+                log_event(run, event)
             run.finish()
         except BaseException as error:
             self._failed = True
             self._warn(
-                f"Weights & Biases failed ({type(error).__name__}: {error}); training goes on, "
+                f"Weights & Biases failed ({type(error).__name__}: {error}); training continues, "
                 "the records are in metrics.jsonl"
             )
             with contextlib.suppress(BaseException):
                 import wandb
 
-                wandb.teardown()  # now, for at the end of the process it would fail again, aloud
+                wandb.teardown()  # at exit it would fail again, with a traceback
 
-    def _begin(self) -> Any:
+    def _init(self) -> Any:
         try:
-            return begin(mode=self._mode, **self._options)
-        except Exception as error:  # no network is no reason to lose the run's curves
+            return init_run(mode=self._mode, **self._options)
+        except Exception as error:  # without a network, curves are still kept for `wandb sync`
             if self._mode != "online":
                 raise
-            self._warn(f"Weights & Biases: {error}; tracking goes on offline")
-            return begin(mode="offline", **self._options)
+            self._warn(f"Weights & Biases: {error}; tracking continues offline")
+            return init_run(mode="offline", **self._options)

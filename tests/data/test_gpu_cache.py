@@ -251,7 +251,7 @@ def test_training_is_the_same_as_with_dali(tmp_path: Path) -> None:
     for name in ("gpu_cache", "dali"):
         train(0, folder, tmp_path / name, f"--data.loader={name}", *options)
     (start,) = events(tmp_path / "gpu_cache" / "run", "start")
-    assert start["engine"].startswith("resident: 0.0 GB of raw pixels in host memory, cut by ")
+    assert start["loader"].startswith("resident: 0.0 GB of raw pixels in host memory, cut by ")
     ours, theirs = (losses(tmp_path / name / "run") for name in ("gpu_cache", "dali"))
     assert ours == pytest.approx(theirs, rel=1e-5)
     assert len(ours) == 2

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from alexnet_dist.tracking.events import read, surviving
+from alexnet_dist.tracking.logger import drop_superseded, read_events
 from tests.conftest import TINY, Result, command, environment, events, launch, losses, train
 from tests.distributed.groups import alive, running, started, tensors, wait_for, workers
 
@@ -31,7 +31,7 @@ def same(run: Path, calm: Path) -> None:
     """The run has ended with the calm one's bits, its records have no gap, nothing is left."""
     assert losses(run) == losses(calm)
     assert tensors(run) == tensors(calm)
-    kept = surviving(read(run / "metrics.jsonl"))
+    kept = drop_superseded(read_events(run / "metrics.jsonl"))
     assert [e["step"] for e in kept if e["event"] == "train"] == list(range(1, 41))
     for kind in ("epoch", "eval"):
         assert [e["step"] for e in kept if e["event"] == kind] == list(range(4, 41, 4))
@@ -197,7 +197,7 @@ def test_torchrun_starts_a_group_again(calm: Path, images: Path, tmp_path: Path)
     assert "process 1 (host " in out
     assert "gave no sign of life for 5 s" in out
     run = tmp_path / "run"
-    assert [e["lives"]["torchrun_restarts"] for e in events(run, "resume")] == ["1"]
+    assert [e["restarts"]["torchrun_restarts"] for e in events(run, "resume")] == ["1"]
     same(run, calm)
 
 
@@ -233,7 +233,7 @@ def test_a_host_that_leaves_is_done_without(calm: Path, images: Path, tmp_path: 
     assert first["world_size"] == 2
     assert later[-1]["world_size"] == 1
     assert losses(run) == pytest.approx(losses(calm), rel=1e-4)
-    kept = surviving(read(run / "metrics.jsonl"))
+    kept = drop_superseded(read_events(run / "metrics.jsonl"))
     assert [e["sample_order_hash"] for e in kept if e["event"] == "epoch"] == [
         e["sample_order_hash"] for e in events(calm, "epoch")
     ]
@@ -284,7 +284,7 @@ def test_an_update_that_is_not_finite_is_left_out(every: str, images: Path, tmp_
     result = spoilt("IMAGES:6,18", images, tmp_path, "--train.on_nonfinite=rollback", logged)
     assert result.code == 0, result.err
     run = tmp_path / "run"
-    kept = surviving(read(run / "metrics.jsonl"))
+    kept = drop_superseded(read_events(run / "metrics.jsonl"))
     bad = [e for e in kept if e["event"] == "nonfinite" and e["skipped"]]
     assert [e["step"] for e in bad] == [6, 18]
     assert all("loss is nan" in e["what"] and len(e["paths"]) == 7 for e in bad)

@@ -147,7 +147,7 @@ def test_auto_takes_resident_pixels(tmp_path: Path) -> None:
         plainly = [f"--data.loader={name}", "--runtime.deterministic=true"]
         train(1, folder, tmp_path / name, "--run.name=run", *plainly)
     (start,) = events(tmp_path / "auto" / "run", "start")
-    assert start["engine"] == "resident: 0.0 GB of raw pixels on the GPU"
+    assert start["loader"] == "resident: 0.0 GB of raw pixels on the GPU"
     assert losses(tmp_path / "auto/run") == losses(tmp_path / "dataloader/run")
 
 

@@ -138,7 +138,7 @@ def test_the_time_is_over(cluster: Cluster, calm: dict[int, float]) -> None:
     assert cluster.end_of(job) == ("COMPLETED", 1)
     assert "is saved and waits to be started again" in cluster.output(job)
     assert losses(run) == calm
-    assert [event["lives"]["slurm_restarts"] for event in events(run, "resume")] == ["1"]
+    assert [event["restarts"]["slurm_restarts"] for event in events(run, "resume")] == ["1"]
 
 
 def test_a_node_is_lost(cluster: Cluster, calm: dict[int, float]) -> None:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from alexnet_dist import replay
 from alexnet_dist.errors import UserError
-from alexnet_dist.tracking.events import EventLog, JsonLines
+from alexnet_dist.tracking.logger import EventLog, JsonlSink
 from alexnet_dist.tracking.run_dir import RunDir
 from tests.conftest import launch
 from tests.tracking.offline import read_back
@@ -21,7 +21,7 @@ class Life:
 
     def __init__(self, run: Path, number: int, first: str, step: int) -> None:
         self.run, self.number = run, number
-        self._stream = EventLog(JsonLines(run / "metrics.jsonl"))
+        self._stream = EventLog(JsonlSink(run / "metrics.jsonl"))
         self.emit(first, step)
 
     def emit(self, event: str, step: int, **values: Any) -> None:
@@ -57,8 +57,8 @@ def run(tmp_path: Path) -> Path:
     one that rolled back by itself, one that was preempted, and one that came to its end."""
     run = tmp_path / "run"
     folder = RunDir(run)
-    folder.take()
-    folder.keep_config({"optim": {"lr": 0.25}, "track": {"project": "p"}})
+    folder.lock()
+    folder.save_config({"optim": {"lr": 0.25}, "wandb": {"project": "p"}})
     for name in ("first_batch", "curves"):
         Image.new("RGB", (8, 8)).save(run / f"{name}.png")
     life = Life(run, 1, "start", 0)
@@ -140,7 +140,7 @@ def test_online_it_tells_the_address_or_what_was_refused(
 ) -> None:
     sent = MagicMock(url="https://wandb.example/run")
     begin = MagicMock(return_value=sent)
-    monkeypatch.setattr(replay, "begin", begin)
+    monkeypatch.setattr(replay, "init_run", begin)
     replay.main([str(run), "--wandb=online", "--id=a", "--name=b", "--project=c"])
     assert capsys.readouterr().out.endswith("W&B run a:\nhttps://wandb.example/run\n")
     options = begin.call_args.kwargs

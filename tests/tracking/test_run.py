@@ -9,25 +9,25 @@ from PIL import Image
 
 from alexnet_dist.errors import UserError
 from alexnet_dist.tracking import plots
-from alexnet_dist.tracking.events import EventLog, JsonLines, read, surviving
+from alexnet_dist.tracking.logger import EventLog, JsonlSink, drop_superseded, read_events
 from alexnet_dist.tracking.run_dir import RunDir, read_status, resolve_run_dir
 
 
 def test_records_survive_a_cut_line(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    first = EventLog(JsonLines(path))
+    first = EventLog(JsonlSink(path))
     first.emit("train", step=1, loss=0.1 + 0.2)
     first.close()
     with path.open("a") as file:
         file.write('{"event": "train", "st')
-    second = EventLog(JsonLines(path))
+    second = EventLog(JsonlSink(path))
     second.emit("train", step=2, loss=1.0)
     second.close()
-    assert [(e["step"], e["loss"]) for e in read(path)] == [(1, 0.1 + 0.2), (2, 1.0)]
+    assert [(e["step"], e["loss"]) for e in read_events(path)] == [(1, 0.1 + 0.2), (2, 1.0)]
 
 
 def test_records_wait_for_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stream = EventLog(JsonLines(tmp_path / "metrics.jsonl"))
+    stream = EventLog(JsonlSink(tmp_path / "metrics.jsonl"))
     write = os.write
 
     def full(file: int, content: bytes) -> int:
@@ -46,15 +46,15 @@ def test_records_wait_for_a_full_disk(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(os, "write", write)
     stream.emit("train", step=3)
     stream.close()
-    assert [e["step"] for e in read(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    assert [e["step"] for e in read_events(tmp_path / "metrics.jsonl")] == [1, 2, 3]
 
 
 def test_steps_behind_the_checkpoint_are_void() -> None:
     kinds = [("train", 1), ("train", 2), ("train", 3), ("resume", 2), ("train", 3)]
     events = [{"event": kind, "step": step, "n": n} for n, (kind, step) in enumerate(kinds)]
-    assert [event["n"] for event in surviving(events)] == [0, 1, 3, 4]
+    assert [event["n"] for event in drop_superseded(events)] == [0, 1, 3, 4]
     again = [*events, {"event": "start", "step": 0, "n": 5}, {"event": "train", "step": 1, "n": 6}]
-    assert [event["n"] for event in surviving(again)] == [5, 6]
+    assert [event["n"] for event in drop_superseded(again)] == [5, 6]
 
 
 def test_steps_behind_a_rollback_are_void() -> None:
@@ -64,9 +64,9 @@ def test_steps_behind_a_rollback_are_void() -> None:
     back = {"event": "rollback", "step": 5, "to": 2}
     again = {"event": "resume", "step": 3}
     events = [*train(1, 2, 3, 4, 5), back, *train(3, 4), again, *train(4)]
-    kept = [event["step"] for event in surviving(events) if event["event"] == "train"]
+    kept = [event["step"] for event in drop_superseded(events) if event["event"] == "train"]
     assert kept == [1, 2, 3, 4]
-    assert back in surviving(events[:8])
+    assert back in drop_superseded(events[:8])
 
 
 def test_names_of_runs(tmp_path: Path) -> None:
@@ -76,8 +76,8 @@ def test_names_of_runs(tmp_path: Path) -> None:
 
     assert next_name() == ("a", False)
     folder = RunDir(tmp_path / "a")
-    folder.take()
-    folder.keep_config({"x": 1})
+    folder.lock()
+    folder.save_config({"x": 1})
     folder.set_status("running")
     assert next_name() == ("a", True)
     assert next_name("never") == ("a-2", False)

@@ -72,9 +72,9 @@ def test_one_that_fails_says_so_once(folder: Path, monkeypatch: pytest.MonkeyPat
 
     fake(monkeypatch, init)
     said: list[str] = []
-    run = tracking.Wandb(folder, "x", {}, mode="offline", project="p", warn=said.append)
+    run = tracking.WandbSink(folder, "x", {}, mode="offline", project="p", warn=said.append)
     for _ in range(5):
-        run.take({"event": "train"})
+        run.log({"event": "train"})
     run.close()
     assert len(said) == 1
     assert "no such server" in said[0]
@@ -89,9 +89,9 @@ def test_one_that_hangs_does_not_hold_the_process(tmp_path: Path) -> None:
         "    atexit.register(time.sleep, 600)\n"
         "    time.sleep(600)\n"
         "sys.modules['wandb'] = types.SimpleNamespace(init=init, Settings=lambda **_: None)\n"
-        "tracking.CLOSE_SECONDS = 0.5\n"
+        "tracking.CLOSE_TIMEOUT = 0.5\n"
         "options = {'mode': 'offline', 'project': 'p', 'warn': print}\n"
-        "run = tracking.Wandb(Path(sys.argv[1]), 'x', {}, **options)\n"
+        "run = tracking.WandbSink(Path(sys.argv[1]), 'x', {}, **options)\n"
         "time.sleep(0.5); run.close(); print('written'); sys.exit(0)\n"
     )
     done = subprocess.run(
@@ -103,11 +103,11 @@ def test_one_that_hangs_does_not_hold_the_process(tmp_path: Path) -> None:
 
 def test_one_that_hangs_is_left_behind(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake(monkeypatch, lambda **_: time.sleep(60))
-    monkeypatch.setattr(tracking, "CLOSE_SECONDS", 0.3)
+    monkeypatch.setattr(tracking, "CLOSE_TIMEOUT", 0.3)
     said: list[str] = []
-    run = tracking.Wandb(folder, "x", {}, mode="offline", project="p", warn=said.append)
+    run = tracking.WandbSink(folder, "x", {}, mode="offline", project="p", warn=said.append)
     begin = time.monotonic()
-    run.take({"event": "train"})
+    run.log({"event": "train"})
     run.close()
     tracking.atexit.unregister(tracking.os._exit)  # of the process that runs the tests
     assert time.monotonic() - begin < 5
@@ -129,18 +129,18 @@ def test_without_a_network_it_goes_on_offline(
 
     fake(monkeypatch, init)
     said: list[str] = []
-    tracking.Wandb(folder, "x", {}, mode="online", project="p", warn=said.append).close()
+    tracking.WandbSink(folder, "x", {}, mode="online", project="p", warn=said.append).close()
     assert modes == ["online", "offline"]
-    assert "goes on offline" in said[0]
+    assert "continues offline" in said[0]
 
 
 def test_auto_is_online_only_with_a_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    assert tracking.resolve("auto") == "offline"
+    assert tracking.resolve_mode("auto") == "offline"
     monkeypatch.setenv("WANDB_API_KEY", "x")
-    assert tracking.resolve("auto") == "online"
+    assert tracking.resolve_mode("auto") == "online"
 
 
 @pytest.mark.slow
@@ -186,7 +186,7 @@ def test_one_whose_service_is_killed_costs_a_warning(images: Path, tmp_path: Pat
     assert killed_at < 50  # or nothing was left to go on with
     (end,) = events(run, "finished")
     assert end["step"] == 62
-    assert ended - end["time"] < tracking.CLOSE_SECONDS / 4
+    assert ended - end["time"] < tracking.CLOSE_TIMEOUT / 4
 
 
 def _descendants(process: int) -> list[int]:
