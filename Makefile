@@ -43,7 +43,6 @@ PIXELS ?= build/pixels
 bench-gpu: $(ENV)
 	$(PY) -m pytest -q -m gpu
 	$(PY) -m benchmarks.lrn
-	$(PY) -m benchmarks.update
 	$(BENCH_GPU) --baseline --data.root $(DATA) --out benchmarks/results/bench-gpu-torchvision.json
 	$(BENCH_GPU) --each --model.arch paper --data.root $(DATA) --out benchmarks/results/bench-gpu-paper.json
 	$(PY) -m alexnet_dist.prepare $(DATA) --out $(PIXELS) --format pixels --crop center

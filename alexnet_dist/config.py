@@ -232,16 +232,8 @@ class RuntimeConfig:
     auto: folded where that is known to be faster, in bf16 on CPUs."""
     pool_first: bool = True
     """ReLU behind the max pooling that follows it, on a quarter of the values; they commute."""
-    update: Literal["auto", "triton", "fused", "foreach"] = "auto"
-    """The paper's update, and that of lars: by Triton's kernel, which wants an NVIDIA GPU, by
-    torch's fused one, or by one of torch's operations after another; auto: by torch's fused one,
-    unless cuda_graph or weight_copies want Triton's."""
-    weight_copies: bool = False
-    """bf16: keep a copy of each weight, which the update writes by Triton, rather than cast weights
-    in each step."""
     cuda_graph: bool | Literal["auto"] = False
-    """Launch a whole step at once, as a CUDA graph; one process, with the update by Triton; auto:
-    where that can be."""
+    """Launch a whole step at once, as a CUDA graph; one process; auto: where that can be."""
     deterministic: bool = False
     """The same bits on a GPU in each run, more slowly; CPUs give them anyway."""
     threads: int = 0

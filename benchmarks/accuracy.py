@@ -40,7 +40,6 @@ SETS: dict[str, dict[str, list[str]]] = {
             "--runtime.lrn=torch",
             "--runtime.stem=plain",
             "--runtime.pool_first=false",
-            "--runtime.update=foreach",
             "--data.loader=torch",
         ],
     },

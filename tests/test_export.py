@@ -107,7 +107,7 @@ def test_a_run_starts_from_safetensors(paper: Made, weights: Path) -> None:
         mine = build_model(variant, num_classes=outputs, image_size=67)
         drawn = {name: value.clone() for name, value in mine.named_parameters()}
         parameters = dict(mine.named_parameters())
-        optimizer = build_optimizer("paper", parameters, lr=1, momentum=0, weight_decay=0, own={})
+        optimizer = build_optimizer("sgd2012", parameters, lr=1, momentum=0, weight_decay=0)
         layout = SimpleNamespace(
             parameters=parameters, sharding=SimpleNamespace(stored=lambda _, tensor: tensor)
         )

@@ -39,7 +39,7 @@ def rates(config: Config) -> tuple[Schedule, torch.optim.SGD]:
         lr=optim.lr,
         momentum=0.9,
         weight_decay=0.0005,
-        own=optim.schedule.milestones,
+        separate_groups=optim.schedule.milestones,
     )
     return schedule, optimizer
 

@@ -31,7 +31,7 @@ from alexnet_dist.parallel.mesh import Mesh
 from alexnet_dist.parallel.precision import configure_backends
 from alexnet_dist.parallel.waits import WAITS
 from alexnet_dist.training.checkpoint import CheckpointManager
-from alexnet_dist.training.cuda_graph import WARM_UP
+from alexnet_dist.training.cuda_graph import CAPTURE_WARMUP_STEPS
 from alexnet_dist.training.saver import Saver
 from alexnet_dist.training.step import StepThrottle, StepTimer
 
@@ -45,8 +45,6 @@ OFF = {
     "runtime.precision": "fp32",
     "runtime.compile": False,
     "runtime.cuda_graph": False,
-    "runtime.weight_copies": False,
-    "runtime.update": "foreach",
     "runtime.lrn": "torch",
     "runtime.stem": "plain",
     "runtime.pool_first": False,
@@ -329,8 +327,8 @@ class Measures:
             "runtime.cuda_graph": self.learner.graphs,
         }
         for name, off in OFF.items():
-            if on[name] == off or (name == "runtime.update" and self.learner.graphs):
-                continue  # a graph has no update but Triton's
+            if on[name] == off:
+                continue
             config = _with(self.config, name, off)
             try:
                 check_network(config, self.mesh)
@@ -403,7 +401,7 @@ class Measures:
     @property
     def _warm(self) -> int:
         """Steps that do not count: those before a capture, and it; PowerSGD's first two."""
-        return WARM_UP + 2 if self.learner.graphs else 3 if self.mesh.world > 1 else 1
+        return CAPTURE_WARMUP_STEPS + 2 if self.learner.graphs else 3 if self.mesh.world > 1 else 1
 
 
 def _step(learner: Learner, batch: Batch, numbers: Iterator[int]) -> float:

@@ -1,7 +1,6 @@
 """What a training run is made of: its images, and what learns from them."""
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -29,7 +28,7 @@ from alexnet_dist.parallel.ddp import GradCompression
 from alexnet_dist.parallel.mesh import Mesh
 from alexnet_dist.parallel.precision import Precision, configure_backends, resolve_precision
 from alexnet_dist.tracking.console import ProgressReporter
-from alexnet_dist.training.cuda_graph import CudaGraphStep, check_graph
+from alexnet_dist.training.cuda_graph import CudaGraphStep, why_not_capturable
 from alexnet_dist.training.optim import build_optimizer
 from alexnet_dist.training.schedules import Schedule, piecewise_value
 from alexnet_dist.training.step import Batch, set_rates, train_step
@@ -152,7 +151,6 @@ class Learner:
                 parallel.grad_compression, parallel.powersgd_rank, parallel.powersgd_start
             ),
             compile_model=self.compiles,
-            weight_copies=config.runtime.weight_copies,
         )
         self.schedule = Schedule(
             lr=optim.lr,
@@ -168,14 +166,10 @@ class Learner:
             lr=optim.lr,
             momentum=optim.momentum,
             weight_decay=optim.weight_decay,
-            own={*optim.schedule.milestones, *optim.lr_mults},
+            separate_groups={*optim.schedule.milestones, *optim.lr_mults},
             trust=optim.trust_coefficient,
-            whole=self.layout.sharding.whole_sums,
-            triton=self.graphs or bool(_wants_triton(config)),
-            copies=self.layout.copies,
-            fused=config.runtime.update != "foreach",
+            all_reduce_norms=self.layout.sharding.whole_sums,
         )
-
         self.take_step: Callable[[Batch, Iterable[Tensor]], Tensor] = (
             CudaGraphStep(self.layout, self.optimizer)
             if self.graphs
@@ -256,72 +250,26 @@ def check_network(config: Config, mesh: Mesh) -> None:
         compress=parallel.grad_compression,
         precision=precision,
     )
-    _check_update(config, mesh, precision)
-
-
-def _wants_triton(config: Config) -> str:
-    """The option that has the update computed by Triton, or ""."""
-    runtime = config.runtime
-    if runtime.cuda_graph is True:  # whose launches keep their arguments, the rate among them
-        return "runtime.cuda_graph"
-    if runtime.weight_copies:
-        return "runtime.weight_copies"
-    # auto: which of the two is faster has not been measured, and they move the same bytes
-    return "runtime.update triton" if runtime.update == "triton" else ""
-
-
-def _check_update(config: Config, mesh: Mesh, precision: Precision) -> None:
-    runtime, fc, wants = config.runtime, config.parallel.fc, _wants_triton(config)
-    refusal = ""
-    if wants and not triton_runs_on(mesh.device):
-        refusal = f"{wants} wants Triton and an NVIDIA GPU no older than Ampere: leave it out"
-    elif wants and config.optim.name == "sgd":
-        refusal = (
-            f"{wants} wants an update that Triton computes, and optim.name is sgd: take "
-            "--optim.name sgd2012 or lars"
-        )
-    elif wants and runtime.update in ("fused", "foreach"):
-        refusal = (
-            f"{wants} wants the update by Triton, and runtime.update is {runtime.update}: take "
-            "--runtime.update auto"
-        )
-    elif runtime.weight_copies and precision != "bf16":
-        refusal = (
-            f"runtime.weight_copies are copies in bf16, and the precision is {precision}: leave "
-            "them out, or take --runtime.precision bf16"
-        )
-    elif runtime.weight_copies and _normalises_batches(config):
-        refusal = (
-            f"runtime.weight_copies has no copies of batch normalisation, which model.arch "
-            f"{config.model.arch} has: leave them out"
-        )
-    elif runtime.weight_copies and fc == "sharded":
-        refusal = (
-            "runtime.weight_copies wants whole layers: leave it out, or take --parallel.fc "
-            "replicated"
-        )
-    if refusal:
-        raise UserError(refusal, on_all_ranks=True)
-    if runtime.cuda_graph is True:
-        check_graph(
-            processes=mesh.world, fc=fc, precision=precision, on_nan=config.train.on_nonfinite
-        )
-
-
-def _normalises_batches(config: Config) -> bool:
-    return any("batch" in row.then for row in MODEL_REGISTRY[config.model.arch].layers)
+    wants_graph(config, mesh, precision)
 
 
 def wants_graph(config: Config, mesh: Mesh, precision: Precision) -> bool:
-    """Whether a step is to be a CUDA graph: as asked for, or where it can be."""
-    if config.runtime.cuda_graph != "auto":
-        return config.runtime.cuda_graph
-    asked = replace(config, runtime=replace(config.runtime, cuda_graph=True))
-    try:
-        _check_update(asked, mesh, precision)
-    except UserError:
-        return False
-    return True
+    """Whether a step is captured as a CUDA graph.
+
+    Raises:
+        Failure: it is asked for, and cannot be.
+    """
+    obstacle = why_not_capturable(
+        device=mesh.device,
+        processes=mesh.world,
+        fc=config.parallel.fc,
+        precision=precision,
+        optimizer=config.optim.name,
+        on_nonfinite=config.train.on_nonfinite,
+    )
+    if config.runtime.cuda_graph is True and obstacle:
+        raise UserError(f"runtime.cuda_graph {obstacle}", on_all_ranks=True)
+    return bool(config.runtime.cuda_graph) and not obstacle
 
 
 def _check_batch(config: Config, mesh: Mesh, catalogue: DatasetInfo) -> None:

@@ -1,15 +1,15 @@
-"""A training step as one CUDA graph: one launch, in place of one for each of its operations.
+"""A training step as one CUDA graph: a single launch in place of one for each operation.
 
-What is captured is ``train_step`` as it is, between buffers that stay where they are: images,
-labels and masks are copied into the first, the result out of the last. Of the numbers that Python
-computes only the rates change from step to step; they lie in the device's memory (sgd_triton.py).
+``train_step`` is captured as it is, between static buffers: a batch and its dropout masks are
+copied into them before each replay, and the result is copied out. Of the numbers that Python
+computes only the learning rates change from step to step; the update reads them from tensors
+(``sgd2012_update``).
 
-The first steps run as ever, and count: cuDNN chooses its kernels then, Triton and torch.compile
-make theirs, none of which can happen while a graph is captured.
+The first steps run eagerly, and count: cuDNN chooses its kernels then, Triton and torch.compile
+build theirs, none of which can happen during a capture.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -19,64 +19,20 @@ from alexnet_dist.errors import UserError
 from alexnet_dist.training.optim import KrizhevskySGD
 from alexnet_dist.training.step import Batch, Layout, train_step
 
-Work = Callable[[], Tensor]
-
-WARM_UP = 3
-"""Steps before the one that is captured."""
-
-
-def aside(work: Work) -> Tensor:
-    """``work`` on a stream of its own, as torch wants what comes before a capture."""
-    here, there = torch.cuda.current_stream(), torch.cuda.Stream()
-    there.wait_stream(here)
-    with torch.cuda.stream(there):
-        result = work()
-    here.wait_stream(there)
-    return result
-
-
-def capture(work: Work) -> tuple[Callable[[], None], Tensor]:
-    """What replays ``work``, and where its result will lie; nothing is computed yet."""
-    graph = torch.cuda.CUDAGraph()
-    # of this thread only: those of an engine go on to allocate and to wait meanwhile
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        result = work()
-    return graph.replay, result
-
-
-@dataclass(frozen=True)
-class _Buffers:
-    """What a captured step reads."""
-
-    images: Tensor
-    labels: Tensor
-    masks: tuple[Tensor, ...]
+CAPTURE_WARMUP_STEPS = 3
+"""Eager steps before the one that is captured."""
 
 
 class CudaGraphStep:
-    """``train_step`` of a layout and an optimizer whose update is Triton's, for batches of one
-    shape.
+    """``train_step`` of a layout and an optimizer, for batches of one shape."""
 
-    Args:
-        aside, capture: how the first steps run, and how one is captured.
-    """
-
-    def __init__(
-        self,
-        layout: Layout,
-        optimizer: torch.optim.Optimizer,
-        *,
-        aside: Callable[[Work], Tensor] = aside,
-        capture: Callable[[Work], tuple[Callable[[], None], Tensor]] = capture,
-    ) -> None:
+    def __init__(self, layout: Layout, optimizer: torch.optim.Optimizer) -> None:
         assert isinstance(optimizer, KrizhevskySGD)
-        assert optimizer.by_triton is not None
-        self._step = partial(train_step, layout, optimizer)
-        self._send_rates = optimizer.by_triton.send_rates
-        self._aside, self._capture = aside, capture
-        self._left = WARM_UP
-        self._buffers: _Buffers | None = None
-        self._captured: tuple[Callable[[], None], Tensor] | None = None
+        self._layout, self._optimizer = layout, optimizer
+        self._warmup_left = CAPTURE_WARMUP_STEPS
+        self._buffers: _StaticBatch | None = None
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._result: Tensor | None = None
 
     def __call__(self, batch: Batch, masks: Iterable[Tensor]) -> Tensor:
         """One update of the parameters.
@@ -85,61 +41,90 @@ class CudaGraphStep:
             What ``train_step`` does.
 
         Raises:
-            Failure: the step cannot be captured.
+            UserError: the step cannot be captured.
         """
-        buffers = self._receive(batch, tuple(masks))
-        work = partial(self._step, buffers, buffers.masks)
-        if self._left:
-            self._left -= 1
-            return self._aside(work).clone()
-        self._send_rates()  # before a capture, which would keep them, and before each replay
-        if self._captured is None:
-            try:
-                self._captured = self._capture(work)
-            except RuntimeError as error:
-                reason = str(error).strip().splitlines()[0].rstrip(".")
-                raise UserError(
-                    f"the step cannot be captured as a CUDA graph ({reason}): take "
-                    "--runtime.cuda_graph false"
-                ) from error
-        replay, result = self._captured
-        replay()
-        return result.clone()  # the next replay writes over it
-
-    def _receive(self, batch: Batch, masks: tuple[Tensor, ...]) -> _Buffers:
-        """Copy a batch to where the step reads it."""
         if self._buffers is None:
-            self._buffers = _Buffers(
-                batch.images.clone(), batch.labels.clone(), tuple(mask.clone() for mask in masks)
-            )
-            return self._buffers
-        mine = (self._buffers.images, self._buffers.labels, *self._buffers.masks)
-        for buffer, given in zip(mine, (batch.images, batch.labels, *masks), strict=True):
-            assert buffer.shape == given.shape, "a graph is of one shape"
-            buffer.copy_(given)
-        return self._buffers
+            self._buffers = _StaticBatch(batch, masks)
+        else:
+            self._buffers.copy_(batch, masks)
+        step = partial(
+            train_step, self._layout, self._optimizer, self._buffers, self._buffers.masks
+        )
+        if self._warmup_left:
+            self._warmup_left -= 1
+            return _run_on_side_stream(step).clone()
+        self._optimizer.sync_lr()
+        if self._graph is None:
+            self._graph, self._result = _capture(step)
+        self._graph.replay()
+        assert self._result is not None
+        return self._result.clone()  # the next replay overwrites it
 
 
-def check_graph(*, processes: int, fc: str, precision: str, on_nan: str) -> None:
-    """Refuse what cannot be captured, by its options' values, before anything is begun.
+class _StaticBatch:
+    """The tensors that a captured step reads: images [B, 3, H, W], labels [B], and the dropout
+    masks [B, units]."""
 
-    Raises:
-        Failure: in one sentence.
-    """
-    refusal = ""
+    def __init__(self, batch: Batch, masks: Iterable[Tensor]) -> None:
+        self.images, self.labels = batch.images.clone(), batch.labels.clone()
+        self.masks = tuple(mask.clone() for mask in masks)
+
+    def copy_(self, batch: Batch, masks: Iterable[Tensor]) -> None:
+        buffers = (self.images, self.labels, *self.masks)
+        for buffer, new in zip(buffers, (batch.images, batch.labels, *masks), strict=True):
+            assert buffer.shape == new.shape, "a graph is of one shape"
+            buffer.copy_(new)
+
+
+def _run_on_side_stream(step: Callable[[], Tensor]) -> Tensor:
+    """As torch requires of what comes before a capture."""
+    current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    side.wait_stream(current)
+    with torch.cuda.stream(side):
+        result = step()
+    current.wait_stream(side)
+    return result
+
+
+def _capture(step: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    """The graph of ``step``, and where a replay writes its result; nothing is computed yet."""
+    graph = torch.cuda.CUDAGraph()
+    try:
+        # of this thread only: the loaders' threads allocate and synchronize meanwhile
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            result = step()
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise UserError(
+            f"the step cannot be captured as a CUDA graph ({reason}): take "
+            "--runtime.cuda_graph false"
+        ) from error
+    return graph, result
+
+
+def why_not_capturable(
+    *,
+    device: torch.device,
+    processes: int,
+    fc: str,
+    precision: str,
+    optimizer: str,
+    on_nonfinite: str,
+) -> str:
+    """Why a step under these options cannot be captured, and the fix; "" if it can."""
+    if device.type != "cuda":
+        return "needs an NVIDIA GPU: leave it out"
     if processes > 1:
-        refusal = (
+        return (
             f"captures no sums over processes yet, and there are {processes}: leave it out, or "
             "take one process"
         )
-    elif fc == "sharded":
-        refusal = "captures no sharded layers: take --parallel.fc replicated"
-    elif precision == "fp16":
-        refusal = "cannot capture the scale of fp16: take --runtime.precision bf16"
-    elif on_nan != "stop":
-        refusal = (
-            f"cannot look at gradients for train.on_nonfinite {on_nan}: "
-            "take --train.on_nonfinite stop"
-        )
-    if refusal:
-        raise UserError(f"runtime.cuda_graph {refusal}", on_all_ranks=True)
+    if fc == "sharded":
+        return "captures no sharded layers: take --parallel.fc replicated"
+    if precision == "fp16":
+        return "cannot capture the scale of fp16: take --runtime.precision bf16"
+    if optimizer == "sgd":
+        return "needs an update that reads the lr from a tensor: take --optim.name sgd2012 or lars"
+    if on_nonfinite != "stop":
+        return f"cannot check gradients for train.on_nonfinite {on_nonfinite}: take stop"
+    return ""

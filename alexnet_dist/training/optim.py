@@ -1,4 +1,4 @@
-"""The optimizers, and the groups of parameters whose rates move together."""
+"""The optimizers, and the parameter groups whose learning rates move together."""
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -9,30 +9,54 @@ from torch import Tensor, nn
 
 from alexnet_dist.errors import UserError
 
-try:
-    from alexnet_dist.training import sgd_triton
-except ImportError:  # Triton is not to be had for every platform
-    sgd_triton = None  # type: ignore[assignment]
-
-Sums = dict[str, Tensor]
+TensorDict = dict[str, Tensor]
 
 
-class KrizhevskySGD(torch.optim.SGD):
-    """The paper's update, in which the learning rate sits inside the velocity:
+def sgd2012_update(
+    weights: list[Tensor],
+    momentum_buffers: list[Tensor],
+    gradients: list[Tensor],
+    lrs: list[Tensor],
+    weight_decays: list[float],
+    momentum: float,
+    found_inf: Tensor | None = None,
+) -> None:
+    """The paper's update of every parameter, in place. The learning rate sits inside the velocity:
 
         v <- momentum * v - weight_decay * lr * w - lr * gradient
         w <- w + v
 
-    A change of the rate leaves the old velocity as it is, where torch's SGD multiplies the whole
-    velocity by the new rate. Source: Krizhevsky et al. 2012, section 5; weights.cu of the 2012
-    source.
-
-    torch's fused update computes b <- momentum * b + (1 - dampening) * (g + weight_decay * w),
-    then w <- w - rate * b: with a rate of 1 and a dampening of 1 - lr its b is -v.
+    A buffer holds -v, as torch's SGD keeps it. Source: Krizhevsky et al. 2012, section 5;
+    weights.cu of the 2012 source.
 
     Args:
-        triton: compute it by the kernel of sgd_triton.py instead, to rounding the same.
-        copies: of each parameter in 16 bits, which that kernel writes too; or none.
+        weights, momentum_buffers, gradients: one of each per parameter, of the same shape.
+        lrs: a scalar tensor per parameter, so that a captured CUDA graph obeys a changed rate.
+        found_inf: scalar; where it is not 0 nothing changes. None where no scaler is active.
+    """
+    for w, buffer, gradient, lr, weight_decay in zip(
+        weights, momentum_buffers, gradients, lrs, weight_decays, strict=True
+    ):
+        new_buffer = momentum * buffer + lr * (gradient + weight_decay * w)
+        new_w = w - new_buffer
+        if found_inf is not None:
+            new_buffer = torch.where(found_inf == 0, new_buffer, buffer)
+            new_w = torch.where(found_inf == 0, new_w, w)
+        buffer.copy_(new_buffer)
+        w.copy_(new_w)
+
+
+class KrizhevskySGD(torch.optim.SGD):
+    """The paper's update, see ``sgd2012_update``: that function under torch.compile on GPUs,
+    torch's fused kernel on CPUs.
+
+    A change of the learning rate leaves the old velocity as it is, where torch's SGD multiplies
+    the whole velocity by the new rate. torch's fused kernel computes
+    b <- momentum * b + (1 - dampening) * (g + weight_decay * w), then w <- w - lr * b: with an lr
+    of 1 and a dampening of 1 - lr its b is -v.
+
+    Args:
+        fused: torch's fused kernel rather than ``sgd2012_update``; by default on CPUs.
     """
 
     def __init__(
@@ -41,36 +65,68 @@ class KrizhevskySGD(torch.optim.SGD):
         lr: float,
         momentum: float = 0.9,
         *,
-        triton: bool = False,
-        copies: Mapping[Tensor, Tensor] | None = None,
+        fused: bool | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(params, lr=lr, momentum=momentum, **options)
+        super().__init__(params, lr=lr, momentum=momentum, fused=True, **options)
         for group in self.param_groups:
-            for parameter in group["params"]:  # torch's first step would leave the rate out
+            for parameter in group["params"]:  # torch's first step would ignore the dampening
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(
                     parameter, memory_format=torch.preserve_format
                 )
-        self.by_triton = sgd_triton.Update(self, copies) if triton else None
+        first = self.param_groups[0]["params"][0]
+        self._fused = first.device.type == "cpu" if fused is None else fused
+        self._update = sgd2012_update
+        if first.device.type == "cuda":
+            self._update = torch.compile(sgd2012_update, dynamic=False)
+        self._lrs = [first.new_zeros(()) for _ in self.param_groups]
+        self._synced_lrs = [0.0] * len(self._lrs)
 
+    def sync_lr(self) -> None:
+        """Write changed learning rates into the tensors that ``sgd2012_update`` reads: before a
+        CUDA graph is captured, which must not contain it, and before each replay."""
+        for at, group in enumerate(self.param_groups):
+            if self._synced_lrs[at] != group["lr"]:
+                self._lrs[at].fill_(group["lr"])  # does not wait for the device
+                self._synced_lrs[at] = group["lr"]
+
+    @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update all parameters by their gradients."""
-        if self.by_triton is not None:
-            self.by_triton(getattr(self, "found_inf", None))  # a scaler's, which has unscaled
-            return None
-        rates = [group["lr"] for group in self.param_groups]
-        for group, rate in zip(self.param_groups, rates, strict=True):
-            if group["momentum"]:  # without any, torch leaves the dampening out: plain descent
-                group["lr"], group["dampening"] = 1.0, 1.0 - rate
+        """Update all parameters that have a gradient."""
+        if self._fused:
+            return self._fused_step(closure)
+        self.sync_lr()
+        grouped = [
+            (w, lr, group["weight_decay"])
+            for group, lr in zip(self.param_groups, self._lrs, strict=True)
+            for w in group["params"]
+            if w.grad is not None
+        ]
+        self._update(
+            [w for w, _, _ in grouped],
+            [self.state[w]["momentum_buffer"] for w, _, _ in grouped],
+            [w.grad for w, _, _ in grouped],
+            [lr for _, lr, _ in grouped],
+            [weight_decay for _, _, weight_decay in grouped],
+            self.defaults["momentum"],
+            getattr(self, "found_inf", None),  # a gradient scaler's, which has unscaled already
+        )
+        return None
+
+    def _fused_step(self, closure: Callable[[], float] | None) -> float | None:
+        lrs = [group["lr"] for group in self.param_groups]
+        for group, lr in zip(self.param_groups, lrs, strict=True):
+            if group["momentum"]:  # without momentum torch ignores the dampening
+                group["lr"], group["dampening"] = 1.0, 1.0 - lr
         try:
             return super().step(closure)
         finally:
-            for group, rate in zip(self.param_groups, rates, strict=True):
-                group["lr"], group["dampening"] = rate, 0.0
+            for group, lr in zip(self.param_groups, lrs, strict=True):
+                group["lr"], group["dampening"] = lr, 0.0
 
 
 class Lars(KrizhevskySGD):
-    """The paper's update with a rate of its own for each weight tensor:
+    """The paper's update with a learning rate of its own for each weight tensor:
 
         local <- trust * |w| / (|gradient| + weight_decay * |w|)
         v <- momentum * v - lr * local * (gradient + weight_decay * w)
@@ -81,7 +137,8 @@ class Lars(KrizhevskySGD):
 
     Args:
         params: groups whose parameters have names.
-        whole: makes of sums over a process's parts of tensors, by name, those over whole tensors.
+        all_reduce_norms: sums of squares of local shards, by parameter name -> those of full
+            parameters.
     """
 
     def __init__(
@@ -91,19 +148,19 @@ class Lars(KrizhevskySGD):
         momentum: float = 0.9,
         *,
         trust: float = 0.001,
-        whole: Callable[[Sums], Sums] = dict,
+        all_reduce_norms: Callable[[TensorDict], TensorDict] = dict,
         **options: Any,
     ) -> None:
         super().__init__(params, lr, momentum, **options)
-        self.trust, self._whole = trust, whole
+        self.trust, self._all_reduce_norms = trust, all_reduce_norms
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update all parameters by their gradients, which are another's afterwards."""
+        """Update all parameters by their gradients, which are overwritten."""
         adapted = [group for group in self.param_groups if not group["bias"]]
         decays = [group["weight_decay"] for group in adapted]
         self._adapt(adapted)
         for group in adapted:
-            group["weight_decay"] = 0.0  # it is in the gradients
+            group["weight_decay"] = 0.0  # it is in the gradients now
         try:
             return super().step(closure)
         finally:
@@ -112,30 +169,30 @@ class Lars(KrizhevskySGD):
 
     @torch.no_grad()
     def _adapt(self, groups: list[dict[str, Any]]) -> None:
-        """Make of each gradient local * (gradient + weight_decay * w), without waiting for the
-        device to tell the norms."""
+        """Turn each gradient into local * (gradient + weight_decay * w), without waiting for the
+        device to compute the norms."""
         names = [name for group in groups for name in group["param_names"]]
         weights: list[Tensor] = [p for group in groups for p in group["params"]]
         gradients = [w.grad for w in weights if w.grad is not None]
         decays = [group["weight_decay"] for group in groups for _ in group["params"]]
         if not weights:
             return
-        squares = torch.stack([_square(tensor) for tensor in weights + gradients])
+        squares = torch.stack([_sum_of_squares(tensor) for tensor in weights + gradients])
         pairs = squares.view(2, len(names)).unbind(1)
-        sums = self._whole(dict(zip(names, pairs, strict=True)))
-        rates = []
+        sums = self._all_reduce_norms(dict(zip(names, pairs, strict=True)))
+        local_lrs = []
         for name, decay in zip(names, decays, strict=True):
             w, gradient = sums[name].sqrt().unbind()
-            below = gradient + decay * w
-            local = self.trust * w / below
-            rates.append(torch.where((w > 0) & (below > 0), local, torch.ones_like(w)))
+            denominator = gradient + decay * w
+            local = self.trust * w / denominator
+            local_lrs.append(torch.where((w > 0) & (denominator > 0), local, torch.ones_like(w)))
         torch._foreach_add_(gradients, torch._foreach_mul(weights, decays))
-        torch._foreach_mul_(gradients, rates)
+        torch._foreach_mul_(gradients, local_lrs)
 
 
-def _square(tensor: Tensor) -> Tensor:
-    """The sum of the squares, row by row: float32 in one go, as CPUs have it, is wrong by 0.2 % for
-    a tensor like fc6's, and for the parts that a layout makes of it by another amount."""
+def _sum_of_squares(tensor: Tensor) -> Tensor:
+    """Row by row: one float32 sum, as CPUs compute it, is wrong by 0.2 % for a tensor like fc6's,
+    and for the shards of it by another amount."""
     rows = torch.linalg.vector_norm(tensor, dim=tuple(range(1, tensor.dim())))
     return rows.square().sum()
 
@@ -147,69 +204,60 @@ def build_optimizer(
     lr: float,
     momentum: float,
     weight_decay: float,
-    own: Iterable[str] = (),
+    separate_groups: Iterable[str] = (),
     trust: float = 0.001,
-    whole: Callable[[Sums], Sums] = dict,
-    triton: bool = False,
-    copies: Mapping[str, Tensor] | None = None,
-    fused: bool = True,
+    all_reduce_norms: Callable[[TensorDict], TensorDict] = dict,
 ) -> torch.optim.SGD:
-    """An optimizer of the ``parameters`` that want a gradient, with groups named "weights",
-    "biases" (all vectors, so a batch normalisation's scale too; without decay), and one for each
-    parameter that is named in ``own``.
+    """An optimizer of the trainable ``parameters``, with the groups "weights" and "biases" (all
+    vectors, so a batch norm's scale too; without weight decay), and one group for each parameter
+    named in ``separate_groups``.
 
     Args:
-        trust, whole: those of Lars.
-        triton, copies: those of PaperSGD, by name; torch's SGD has neither.
-        fused: whether torch's own update is one kernel, or one operation after another.
+        trust, all_reduce_norms: those of Lars.
 
     Raises:
-        Failure: there is no parameter of a name in ``own``.
+        UserError: ``separate_groups`` names a parameter that does not exist.
     """
-    parameters = learned(parameters)
-    own = set(own) - {"weights", "biases"}
-    for name_of in sorted(own - set(parameters)):
+    parameters = trainable(parameters)
+    separate = set(separate_groups) - {"weights", "biases"}
+    for unknown in sorted(separate - set(parameters)):
         raise UserError(
-            f"optim names a rate for {name_of}, and the network has no such parameter: give "
-            f"weights, biases, or one of {', '.join(parameters)}",
+            f"optim gives a learning rate for {unknown}, and the network has no such parameter: "
+            f"give weights, biases, or one of {', '.join(parameters)}",
             on_all_ranks=True,
         )
     groups: dict[str, dict[str, Any]] = {}
     for full_name, parameter in parameters.items():
         bias = parameter.dim() == 1
-        name_of = full_name if full_name in own else ("biases" if bias else "weights")
+        group_name = full_name if full_name in separate else ("biases" if bias else "weights")
         decay = 0.0 if bias else weight_decay
         group = groups.setdefault(
-            name_of, {"params": [], "name": name_of, "bias": bias, "weight_decay": decay}
+            group_name, {"params": [], "name": group_name, "bias": bias, "weight_decay": decay}
         )
         group["params"].append((full_name, parameter))
-    of_each: dict[Tensor, Tensor] = {
-        parameters[name_of]: copy for name_of, copy in (copies or {}).items()
-    }
-    kind: Any = torch.optim.SGD
-    if name == "sgd2012":
-        kind = partial(KrizhevskySGD, triton=triton, copies=of_each)
-    elif name == "lars":
-        kind = partial(Lars, trust=trust, whole=whole, triton=triton, copies=of_each)
-    optimizer: torch.optim.SGD = kind(list(groups.values()), lr=lr, momentum=momentum, fused=fused)
-    momentum_buffers(
-        optimizer, parameters
-    )  # torch leaves them unwritten where fp16 skips the first step
+    kind: Any = {
+        "sgd2012": KrizhevskySGD,
+        "sgd": partial(torch.optim.SGD, fused=True),
+        "lars": partial(Lars, trust=trust, all_reduce_norms=all_reduce_norms),
+    }[name]
+    optimizer: torch.optim.SGD = kind(list(groups.values()), lr=lr, momentum=momentum)
+    # torch's SGD leaves them uninitialized where fp16 skips the first step
+    momentum_buffers(optimizer, parameters)
     return optimizer
 
 
-def learned(parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-    """Those of the ``parameters`` that an optimizer moves, and running averages are not."""
+def trainable(parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """Those of the ``parameters`` that an optimizer updates; running averages are not."""
     return {name: p for name, p in parameters.items() if p.requires_grad}
 
 
 def momentum_buffers(
     optimizer: torch.optim.SGD, parameters: Mapping[str, nn.Parameter]
 ) -> dict[str, torch.Tensor]:
-    """The optimizer's velocity of each parameter that it moves, by its name; made where there is
-    none yet."""
+    """The optimizer's momentum buffer of each trainable parameter, by name; created where there
+    is none yet."""
     found = {}
-    for name, parameter in learned(parameters).items():
+    for name, parameter in trainable(parameters).items():
         state = optimizer.state[parameter]
         if state.get("momentum_buffer") is None:
             state["momentum_buffer"] = torch.zeros_like(

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from alexnet_dist.data import build_loader, dali
 from alexnet_dist.data.corrupt_images import Batch
@@ -27,7 +26,7 @@ from alexnet_dist.parallel.precision import SyncedGradScaler, resolve_precision
 from alexnet_dist.parallel.waits import Waits
 from alexnet_dist.training import checkpoint
 from alexnet_dist.training.checkpoint import CheckpointManager
-from alexnet_dist.training.optim import KrizhevskySGD, sgd_triton
+from alexnet_dist.training.optim import KrizhevskySGD, sgd2012_update
 from alexnet_dist.training.step import StepThrottle
 from tests.conftest import TINY, events, launch, losses, train, write_images
 from tests.data.corrupt_images import damaged, encode, photograph, put, whole, write_folder
@@ -300,62 +299,46 @@ def test_response_normalisation_by_triton(
         assert torch.allclose(one.double(), other, rtol=error, atol=error)
 
 
-def test_the_papers_update() -> None:
-    w = torch.nn.Parameter(torch.randn(1000, device=GPU))
-    wanted, v = w.detach().double().clone(), torch.zeros(1000, device=GPU, dtype=torch.float64)
-    optimizer = KrizhevskySGD([w], lr=0.0, momentum=0.9, weight_decay=0.0005, fused=True)
-    for rate in (0.01, 0.001, 1e-5):
-        w.grad = torch.randn_like(w)
-        optimizer.param_groups[0]["lr"] = rate
-        optimizer.step()
-        v = 0.9 * v - 0.0005 * rate * wanted - rate * w.grad.double()
-        wanted += v
-    assert torch.allclose(w.detach().double(), wanted, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.skipif(sgd_triton is None, reason="Triton is not installed here")
-def test_the_papers_update_by_triton() -> None:
+def test_sgd2012_compiled_is_the_plain_function() -> None:
+    """Over changes of the learning rate, and one step that a scaler skips."""
     torch.manual_seed(0)
     shapes = [(96, 3, 11, 11), (96,), (1000, 4096), (1000,), (7, 3)]
-    ours = [torch.nn.Parameter(torch.randn(shape, device=GPU)) for shape in shapes]
-    ours[0].data = ours[0].data.to(memory_format=torch.channels_last)
-    theirs = [torch.nn.Parameter(w.detach().clone()) for w in ours]
-    copies: dict[Tensor, Tensor] = {
-        w: torch.empty_like(w, dtype=torch.bfloat16, requires_grad=False) for w in ours
-    }
-    options: dict[str, Any] = {"lr": 0.0, "momentum": 0.9, "weight_decay": 0.0005, "fused": True}
-    optimizer = KrizhevskySGD(ours, **options, triton=True, copies=copies)
-    other = KrizhevskySGD(theirs, **options)
-    for rate in (0.01, 0.001, 0.02):
-        for mine, w in zip(ours, theirs, strict=True):
-            mine.grad = torch.randn_like(mine)
-            w.grad = mine.grad.clone()
-        for each in (optimizer, other):
-            each.param_groups[0]["lr"] = rate
-            each.step()
-    for mine, w in zip(ours, theirs, strict=True):
-        assert torch.allclose(mine, w, rtol=1e-6, atol=1e-6)
-        moving = optimizer.state[mine]["momentum_buffer"], other.state[w]["momentum_buffer"]
-        assert torch.allclose(*moving, rtol=1e-6, atol=1e-6)
-        assert torch.equal(copies[mine], mine.detach().bfloat16())  # rounded as a cast does it
+    compiled = [torch.nn.Parameter(torch.randn(shape, device=GPU)) for shape in shapes]
+    compiled[0].data = compiled[0].data.to(memory_format=torch.channels_last)
+    plain = [torch.nn.Parameter(w.detach().double()) for w in compiled]
+    options: dict[str, Any] = {"lr": 0.0, "momentum": 0.9, "weight_decay": 0.0005}
+    ours, reference = KrizhevskySGD(compiled, **options), KrizhevskySGD(plain, **options)
+    reference._update = sgd2012_update
+    for lr, found_inf in ((0.01, None), (0.001, 1.0), (0.001, 0.0), (0.02, 0.0)):
+        for w, exact in zip(compiled, plain, strict=True):
+            w.grad = torch.randn_like(w)
+            exact.grad = w.grad.double()
+        for optimizer in (ours, reference):
+            optimizer.param_groups[0]["lr"] = lr
+            optimizer.found_inf = (  # type: ignore[attr-defined]
+                None if found_inf is None else torch.tensor(found_inf, device=GPU)
+            )
+            optimizer.step()
+    for w, exact in zip(compiled, plain, strict=True):
+        buffers = ours.state[w]["momentum_buffer"], reference.state[exact]["momentum_buffer"]
+        assert torch.allclose(w.detach().double(), exact.detach(), rtol=1e-5, atol=1e-6)
+        assert torch.allclose(buffers[0].double(), buffers[1], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.skipif(sgd_triton is None, reason="Triton is not installed here")
 @pytest.mark.parametrize(
     "options",
     [
         [],
-        ["--runtime.weight_copies=true"],
         ["--runtime.compile=true"],
         ["--optim.name=lars", "--optim.trust_coefficient=0.01", "--train.grad_accum_steps=2"],
     ],
 )
-def test_a_graphed_step_is_the_plain_one(options: list[str], tmp_path: Path) -> None:
-    """Over twelve steps, nine of them replayed, each with a rate of its own."""
+def test_a_cuda_graph_step_is_the_eager_one(options: list[str], tmp_path: Path) -> None:
+    """Over twelve steps, nine of them replayed, each with another learning rate."""
     root = write_images(tmp_path / "i")
     same = ["--runtime.precision=bf16", "--runtime.deterministic=true", "--train.epochs=3"]
     same += ["--optim.schedule.name=one_cycle", "--optim.lr=0.002", *options]
-    train(1, root, tmp_path, "--run.name=plain", "--runtime.update=triton", *same)
+    train(1, root, tmp_path, "--run.name=plain", *same)
     train(1, root, tmp_path, "--run.name=graph", "--runtime.cuda_graph=true", *same)
     plain, graph = losses(tmp_path / "plain"), losses(tmp_path / "graph")
     assert len(plain) == 12
@@ -426,7 +409,7 @@ def test_bench_measures_every_part(tmp_path: Path) -> None:
     assert result.code == 0, result.err[-3000:]
     record = json.loads(out.read_text())
     assert {"matrix_product", "memory", "host_to_device", "decoder"} == set(record["limits"])
-    assert {"runtime.precision", "runtime.lrn", "runtime.update"} <= set(record["each"])
+    assert {"runtime.precision", "runtime.lrn"} <= set(record["each"])
     assert 0 <= record["training"]["data_time_fraction"] <= 1
     assert 0 < record["peak_memory_bytes"] < torch.cuda.mem_get_info(GPU)[1]
 

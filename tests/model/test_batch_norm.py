@@ -86,7 +86,7 @@ def test_the_optimizer_moves_scale_and_shift_without_decay_and_no_average() -> N
     parameters = dict(model.named_parameters())
     averages = {f"batch{layer}.{name}" for layer in range(1, 6) for name in ("mean", "variance")}
     assert {name for name, p in parameters.items() if not p.requires_grad} == averages
-    for name in ("paper", "sgd", "lars"):
+    for name in ("sgd2012", "sgd", "lars"):
         optimizer = build_optimizer(name, parameters, lr=1, momentum=0.9, weight_decay=0.1)
         groups = {g["name"]: (g["param_names"], g["weight_decay"]) for g in optimizer.param_groups}
         weights, biases = groups["weights"], groups["biases"]

@@ -162,7 +162,7 @@ def lars(mesh: Mesh, name: str, classes: int) -> dict:
     alone, sharding = dict(model.named_parameters()), layout.sharding
     options = {"lr": 50, "momentum": 0.9, "weight_decay": 0.01}
     both = [
-        build_optimizer("lars", layout.parameters, **options, whole=sharding.whole_sums),
+        build_optimizer("lars", layout.parameters, **options, all_reduce_norms=sharding.whole_sums),
         build_optimizer("lars", alone, **options),
     ]
     for seed in range(2):
@@ -185,7 +185,7 @@ def steps(mesh: Mesh, name: str, count: int, batch: int) -> dict:
     layout = lay_out(name, mesh, batch, num_classes=10)
     full = build_on_meta("paper", image_size=SIDE, num_classes=10)
     optimizer = build_optimizer(
-        "paper", layout.parameters, lr=1e-4, momentum=0.9, weight_decay=5e-4
+        "sgd2012", layout.parameters, lr=1e-4, momentum=0.9, weight_decay=5e-4
     )
     warm_up(layout, *own_rows(layout, batch), masks_of(full, 0, batch, layout.mask_rows))
     losses = []

@@ -1,40 +1,46 @@
-"""The paper's update, and LARS, against numbers worked out from their formulas."""
+"""The paper's update and LARS, against numbers worked out from their formulas."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from alexnet_dist.errors import UserError
-from alexnet_dist.training.optim import KrizhevskySGD, build_optimizer, momentum_buffers
+from alexnet_dist.training.optim import (
+    KrizhevskySGD,
+    build_optimizer,
+    momentum_buffers,
+    sgd2012_update,
+)
 
 
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_against_the_formula(dtype: torch.dtype, fused: bool) -> None:
+def test_sgd2012_follows_its_definition_in_float64(dtype: torch.dtype, fused: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     w = nn.Parameter(torch.randn(50, dtype=dtype, generator=generator))
-    wanted, v = w.detach().double().clone(), torch.zeros(50, dtype=torch.float64)
+    expected, v = w.detach().double().clone(), torch.zeros(50, dtype=torch.float64)
     optimizer = KrizhevskySGD([w], lr=0.0, momentum=0.9, weight_decay=0.0005, fused=fused)
-    for rate in (0.01, 0.01, 0.001, 0.02, 1e-5):
+    for lr in (0.01, 0.01, 0.001, 0.02, 1e-5):
         gradient = torch.randn(50, dtype=dtype, generator=generator)
         w.grad = gradient
-        optimizer.param_groups[0]["lr"] = rate
+        optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
-        v = 0.9 * v - 0.0005 * rate * wanted - rate * gradient.double()
-        wanted += v
-        assert optimizer.param_groups[0]["lr"] == rate
+        v = 0.9 * v - 0.0005 * lr * expected - lr * gradient.double()
+        expected += v
+        assert optimizer.param_groups[0]["lr"] == lr
     tolerance = 1e-12 if dtype == torch.float64 else 1e-6
-    assert torch.allclose(w.detach().double(), wanted, rtol=tolerance, atol=tolerance)
-    assert torch.allclose(
-        -optimizer.state[w]["momentum_buffer"].double(), v, rtol=tolerance, atol=tolerance
-    )
+    buffer = optimizer.state[w]["momentum_buffer"]
+    assert torch.allclose(w.detach().double(), expected, rtol=tolerance, atol=tolerance)
+    assert torch.allclose(-buffer.double(), v, rtol=tolerance, atol=tolerance)
 
 
-def test_by_hand() -> None:
+@pytest.mark.parametrize("fused", [True, False])
+def test_sgd2012_by_hand(fused: bool) -> None:
     w = nn.Parameter(torch.tensor([2.0], dtype=torch.float64))
-    optimizer = KrizhevskySGD([w], lr=0.1, momentum=0.9, weight_decay=0.5, fused=True)
+    optimizer = KrizhevskySGD([w], lr=0.1, momentum=0.9, weight_decay=0.5, fused=fused)
     w.grad = torch.tensor([3.0], dtype=torch.float64)
     optimizer.step()  # v = -0.5 * 0.1 * 2 - 0.1 * 3 = -0.4
     assert w.item() == pytest.approx(1.6)
@@ -43,14 +49,75 @@ def test_by_hand() -> None:
     assert w.item() == pytest.approx(1.202)
 
 
-def test_a_lower_rate_leaves_the_papers_velocity_and_shrinks_torchs() -> None:
+SHAPES = {
+    "conv.weight": (6, 3, 5, 5),
+    "conv.bias": (6,),
+    "fc.weight": (7, 311),
+    "fc.bias": (7,),
+    "own.weight": (40,),
+    "none.weight": (0, 5),  # an empty shard
+}
+
+
+@pytest.mark.parametrize("name", ["sgd2012", "lars"])
+@pytest.mark.parametrize(("momentum", "decay"), [(0.9, 0.05), (0.0, 0.05), (0.9, 0.0)])
+def test_sgd2012_as_on_gpus_is_that_of_torchs_fused_kernel(
+    name: Any, momentum: float, decay: float
+) -> None:
+    """Several groups and steps with changing learning rates: a missing gradient, one in another
+    memory format, one step that a scaler skips. Traced as torch.compile does it on GPUs."""
+    torch.compiler.reset()
+    runs: list[tuple[dict[str, nn.Parameter], Any]] = []
+    for plain in (True, False):
+        torch.manual_seed(0)
+        parameters = {n: nn.Parameter(torch.randn(shape)) for n, shape in SHAPES.items()}
+        conv = parameters["conv.weight"]
+        conv.data = conv.data.to(memory_format=torch.channels_last)
+        options: dict[str, Any] = {"momentum": momentum, "weight_decay": decay, "trust": 0.5}
+        optimizer: Any = build_optimizer(
+            name, parameters, lr=0.1, separate_groups=["own.weight"], **options
+        )
+        if plain:
+            optimizer._fused = False
+            optimizer._update = torch.compile(
+                sgd2012_update, dynamic=False, fullgraph=True, backend="aot_eager"
+            )
+        for step, lrs in enumerate([(0.1, 0.2, 0.3), (0.1, 0.2, 0.3), (0.01, 0.2, 0.0)]):
+            for group, lr in zip(optimizer.param_groups, lrs, strict=True):
+                group["lr"] = lr
+            for parameter in parameters.values():
+                parameter.grad = torch.randn_like(parameter)
+            if step == 1:
+                parameters["fc.bias"].grad = None
+                if plain:  # torch's fused kernel would read it in the wrong order
+                    conv.grad = conv.grad.contiguous()  # type: ignore[union-attr]
+                optimizer.grad_scale, optimizer.found_inf = None, torch.ones(())
+                before = conv.detach().clone()
+                optimizer.step()
+                assert torch.equal(conv, before)
+                optimizer.found_inf = torch.zeros(())
+            optimizer.step()
+            optimizer.grad_scale = optimizer.found_inf = None
+            del optimizer.grad_scale, optimizer.found_inf
+        runs.append((parameters, optimizer))
+    (ours, our_optimizer), (theirs, their_optimizer) = runs
+    for name_of in SHAPES:
+        one, two = ours[name_of].detach(), theirs[name_of].detach()
+        assert one.stride() == two.stride()
+        assert torch.allclose(one, two, rtol=1e-6, atol=1e-6), name_of
+    if momentum:
+        buffers = momentum_buffers(our_optimizer, ours), momentum_buffers(their_optimizer, theirs)
+        for name_of in SHAPES:
+            assert torch.allclose(buffers[0][name_of], buffers[1][name_of], atol=1e-6), name_of
+
+
+def test_sgd2012_keeps_its_velocity_when_the_lr_drops_and_torchs_sgd_shrinks_it() -> None:
     moved = {}
     for name in ("sgd2012", "sgd"):
         w = nn.Parameter(torch.zeros(1, dtype=torch.float64))
-        parameters = {"conv.weight": w}
         optimizer = build_optimizer(
             name,  # type: ignore[arg-type]
-            parameters,
+            {"conv.weight": w},
             lr=1.0,
             momentum=0.9,
             weight_decay=0.0,
@@ -66,29 +133,30 @@ def test_a_lower_rate_leaves_the_papers_velocity_and_shrinks_torchs() -> None:
     assert moved["sgd"] == pytest.approx(-0.0009)
 
 
-def test_without_momentum_it_is_plain_descent() -> None:
-    w = nn.Parameter(torch.zeros(1, dtype=torch.float64))
-    optimizer = KrizhevskySGD([w], lr=0.01, momentum=0.0, fused=True)
-    w.grad = torch.ones(1, dtype=torch.float64)
-    optimizer.step()
-    assert w.item() == pytest.approx(-0.01)
+def test_sgd2012_without_momentum_is_plain_sgd() -> None:
+    for fused in (True, False):
+        w = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+        optimizer = KrizhevskySGD([w], lr=0.01, momentum=0.0, fused=fused)
+        for _ in range(2):
+            w.grad = torch.ones(1, dtype=torch.float64)
+            optimizer.step()
+        assert w.item() == pytest.approx(-0.02)
 
 
-def test_groups_and_their_decay() -> None:
+def test_parameter_groups_and_their_weight_decay() -> None:
     net = nn.ModuleDict({"conv1": nn.Linear(2, 2), "fc8": nn.Linear(2, 2)})
+    options: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.5}
+    parameters = dict(net.named_parameters())
     optimizer = build_optimizer(
-        "sgd2012",
-        dict(net.named_parameters()),
-        lr=0.1,
-        momentum=0.9,
-        weight_decay=0.5,
-        own=["weights", "conv1.weight"],
+        "sgd2012", parameters, separate_groups=["weights", "conv1.weight"], **options
     )
     groups = {g["name"]: (len(g["params"]), g["weight_decay"]) for g in optimizer.param_groups}
     assert groups == {"conv1.weight": (1, 0.5), "biases": (2, 0.0), "weights": (1, 0.5)}
+    with pytest.raises(UserError, match=r"conv9\.weight, and the network has no such parameter"):
+        build_optimizer("sgd2012", parameters, separate_groups={"conv9.weight"}, **options)
 
 
-def test_velocities_are_those_of_the_optimizer() -> None:
+def test_momentum_buffers_are_those_of_the_optimizer() -> None:
     w = nn.Parameter(torch.ones(3))
     optimizer = build_optimizer("sgd", {"w": w}, lr=0.1, momentum=0.9, weight_decay=0.0)
     momentum_buffers(optimizer, {"w": w})["w"].fill_(2.0)
@@ -98,7 +166,7 @@ def test_velocities_are_those_of_the_optimizer() -> None:
 
 
 def test_lars_by_hand() -> None:
-    """Two steps; norms are of whole tensors, and biases keep the plain rate."""
+    """Two steps; norms are of full tensors, and biases keep the plain learning rate."""
     w = nn.Parameter(torch.tensor([[3.0, 4.0]], dtype=torch.float64))
     bias = nn.Parameter(torch.tensor([1.0], dtype=torch.float64))
     optimizer = build_optimizer(
@@ -141,18 +209,10 @@ def test_lars_moves_a_tensor_of_zeros_and_bears_a_gradient_of_zeros(decay: float
     assert ones.flatten().tolist() == pytest.approx([left] * 4)
 
 
-def test_lars_adds_up_the_squares_of_four_million_weights() -> None:
+def test_lars_sums_the_squares_of_four_million_weights() -> None:
     w = nn.Parameter(torch.full((2048, 2048), 0.1))
     optimizer = build_optimizer("lars", {"fc.weight": w}, lr=1.0, momentum=0.9, weight_decay=0.0)
     w.grad = torch.zeros_like(w)
     w.grad[0, 0] = 1.0
     optimizer.step()
     assert w[0, 0].item() == pytest.approx(0.1 - 0.001 * 204.8, rel=1e-5)
-
-
-def test_a_rate_for_a_parameter_that_is_not_there_is_a_sentence() -> None:
-    parameters = {"conv1.weight": nn.Parameter(torch.zeros(2, 2))}
-    with pytest.raises(UserError, match=r"conv9\.weight, and the network has no such parameter"):
-        build_optimizer(
-            "sgd2012", parameters, lr=0.1, momentum=0.9, weight_decay=0.0, own={"conv9.weight"}
-        )
