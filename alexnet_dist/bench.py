@@ -28,7 +28,7 @@ from alexnet_dist.errors import UserError, run_command
 from alexnet_dist.measuring import baseline, report
 from alexnet_dist.measuring.machine import machine
 from alexnet_dist.measuring.turns import Figure, rounded
-from alexnet_dist.parallel.mesh import start, usable_processors
+from alexnet_dist.parallel.mesh import available_cpus, init_distributed
 
 PROGRAM = "python -m alexnet_dist.bench"
 CROPS = ["--data.train_crop=random_resized", "--data.pca_noise=none"]
@@ -44,14 +44,16 @@ def main(arguments: list[str]) -> None:
     if words.turn in PLAIN:
         print(_plain_turn(words, config.data.batch_size))
         return
-    mesh = start(config.runtime.device, config.runtime.threads, config.runtime.hang_timeout)
+    mesh = init_distributed(
+        config.runtime.device, config.runtime.threads, config.runtime.hang_timeout
+    )
     check_network(config, mesh)
-    if words.baseline is not None and mesh.world > 1:
+    if words.baseline is not None and mesh.world_size > 1:
         raise UserError(
             "--baseline is for one process: start it without torchrun", on_all_ranks=True
         )
     folder = None if words.baseline is None or words.turn else _folder(words, config)
-    mesh = mesh.arrange(config.parallel.towers)
+    mesh = mesh.with_layout(config.parallel.towers)
     measures = Measures(config, mesh, rounds=words.rounds, seconds=words.seconds)
     if words.turn:
         print(measures.turn(words.turn))
@@ -79,7 +81,7 @@ def _about(parsed: ParsedArgs, measures: Measures, words: Namespace) -> dict[str
         "batch": config.data.batch_size,
         "image_size": config.data.image_size,
         "precision": measures.learner.precision,
-        "processes": mesh.world,
+        "processes": mesh.world_size,
         "threads": mesh.threads,
         "turns": {"count": words.rounds, "seconds": words.seconds},
         "images": {"kind": images.kind, "count": len(images.train)},
@@ -128,9 +130,9 @@ def _turn(name: str, words: Namespace, dotted: list[str], folder: Path) -> float
 
 def _plain_turn(words: Namespace, batch: int) -> float:
     """Images a second of one turn of what is compared with, with nothing of ours around it."""
-    torch.set_num_threads(usable_processors())
+    torch.set_num_threads(available_cpus())
     running = PLAIN[words.turn](Path(words.baseline), batch)
-    for _ in range(2 * usable_processors() + 1):  # workers keep two batches each ready
+    for _ in range(2 * available_cpus() + 1):  # workers keep two batches each ready
         next(running)
     images, begin = 0, _now()
     while time.perf_counter() - begin < words.seconds or images < 2 * batch:

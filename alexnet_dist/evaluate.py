@@ -24,9 +24,9 @@ from alexnet_dist.data.plan import EvalPlan, Views
 from alexnet_dist.data.sources import DatasetInfo, open_datasets, scan_dataset
 from alexnet_dist.errors import UserError, run_command
 from alexnet_dist.parallel.ddp import DDPLayout
-from alexnet_dist.parallel.mesh import Mesh, start
+from alexnet_dist.parallel.mesh import Mesh, init_distributed
 from alexnet_dist.parallel.precision import configure_backends, resolve_precision
-from alexnet_dist.parallel.sharded_loss import ShardedClasses, counted
+from alexnet_dist.parallel.sharded_loss import ShardedClasses, to_counts
 from alexnet_dist.parallel.sharding import ShardSpec
 from alexnet_dist.tracking.console import ProgressReporter
 from alexnet_dist.training.step import EvalMetrics, check_count, evaluate
@@ -45,9 +45,11 @@ def main(arguments: list[str]) -> None:
         )
     networks = read_networks(paths, rest)
     config = networks[0].config
-    mesh = start(config.runtime.device, config.runtime.threads)
+    mesh = init_distributed(config.runtime.device, config.runtime.threads)
     data = config.data
-    catalogue = mesh.from_first(lambda: scan_dataset(data.root, data.cache_dir, ProgressReporter()))
+    catalogue = mesh.broadcast_from_rank0(
+        lambda: scan_dataset(data.root, data.cache_dir, ProgressReporter())
+    )
     if not networks[0].knows(catalogue.val.classes):
         raise UserError(
             f"the classes of {catalogue.val.folder} are not those that {networks[0].path} was "
@@ -98,7 +100,7 @@ def evaluate_one(network: LoadedModel, mesh: Mesh, catalogue: DatasetInfo) -> di
     plan = EvalPlan(catalogue.val.sizes, network.config.data.eval_batch_size)
     layout, engine, batches = lay_out(network, plan, mesh, catalogue)
     result = evaluate(layout, batches, mesh.device)
-    left_out = sum(len(news) for news in mesh.gather(engine.bad.take_news()))
+    left_out = sum(len(news) for news in mesh.all_gather_object(engine.bad.take_news()))
     check_count(result, left_out, len(catalogue.val))
     engine.close()
     return result | ({"num_skipped": left_out} if left_out else {})
@@ -115,9 +117,9 @@ def evaluate_average(
     """
     batch_size = networks[0].config.data.eval_batch_size
     # a step has as many rows as with one view, unless that leaves a process without any image
-    images = batch_size if views == 1 else max(batch_size // views, mesh.replicas)
+    images = batch_size if views == 1 else max(batch_size // views, mesh.dp_size)
     plan = EvalPlan(catalogue.val.sizes, images, views=views)
-    mine = np.concatenate([some.numbers[::views] for some in plan.draws(mesh.rows)])
+    mine = np.concatenate([some.numbers[::views] for some in plan.draws(mesh.batch_slice)])
     shape, device = (len(mine), networks[0].outputs), mesh.device
     chances = torch.full(shape, -torch.inf, dtype=torch.float64, device=device)
     added = torch.zeros(len(mine), dtype=torch.int64, device=device)
@@ -131,7 +133,7 @@ def evaluate_average(
                 more = each.unflatten(0, (-1, views)).logsumexp(1)
                 chances[rows] = torch.logaddexp(chances[rows], more)
                 added[rows] += 1
-        everyone = mesh.gather(engine.bad.take_news())
+        everyone = mesh.all_gather_object(engine.bad.take_news())
         left_out |= {event["number"] for news in everyone for event in news}
         engine.close()
 
@@ -141,7 +143,7 @@ def evaluate_average(
     for some, right in zip(
         chances[whole].split(batch_size), labels[whole].split(batch_size), strict=True
     ):
-        errors.update(counted(*classes.places(some, right)))  # whose sum over classes is not asked
+        errors.update(to_counts(*classes.label_ranks(some, right)))
     result: dict[str, float] = errors.compute()
     check_count(result, len(left_out), len(catalogue.val))
     return result | ({"num_skipped": len(left_out)} if left_out else {})
@@ -171,7 +173,7 @@ def lay_out(
     configure_backends(precision, config.runtime.deterministic)
     layout = DDPLayout(network.build_on_meta(), mesh, batch=plan.batch, precision=precision)
     network.fill(layout.parameters)
-    return layout, engine, engine.batches(plan.draws(mesh.rows))
+    return layout, engine, engine.batches(plan.draws(mesh.batch_slice))
 
 
 def _config(words: list[str], underneath: dict[str, Any] | None) -> Config:

@@ -37,7 +37,7 @@ from alexnet_dist.data.photographs import finish
 from alexnet_dist.errors import UserError, run_command
 from alexnet_dist.model import MODEL_REGISTRY
 from alexnet_dist.model.preprocessing import Preprocessed
-from alexnet_dist.parallel.mesh import start
+from alexnet_dist.parallel.mesh import init_distributed
 from alexnet_dist.tracking.card import Exported, card
 from alexnet_dist.training import weights
 
@@ -108,7 +108,7 @@ def main(arguments: list[str]) -> None:
     places = _places(words)
     trained = read(words.checkpoint)
     _refuse(words, trained)
-    start("cpu")
+    init_distributed("cpu")
     subject = _subject(trained, words)
     far = {}
     for name, place in places.items():

@@ -32,7 +32,7 @@ from alexnet_dist.data.plan import SampleParams, center_crop_boxes
 from alexnet_dist.data.sources import DatasetInfo, ImageDataset, open_datasets, scan_dataset
 from alexnet_dist.errors import UserError, run_command
 from alexnet_dist.model import MODEL_REGISTRY, Network
-from alexnet_dist.parallel.mesh import Mesh, start
+from alexnet_dist.parallel.mesh import Mesh, init_distributed
 from alexnet_dist.parallel.precision import autocast, configure_backends, resolve_precision
 from alexnet_dist.tracking import Event, paper_figures, passes, plots
 from alexnet_dist.tracking.console import ProgressReporter
@@ -91,7 +91,7 @@ def main(arguments: list[str]) -> None:
     if not networks:
         return
     runtime = next(iter(networks.values())).config.runtime
-    mesh = start(runtime.device, runtime.threads)
+    mesh = init_distributed(runtime.device, runtime.threads)
     for name, network in networks.items():
         which = "" if len(networks) == 1 else f"-{name.replace('/', '-')}"
         if "3" in drawn:

@@ -25,7 +25,7 @@ from alexnet_dist.config import CommandParser, Config, parse
 from alexnet_dist.data.photographs import Viewed, finish, look, paths
 from alexnet_dist.errors import UserError, run_command, stderr
 from alexnet_dist.parallel.ddp import DDPLayout
-from alexnet_dist.parallel.mesh import Mesh, start
+from alexnet_dist.parallel.mesh import Mesh, init_distributed
 from alexnet_dist.parallel.precision import configure_backends, resolve_precision
 from alexnet_dist.tracking.guesses import guesses
 
@@ -49,8 +49,8 @@ def main(arguments: list[str]) -> None:
     words, dotted = _understand(arguments)
     network = read(words.checkpoint, partial(_config, dotted))
     runtime = network.config.runtime
-    mesh = start(runtime.device, runtime.threads)
-    if mesh.world > 1:
+    mesh = init_distributed(runtime.device, runtime.threads)
+    if mesh.world_size > 1:
         raise UserError("predict is one process: start it without torchrun", on_all_ranks=True)
     files = paths(_lines(words.images))
     pictured: list[Answer] = []

@@ -22,7 +22,7 @@ from alexnet_dist.config import (
 from alexnet_dist.data.corrupt_images import Loader
 from alexnet_dist.errors import UserError, run_command
 from alexnet_dist.parallel.hang_detector import HangDetector
-from alexnet_dist.parallel.mesh import Mesh, start
+from alexnet_dist.parallel.mesh import Mesh, init_distributed
 from alexnet_dist.parallel.waits import WAITS
 from alexnet_dist.tracking.logger import Logger, end_message, start_message
 from alexnet_dist.tracking.run_dir import RunDir, read_config, resolve_run_dir
@@ -38,14 +38,14 @@ def main(arguments: list[str]) -> None:
     program = "python -m alexnet_dist.train"
     parsed = parse(arguments, program=program, description=__doc__)
     runtime = parsed.config.runtime
-    mesh = start(runtime.device, runtime.threads, runtime.hang_timeout)
+    mesh = init_distributed(runtime.device, runtime.threads, runtime.hang_timeout)
     check_network(parsed.config, mesh)
     folder, path, kept = _open_run(mesh, parsed)
     try:
         if kept:
             parsed = parse(arguments, program=program, description=__doc__, underneath=kept)
             check_network(parsed.config, mesh)
-        run = Run(parsed.config, mesh.arrange(parsed.config.parallel.towers), folder, path)
+        run = Run(parsed.config, mesh.with_layout(parsed.config.parallel.towers), folder, path)
         run.train()
     except UserError as failure:  # for a person to mend: to start again by itself is of no use
         if folder is not None or not failure.on_all_ranks:
@@ -76,7 +76,7 @@ class Run:
         self.saver = Saver(
             CheckpointManager(
                 path / "checkpoints",
-                mesh.saving,
+                mesh.checkpoint_group,
                 mesh.device,
                 keep=keep.keep_last,
                 keep_every=keep.keep_every,
@@ -88,9 +88,9 @@ class Run:
         )
         self.step = 0
         self.evaluated = -1  # the step of the last evaluation
-        self.meters = TrainMetrics(config.data.batch_size, mesh.replicas)
+        self.meters = TrainMetrics(config.data.batch_size, mesh.dp_size)
         self.suspect = -1  # the step that a rollback was for
-        self.layout.scaler.guarding = config.train.on_nonfinite == "skip"
+        self.layout.scaler.skip_nonfinite = config.train.on_nonfinite == "skip"
         self.before, self.damaged = self._restore()  # the options of the life before, if any
         self.clock, self.pace = StepTimer(), StepThrottle(mesh.device)
         self.report = Logger(
@@ -129,7 +129,7 @@ class Run:
         self.watch = HangDetector(mesh, self.config.runtime.hang_timeout)
         self.preemption = PreemptionHandler(
             self.path,
-            mesh.patient,
+            mesh.long_timeout_group,
             signals=tuple(run.preempt_signals),
             time_limit=time_limit(run),
             grace=run.sigterm_grace,
@@ -138,7 +138,7 @@ class Run:
         try:
             self._agree()
             self._announce()
-            if mesh.world > 1:
+            if mesh.world_size > 1:
                 with WAITS.paused():
                     self.learner.warm_up()
             self._train(last)
@@ -194,17 +194,17 @@ class Run:
         """Steps up to ``end``, which lies in this epoch or is its last."""
         config = self.config
         plan = self.images.plan
-        draws = plan.epoch(self._epoch, self.step % plan.steps, self.mesh.rows)
+        draws = plan.epoch(self._epoch, self.step % plan.steps, self.mesh.batch_slice)
         batches = self.images.engine.batches(draws)
         try:
             self.clock.start()
             while self.step < end:
-                self.watch.beat(f"waiting for the images of step {self.step + 1}")
+                self.watch.heartbeat(f"waiting for the images of step {self.step + 1}")
                 batch = next(batches)
                 self.clock.waited()
                 if self.step == 0:
                     telling.show_first(self.report, self.images, batch)
-                self.watch.beat(f"computing step {self.step + 1}")
+                self.watch.heartbeat(f"computing step {self.step + 1}")
                 rates = self.learner.set_rates(self.passes)
                 masks = self.learner.masks(self.step)
                 result = self.learner.take_step(batch, masks)
@@ -270,10 +270,12 @@ class Run:
         def between() -> None:
             nonlocal longest, last
             longest, last = max(longest, time.perf_counter() - last), time.perf_counter()
-            self.watch.beat(f"evaluating after step {self.step}")
+            self.watch.heartbeat(f"evaluating after step {self.step}")
             self.preemption.check(2 * longest + 2 * self.saver.longest)
 
-        batches = self.images.val_engine.batches(self.images.evaluation.draws(self.mesh.rows))
+        batches = self.images.val_engine.batches(
+            self.images.evaluation.draws(self.mesh.batch_slice)
+        )
         try:
             with WAITS.paused():
                 result = evaluate(self.layout, batches, self.mesh.device, between)
@@ -289,8 +291,8 @@ class Run:
 
     def _report_bad(self, engine: Loader) -> int:
         """Record the images that were replaced or left out, of all processes; how many."""
-        mine = engine.bad.take_news() if self.mesh.speaks else []
-        news = [event for each in self.mesh.gather(mine) for event in each]
+        mine = engine.bad.take_news() if self.mesh.is_replica_leader else []
+        news = [event for each in self.mesh.all_gather_object(mine) for event in each]
         for event in news:
             self.report.emit("corrupt_image", step=self.step, **event)
         return len(news)
@@ -299,7 +301,7 @@ class Run:
 
     def save(self, best: dict[str, Any] | None = None) -> None:
         """Begin to write a checkpoint of this step, of which ``best`` may be the evaluation."""
-        self.watch.beat(f"saving step {self.step}")
+        self.watch.heartbeat(f"saving step {self.step}")
         self._collect()
         if not self.saver.finite():
             self._not_finite(self.step, "a weight is not finite")
@@ -356,7 +358,7 @@ class Run:
         for velocity in momentum_buffers(self.optimizer, self.layout.parameters).values():
             velocity.zero_()
         self.step, self.evaluated, self.saver.best = 0, -1, None
-        self.meters = TrainMetrics(self.config.data.batch_size, self.mesh.replicas)
+        self.meters = TrainMetrics(self.config.data.batch_size, self.mesh.dp_size)
         path = self.config.model.pretrained
         anew = self.saver.start_from(path) if path else []
         return [f"{path} has no {', '.join(anew)} for this network: drawn anew"] if anew else []
@@ -396,7 +398,7 @@ class Run:
         bad = self.meters.collect()
         if not bad:
             return
-        guarded = self.layout.scaler.guarding
+        guarded = self.layout.scaler.skip_nonfinite
         for one in bad if guarded else bad[:1]:  # without a guard the others follow from it
             paths = [self.images.engine.bad.source.path(number) for number in one.numbers.tolist()]
             self.report.emit(
@@ -406,7 +408,7 @@ class Run:
             self._not_finite(bad[0].step, bad[0].what)
 
     def _not_finite(self, step: int, what: str) -> NoReturn:
-        if self.config.train.on_nonfinite == "rollback" and not self.layout.scaler.guarding:
+        if self.config.train.on_nonfinite == "rollback" and not self.layout.scaler.skip_nonfinite:
             self._roll_back(step)
         raise UserError(
             f"{what} at step {step}: take a smaller --optim.lr (it is {self.config.optim.lr:g}), "
@@ -423,22 +425,26 @@ class Run:
         self.report.emit("rollback", step=spoilt_at, to=self.step, suspect=step)
         self._warn(damaged)
         self.suspect = step
-        self.layout.scaler.guarding = True
+        self.layout.scaler.skip_nonfinite = True
         raise RolledBack
 
     def _end_of_suspicion(self) -> None:
         """After a rollback: the step that went wrong lies behind."""
-        if self.config.train.on_nonfinite == "rollback" and self.layout.scaler.guarding:
+        if self.config.train.on_nonfinite == "rollback" and self.layout.scaler.skip_nonfinite:
             self._collect()
-            self.layout.scaler.guarding = False
+            self.layout.scaler.skip_nonfinite = False
 
     # what people see
 
     def _agree(self) -> None:
         """See to it that all processes were given the same run, and share its images out."""
         mine = (to_dict(self.config), self.images.catalogue.fingerprint, self.step)
-        rows = range(self.config.data.batch_size)[self.mesh.rows] if self.mesh.speaks else range(0)
-        everyone = self.mesh.gather((mine, rows))
+        rows = (
+            range(self.config.data.batch_size)[self.mesh.batch_slice]
+            if self.mesh.is_replica_leader
+            else range(0)
+        )
+        everyone = self.mesh.all_gather_object((mine, rows))
         positions = sorted(position for _, rows in everyone for position in rows)
         if any(one != mine for one, _ in everyone) or positions != list(range(len(positions))):
             raise UserError(
@@ -501,7 +507,7 @@ def _open_run(mesh: Mesh, parsed: ParsedArgs) -> tuple[RunDir | None, Path, dict
         opened.append(folder)
         return str(path), read_config(path) if resumed else {}
 
-    path, kept = mesh.from_first(choose)
+    path, kept = mesh.broadcast_from_rank0(choose)
     return (opened[0] if opened else None), Path(path), kept
 
 

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from alexnet_dist.measuring.machine import machine
 from alexnet_dist.model import build_on_meta
-from alexnet_dist.parallel.mesh import start
+from alexnet_dist.parallel.mesh import init_distributed
 from alexnet_dist.parallel.precision import resolve_precision
 from benchmarks.hosts import Hosts
 from benchmarks.steps import RANK, Steps
@@ -121,12 +121,12 @@ def _matrices(shape: torch.Size) -> int:
 
 def work(words: argparse.Namespace) -> None:
     """One process: steps under a layout; prints what it sent and how long a step took."""
-    mesh = start("cpu", 1)
-    mesh = mesh.arrange(2 if words.work.startswith("towers") else 1)
+    mesh = init_distributed("cpu", 1)
+    mesh = mesh.with_layout(2 if words.work.startswith("towers") else 1)
     steps = Steps(words.work, mesh, words.batch, classes=CLASSES)
 
     # steps that warm up may be small where only bytes are asked for
-    small = mesh.replicas if words.count else words.batch
+    small = mesh.dp_size if words.count else words.batch
     made = {batch: steps.inputs(batch) for batch in (small, words.batch)}
     for _ in range(words.warm):
         steps.take(made[small])
@@ -143,7 +143,7 @@ def work(words: argparse.Namespace) -> None:
         seconds.append(time.perf_counter() - begin)
     wire = (_on_the_wire() - before) / words.steps
     sent = sum(counter.sent.values()) / words.steps
-    answers = mesh.gather((sent, wire, statistics.median(seconds)))
+    answers = mesh.all_gather_object((sent, wire, statistics.median(seconds)))
     if mesh.rank == 0:
         means = [statistics.mean(one) for one in zip(*answers, strict=True)]
         print(json.dumps({"sent": means[0], "wire": means[1], "seconds": means[2]} | counter.sent))

@@ -24,8 +24,8 @@ from alexnet_dist.data.plan import SamplePlan
 from alexnet_dist.data.sources import FolderDataset, scan_dataset
 from alexnet_dist.data.transforms import build_normalization
 from alexnet_dist.measuring.machine import machine
-from alexnet_dist.parallel.collectives import gather
-from alexnet_dist.parallel.mesh import Mesh, start
+from alexnet_dist.parallel.collectives import all_gather
+from alexnet_dist.parallel.mesh import Mesh, init_distributed
 
 
 def batches(engine: Loader, plan: SamplePlan, rows: slice, mesh: Mesh) -> Iterator[int]:
@@ -34,7 +34,9 @@ def batches(engine: Loader, plan: SamplePlan, rows: slice, mesh: Mesh) -> Iterat
         for batch in engine.batches(plan.epoch(epoch, 0, rows)):
             images = batch.images
             if rows != slice(None):
-                images = gather(images.permute(0, 2, 3, 1), mesh.patient).flatten(0, 1)
+                images = all_gather(images.permute(0, 2, 3, 1), mesh.long_timeout_group).flatten(
+                    0, 1
+                )
             yield len(images)
 
 
@@ -47,7 +49,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="where the JSON goes")
     words = parser.parse_args()
 
-    mesh = start("cpu")
+    mesh = init_distributed("cpu")
     catalogue = scan_dataset(str(words.data), "~/.cache/alexnet_dist", lambda *_: None)
     plan = SamplePlan(catalogue.train.sizes, words.batch, seed=1)
     ways = {"twice": slice(None), "halves": slice(mesh.rank, None, 2)}

@@ -105,7 +105,7 @@ def compare(batch: int, kernels: int, side: int, towers: int, rounds: int) -> di
 
 def steps(variant: str, batch: int, rounds: int) -> dict[str, Any]:
     """Images a second of the passes of a network, with its normalisations and without."""
-    here = mesh.start().arrange(1)
+    here = mesh.init_distributed().with_layout(1)
     precision = resolve_precision("auto", here.device)
     images = torch.randn(batch, 3, 227, 227, device=here.device).mul_(50)
     images = images.to(memory_format=torch.channels_last)
@@ -122,7 +122,7 @@ def steps(variant: str, batch: int, rounds: int) -> dict[str, Any]:
                 if isinstance(layer, LocalResponseNorm):
                     setattr(model, name, nn.Identity())
         layout = DDPLayout(model, here, batch=batch, precision=precision)
-        layout.sharding.fill(layout.parameters, weights)
+        layout.sharding.load_full_weights(layout.parameters, weights)
         masks = make_dropout_masks(
             model.dropouts(), seed=1, step=0, batch=batch, rows=slice(None), device=here.device
         )
@@ -135,7 +135,7 @@ def steps(variant: str, batch: int, rounds: int) -> dict[str, Any]:
 
         works[way] = Work(once, warm=2)
     found = in_turns(works, here, rounds=rounds, seconds=0.0)
-    mesh.leave()
+    mesh.destroy_distributed()
     return {
         "variant": variant,
         "batch": batch,

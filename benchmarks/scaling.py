@@ -28,7 +28,7 @@ import torch
 from matplotlib.figure import Figure
 
 from alexnet_dist.measuring.machine import machine
-from alexnet_dist.parallel.mesh import usable_processors
+from alexnet_dist.parallel.mesh import available_cpus
 from alexnet_dist.tracking.plots import save
 from benchmarks.hosts import Hosts
 from benchmarks.sources import loading, some_images, speed
@@ -268,7 +268,7 @@ def images_a_core(data: Path, batch: int = 64) -> list[tuple[int, float]]:
     found = []
     with tempfile.TemporaryDirectory() as folder:
         root = some_images(data, Path(folder), 1000)
-        for cores in sorted({1, usable_processors()}):
+        for cores in sorted({1, available_cpus()}):
             os.sched_setaffinity(0, sorted(before)[:cores])
             try:
                 batches = loading(root, "dali", batch)
@@ -288,7 +288,7 @@ def write_parts(words: argparse.Namespace) -> None:
     parts = fit_parts(network(**shape), found)
     if words.data:
         a_core = [each / cores for cores, each in images_a_core(words.data)]
-        cores = max(usable_processors() // found["node"], 1)
+        cores = max(available_cpus() // found["node"], 1)
         parts["loader"] = [round(statistics.median(a_core)), cores]
     words.measure.write_text(json.dumps(parts, indent=1) + "\n")
 

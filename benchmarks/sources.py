@@ -35,7 +35,7 @@ from alexnet_dist.data.plan import SampleParams, SamplePlan
 from alexnet_dist.data.sources import open_datasets, scan_dataset
 from alexnet_dist.data.transforms import IMAGENET_MEAN, IMAGENET_STD, build_normalization
 from alexnet_dist.measuring.machine import machine
-from alexnet_dist.parallel.mesh import keep_memory, usable_processors
+from alexnet_dist.parallel.mesh import available_cpus, tune_malloc
 from tests.prepare.packed_folder import write_prepared
 
 CPU = torch.device("cpu")
@@ -77,7 +77,7 @@ def loading(root: Path, engine: str, batch: int) -> Generator[int, None, None]:
         fraction=plan.fraction,
         max_batch=batch,
         device=CPU,
-        threads=usable_processors(),
+        threads=available_cpus(),
     )
     for draws in epochs:
         for finished in running.batches(draws):
@@ -107,7 +107,7 @@ def usual(
         for draws in itertools.chain.from_iterable(epochs)
     )
     loader: DataLoader[tuple[Tensor, int]] = DataLoader(
-        Cropped(source), batch_sampler=orders, num_workers=usable_processors()
+        Cropped(source), batch_sampler=orders, num_workers=available_cpus()
     )
     for images, _ in loader:
         yield len(images)
@@ -155,8 +155,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="where the JSON goes")
     words = parser.parse_args()
 
-    keep_memory()  # as in training
-    torch.set_num_threads(usable_processors())
+    tune_malloc()  # as in training
+    torch.set_num_threads(available_cpus())
     speeds: dict[str, list[tuple[float, float]]] = {" ".join(way): [] for way in WAYS}
     with tempfile.TemporaryDirectory() as folder:
         roots = {"folder": some_images(words.data, Path(folder) / "folder", words.images)}

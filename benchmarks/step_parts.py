@@ -27,7 +27,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from alexnet_dist.parallel.collectives import AsyncAllGather
-from alexnet_dist.parallel.mesh import Mesh, keep_memory, start, usable_processors
+from alexnet_dist.parallel.mesh import Mesh, available_cpus, init_distributed, tune_malloc
 from alexnet_dist.parallel.precision import device_name, resolve_precision
 from benchmarks.step_model import FLOAT, LAYOUTS
 from benchmarks.steps import Steps
@@ -67,13 +67,13 @@ def observe(
     if cuda:
         torch.cuda.set_device(device)
     else:
-        keep_memory()  # as in training
-    threads = threads or max(usable_processors() // node, 1)
+        tune_malloc()  # as in training
+    threads = threads or max(available_cpus() // node, 1)
     torch.set_num_threads(threads)
     batches = batches or ([32, 128] if cuda else [4, 12])
     computed = computing(rank, n, batches, device, shape) if with_computing else {}
 
-    mesh = start("auto", threads)
+    mesh = init_distributed("auto", threads)
     lines, taken = _travel_by_group(mesh)
     found = {
         "name": device_name(device),
@@ -82,7 +82,7 @@ def observe(
         "node": node,
         "waits": not cuda,
         "batches": batches,
-        "computing": _slowest(mesh.gather(computed)),
+        "computing": _slowest(mesh.all_gather_object(computed)),
         "lines": lines,
         "taken": taken,
     }
@@ -93,12 +93,12 @@ def observe(
 
 def _travel_by_group(mesh: Mesh) -> tuple[dict[str, Any], float]:
     """What ``travelling`` finds within this node and between nodes, and of how many processes."""
-    node, nodes = mesh.local_world, mesh.world // mesh.local_world
+    node, nodes = mesh.local_world_size, mesh.world_size // mesh.local_world_size
     found: dict[str, Any] = {"inside": None, "between": None}
     taken = 0.0
     for name, groups in (
         ("inside", [list(range(k * node, (k + 1) * node)) for k in range(nodes)]),
-        ("between", [list(range(k, mesh.world, node)) for k in range(node)]),
+        ("between", [list(range(k, mesh.world_size, node)) for k in range(node)]),
     ):
         if len(groups[0]) > 1:
             group, _ = dist.new_subgroups_by_enumeration(groups)
@@ -120,7 +120,7 @@ def _slowest(things: Sequence[Any]) -> Any:
 
 def _seconds(name: str, mesh: Mesh, batch: int, shape: dict[str, int]) -> list[float]:
     """Seconds of some steps on a global ``batch``, those that warm up left out."""
-    steps = Steps(name, mesh.arrange(1), batch, power_after=0, **shape)
+    steps = Steps(name, mesh.with_layout(1), batch, power_after=0, **shape)
     inputs = steps.inputs(batch)
     seconds = []
     for _ in range(_warm(name) + STEPS):
@@ -129,7 +129,10 @@ def _seconds(name: str, mesh: Mesh, batch: int, shape: dict[str, int]) -> list[f
         seconds.append(time.perf_counter() - begin)
     del steps
     gc.collect()
-    return [statistics.fmean(each) for each in zip(*mesh.gather(seconds[-STEPS:]), strict=True)]
+    return [
+        statistics.fmean(each)
+        for each in zip(*mesh.all_gather_object(seconds[-STEPS:]), strict=True)
+    ]
 
 
 def computing(
@@ -217,7 +220,7 @@ def _silence(name: str, rank: int, n: int, device: torch.device) -> Iterator[Mes
         mesh = Mesh(rank, n, device.index or 0, 1, device, threads, group, group)
         size = (dist.get_world_size(), 1)
         names = ("dp", "mp")
-        yield replace(mesh, devices=init_device_mesh(device.type, size, mesh_dim_names=names))
+        yield replace(mesh, device_mesh=init_device_mesh(device.type, size, mesh_dim_names=names))
     finally:
         dist.destroy_process_group()
 

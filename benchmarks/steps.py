@@ -50,7 +50,7 @@ class Steps:
             fc_schedule=kind,
             compression=GradCompression(compress or "none", RANK, power_after),  # type: ignore[arg-type]
         )
-        self.layout.sharding.fill(self.layout.parameters, iter(weights))
+        self.layout.sharding.load_full_weights(self.layout.parameters, iter(weights))
         self.optimizer = build_optimizer(
             "sgd2012", self.layout.parameters, lr=1e-4, momentum=0.9, weight_decay=5e-4
         )
@@ -58,7 +58,7 @@ class Steps:
     def inputs(self, batch: int) -> tuple[Any, ...]:
         """For a step on a global ``batch``: it, and images, labels and masks of this process."""
         count, side, device = self.mesh.local_batch(batch), self.image_size, self.mesh.device
-        rows = self.layout.mask_rows
+        rows = self.layout.dropout_rows
         masks = make_dropout_masks(
             self.dropouts, seed=1, step=0, batch=batch, rows=rows, device=device
         )

@@ -18,7 +18,7 @@ MEAN = [120.5, 110.25, 99.0]
 
 
 def alone() -> None:
-    """Be the only process of a group, until ``mesh.leave``."""
+    """Be the only process of a group, until ``mesh.destroy_distributed``."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 
 
@@ -27,7 +27,7 @@ def command(main: Callable[[list[str]], None], *words: object) -> None:
     try:
         main([str(word) for word in words])
     finally:
-        mesh.leave()
+        mesh.destroy_distributed()
 
 
 def save_network(folder: Path, variant: str, *, more_outputs: int = 0) -> tuple[Path, Network]:
@@ -64,7 +64,7 @@ def save_network(folder: Path, variant: str, *, more_outputs: int = 0) -> tuple[
     tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
     checkpoints.begin(state, tensors, best=True)
     saved = checkpoints.settle()
-    mesh.leave()
+    mesh.destroy_distributed()
     assert saved is not None
     assert saved.failure == ""
     return folder, model

@@ -61,7 +61,7 @@ def noise(place: Path) -> Path:
 def group() -> Iterator[None]:
     alone()
     yield
-    mesh.leave()
+    mesh.destroy_distributed()
 
 
 def images(count: int, height: int = 67, width: int = 67) -> torch.Tensor:
@@ -134,7 +134,7 @@ def test_torchvisions_class_loads_what_is_written(place: Path) -> None:
     alone()  # and its file is read as torchvision's own would be, without a record
     found = read(str(out))
     np.testing.assert_allclose(scores(found.model(CPU), x), wanted, atol=1e-3)
-    mesh.leave()
+    mesh.destroy_distributed()
     assert found.labels == ["0", "1", "2"]
     assert found.knows(["a", "b", "c"])
     assert not found.knows(["a", "b", "c", "d"])
@@ -154,7 +154,7 @@ def test_torchvisions_weights_are_read_and_go_on(place: Path) -> None:
         found = read(str(file))
         np.testing.assert_allclose(scores(found.model(CPU), x), scores(theirs, x), atol=1e-6)
         assert found.knows([f"class {number}" for number in range(12)])
-    mesh.leave()
+    mesh.destroy_distributed()
     other = torchvision.models.alexnet(num_classes=12).eval()
     other.load_state_dict(load_file(place / "theirs/model.safetensors"))
     assert np.array_equal(scores(other, x), scores(theirs, x))
@@ -290,7 +290,7 @@ def test_a_run_on_two_towers_starts_from_a_file(
     train(2, noise, tmp_path, *options, "--parallel.towers=2", "--optim.lr=1e-12")
     alone()
     model = read(str(tmp_path / "run")).model(CPU)
-    mesh.leave()
+    mesh.destroy_distributed()
     for name, parameter in paper[1].named_parameters():
         torch.testing.assert_close(model.get_parameter(name), parameter, atol=1e-9, rtol=1e-6)
 

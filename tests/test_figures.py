@@ -194,7 +194,7 @@ def test_a_network_is_drawn(tmp_path: Path, mesh: Mesh, monkeypatch: pytest.Monk
     torch.manual_seed(1)
     model = build_model("paper", num_classes=4, image_size=SIDE).eval()
     weights = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
-    checkpoints = CheckpointManager(tmp_path / "run" / "checkpoints", mesh.saving, CPU)
+    checkpoints = CheckpointManager(tmp_path / "run" / "checkpoints", mesh.checkpoint_group, CPU)
     checkpoints.begin(state(root), weights, best=True)
     assert checkpoints.settle().failure == ""  # type: ignore[union-attr]
     (tmp_path / "names").write_text("blue azure, sky\nred  a long name for what is merely red\n")

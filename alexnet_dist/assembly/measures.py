@@ -109,7 +109,9 @@ class Measures:
         source = open_datasets(self.images.catalogue)[0]
         if source.raw:
             return None
-        draws = self.images.engine.bad.apply(next(self.images.plan.epoch(0, 0, self.mesh.rows)))
+        draws = self.images.engine.bad.apply(
+            next(self.images.plan.epoch(0, 0, self.mesh.batch_slice))
+        )
         encoded = [source.read(number) for number in draws.numbers.tolist()]
         data = self.config.data
         chosen = (
@@ -201,7 +203,7 @@ class Measures:
         }
         found = self.measure(works, self.mesh)
         count = self.seconds * found["end_to_end"].median / self.batch
-        count = max(*self.mesh.gather(math.ceil(count)), 3)
+        count = max(*self.mesh.all_gather_object(math.ceil(count)), 3)
         wait, communication = self._shares(batches, int(count))
         batches.close()
         return {
@@ -238,13 +240,13 @@ class Measures:
         def endless() -> Generator[tuple[int, Batch], None, None]:
             while True:  # the last batch of each time through is smaller
                 left = range(images, 0, -plan.batch)
-                yield from zip(left, engine.batches(plan.draws(self.mesh.rows)), strict=True)
+                yield from zip(left, engine.batches(plan.draws(self.mesh.batch_slice)), strict=True)
 
         batches = endless()
 
         def once() -> float:
             left, batch = next(batches)
-            layout.hits(batch.images, batch.labels)
+            layout.eval_counts(batch.images, batch.labels)
             return float(min(left, plan.batch))
 
         with WAITS.paused():
@@ -255,7 +257,9 @@ class Measures:
 
     def checkpoint(self) -> dict[str, Any]:
         """What a save keeps training from, and how long it takes, below run.output_dir."""
-        folder = self.mesh.from_first(lambda: f"{self.config.run.output_dir}/.bench-{os.getpid()}")
+        folder = self.mesh.broadcast_from_rank0(
+            lambda: f"{self.config.run.output_dir}/.bench-{os.getpid()}"
+        )
         events: list[dict[str, Any]] = []
 
         def hear(event: str, **values: Any) -> None:
@@ -263,7 +267,7 @@ class Measures:
 
         checkpoints = CheckpointManager(
             Path(folder),
-            self.mesh.saving,
+            self.mesh.checkpoint_group,
             self.mesh.device,
             keep=1,
             asynchronous=self.config.checkpoint.async_save,
@@ -296,13 +300,13 @@ class Measures:
             "towers": {"towers": 2, "fc": "replicated"},
             "sharded": {"towers": 1, "fc": "sharded"},
         }
-        for name, choice in choices.items() if self.mesh.world > 1 else ():
+        for name, choice in choices.items() if self.mesh.world_size > 1 else ():
             config = replace(self.config, parallel=replace(self.config.parallel, **choice))
             try:
                 check_network(config, self.mesh)
             except UserError:  # it is not for this network, or so many processes
                 continue
-            mesh = self.mesh.arrange(config.parallel.towers)
+            mesh = self.mesh.with_layout(config.parallel.towers)
             learner = _learner(config, mesh, self.images)
             work = Work(partial(_step, learner, _made(config, mesh), self.steps), self._warm)
             WAITS.take()
@@ -375,7 +379,7 @@ class Measures:
 
     def _of_epochs(self, engine: Any) -> Generator[Batch, None, None]:
         for epoch in itertools.count():
-            yield from engine.batches(self.images.plan.epoch(epoch, 0, self.mesh.rows))
+            yield from engine.batches(self.images.plan.epoch(epoch, 0, self.mesh.batch_slice))
 
     def end_to_end(self, batches: Iterator[Batch]) -> Work:
         """Steps on batch after batch."""
@@ -401,7 +405,13 @@ class Measures:
     @property
     def _warm(self) -> int:
         """Steps that do not count: those before a capture, and it; PowerSGD's first two."""
-        return CAPTURE_WARMUP_STEPS + 2 if self.learner.graphs else 3 if self.mesh.world > 1 else 1
+        return (
+            CAPTURE_WARMUP_STEPS + 2
+            if self.learner.graphs
+            else 3
+            if self.mesh.world_size > 1
+            else 1
+        )
 
 
 def _step(learner: Learner, batch: Batch, numbers: Iterator[int]) -> float:
@@ -414,7 +424,7 @@ def _learner(config: Config, mesh: Mesh, images: Images) -> Learner:
     soon = replace(config.parallel, powersgd_start=2)
     learner = Learner(replace(config, parallel=soon), mesh, images)
     learner.draw()
-    if mesh.world > 1:
+    if mesh.world_size > 1:
         learner.warm_up()
     for group in learner.optimizer.param_groups:
         group["lr"] = 0.0

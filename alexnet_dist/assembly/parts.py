@@ -23,7 +23,7 @@ from alexnet_dist.model import (
     make_dropout_masks,
     triton_runs_on,
 )
-from alexnet_dist.parallel import parallelize, validate_parallel_config, warm_up
+from alexnet_dist.parallel import ddp_warmup, parallelize, validate_parallel_config
 from alexnet_dist.parallel.ddp import GradCompression
 from alexnet_dist.parallel.mesh import Mesh
 from alexnet_dist.parallel.precision import Precision, configure_backends, resolve_precision
@@ -49,7 +49,7 @@ class Images:
 
     def __init__(self, config: Config, mesh: Mesh) -> None:
         self.config, data = config, config.data
-        self.catalogue = mesh.from_first(
+        self.catalogue = mesh.broadcast_from_rank0(
             lambda: scan_dataset(data.root, data.cache_dir, ProgressReporter())
         )
         _check_batch(config, mesh, self.catalogue)
@@ -168,7 +168,7 @@ class Learner:
             weight_decay=optim.weight_decay,
             separate_groups={*optim.schedule.milestones, *optim.lr_mults},
             trust=optim.trust_coefficient,
-            all_reduce_norms=self.layout.sharding.whole_sums,
+            all_reduce_norms=self.layout.sharding.all_reduce_partial_sums,
         )
         self.take_step: Callable[[Batch, Iterable[Tensor]], Tensor] = (
             CudaGraphStep(self.layout, self.optimizer)
@@ -179,7 +179,7 @@ class Learner:
     def draw(self) -> None:
         """Draw the initial weights, and have the schedule stand at its beginning."""
         _, weights = self._outline()
-        self.layout.sharding.fill(self.layout.parameters, weights)
+        self.layout.sharding.load_full_weights(self.layout.parameters, weights)
         self.schedule.load(self._schedule_at_first)
 
     def set_rates(self, passes: float) -> dict[str, float]:
@@ -193,7 +193,7 @@ class Learner:
             seed=self.config.train.seed,
             step=step,
             batch=self.config.data.batch_size,
-            rows=self.layout.mask_rows,
+            rows=self.layout.dropout_rows,
             device=self.mesh.device,
         )
 
@@ -204,7 +204,7 @@ class Learner:
         images = torch.zeros(count, 3, side, side, device=device)
         images = images.to(memory_format=torch.channels_last)
         labels = torch.zeros(count, dtype=torch.int64, device=device)
-        warm_up(self.layout, images, labels, self.masks(0))
+        ddp_warmup(self.layout, images, labels, self.masks(0))
 
     def _outline(self) -> tuple[Network, Iterator[tuple[str, Tensor]]]:
         """The network without memory, and its initial weights, each drawn when it is asked for."""
@@ -243,7 +243,7 @@ def check_network(config: Config, mesh: Mesh) -> None:
     precision = resolve_precision(config.runtime.precision, mesh.device)
     validate_parallel_config(
         MODEL_REGISTRY[config.model.arch],
-        mesh.world,
+        mesh.world_size,
         towers=parallel.towers,
         fc=parallel.fc,
         fc_schedule=parallel.fc_schedule,
@@ -261,7 +261,7 @@ def wants_graph(config: Config, mesh: Mesh, precision: Precision) -> bool:
     """
     obstacle = why_not_capturable(
         device=mesh.device,
-        processes=mesh.world,
+        processes=mesh.world_size,
         fc=config.parallel.fc,
         precision=precision,
         optimizer=config.optim.name,
@@ -275,17 +275,17 @@ def wants_graph(config: Config, mesh: Mesh, precision: Precision) -> bool:
 def _check_batch(config: Config, mesh: Mesh, catalogue: DatasetInfo) -> None:
     batch, images = config.data.batch_size, len(catalogue.train)
     classes, asked = len(catalogue.train.classes), config.model.num_classes
-    if batch < mesh.replicas:
+    if batch < mesh.dp_size:
         raise UserError(
             f"data.batch_size {batch} is the global batch, and has no image for some of the "
-            f"{mesh.replicas} {'processes' if mesh.towers == 1 else 'pairs of processes'}: raise "
-            "it, or take fewer processes",
+            f"{mesh.dp_size} {'processes' if mesh.split_size == 1 else 'pairs of processes'}: "
+            "raise it, or take fewer processes",
             on_all_ranks=True,
         )
-    if config.train.grad_accum_steps > batch // mesh.replicas:
+    if config.train.grad_accum_steps > batch // mesh.dp_size:
         raise UserError(
             f"train.grad_accum_steps {config.train.grad_accum_steps} is more than the "
-            f"{batch // mesh.replicas} images of data.batch_size {batch} that fall to a process: "
+            f"{batch // mesh.dp_size} images of data.batch_size {batch} that fall to a process: "
             "lower it",
             on_all_ranks=True,
         )

@@ -24,7 +24,7 @@ from alexnet_dist.tracking.run_dir import restart_info
 def facts(mesh: Mesh, images: Images, learner: Learner) -> dict[str, Any]:
     """What a life begins with, for the records."""
     return {
-        "world_size": mesh.world,
+        "world_size": mesh.world_size,
         "device": device_name(mesh.device),
         "precision": learner.precision,
         "compiled": learner.compiles,
@@ -67,7 +67,7 @@ def show_predictions(
     """
     plan = images.evaluation
     first = next(iter(plan.draws(slice(None))))
-    count = min(16, len(first.numbers), max(plan.batch // mesh.replicas, 1))
+    count = min(16, len(first.numbers), max(plan.batch // mesh.dp_size, 1))
     spread = np.linspace(0, len(images.catalogue.val) - 1, count).astype(np.int64)
     some = first.only(np.arange(len(first.numbers)) < count).substituted(spread)
     batch = next(iter(images.val_engine.batches([some])))

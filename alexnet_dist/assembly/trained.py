@@ -80,7 +80,7 @@ class LoadedModel:
         weights.load(self.path, tensors)
 
     def model(self, device: torch.device) -> Network:
-        """The network with its weights, ready to answer, on one device; after ``mesh.start``."""
+        """The network with its weights, on one device; after ``init_distributed``."""
         model = self.build_on_meta().to_empty(device=device)
         model = model.to(memory_format=torch.channels_last)
         self.fill(dict(model.named_parameters()))

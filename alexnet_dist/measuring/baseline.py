@@ -13,7 +13,7 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from alexnet_dist.data.transforms import IMAGENET_MEAN, IMAGENET_STD
-from alexnet_dist.parallel.mesh import usable_processors
+from alexnet_dist.parallel.mesh import available_cpus
 
 
 def training(train: Path, batch: int) -> Iterator[int]:
@@ -54,7 +54,7 @@ def _batches(train: Path, batch: int) -> Iterator[Any]:
         ImageFolder(str(train), augment),
         batch_size=batch,
         shuffle=True,
-        num_workers=usable_processors(),
+        num_workers=available_cpus(),
         pin_memory=torch.cuda.is_available(),
         drop_last=True,
         persistent_workers=True,
@@ -69,7 +69,7 @@ def dali(train: Path, batch: int) -> Iterator[int]:
 
     gpu = torch.cuda.is_available()
     pipeline = Pipeline(
-        batch_size=batch, num_threads=usable_processors(), device_id=0 if gpu else None, seed=1
+        batch_size=batch, num_threads=available_cpus(), device_id=0 if gpu else None, seed=1
     )
     with pipeline:
         files, labels = fn.readers.file(file_root=str(train), random_shuffle=True, name="reader")

@@ -28,7 +28,7 @@ def limits(mesh: Mesh, precision: Precision, gradients: int) -> dict[str, Work]:
     }
     if mesh.device.type == "cuda":
         works["host_to_device"] = Work(_upload(mesh), warm=2)
-    if mesh.world > 1:
+    if mesh.world_size > 1:
         works["all_reduce"] = Work(_sum(mesh, gradients), warm=1)
     return works
 
@@ -41,7 +41,7 @@ def _product(mesh: Mesh, precision: Precision) -> Callable[[], float]:
 
     def once() -> float:
         torch.mm(a, b, out=out)
-        return mesh.world * 2.0 * side**3
+        return mesh.world_size * 2.0 * side**3
 
     return once
 
@@ -52,7 +52,7 @@ def _copy(mesh: Mesh) -> Callable[[], float]:
 
     def once() -> float:
         target.copy_(source)
-        return mesh.world * 2.0 * COPIED
+        return mesh.world_size * 2.0 * COPIED
 
     return once
 
@@ -63,7 +63,7 @@ def _upload(mesh: Mesh) -> Callable[[], float]:
 
     def once() -> float:
         target.copy_(source, non_blocking=True)
-        return float(mesh.world * COPIED)
+        return float(mesh.world_size * COPIED)
 
     return once
 
@@ -109,6 +109,6 @@ def decoding(
         pipeline.feed_input("start", np.ascontiguousarray(boxes[:, :2]))
         pipeline.feed_input("shape", np.ascontiguousarray(boxes[:, 2:]))
         pipeline.run()
-        return float(mesh.world * len(encoded))
+        return float(mesh.world_size * len(encoded))
 
     return Work(once, warm=2)

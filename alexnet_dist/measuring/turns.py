@@ -75,7 +75,7 @@ def _turn(work: Work, mesh: Mesh, seconds: float) -> float:
     _together(mesh)
     first = time.perf_counter() - begin
     # what was lying ready took no time; and all go by the slowest process, to do as much
-    slower = max(mesh.gather(max(first, each)))
+    slower = max(mesh.all_gather_object(max(first, each)))
     if slower >= seconds:
         return units / first
     begin = time.perf_counter()
@@ -88,8 +88,8 @@ def _together(mesh: Mesh) -> None:
     """Wait until the device has done what it was given, and the other processes have come here."""
     if mesh.device.type == "cuda":
         torch.cuda.synchronize(mesh.device)
-    if mesh.world > 1:
-        mesh.gather(None)
+    if mesh.world_size > 1:
+        mesh.all_gather_object(None)
 
 
 def rounded(value: float) -> float:

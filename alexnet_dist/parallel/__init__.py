@@ -21,7 +21,7 @@ from alexnet_dist.parallel.sharded_loss import ShardedClasses
 from alexnet_dist.parallel.sharding import Sharding, ShardSpec
 from alexnet_dist.parallel.towers import tower_of
 
-__all__ = ["parallelize", "validate_parallel_config", "warm_up"]
+__all__ = ["ddp_warmup", "parallelize", "validate_parallel_config"]
 
 
 def validate_parallel_config(
@@ -103,10 +103,12 @@ def parallelize(
         )
     classes = sharding = None
     network: nn.Module = model
-    if mesh.towers > 1:
+    if mesh.split_size > 1:
         assert isinstance(model, AlexNet)
         network = tower_of(model, mesh)
-        classes = ShardedClasses(ShardSpec(num_classes, mesh.towers, mesh.tower), mesh.group("mp"))
+        classes = ShardedClasses(
+            ShardSpec(num_classes, mesh.split_size, mesh.split_rank), mesh.group("mp")
+        )
         shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         sharding = Sharding(mesh, shapes, "mp")
     return DDPLayout(
@@ -123,7 +125,7 @@ def parallelize(
     )
 
 
-def warm_up(
+def ddp_warmup(
     layout: DDPLayout | ShardedFCLayout, images: Tensor, labels: Tensor, masks: tuple[Tensor, ...]
 ) -> None:
     """The passes of WARM_UP, on any images; no parameter changes."""

@@ -21,7 +21,7 @@ class AsyncAllGather:
         self._everyone = x.new_empty(group.size() * x.numel())
         self._work = _all_gather(self._everyone, self._sent, group=group, async_op=True)
 
-    def promised(self) -> Tensor:
+    def output(self) -> Tensor:
         """[processes, *x.shape], which holds what it should once ``wait`` has returned."""
         return self._everyone.view(self._shape)
 
@@ -29,7 +29,7 @@ class AsyncAllGather:
         WAITS.begin(self._sent.device)
         self._work.wait()
         WAITS.end()
-        return self.promised()
+        return self.output()
 
 
 class AsyncReduceScatter:
@@ -53,13 +53,13 @@ class AsyncReduceScatter:
         return upcast_to_fp32(self._received).sum(0)
 
 
-def gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+def all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """``x`` of every process, [processes, *x.shape]."""
     return AsyncAllGather(x, group).wait()
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def summed(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+def all_reduce_autograd(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """``x`` summed over the processes, the same bits on each; its gradient is summed as well."""
     total: Tensor = _Sum.apply(x, group)
     return total

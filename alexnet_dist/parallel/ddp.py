@@ -21,11 +21,11 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_
 from torch.nn.parallel import DistributedDataParallel
 
 from alexnet_dist.model.normalization import BatchNorm
-from alexnet_dist.parallel.collectives import summed, upcast_to_fp32
+from alexnet_dist.parallel.collectives import all_reduce_autograd, upcast_to_fp32
 from alexnet_dist.parallel.copies import WithCopies
 from alexnet_dist.parallel.mesh import Mesh
 from alexnet_dist.parallel.precision import Precision, SyncedGradScaler, autocast
-from alexnet_dist.parallel.sharded_loss import ShardedClasses, counted
+from alexnet_dist.parallel.sharded_loss import ShardedClasses, to_counts
 from alexnet_dist.parallel.sharding import Sharding, ShardSpec
 from alexnet_dist.parallel.waits import WAITS, wait_from_last_gradient
 
@@ -67,7 +67,7 @@ class DDPLayout:
         scaler: leaves out updates that are not finite, in fp16 or where it is told to guard.
         description: a line for people.
         sharding: how the parameters lie on the mesh.
-        mask_rows: the positions of the global batch whose dropout masks it wants.
+        dropout_rows: the positions of the global batch whose dropout masks it wants.
         copies: those of weights, by name, which an update may write; or none.
     """
 
@@ -89,20 +89,22 @@ class DDPLayout:
         self.model = on_device(model, mesh.device)
         self.parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
         self.sharding = sharding or Sharding(mesh, {}, "dp")
-        self.mask_rows = mesh.rows
-        self._parts = parts(batch, mesh.replicas, accumulate)
+        self.dropout_rows = mesh.batch_slice
+        self._parts = parts(batch, mesh.dp_size, accumulate)
         self._classes = classes
-        group = mesh.group("mp") if mesh.towers > 1 else None
+        group = mesh.group("mp") if mesh.split_size > 1 else None
         self.scaler = SyncedGradScaler(precision, mesh.device, group)
         self._lowered = WithCopies(self.model) if weight_copies else None
         self.copies = self._lowered.copies if self._lowered else {}
         network = self._lowered or self.model
         self._compute = compiled(network) if compile_model else network
-        if mesh.replicas > 1:
+        if mesh.dp_size > 1:
             self._compute = averaged(self._compute, mesh, compression)
-        alone = "the whole network in a process" if mesh.towers == 1 else "a tower in each process"
-        self.description = f"{alone}, {mesh.replicas} to share the images"
-        if mesh.replicas == 1:
+        alone = (
+            "the whole network in a process" if mesh.split_size == 1 else "a tower in each process"
+        )
+        self.description = f"{alone}, {mesh.dp_size} to share the images"
+        if mesh.dp_size == 1:
             self.description = alone
         elif compression.kind != "none":
             self.description += f", gradients sent as {compression.kind}"
@@ -126,15 +128,15 @@ class DDPLayout:
         for rows in self._parts:
             with summing(self._compute, last=rows is self._parts[-1]):
                 result += self._pass(images[rows], labels[rows], [mask[rows] for mask in masks])
-        return result * self.mesh.speaks
+        return result * self.mesh.is_replica_leader
 
     def _pass(self, images: Tensor, labels: Tensor, masks: list[Tensor]) -> Tensor:
         with autocast(self.precision, self.mesh.device):
             scores = self._compute(images, tuple(masks))
         total, best = self.classes(scores).cross_entropy(scores, labels)
         # DDP takes the mean over replicas, which may have different numbers of images
-        self.scaler.scale(total * (self.mesh.replicas / self.batch)).backward()
-        if self.mesh.replicas > 1:
+        self.scaler.scale(total * (self.mesh.dp_size / self.batch)).backward()
+        if self.mesh.dp_size > 1:
             WAITS.end()
         with torch.no_grad():
             right = (best == labels).sum()
@@ -144,17 +146,20 @@ class DDPLayout:
     def logits(self, images: Tensor) -> Tensor:
         """float32 [b, classes], as evaluation computes them; all processes call it together."""
         scores = self._scores(images)
-        return self.classes(scores).whole(scores)
+        return self.classes(scores).gather_logits(scores)
 
     @torch.no_grad()
-    def hits(self, images: Tensor, labels: Tensor) -> Tensor:
+    def eval_counts(self, images: Tensor, labels: Tensor) -> Tensor:
         """float64 [4], on the device: summed loss, images whose best label is right, those with
         the right one among the best five (of fewer classes: all), and images; they sum over the
         processes."""
         if len(images) == 0:
             return torch.zeros(4, dtype=torch.float64, device=labels.device)
         scores = self._scores(images)
-        return counted(*self.classes(scores).places(scores, labels)) * self.mesh.speaks
+        return (
+            to_counts(*self.classes(scores).label_ranks(scores, labels))
+            * self.mesh.is_replica_leader
+        )
 
     def classes(self, scores: Tensor) -> ShardedClasses:
         return self._classes or ShardedClasses(ShardSpec(scores.shape[1], 1, 0))
@@ -202,10 +207,10 @@ def averaged(
 ) -> DistributedDataParallel:
     """``module`` with gradients that are averaged over the replicas, and with batch normalisations
     that have the statistics of all rows."""
-    group = dist.group.WORLD if mesh.towers == 1 else mesh.group("dp")
+    group = dist.group.WORLD if mesh.split_size == 1 else mesh.group("dp")
     for layer in module.modules():
         if isinstance(layer, BatchNorm):
-            layer.summed = partial(summed, group=group)
+            layer.summed = partial(all_reduce_autograd, group=group)
     wait_from_last_gradient(module, mesh.device)
     # views, because a second copy of 61 million gradients costs a pass over memory; the two large
     # layers fill a bucket each, whose sums run under the convolutions' backward

@@ -24,11 +24,11 @@ class HangDetector:
     """Watches the process that makes it, from now until ``close``.
 
     Args:
-        patience: seconds without a ``beat`` after which the run ends.
+        patience: seconds without a ``heartbeat`` after which the run ends.
     """
 
     def __init__(self, mesh: Mesh, patience: float) -> None:
-        self._rank, self._world, self._patience = mesh.rank, mesh.world, patience
+        self._rank, self._world, self._patience = mesh.rank, mesh.world_size, patience
         store: Any = _get_default_store()
         # of its own: a client of the store is busy while the main thread waits for something in it
         self._store = store.clone() if hasattr(store, "clone") else store
@@ -37,7 +37,7 @@ class HangDetector:
         self._closed = threading.Event()
         threading.Thread(target=self._watch, name="watch-progress", daemon=True).start()
 
-    def beat(self, doing: str) -> None:
+    def heartbeat(self, doing: str) -> None:
         """This process gets on: from here it is ``doing`` that."""
         self._beats, self._doing, self._since = self._beats + 1, doing, time.monotonic()
 

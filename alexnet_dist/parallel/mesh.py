@@ -1,4 +1,4 @@
-"""The processes of a run: who they are, what they compute on, and how they speak."""
+"""The processes of a run: their ranks, their device, and the groups they communicate in."""
 
 import atexit
 import ctypes
@@ -17,158 +17,174 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from alexnet_dist.errors import UserError
-from alexnet_dist.parallel.rendezvous import own_store
+from alexnet_dist.parallel.rendezvous import isolated_store
 
 T = TypeVar("T")
 
-PATIENCE = timedelta(days=7)
-"""For waiting on work that only rank 0 does: listing 1.28 million files may take hours. A rank
-that dies is noticed by its closed connection, not by this."""
+LONG_TIMEOUT = timedelta(days=7)
+"""For waiting on work that rank 0 does alone: listing 1.28 million files may take hours. A rank
+that dies is noticed by its closed connection, not by this timeout."""
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """This process among the others. A replica is the processes that hold the whole network
-    between them, one or two neighbours; all replicas together compute a global batch.
+    """This process among all processes of the run.
+
+    A replica is the process, or the two neighboring processes (towers), that hold the whole
+    network; all replicas together compute a global batch.
 
     Attributes:
-        threads: processors that this process may use.
-        patient: a group over the host's network for work that may take long.
-        saving: one for the thread that writes checkpoints, so that its words cross no others.
-        towers: processes of a replica.
-        devices: all processes, with the dimensions "dp" (replicas) and "mp" (towers of a replica);
-            None until ``arrange``.
+        device: what this process computes on.
+        threads: CPUs that this process may use.
+        long_timeout_group: a gloo group for work that may take long.
+        checkpoint_group: a gloo group for the thread that writes checkpoints, so that its messages
+            are not mixed up with others.
+        split_size: processes of a replica.
+        device_mesh: all processes, with the dimensions "dp" (replicas) and "mp" (towers of a
+            replica); None before ``with_layout``.
     """
 
     rank: int
-    world: int
+    world_size: int
     local_rank: int
-    local_world: int
+    local_world_size: int
     device: torch.device
     threads: int
-    patient: dist.ProcessGroup
-    saving: dist.ProcessGroup
-    towers: int = 1
-    devices: DeviceMesh | None = None
+    long_timeout_group: dist.ProcessGroup
+    checkpoint_group: dist.ProcessGroup
+    split_size: int = 1
+    device_mesh: DeviceMesh | None = None
 
     @property
-    def replica(self) -> int:
-        return self.rank // self.towers
+    def split_rank(self) -> int:
+        """Which process of its replica this is."""
+        return self.rank % self.split_size
 
     @property
-    def replicas(self) -> int:
-        return self.world // self.towers
+    def dp_size(self) -> int:
+        """How many replicas there are."""
+        return self.world_size // self.split_size
 
     @property
-    def tower(self) -> int:
-        return self.rank % self.towers
+    def dp_rank(self) -> int:
+        """Which replica this process belongs to."""
+        return self.rank // self.split_size
 
     @property
-    def speaks(self) -> bool:
-        """Whether this process answers for its replica, where each is to be counted once."""
-        return self.tower == 0
+    def is_replica_leader(self) -> bool:
+        """True on one process of each replica: what a replica counts is counted there."""
+        return self.split_rank == 0
 
-    def arrange(self, towers: int) -> "Mesh":
-        """The same processes, ``towers`` neighbours to a replica."""
-        shape = (self.world // towers, towers)
-        devices = init_device_mesh(self.device.type, shape, mesh_dim_names=("dp", "mp"))
-        return replace(self, towers=towers, devices=devices)
+    def with_layout(self, split_size: int) -> "Mesh":
+        """The same processes with ``split_size`` neighbors in a replica."""
+        shape = (self.world_size // split_size, split_size)
+        device_mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=("dp", "mp"))
+        return replace(self, split_size=split_size, device_mesh=device_mesh)
 
-    def group(self, dimension: Literal["dp", "mp"]) -> dist.ProcessGroup:
-        """This process's group along a dimension of the mesh; after ``arrange``."""
-        assert self.devices is not None
-        return self.devices.get_group(dimension)
+    def group(self, dim: Literal["dp", "mp"]) -> dist.ProcessGroup:
+        """This process's group along a dimension of the mesh; after ``with_layout``."""
+        assert self.device_mesh is not None
+        return self.device_mesh.get_group(dim)
 
     @property
-    def rows(self) -> slice:
-        """The positions of each global batch that are this replica's."""
-        return slice(self.replica, None, self.replicas)
+    def batch_slice(self) -> slice:
+        """The positions of each global batch that this replica computes: r, r + R, r + 2 R, ..."""
+        return slice(self.dp_rank, None, self.dp_size)
 
     def local_batch(self, batch: int) -> int:
-        """Images of a global batch that fall to this replica."""
-        return len(range(batch)[self.rows])
+        """How many images of a global batch of ``batch`` this replica computes."""
+        return len(range(batch)[self.batch_slice])
 
-    def from_first(self, work: Callable[[], T]) -> T:
-        """What ``work`` gives on rank 0, in every process; its Failure, too, is everyone's."""
-        answer: list[T | UserError | None] = [None]
+    def broadcast_from_rank0(self, work: Callable[[], T]) -> T:
+        """Call ``work`` on rank 0 and return its result on every process.
+
+        Raises:
+            UserError: ``work`` raised it; every process raises the same.
+        """
+        result: list[T | UserError | None] = [None]
         if self.rank == 0:
             try:
-                answer[0] = work()
-            except UserError as failure:
-                answer[0] = failure
-        dist.broadcast_object_list(answer, group=self.patient)
-        if isinstance(answer[0], UserError):
-            raise UserError(str(answer[0]), on_all_ranks=True)
-        return answer[0]  # type: ignore[return-value]
+                result[0] = work()
+            except UserError as error:
+                result[0] = error
+        dist.broadcast_object_list(result, group=self.long_timeout_group)
+        if isinstance(result[0], UserError):
+            raise UserError(str(result[0]), on_all_ranks=True)
+        return result[0]  # type: ignore[return-value]
 
-    def gather(self, thing: T) -> list[T]:
-        """The ``thing`` of each process, by rank, in every process."""
-        things: list[T | None] = [None] * self.world
-        dist.all_gather_object(things, thing, group=self.patient)
+    def all_gather_object(self, thing: T) -> list[T]:
+        """The ``thing`` of each process, by rank, on every process."""
+        things: list[T | None] = [None] * self.world_size
+        dist.all_gather_object(things, thing, group=self.long_timeout_group)
         return things  # type: ignore[return-value]
 
 
-def start(
+def init_distributed(
     device: Literal["auto", "cpu", "cuda"] = "auto", threads: int = 0, timeout: float = 600.0
 ) -> Mesh:
     """Join the processes that torchrun started, or be the only one.
 
     Args:
-        timeout: seconds after which somebody else finds out who hangs (parallel/watch.py); a
-            collective waits for three times as long.
+        threads: CPU threads of this process; 0 for its share of the machine's.
+        timeout: seconds after which the hang detector ends the run (hang_detector.py); a
+            collective waits three times as long, so that it is not the first to give up.
 
     Raises:
-        Failure: GPUs are asked for and there are none, or fewer than local processes.
+        UserError: GPUs are asked for and there are none, or fewer than local processes.
     """
     launched = "RANK" in os.environ
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if launched:
-        _end_with_launcher()
+        _die_with_parent()
     gpus = torch.cuda.device_count() if device != "cpu" else 0
     if device == "cuda" and gpus == 0:
         raise UserError(
             "runtime.device is cuda, but torch sees no GPU here: take --runtime.device cpu",
             on_all_ranks=True,
         )
-    if gpus and local_world > gpus:
+    if gpus and local_world_size > gpus:
         raise UserError(
-            f"{local_world} processes on this machine, but {gpus} GPU{'s' if gpus > 1 else ''}: "
-            f"take --nproc_per_node={gpus}, or --runtime.device cpu",
+            f"{local_world_size} processes on this machine, but {gpus} "
+            f"GPU{'s' if gpus > 1 else ''}: take --nproc_per_node={gpus}, or --runtime.device cpu",
             on_all_ranks=True,
         )
-    where = torch.device("cuda", local_rank) if gpus else torch.device("cpu")
+    torch_device = torch.device("cuda", local_rank) if gpus else torch.device("cpu")
     if gpus:
-        torch.cuda.set_device(where)
-    backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
-    at_most = timedelta(seconds=3 * timeout)
-    store = own_store(rank, world, at_most) if launched else dist.HashStore()
-    where_to_meet: dict[str, Any] = (
-        {} if store is None else {"store": store, "rank": rank, "world_size": world}
+        torch.cuda.set_device(torch_device)
+    else:
+        tune_malloc()
+    collective_timeout = timedelta(seconds=3 * timeout)
+    store = isolated_store(rank, world_size, collective_timeout) if launched else dist.HashStore()
+    init: dict[str, Any] = (
+        {} if store is None else {"store": store, "rank": rank, "world_size": world_size}
     )
-    dist.init_process_group(backend, timeout=at_most, **where_to_meet)
-    atexit.register(leave)
-    if where.type == "cpu":
-        keep_memory()
-    threads = threads or max(usable_processors() // local_world, 1)
+    backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
+    dist.init_process_group(backend, timeout=collective_timeout, **init)
+    atexit.register(destroy_distributed)
+    threads = threads or max(available_cpus() // local_world_size, 1)
     torch.set_num_threads(threads)
-    patient, saving = (dist.new_group(backend="gloo", timeout=PATIENCE) for _ in range(2))
-    assert isinstance(patient, dist.ProcessGroup)
-    assert isinstance(saving, dist.ProcessGroup)
-    return Mesh(rank, world, local_rank, local_world, where, threads, patient, saving)
+    ranks = rank, world_size, local_rank, local_world_size
+    return Mesh(*ranks, torch_device, threads, _gloo_group(), _gloo_group())
 
 
-def leave() -> None:
-    """Leave the group, if this process is in one."""
+def _gloo_group() -> dist.ProcessGroup:
+    group = dist.new_group(backend="gloo", timeout=LONG_TIMEOUT)
+    assert isinstance(group, dist.ProcessGroup)
+    return group
+
+
+def destroy_distributed() -> None:
+    """Leave the process group, if this process is in one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def usable_processors() -> int:
-    """Processors that this process may use: those it is bound to, less a container's limit."""
-    bound = getattr(os, "sched_getaffinity", None)
-    count = len(bound(0)) if bound else (os.cpu_count() or 1)
+def available_cpus() -> int:
+    """CPUs that this process may use: its affinity, limited by a container's quota."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    count = len(affinity(0)) if affinity else (os.cpu_count() or 1)
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         if quota != "max":
@@ -178,12 +194,12 @@ def usable_processors() -> int:
     return count
 
 
-def keep_memory() -> None:
-    """Let the C library keep what is freed.
+def tune_malloc() -> None:
+    """Let glibc keep freed memory.
 
-    A step frees and takes again half a gigabyte of gradients and activations. glibc gives blocks
-    of this size back to the kernel each time, which then clears every page anew: a fifth of a step
-    on CPUs. Elsewhere than on glibc nothing is changed.
+    A step frees and allocates half a gigabyte of gradients and activations. By default glibc
+    returns blocks of this size to the kernel, which then clears every page again: a fifth of a step
+    on CPUs. Does nothing where the C library is another one.
     """
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
@@ -194,9 +210,9 @@ def keep_memory() -> None:
     mallopt(m_trim_threshold, 2**31 - 1)
 
 
-def _end_with_launcher() -> None:
-    """End this process once its launcher has died: a torchrun that is killed outright leaves its
-    workers behind, which would train on, or wait for each other, for ever."""
+def _die_with_parent() -> None:
+    """End this process once torchrun has died: a torchrun that gets SIGKILL leaves its workers
+    behind, which would train on, or wait for each other, for ever."""
     launcher = os.getppid()
 
     def watch() -> None:

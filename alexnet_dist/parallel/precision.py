@@ -61,8 +61,8 @@ def autocast(precision: Precision, device: torch.device) -> AbstractContextManag
 
 class SyncedGradScaler(GradScaler):
     """Leaves out updates whose gradients are not finite, without waiting to learn which: always in
-    fp16, whose losses it scales; in other precisions while ``guarding``, at the cost of a pass over
-    the gradients, and to the same bits.
+    fp16, whose losses it scales; in other precisions while ``skip_nonfinite``, at the cost
+    of a pass over the gradients, and to the same bits.
 
     Args:
         group: processes whose gradients differ, and which leave a step out together; None where
@@ -72,19 +72,19 @@ class SyncedGradScaler(GradScaler):
     def __init__(
         self, precision: Precision, device: torch.device, group: dist.ProcessGroup | None
     ) -> None:
-        self.scaling, self.guarding = precision == "fp16", False
-        super().__init__(device.type, init_scale=2.0**16 if self.scaling else 1.0)
-        self._group, self._left_out = group, torch.zeros((), device=device)
+        self.is_fp16, self.skip_nonfinite = precision == "fp16", False
+        super().__init__(device.type, init_scale=2.0**16 if self.is_fp16 else 1.0)
+        self._group, self._skipped = group, torch.zeros((), device=device)
 
     @property
     def active(self) -> bool:
-        return self.scaling or self.guarding
+        return self.is_fp16 or self.skip_nonfinite
 
     @property
-    def left_out(self) -> Tensor:
-        """1 where the last step was left out by ``guarding``, else 0, on the device. An overflow
-        of fp16 does not count: it is how the scale is found."""
-        return self._left_out
+    def skipped(self) -> Tensor:
+        """1 where the last step was skipped by ``skip_nonfinite``, else 0, on the device. An
+        overflow of fp16 does not count: it is how the scale is found."""
+        return self._skipped
 
     def scale(self, outputs: Any) -> Any:
         return super().scale(outputs) if self.active else outputs
@@ -96,16 +96,16 @@ class SyncedGradScaler(GradScaler):
         for found in self._per_optimizer_states[id(optimizer)]["found_inf_per_device"].values():
             if self._group is not None:
                 dist.all_reduce(found, dist.ReduceOp.MAX, self._group)
-            if not self.scaling:
-                self._left_out = found
+            if not self.is_fp16:
+                self._skipped = found
 
     def step(self, optimizer: torch.optim.Optimizer, *args: Any, **options: Any) -> float | None:
         return super().step(optimizer) if self.active else optimizer.step()
 
     def update(self, new_scale: float | Tensor | None = None) -> None:
-        if self.scaling:
+        if self.is_fp16:
             super().update(new_scale)
         self._per_optimizer_states.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() if self.scaling else {}
+        return super().state_dict() if self.is_fp16 else {}

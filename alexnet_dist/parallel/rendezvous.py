@@ -1,9 +1,9 @@
-"""Where the processes of one start of a run meet.
+"""A rendezvous store that only the processes of one restart share.
 
-torchrun's agent keeps one store for all the restarts of a group. What an earlier group has written
-there (addresses of processes that are gone) would be read by the next one, which then fails to
-connect (pytorch issue 135712; seen with torch 2.14 and gloo). So each group agrees on a word of its
-own first, and puts it before all of its keys.
+torchrun's agent keeps one store for all restarts of a group. Keys that an earlier group has written
+(addresses of processes that are gone) would be read by the next one, which then fails to connect
+(pytorch issue 135712; seen with torch 2.14 and gloo). So each group first agrees on a nonce, and
+prefixes all of its keys with it.
 """
 
 import os
@@ -15,59 +15,59 @@ import torch.distributed as dist
 
 from alexnet_dist.errors import UserError
 
-_MEET_SECONDS = 300
+_RENDEZVOUS_SECONDS = 300
 _POLL_SECONDS = 0.02
 
 
-def own_store(rank: int, world: int, timeout: timedelta) -> dist.Store | None:
-    """A store that only this group knows; None where no agent keeps one over restarts.
+def isolated_store(rank: int, world_size: int, timeout: timedelta) -> dist.Store | None:
+    """The store of this group; None where there is no agent that keeps one over restarts.
 
     Raises:
-        Failure: the others did not come.
+        UserError: the other processes did not come.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(address, port, world, is_master=False, timeout=timeout)
-    word = _invite(store, world) if rank == 0 else _accept(store, rank)
-    return dist.PrefixStore(f"group-{word}", store)
+    store = dist.TCPStore(address, port, world_size, is_master=False, timeout=timeout)
+    nonce = _publish_nonce(store, world_size) if rank == 0 else _wait_for_nonce(store, rank)
+    return dist.PrefixStore(f"group-{nonce}", store)
 
 
-def _invite(store: dist.Store, world: int) -> str:
-    """Choose the word, and welcome everybody who has heard it."""
-    word = uuid.uuid4().hex
-    store.set("word", word)
-    waiting = set(range(1, world))
-    until = time.monotonic() + _MEET_SECONDS
-    while waiting:
-        for rank in sorted(waiting):
-            if store.check([f"hello-{word}-{rank}"]):
-                store.set(f"welcome-{word}-{rank}", store.get(f"hello-{word}-{rank}").decode())
-                waiting.remove(rank)
-        _wait(until, f"processes {', '.join(map(str, sorted(waiting)))} did")
-    return word
+def _publish_nonce(store: dist.Store, world_size: int) -> str:
+    """Rank 0: choose the nonce, and acknowledge every process that has read it."""
+    nonce = uuid.uuid4().hex
+    store.set("nonce", nonce)
+    missing = set(range(1, world_size))
+    deadline = time.monotonic() + _RENDEZVOUS_SECONDS
+    while missing:
+        for rank in sorted(missing):
+            if store.check([f"hello-{nonce}-{rank}"]):
+                store.set(f"ack-{nonce}-{rank}", store.get(f"hello-{nonce}-{rank}").decode())
+                missing.remove(rank)
+        _poll(deadline, f"processes {', '.join(map(str, sorted(missing)))} did")
+    return nonce
 
 
-def _accept(store: dist.Store, rank: int) -> str:
-    """Hear the word. One that an earlier group has left behind brings no welcome."""
+def _wait_for_nonce(store: dist.Store, rank: int) -> str:
+    """Other ranks: read the nonce. One that an earlier group left behind is never acknowledged."""
     me = uuid.uuid4().hex
-    until = time.monotonic() + _MEET_SECONDS
-    said = ""
+    deadline = time.monotonic() + _RENDEZVOUS_SECONDS
+    greeted = ""
     while True:
-        if store.check(["word"]):
-            word = store.get("word").decode()
-            if word != said:
-                store.set(f"hello-{word}-{rank}", me)
-                said = word
-            answer = f"welcome-{word}-{rank}"
-            if store.check([answer]) and store.get(answer).decode() == me:
-                return word
-        _wait(until, "process 0 did")
+        if store.check(["nonce"]):
+            nonce = store.get("nonce").decode()
+            if nonce != greeted:
+                store.set(f"hello-{nonce}-{rank}", me)
+                greeted = nonce
+            ack = f"ack-{nonce}-{rank}"
+            if store.check([ack]) and store.get(ack).decode() == me:
+                return nonce
+        _poll(deadline, "process 0 did")
 
 
-def _wait(until: float, who: str) -> None:
-    if time.monotonic() > until:
+def _poll(deadline: float, who: str) -> None:
+    if time.monotonic() > deadline:
         raise UserError(
-            f"{who} not come within {_MEET_SECONDS} s: start all machines of the run together"
+            f"{who} not come within {_RENDEZVOUS_SECONDS} s: start all machines of the run together"
         )
     time.sleep(_POLL_SECONDS)

@@ -37,7 +37,7 @@ from alexnet_dist.model.normalization import BatchNorm
 from alexnet_dist.parallel.collectives import (
     AsyncAllGather,
     AsyncReduceScatter,
-    gather,
+    all_gather,
     upcast_to_fp32,
 )
 from alexnet_dist.parallel.ddp import (
@@ -51,7 +51,7 @@ from alexnet_dist.parallel.ddp import (
 )
 from alexnet_dist.parallel.mesh import Mesh
 from alexnet_dist.parallel.precision import Precision, SyncedGradScaler, autocast
-from alexnet_dist.parallel.sharded_loss import ShardedClasses, counted
+from alexnet_dist.parallel.sharded_loss import ShardedClasses, to_counts
 from alexnet_dist.parallel.sharding import ShardedDropout, Sharding, ShardSpec
 from alexnet_dist.parallel.waits import WAITS
 
@@ -80,8 +80,8 @@ class ShardedFCLayout:
         compression: GradCompression = PLAIN,
     ) -> None:
         self.mesh, self.batch, self.precision = mesh, batch, precision
-        self.turns = mesh.replicas if schedule == "pipelined" else 1
-        self._parts = parts(batch, mesh.replicas, accumulate)
+        self.turns = mesh.dp_size if schedule == "pipelined" else 1
+        self._parts = parts(batch, mesh.dp_size, accumulate)
         self._group = mesh.group("dp")
         shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         convolutions, connected = model.parts()
@@ -92,14 +92,14 @@ class ShardedFCLayout:
         dealt = {name: shapes[name] for name in self._connected.named()}
         self.sharding = Sharding(mesh, dealt, "dp")
         self.copies: dict[str, Tensor] = {}  # none, where DataParallel may have some
-        self.mask_rows = slice(None)
+        self.dropout_rows = slice(None)
         self.scaler = SyncedGradScaler(precision, mesh.device, self._group)
         self._classes = ShardedClasses(self._connected.classes, self._group)
         self._compute = compiled(self._convolutions) if compile_model else self._convolutions
-        if mesh.replicas > 1:
+        if mesh.dp_size > 1:
             self._compute = averaged(self._compute, mesh, compression)
         self.description = (
-            f"fully connected layers split over {mesh.replicas} processes, the global batch "
+            f"fully connected layers split over {mesh.dp_size} processes, the global batch "
             + ("at once" if self.turns == 1 else f"in {self.turns} turns")
             + (f", gradients sent as {compression.kind}" if compression.kind != "none" else "")
         )
@@ -109,7 +109,7 @@ class ShardedFCLayout:
     ) -> Tensor:
         self._compute.train()
         self._connected.train()
-        replicas, masks = self.mesh.replicas, tuple(masks)
+        replicas, masks = self.mesh.dp_size, tuple(masks)
         result = torch.zeros(2, dtype=torch.float64, device=images.device)
         for rows in self._parts:
             stretch = slice(rows.start * replicas, min(rows.stop * replicas, self.batch))
@@ -121,7 +121,7 @@ class ShardedFCLayout:
     def _pass(self, images: Tensor, labels: Tensor, masks: list[Tensor], count: int) -> Tensor:
         """``masks`` are those of all ``count`` images of the part, whose rows of this process the
         others are."""
-        replicas = self.mesh.replicas
+        replicas = self.mesh.dp_size
         with autocast(self.precision, self.mesh.device):
             features = self._compute(images)
         most = -(-count // replicas)
@@ -158,37 +158,37 @@ class ShardedFCLayout:
     @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:
         features, counts = self._features(images)
-        scores = self._classes.whole(self._scores(features))
-        return scores.split(counts)[self.mesh.replica]
+        scores = self._classes.gather_logits(self._scores(features))
+        return scores.split(counts)[self.mesh.dp_rank]
 
     @torch.no_grad()
-    def hits(self, images: Tensor, labels: Tensor) -> Tensor:
+    def eval_counts(self, images: Tensor, labels: Tensor) -> Tensor:
         features, counts = self._features(images)
         padded = self._labels(labels, max(counts), ordered=False)
         everyone = torch.cat([row[:n] for row, n in zip(padded, counts, strict=True)])
         if len(everyone) == 0:
             return torch.zeros(4, dtype=torch.float64, device=labels.device)
-        found = self._classes.places(self._scores(features), everyone)
-        return counted(*found) * (self.mesh.rank == 0)
+        found = self._classes.label_ranks(self._scores(features), everyone)
+        return to_counts(*found) * (self.mesh.rank == 0)
 
     def _labels(self, labels: Tensor, most: int, ordered: bool = True) -> Tensor:
         """The labels of all processes with padding: in the global batch's order, or [R, most]."""
         padded = labels.new_full((most,), -1)
         padded[: len(labels)] = labels
-        everyone = gather(padded, self._group)
+        everyone = all_gather(padded, self._group)
         return everyone.t().flatten() if ordered else everyone
 
     def _features(self, images: Tensor) -> tuple[Tensor, list[int]]:
         """In evaluation: the features of all processes' images, and how many each has."""
         mine = torch.tensor([len(images)], device=images.device)
-        counts: list[int] = gather(mine, self._group)[:, 0].tolist()
+        counts: list[int] = all_gather(mine, self._group)[:, 0].tolist()
         self._convolutions.eval()
         some = images if len(images) else images.new_zeros(1, *images.shape[1:])
         with autocast(self.precision, self.mesh.device):
             features = self._convolutions(some)[: len(images)]
         padded = features.new_zeros(max(counts), features.shape[1])
         padded[: len(features)] = features
-        everyone = gather(padded, self._group)
+        everyone = all_gather(padded, self._group)
         return torch.cat([rows[:n] for rows, n in zip(everyone, counts, strict=True)]), counts
 
     def _scores(self, features: Tensor) -> Tensor:
@@ -212,7 +212,7 @@ class _Connected(nn.Module):
             if isinstance(layer, (nn.Linear, GroupedLinear)):
                 if split is not None:
                     self._add("", _Whole(split, mesh.group("dp")))
-                split = ShardSpec(len(layer.weight), mesh.replicas, mesh.replica)
+                split = ShardSpec(len(layer.weight), mesh.dp_size, mesh.dp_rank)
                 self._add(name, _share_of(layer, split))
             elif isinstance(layer, Dropout) and split is not None:
                 self._add("", ShardedDropout(split, layer.p, layer.form))
@@ -301,13 +301,13 @@ class _Columns(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, share: ShardSpec, group: dist.ProcessGroup) -> Tensor:
         ctx.share, ctx.group = share, group
         # in blocks of equal width; what is added lies behind the last column of all
-        padded = F.pad(x, (0, share.width - len(share)))
-        return gather(padded, group).transpose(0, 1).flatten(1)[:, : share.whole]
+        padded = F.pad(x, (0, share.max_shard_size - len(share)))
+        return all_gather(padded, group).transpose(0, 1).flatten(1)[:, : share.full_size]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         share, (grad,) = ctx.share, grads
-        blocks = F.pad(grad, (0, share.width * share.parts - share.whole))
-        sent = blocks.unflatten(1, (share.parts, share.width)).transpose(0, 1)
+        blocks = F.pad(grad, (0, share.max_shard_size * share.num_shards - share.full_size))
+        sent = blocks.unflatten(1, (share.num_shards, share.max_shard_size)).transpose(0, 1)
         own = AsyncReduceScatter(sent, ctx.group).wait()[:, : len(share)]
         return own.to(grad.dtype), None, None

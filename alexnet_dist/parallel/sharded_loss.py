@@ -11,10 +11,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from alexnet_dist.parallel.collectives import gather, upcast_to_fp32
+from alexnet_dist.parallel.collectives import all_gather, upcast_to_fp32
 from alexnet_dist.parallel.sharding import ShardSpec
 
-BEST = 5
+TOP_K = 5
 """Labels that an image may be given where the top-5 error is counted."""
 
 
@@ -34,39 +34,39 @@ class ShardedClasses:
         loss, best = _CrossEntropy.apply(scores, labels, self)
         return loss, best
 
-    def places(self, scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def label_ranks(self, scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Summed loss, float64, and the place of each label among all scores [b], 0 the best.
 
         Of equal scores the lower class comes first, under any layout. Where any score is not a
         number there is no order, and the label's place is behind the best five.
         """
-        loss, target, _, _ = _losses(scores.double(), labels, self)
+        loss, target, _, _ = _sharded_cross_entropy(scores.double(), labels, self)
         number = torch.arange(self.share.slice.start, self.share.slice.stop, device=labels.device)
         exact, own = target[:, None], labels[:, None]
         lower = (scores < exact) | ((scores == exact) & (number >= own))
-        places = (~lower).sum(1) + BEST * scores.isnan().any(1)
+        places = (~lower).sum(1) + TOP_K * scores.isnan().any(1)
         if self.group is not None:
             dist.all_reduce(places, group=self.group)
         return loss.sum(), places
 
-    def whole(self, scores: Tensor) -> Tensor:
+    def gather_logits(self, scores: Tensor) -> Tensor:
         """The scores of all classes, [b, classes]."""
         if self.group is None:
             return scores
-        padded = scores.new_zeros(len(scores), self.share.width)
+        padded = scores.new_zeros(len(scores), self.share.max_shard_size)
         padded[:, : scores.shape[1]] = scores
-        everyone = gather(padded, self.group)
-        return everyone.transpose(0, 1).flatten(1)[:, : self.share.whole]
+        everyone = all_gather(padded, self.group)
+        return everyone.transpose(0, 1).flatten(1)[:, : self.share.full_size]
 
 
-def counted(loss: Tensor, places: Tensor) -> Tensor:
+def to_counts(loss: Tensor, places: Tensor) -> Tensor:
     """What a layout's ``hits`` gives, of the summed loss and the places of the labels."""
-    first, five = (places < 1).sum(), (places < BEST).sum()
+    first, five = (places < 1).sum(), (places < TOP_K).sum()
     images = torch.full_like(loss, len(places))  # whatever the loss is
     return torch.stack([loss, first.double(), five.double(), images])
 
 
-def _losses(
+def _sharded_cross_entropy(
     scores: Tensor, labels: Tensor, classes: ShardedClasses
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Of each image: loss, score of its label, best class, and logarithm of the summed exp."""
@@ -83,7 +83,7 @@ def _losses(
         best, target, spread = labels * 0, scores.new_zeros(labels.shape), high.exp()
     if classes.group is not None:
         mine_of_four = torch.stack([high, best.to(scores.dtype), target, spread])
-        highs, bests, targets, spreads = gather(mine_of_four, classes.group).unbind(1)
+        highs, bests, targets, spreads = all_gather(mine_of_four, classes.group).unbind(1)
         high, holder = highs.max(0)
         best = bests.gather(0, holder[None])[0].long()
         target = targets.sum(0)
@@ -97,7 +97,7 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, scores: Tensor, labels: Tensor, classes: ShardedClasses) -> Any:
-        loss, _, best, total = _losses(scores, labels, classes)
+        loss, _, best, total = _sharded_cross_entropy(scores, labels, classes)
         ctx.save_for_backward(scores, labels, total)
         ctx.share = classes.share
         ctx.mark_non_differentiable(best)

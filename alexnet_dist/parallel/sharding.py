@@ -15,25 +15,25 @@ from alexnet_dist.parallel.mesh import Mesh
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """The outputs that one of ``parts`` processes has of a layer's ``whole``.
+    """The outputs that one of ``num_shards`` processes has of a layer's ``full_size``.
 
-    Dealt as DTensor deals them: ceil(whole / parts) to each while there are any, so that the last
-    ones get less, or none.
+    Dealt as DTensor deals them: ceil(full_size / num_shards) to each while there are any, so that
+    the last ones get less, or none.
     """
 
-    whole: int
-    parts: int
-    part: int
+    full_size: int
+    num_shards: int
+    shard_rank: int
 
     @property
-    def width(self) -> int:
+    def max_shard_size(self) -> int:
         """The most that a process has."""
-        return -(-self.whole // self.parts)
+        return -(-self.full_size // self.num_shards)
 
     @property
     def slice(self) -> slice:
-        first = min(self.part * self.width, self.whole)
-        return slice(first, min(first + self.width, self.whole))
+        first = min(self.shard_rank * self.max_shard_size, self.full_size)
+        return slice(first, min(first + self.max_shard_size, self.full_size))
 
     def __len__(self) -> int:
         return self.slice.stop - self.slice.start
@@ -45,43 +45,42 @@ class Sharding:
 
     Attributes:
         shapes: of the parameters that are dealt out, whole, by name; all others are replicated.
-        over: the dimension of the mesh that deals, "mp" (towers) or "dp" (replicas).
+        mesh_dim: the dimension of the mesh that deals, "mp" (towers) or "dp" (replicas).
     """
 
     mesh: Mesh
     shapes: dict[str, torch.Size]
-    over: Literal["dp", "mp"]
+    mesh_dim: Literal["dp", "mp"]
 
-    def part(self, name: str, whole: Tensor) -> Tensor:
-        """What this process holds of a ``whole`` parameter, or of what is shaped like it."""
+    def local_shard(self, name: str, full: Tensor) -> Tensor:
+        """What this process holds of a ``full`` parameter, or of a tensor shaped like it."""
         if name not in self.shapes:
-            return whole
-        parts, part = (
-            (self.mesh.towers, self.mesh.tower)
-            if self.over == "mp"
-            else (self.mesh.replicas, self.mesh.replica)
-        )
-        return whole[ShardSpec(len(whole), parts, part).slice]
+            return full
+        if self.mesh_dim == "mp":
+            spec = ShardSpec(len(full), self.mesh.split_size, self.mesh.split_rank)
+        else:
+            spec = ShardSpec(len(full), self.mesh.dp_size, self.mesh.dp_rank)
+        return full[spec.slice]
 
     @torch.no_grad()
-    def fill(
+    def load_full_weights(
         self, parameters: Mapping[str, nn.Parameter], weights: Iterable[tuple[str, Tensor]]
     ) -> None:
         """Take this process's part of each whole parameter in ``weights``, one after another."""
         for name, whole in weights:
-            parameters[name].copy_(self.part(name, whole))
+            parameters[name].copy_(self.local_shard(name, whole))
 
-    def whole_sums(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
+    def all_reduce_partial_sums(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
         """Sums over this process's parts of parameters, by name and of one shape, as those over
         the whole parameters: one all-reduce, of those that are dealt out."""
         dealt = [name for name in sums if name in self.shapes]
         if not dealt:
             return sums
         total = torch.stack([sums[name] for name in dealt])
-        dist.all_reduce(total, group=self.mesh.group(self.over))
+        dist.all_reduce(total, group=self.mesh.group(self.mesh_dim))
         return sums | dict(zip(dealt, total.unbind(), strict=True))
 
-    def stored(self, name: str, local: Tensor) -> Tensor:
+    def to_dtensor(self, name: str, local: Tensor) -> Tensor:
         """``local`` as a checkpoint knows it: a DTensor over the mesh where it is a part.
 
         It shares the memory of ``local``, so that reading a checkpoint into it fills that.
@@ -90,10 +89,10 @@ class Sharding:
             return local
         shape = self.shapes[name]
         placements: dict[str, Placement] = {"dp": Replicate(), "mp": Replicate()}
-        placements[self.over] = Shard(0)
+        placements[self.mesh_dim] = Shard(0)
         return DTensor.from_local(
             local,
-            self.mesh.devices,
+            self.mesh.device_mesh,
             list(placements.values()),
             run_check=False,
             shape=shape,

@@ -75,14 +75,14 @@ def _half(layer: nn.Module, mesh: Mesh) -> nn.Module:
         out, inputs = layer.weight.shape
         return nn.Linear(inputs, out // 2)
     if isinstance(layer, nn.Linear):
-        share = ShardSpec(layer.out_features, 2, mesh.tower)
+        share = ShardSpec(layer.out_features, 2, mesh.split_rank)
         return _LinearOfBoth(mesh, layer.in_features, len(share))
     if isinstance(layer, LocalResponseNorm):
         return LocalResponseNorm(layer.size, layer.alpha, layer.beta, layer.k, kernel=layer.kernel)
     if isinstance(layer, BatchNorm):
         return BatchNorm(layer.features // 2, layer.eps, layer.momentum)
     if isinstance(layer, Dropout):
-        return ShardedDropout(ShardSpec(layer.units, 2, mesh.tower), layer.p, layer.form)
+        return ShardedDropout(ShardSpec(layer.units, 2, mesh.split_rank), layer.p, layer.form)
     return layer
 
 
@@ -123,16 +123,16 @@ def _read_both(
     halves = layer.weight.split(layer.weight.shape[1] // 2, 1)
     line = _Line(mesh)
     coming = _Leave.apply(x, line)
-    own = product(x, halves[mesh.tower], layer.bias)
+    own = product(x, halves[mesh.split_rank], layer.bias)
     theirs = _Arrive.apply(coming, line)
-    return own + product(theirs, halves[1 - mesh.tower], None)
+    return own + product(theirs, halves[1 - mesh.split_rank], None)
 
 
 class _Line:
     """The way between two towers, for one tensor and, later, the gradient that comes back."""
 
     def __init__(self, mesh: Mesh) -> None:
-        self.group, self.other = mesh.group("mp"), 1 - mesh.tower
+        self.group, self.other = mesh.group("mp"), 1 - mesh.split_rank
         self.coming: Tensor | None = None
         self._under_way: AsyncAllGather | None = None
 
@@ -142,7 +142,7 @@ class _Line:
         # maps as they lie in memory, channels last, so that nothing is copied to be sent
         packed = x.permute(0, 2, 3, 1) if x.dim() == 4 else x
         self._under_way = AsyncAllGather(packed, self.group)
-        theirs = self._under_way.promised()[self.other]
+        theirs = self._under_way.output()[self.other]
         return theirs.permute(0, 3, 1, 2) if x.dim() == 4 else theirs
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]

@@ -51,7 +51,7 @@ class Saver:
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint holds: tensors of one device, whoever has which part of them."""
-        stored, parameters = self.layout.sharding.stored, self.layout.parameters
+        stored, parameters = self.layout.sharding.to_dtensor, self.layout.parameters
         moving = momentum_buffers(self.optimizer, parameters)
         return {f"model.{name}": stored(name, p.detach()) for name, p in parameters.items()} | {
             f"velocity.{name}": stored(name, velocity) for name, velocity in moving.items()

@@ -21,10 +21,10 @@ from alexnet_dist.training.schedules import Schedule
 class SyncedGradScaler(Protocol):
     """A gradient scaler that can leave steps out; see parallel/arithmetic.py."""
 
-    guarding: bool
+    skip_nonfinite: bool
 
     @property
-    def left_out(self) -> Tensor: ...
+    def skipped(self) -> Tensor: ...
 
     def unscale_(self, optimizer: torch.optim.Optimizer) -> None: ...
 
@@ -45,7 +45,7 @@ class Layout(Protocol):
         self, images: Tensor, labels: Tensor, masks: Iterable[Tensor] = ()
     ) -> Tensor: ...
 
-    def hits(self, images: Tensor, labels: Tensor) -> Tensor: ...
+    def eval_counts(self, images: Tensor, labels: Tensor) -> Tensor: ...
 
 
 class Batch(Protocol):
@@ -83,8 +83,8 @@ def train_step(
     layout.scaler.step(optimizer)
     layout.scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    if layout.scaler.guarding:
-        result = torch.cat([result, layout.scaler.left_out.to(result.dtype)[None]])
+    if layout.scaler.skip_nonfinite:
+        result = torch.cat([result, layout.scaler.skipped.to(result.dtype)[None]])
     return result
 
 
@@ -233,7 +233,7 @@ class EvalMetrics(Metric):
             self.add_state(name, zero.clone(), dist_reduce_fx="sum")
 
     def update(self, hits: Tensor) -> None:
-        """``hits``: what ``layout.hits`` gives."""
+        """``hits``: what ``layout.eval_counts`` gives."""
         self.loss += hits[0]
         self.top1 += hits[1].long()
         self.top5 += hits[2].long()
@@ -276,7 +276,7 @@ def evaluate(
     """
     errors = EvalMetrics().to(device)
     for batch in batches:
-        errors.update(layout.hits(batch.images, batch.labels))
+        errors.update(layout.eval_counts(batch.images, batch.labels))
         between()
     result: dict[str, float] = errors.compute()
     return result

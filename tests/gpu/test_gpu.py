@@ -472,7 +472,7 @@ def test_an_update_that_is_not_finite_is_left_out() -> None:
         (True, 0.5, 0.5),
         (False, 0.25, 0.25),
     ):
-        scaler.guarding = guarding
+        scaler.skip_nonfinite = guarding
         scaler.scale((weight * gradient).sum()).backward()
         scaler.unscale_(optimizer)
         scaler.step(optimizer)
@@ -480,4 +480,4 @@ def test_an_update_that_is_not_finite_is_left_out() -> None:
         optimizer.zero_grad()
         assert weight.unique().tolist() == [after]
         if guarding:
-            assert float(scaler.left_out) == (gradient != gradient)
+            assert float(scaler.skipped) == (gradient != gradient)

@@ -28,7 +28,7 @@ def test_works_take_turns_of_the_time_asked_for() -> None:
     alone()
     this = mesh.Mesh(0, 1, 0, 1, torch.device("cpu"), 1, None, dist.group.WORLD)  # type: ignore[arg-type]
     found = in_turns({"a": work("a", 0.01), "b": work("b", 0.06)}, this, rounds=2, seconds=0.05)
-    mesh.leave()
+    mesh.destroy_distributed()
     # b lasts longer than a turn: what is measured is its first time, after the warm-up
     assert "".join(done).replace("a", "") == "b" * 6
     assert done[:3] == ["a"] * 3

@@ -21,8 +21,8 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def here() -> Iterator[mesh.Mesh]:
-    yield mesh.start("cpu", threads=1).arrange(1)
-    mesh.leave()
+    yield mesh.init_distributed("cpu", threads=1).with_layout(1)
+    mesh.destroy_distributed()
 
 
 SMALL = ModelSpec(
@@ -43,7 +43,7 @@ def losses(here: mesh.Mesh, *, copies: bool, compiled: bool = False) -> tuple[Te
     weights = iter_initial_weights(model)
     options = {"precision": "bf16", "weight_copies": copies, "compile_model": compiled}
     layout = DDPLayout(model, here, batch=2, **options)  # type: ignore[arg-type]
-    layout.sharding.fill(layout.parameters, weights)
+    layout.sharding.load_full_weights(layout.parameters, weights)
     update = build_optimizer("sgd2012", layout.parameters, lr=1e-3, momentum=0.9, weight_decay=5e-4)
     found = []
     for _ in range(4):
@@ -82,7 +82,7 @@ def test_who_writes_both_spares_the_cast(here: mesh.Mesh, tmp_path: Path) -> Non
         copy.fill_(7)  # as an update would
     lowered.refresh()
     assert copy.unique().tolist() == [7]
-    checkpoints = CheckpointManager(tmp_path, here.saving, CPU)
+    checkpoints = CheckpointManager(tmp_path, here.checkpoint_group, CPU)
     stored = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
     checkpoints.begin({"step": 1}, stored, best=False)
     saved = checkpoints.settle()

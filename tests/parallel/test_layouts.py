@@ -14,7 +14,7 @@ from alexnet_dist.errors import UserError
 from alexnet_dist.model import MODEL_REGISTRY
 from alexnet_dist.parallel import validate_parallel_config
 from alexnet_dist.parallel.mesh import Mesh
-from alexnet_dist.parallel.sharded_loss import ShardedClasses, counted
+from alexnet_dist.parallel.sharded_loss import ShardedClasses, to_counts
 from alexnet_dist.parallel.sharding import ShardSpec
 from tests.conftest import environment
 
@@ -278,10 +278,10 @@ def test_batch_normalisation_in_turns_is_refused() -> None:
 
 def test_a_pair_is_two_neighbours_with_the_same_images() -> None:
     meshes = [replace(mesh_of(4, 2), rank=rank) for rank in range(4)]
-    assert [(mesh.replica, mesh.tower) for mesh in meshes] == [(0, 0), (0, 1), (1, 0), (1, 1)]
-    assert [mesh.rows for mesh in meshes[::2]] == [slice(0, None, 2), slice(1, None, 2)]
-    assert meshes[0].rows == meshes[1].rows
-    assert [mesh.speaks for mesh in meshes] == [True, False, True, False]
+    assert [(mesh.dp_rank, mesh.split_rank) for mesh in meshes] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert [mesh.batch_slice for mesh in meshes[::2]] == [slice(0, None, 2), slice(1, None, 2)]
+    assert meshes[0].batch_slice == meshes[1].batch_slice
+    assert [mesh.is_replica_leader for mesh in meshes] == [True, False, True, False]
 
 
 def test_shares_are_dealt_as_dtensor_deals_them() -> None:
@@ -296,13 +296,13 @@ def test_shares_are_dealt_as_dtensor_deals_them() -> None:
 def test_equal_scores_are_placed_by_number_and_no_number_is_never_right() -> None:
     classes, nan, inf = ShardedClasses(ShardSpec(4, 1, 0)), torch.nan, torch.inf
     scores = [[1.0, 1, 1, 1], [0, 2, 2, 3], [inf, 0, 0, 0], [nan] * 4, [nan, 0, 0, 0]]
-    loss, places = classes.places(torch.tensor(scores), torch.tensor([2, 1, 0, 1, 2]))
+    loss, places = classes.label_ranks(torch.tensor(scores), torch.tensor([2, 1, 0, 1, 2]))
     assert places[:3].tolist() == [2, 1, 0]
-    assert counted(loss, places).tolist()[1:] == [1, 3, 5]  # four classes are all among five
+    assert to_counts(loss, places).tolist()[1:] == [1, 3, 5]  # four classes are all among five
 
 
 def test_images_are_counted_whatever_their_loss_is() -> None:
     places = torch.tensor([0, 3, 9])
     for loss in (1.5, float("inf"), float("nan")):
-        hits = counted(torch.tensor(loss, dtype=torch.float64), places)
+        hits = to_counts(torch.tensor(loss, dtype=torch.float64), places)
         assert hits[1:].tolist() == [1, 2, 3]

@@ -13,7 +13,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     with pytest.raises(UserError) as failure:
-        mesh.start()
+        mesh.init_distributed()
     assert str(failure.value) == (
         "3 processes on this machine, but 2 GPUs: take --nproc_per_node=2, or --runtime.device cpu"
     )
@@ -23,6 +23,6 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
 def test_processors_are_those_that_may_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mesh.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     monkeypatch.setattr(Path, "read_text", lambda _: "max 100000\n")
-    assert mesh.usable_processors() == 8
+    assert mesh.available_cpus() == 8
     monkeypatch.setattr(Path, "read_text", lambda _: "300000 100000\n")
-    assert mesh.usable_processors() == 3
+    assert mesh.available_cpus() == 3

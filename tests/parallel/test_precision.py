@@ -38,7 +38,7 @@ def test_an_update_that_is_not_finite_is_left_out_without_a_trace(name: str) -> 
             weight_decay=0.0005,
         )
         scaler = precision_module.SyncedGradScaler("fp32", cpu, None)
-        scaler.guarding = spoilt
+        scaler.skip_nonfinite = spoilt
         left_out = []
         steps = gradients[:2] + [torch.full((10, 10), float("inf"))] * spoilt + gradients[2:]
         for gradient in steps:
@@ -47,7 +47,7 @@ def test_an_update_that_is_not_finite_is_left_out_without_a_trace(name: str) -> 
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
-            left_out.append(float(scaler.left_out))
+            left_out.append(float(scaler.skipped))
         weights.append(weight.detach())
         assert left_out == ([0, 0, 1, 0, 0] if spoilt else [0, 0, 0, 0])
     assert torch.equal(*weights)

@@ -35,9 +35,9 @@ from alexnet_dist.model import (
     make_dropout_masks,
 )
 from alexnet_dist.model.alexnet import AlexNet, TorchvisionAlexNet
-from alexnet_dist.parallel import parallelize, warm_up
+from alexnet_dist.parallel import ddp_warmup, parallelize
 from alexnet_dist.parallel.ddp import PLAIN, DDPLayout, GradCompression
-from alexnet_dist.parallel.mesh import Mesh, start
+from alexnet_dist.parallel.mesh import Mesh, init_distributed
 from alexnet_dist.parallel.precision import Precision
 from alexnet_dist.parallel.sharded_fc import ShardedFCLayout
 from alexnet_dist.training import checkpoint
@@ -82,7 +82,7 @@ def lay_out(
     kind, _, accumulate = name.partition("*")
     layout = parallelize(
         model,
-        mesh.arrange(2 if kind == "towers" else 1),
+        mesh.with_layout(2 if kind == "towers" else 1),
         batch=batch,
         accumulate=int(accumulate or 1),
         num_classes=num_classes,
@@ -92,7 +92,7 @@ def lay_out(
         compression=COMPRESSIONS[compress],
     )
     torch.manual_seed(SEED)
-    layout.sharding.fill(layout.parameters, weights)
+    layout.sharding.load_full_weights(layout.parameters, weights)
     return layout
 
 
@@ -132,8 +132,8 @@ def _gradients(mesh: Mesh, name: str, variant: str, classes: int, batch: int) ->
     loss = F.cross_entropy(scores, labels)
     loss.backward()
 
-    rows = layout.mesh.rows
-    masks = masks_of(model, 3, batch, layout.mask_rows)
+    rows = layout.mesh.batch_slice
+    masks = masks_of(model, 3, batch, layout.dropout_rows)
     result = layout.forward_backward(images[rows], labels[rows], masks)
     dist.all_reduce(result)
     worst = {}
@@ -143,7 +143,7 @@ def _gradients(mesh: Mesh, name: str, variant: str, classes: int, batch: int) ->
         mine, wanted = (p.grad if p.requires_grad else p.detach() for p in (local, parameter))
         assert mine is not None
         assert wanted is not None
-        got = whole(layout.sharding.stored(key, mine.contiguous()))
+        got = whole(layout.sharding.to_dtensor(key, mine.contiguous()))
         # of a bias in front of a batch normalisation there is nothing but rounding
         scale = wanted.abs().max().clamp_min(1e-5)
         worst[key] = float((got - wanted).abs().max() / scale)
@@ -162,7 +162,9 @@ def lars(mesh: Mesh, name: str, classes: int) -> dict:
     alone, sharding = dict(model.named_parameters()), layout.sharding
     options = {"lr": 50, "momentum": 0.9, "weight_decay": 0.01}
     both = [
-        build_optimizer("lars", layout.parameters, **options, all_reduce_norms=sharding.whole_sums),
+        build_optimizer(
+            "lars", layout.parameters, **options, all_reduce_norms=sharding.all_reduce_partial_sums
+        ),
         build_optimizer("lars", alone, **options),
     ]
     for seed in range(2):
@@ -171,12 +173,12 @@ def lars(mesh: Mesh, name: str, classes: int) -> dict:
             gradient = torch.randn(parameter.shape, generator=generator) / len(parameter)
             parameter.grad = gradient.to(DEVICE)
             own = torch.zeros_like(layout.parameters[key])
-            layout.parameters[key].grad = own.copy_(sharding.part(key, gradient))
+            layout.parameters[key].grad = own.copy_(sharding.local_shard(key, gradient))
         for optimizer in both:
             optimizer.step()
     apart = {}
     for key, parameter in alone.items():
-        got = whole(sharding.stored(key, layout.parameters[key].detach()))
+        got = whole(sharding.to_dtensor(key, layout.parameters[key].detach()))
         apart[key] = float((got - parameter).abs().max() / parameter.abs().max())
     return {"apart": apart}
 
@@ -187,12 +189,12 @@ def steps(mesh: Mesh, name: str, count: int, batch: int) -> dict:
     optimizer = build_optimizer(
         "sgd2012", layout.parameters, lr=1e-4, momentum=0.9, weight_decay=5e-4
     )
-    warm_up(layout, *own_rows(layout, batch), masks_of(full, 0, batch, layout.mask_rows))
+    ddp_warmup(layout, *own_rows(layout, batch), masks_of(full, 0, batch, layout.dropout_rows))
     losses = []
     for step in range(count):
         images, labels = batch_of(batch, 10, step)
-        rows = layout.mesh.rows
-        masks = masks_of(full, step, batch, layout.mask_rows)
+        rows = layout.mesh.batch_slice
+        masks = masks_of(full, step, batch, layout.dropout_rows)
         result = train_step(layout, optimizer, Data(images[rows], labels[rows]), masks)
         dist.all_reduce(result)
         losses.append(float(result[0]) / batch)
@@ -210,14 +212,16 @@ class Normalised:
         self.averages = {key: p for key, p in parameters.items() if not p.requires_grad}
 
     def warm_up(self) -> None:
-        masks = masks_of(self.full, 0, self.batch, self.layout.mask_rows)
-        warm_up(self.layout, *own_rows(self.layout, self.batch), masks)
+        masks = masks_of(self.full, 0, self.batch, self.layout.dropout_rows)
+        ddp_warmup(self.layout, *own_rows(self.layout, self.batch), masks)
 
     def train(self, first: int, last: int) -> list[float]:
         losses = []
         for step in range(first, last):
-            images, labels = (one[self.layout.mesh.rows] for one in batch_of(self.batch, 10, step))
-            masks = masks_of(self.full, step, self.batch, self.layout.mask_rows)
+            images, labels = (
+                one[self.layout.mesh.batch_slice] for one in batch_of(self.batch, 10, step)
+            )
+            masks = masks_of(self.full, step, self.batch, self.layout.dropout_rows)
             result = train_step(self.layout, self.optimizer, Data(images, labels), masks)
             dist.all_reduce(result)
             losses.append(float(result[0]) / self.batch)
@@ -233,18 +237,18 @@ def normalised(mesh: Mesh, name: str, count: int, batch: int) -> dict:
     one.warm_up()
     unmoved = all(torch.equal(average, drawn[key]) for key, average in one.averages.items())
     losses = one.train(0, count)
-    stored = one.layout.sharding.stored
+    stored = one.layout.sharding.to_dtensor
     together = {key: whole(stored(key, p.detach())).tolist() for key, p in one.averages.items()}
     return {
-        "unmoved": all(mesh.gather(unmoved)),
+        "unmoved": all(mesh.all_gather_object(unmoved)),
         "losses": losses,
         "averages": together,
-        "same_bits": all(other == together for other in mesh.gather(together)),
+        "same_bits": all(other == together for other in mesh.all_gather_object(together)),
     }
 
 
 def resumed(mesh: Mesh, name: str, folder: str) -> dict:
-    checkpoints = checkpoint.CheckpointManager(Path(folder), mesh.saving, mesh.device)
+    checkpoints = checkpoint.CheckpointManager(Path(folder), mesh.checkpoint_group, mesh.device)
     calm, stopped = Normalised(mesh, name, 7), Normalised(mesh, name, 7)
 
     def save(step: int) -> Path:
@@ -266,13 +270,13 @@ def resumed(mesh: Mesh, name: str, folder: str) -> dict:
     mine = {f"model.{key}": p.detach() for key, p in alone.named_parameters()}
     checkpoint.load(save(4), mine)
     images, labels = batch_of(8, 10, 9)
-    hits = calm.layout.hits(images[mesh.rows], labels[mesh.rows])
+    hits = calm.layout.eval_counts(images[mesh.batch_slice], labels[mesh.batch_slice])
     dist.all_reduce(hits)
     with torch.no_grad():
         loss = F.cross_entropy(alone(images), labels, reduction="sum")
     return {
         "losses": last,
-        "equal": min(mesh.gather(sum(equal))),
+        "equal": min(mesh.all_gather_object(sum(equal))),
         "tensors": len(equal),
         "evaluated": [float(hits[0]), float(loss)],
     }
@@ -280,7 +284,7 @@ def resumed(mesh: Mesh, name: str, folder: str) -> dict:
 
 def own_rows(layout: DDPLayout | ShardedFCLayout, batch: int) -> tuple[Tensor, Tensor]:
     images, labels = batch_of(batch, 10, 0)
-    return images[layout.mesh.rows], labels[layout.mesh.rows]
+    return images[layout.mesh.batch_slice], labels[layout.mesh.batch_slice]
 
 
 def evaluation(mesh: Mesh, name: str, classes: int, batch: int) -> dict:
@@ -293,8 +297,8 @@ def evaluation(mesh: Mesh, name: str, classes: int, batch: int) -> dict:
     apart = 0.0
     for seed, count in enumerate((batch, batch - 1, 1)):
         images, labels = batch_of(count, classes, seed)
-        rows = layout.mesh.rows
-        total += layout.hits(images[rows], labels[rows])
+        rows = layout.mesh.batch_slice
+        total += layout.eval_counts(images[rows], labels[rows])
         with torch.no_grad():
             scores = model(images)
         best = scores.topk(min(5, classes), 1).indices == labels[:, None]
@@ -315,7 +319,7 @@ def memory(mesh: Mesh, name: str) -> dict:
     for velocity in momentum_buffers(optimizer, layout.parameters).values():
         velocity.fill_(1)
     held = sum(2 * p.numel() * p.element_size() for p in layout.parameters.values())
-    answers = mesh.gather((resident() - before, resident("VmHWM") - before, held))
+    answers = mesh.all_gather_object((resident() - before, resident("VmHWM") - before, held))
     now, peak, tensors = (max(one) for one in zip(*answers, strict=True))
     return {"resident": now, "peak": peak, "tensors": tensors}
 
@@ -327,7 +331,7 @@ def overflow(mesh: Mesh, name: str, where: str) -> dict:
     full = build_on_meta("paper", image_size=SIDE, num_classes=10)
     optimizer = build_optimizer("sgd", layout.parameters, lr=1e-4, momentum=0.9, weight_decay=0)
     images, labels = own_rows(layout, 6)
-    masks = masks_of(full, 0, 6, layout.mask_rows)
+    masks = masks_of(full, 0, 6, layout.dropout_rows)
     kept = {key: p.detach().clone() for key, p in layout.parameters.items()}
     layout.forward_backward(images, labels, masks)
     if mesh.rank == 0 or where == "all":
@@ -341,19 +345,19 @@ def overflow(mesh: Mesh, name: str, where: str) -> dict:
     train_step(layout, optimizer, Data(images, labels), masks)
     finite = all(bool(p.isfinite().all()) for p in layout.parameters.values())
     moved = any(not torch.equal(p, kept[key]) for key, p in layout.parameters.items())
-    return {"ok": all(mesh.gather(same and finite and moved))}
+    return {"ok": all(mesh.all_gather_object(same and finite and moved))}
 
 
 def held(mesh: Mesh, name: str) -> dict:
     """Elements of the parameters that a process holds, the most over the processes."""
     layout = lay_out(name, mesh, 8, num_classes=10)
     count = sum(parameter.numel() for parameter in layout.parameters.values())
-    return {"elements": max(mesh.gather(count))}
+    return {"elements": max(mesh.all_gather_object(count))}
 
 
 def write(mesh: Mesh, name: str, folder: str) -> dict:
     layout = lay_out(name, mesh, 8, num_classes=4)
-    checkpoints = checkpoint.CheckpointManager(Path(folder), mesh.saving, mesh.device)
+    checkpoints = checkpoint.CheckpointManager(Path(folder), mesh.checkpoint_group, mesh.device)
     checkpoints.begin({"step": 1}, _known(layout, values=True), best=False)
     saved = checkpoints.settle()
     assert saved is not None
@@ -368,14 +372,14 @@ def read(mesh: Mesh, name: str, folder: str) -> dict:
     checkpoint.load(checkpoint.find(f"{folder}/step-00000001"), got)
     pairs = [(_local(got[key]), _local(wanted[key])) for key in wanted]
     equal = [bool(torch.equal(*pair)) for pair in pairs]
-    answers = mesh.gather((sum(equal), len(equal)))
+    answers = mesh.all_gather_object((sum(equal), len(equal)))
     return {"equal": min(one for one, _ in answers), "tensors": answers[0][1]}
 
 
 def _known(layout: DDPLayout | ShardedFCLayout, *, values: bool) -> dict[str, Tensor]:
     """Parameters and velocities of a layout as a checkpoint has them, filled with numbers that
     follow from their names, or with zeros."""
-    stored, found = layout.sharding.stored, {}
+    stored, found = layout.sharding.to_dtensor, {}
     model = build_on_meta("paper", image_size=SIDE, num_classes=4)
     for key, parameter in model.named_parameters():
         for kind in ("model", "velocity"):
@@ -383,7 +387,7 @@ def _known(layout: DDPLayout | ShardedFCLayout, *, values: bool) -> dict[str, Te
             if values:
                 generator = torch.Generator().manual_seed(sum(f"{kind}{key}".encode()))
                 full = torch.randn(parameter.shape, generator=generator)
-                local.copy_(layout.sharding.part(key, full))
+                local.copy_(layout.sharding.local_shard(key, full))
             found[f"{kind}.{key}"] = stored(key, local.detach())
     return found
 
@@ -433,7 +437,7 @@ def resident(what: str = "VmRSS") -> int:
 
 
 def main() -> None:
-    mesh = start("cuda" if ON == "cuda" else "cpu", 1)
+    mesh = init_distributed("cuda" if ON == "cuda" else "cpu", 1)
     if ON == "one-gpu":
         torch.cuda.set_device(0)
         mesh = replace(mesh, device=torch.device("cuda", 0))
