@@ -109,7 +109,7 @@ def test_a_run_starts_from_safetensors(paper: Made, weights: Path) -> None:
         parameters = dict(mine.named_parameters())
         optimizer = build_optimizer("sgd2012", parameters, lr=1, momentum=0, weight_decay=0)
         layout = SimpleNamespace(
-            parameters=parameters, sharding=SimpleNamespace(stored=lambda _, tensor: tensor)
+            parameters=parameters, sharding=SimpleNamespace(to_dtensor=lambda _, tensor: tensor)
         )
         saver = Saver(None, layout, optimizer, print)  # type: ignore[arg-type]
         assert saver.start_from(str(weights)) == anew

@@ -198,7 +198,7 @@ def test_a_network_is_drawn(tmp_path: Path, mesh: Mesh, monkeypatch: pytest.Monk
     checkpoints.begin(state(root), weights, best=True)
     assert checkpoints.settle().failure == ""  # type: ignore[union-attr]
     (tmp_path / "names").write_text("blue azure, sky\nred  a long name for what is merely red\n")
-    monkeypatch.setattr(figures, "start", lambda *_: mesh)
+    monkeypatch.setattr(figures, "init_distributed", lambda *_: mesh)
     drawn: dict[str, Any] = {}
 
     def spy(module: Any, name: str) -> None:
@@ -257,7 +257,7 @@ def test_what_cannot_be_drawn_is_a_sentence(
     (last / "state.json").write_text(json.dumps(state(root)))
     (last / "manifest.json").touch()
     run = str(tmp_path / "run")
-    monkeypatch.setattr(figures, "start", lambda *_: None)
+    monkeypatch.setattr(figures, "init_distributed", lambda *_: None)
     sentences = {
         (): "there is nothing to draw",
         ("nowhere",): "there is no run at nowhere: give a run's folder",
