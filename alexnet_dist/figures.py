@@ -306,7 +306,7 @@ class Eye:
     """
 
     def __init__(self, model: Network, precision: Any) -> None:
-        self._convolutions, behind = model.parts()
+        self._convolutions, behind = model.split_features_classifier()
         *self._hidden, self._last = behind.values()
         self._lower = lambda images: autocast(precision, images.device)
 

@@ -58,7 +58,7 @@ def main() -> None:
         engine = build_loader(
             "auto",
             FolderDataset(catalogue.train),
-            build_normalization("centred", catalogue.statistics, side=224),
+            build_normalization("centered", catalogue.statistics, side=224),
             plan=plan,
             fraction=plan.fraction,
             max_batch=len(range(words.batch)[rows]),

@@ -26,11 +26,11 @@ from alexnet_dist.measuring.turns import Work, in_turns
 from alexnet_dist.model import (
     build_on_meta,
     choose_kernels,
+    is_triton_supported,
     iter_initial_weights,
     make_dropout_masks,
-    triton_runs_on,
 )
-from alexnet_dist.model.normalization import LocalResponseNorm, lrn_triton
+from alexnet_dist.model.lrn import LocalResponseNorm, lrn_triton
 from alexnet_dist.parallel import mesh
 from alexnet_dist.parallel.ddp import DDPLayout
 from alexnet_dist.parallel.precision import resolve_precision
@@ -124,7 +124,12 @@ def steps(variant: str, batch: int, rounds: int) -> dict[str, Any]:
         layout = DDPLayout(model, here, batch=batch, precision=precision)
         layout.sharding.load_full_weights(layout.parameters, weights)
         masks = make_dropout_masks(
-            model.dropouts(), seed=1, step=0, batch=batch, rows=slice(None), device=here.device
+            model.dropout_layers(),
+            seed=1,
+            step=0,
+            batch=batch,
+            rows=slice(None),
+            device=here.device,
         )
 
         def once(layout: DDPLayout = layout, masks: Any = masks) -> float:
@@ -166,7 +171,7 @@ def main() -> None:
         "steps": steps(words.variant, batch, words.rounds),
     }
     print(json.dumps(record["steps"], indent=1), flush=True)
-    if triton_runs_on(device):
+    if is_triton_supported(device):
         record |= {"batch": batch, "layers": {}}
         for name, numbers in LAYERS.items():
             record["layers"][name] = compare(batch, *numbers, words.rounds)

@@ -72,7 +72,7 @@ def loading(root: Path, engine: str, batch: int) -> Generator[int, None, None]:
     running = build_loader(
         engine,  # type: ignore[arg-type]
         source,
-        build_normalization("centred", catalogue.statistics, side=side),
+        build_normalization("centered", catalogue.statistics, side=side),
         plan=plan,
         fraction=plan.fraction,
         max_batch=batch,

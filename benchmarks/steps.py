@@ -38,7 +38,7 @@ class Steps:
         kind, _, compress = name.partition("+")
         self.precision = resolve_precision("auto", mesh.device)
         self.model = build_on_meta("paper", num_classes=classes, image_size=image_size)
-        self.dropouts = self.model.dropouts()
+        self.dropouts = self.model.dropout_layers()
         weights = _weights(classes, image_size)
         self.layout = parallelize(
             self.model,

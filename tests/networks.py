@@ -75,7 +75,7 @@ def _sharpen(model: Network) -> None:
     """Have images make a difference to the scores, as they do to trained ones."""
     blotches = torch.rand(32, 3, 5, 5)
     images = torch.nn.functional.interpolate(blotches, size=67, mode="bicubic") * 255 - 110
-    images = images / 57 if model.spec.pixels == "imagenet" else images
+    images = images / 57 if model.spec.input_norm == "imagenet" else images
     if any(not parameter.requires_grad for parameter in model.parameters()):
         model.train()(images)  # averages of something
     scores = model.eval()(images)

@@ -19,9 +19,9 @@ from alexnet_dist.model import (
     Network,
     build_on_meta,
     choose_kernels,
+    is_triton_supported,
     iter_initial_weights,
     make_dropout_masks,
-    triton_runs_on,
 )
 from alexnet_dist.parallel import ddp_warmup, parallelize, validate_parallel_config
 from alexnet_dist.parallel.ddp import GradCompression
@@ -67,7 +67,7 @@ class Images:
             strength=self.colour_strength,
         )
         self.evaluation = EvalPlan(self.catalogue.val.sizes, data.eval_batch_size, fraction)
-        reads, statistics = MODEL_REGISTRY[config.model.arch].pixels, self.catalogue.statistics
+        reads, statistics = MODEL_REGISTRY[config.model.arch].input_norm, self.catalogue.statistics
         self.pixels = build_normalization(
             reads, statistics, side=data.image_size, colour=data.pca_noise
         )
@@ -189,7 +189,7 @@ class Learner:
     def masks(self, step: int) -> tuple[Tensor, ...]:
         """The dropout masks of a step."""
         return make_dropout_masks(
-            self.model.dropouts(),
+            self.model.dropout_layers(),
             seed=self.config.train.seed,
             step=step,
             batch=self.config.data.batch_size,
@@ -233,7 +233,7 @@ def check_network(config: Config, mesh: Mesh) -> None:
             f"there is no model.arch {config.model.arch}; there are {', '.join(MODEL_REGISTRY)}",
             on_all_ranks=True,
         )
-    if config.runtime.lrn == "triton" and not triton_runs_on(mesh.device):
+    if config.runtime.lrn == "triton" and not is_triton_supported(mesh.device):
         raise UserError(
             "runtime.lrn is triton, which wants Triton and an NVIDIA GPU no older than Ampere: "
             "take auto or band",

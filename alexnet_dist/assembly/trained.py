@@ -53,7 +53,7 @@ class LoadedModel:
     def pixels(self) -> Normalization:
         """How the pixels of an image become its input, without colour noise."""
         return build_normalization(
-            MODEL_REGISTRY[self.config.model.arch].pixels,
+            MODEL_REGISTRY[self.config.model.arch].input_norm,
             ChannelStats.from_json(self.state["statistics"]),
             side=self.config.data.image_size,
         )

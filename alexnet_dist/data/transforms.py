@@ -53,7 +53,7 @@ class Normalization:
 
 
 def build_normalization(
-    reads: Literal["centred", "imagenet"],
+    reads: Literal["centered", "imagenet"],
     statistics: ChannelStats,
     *,
     side: int,
@@ -69,7 +69,7 @@ def build_normalization(
     """
     mean, std = (
         (statistics.mean, np.ones(3))
-        if reads == "centred"
+        if reads == "centered"
         else (255 * IMAGENET_MEAN, 255 * IMAGENET_STD)
     )
     basis = np.zeros((3, 3))

@@ -10,7 +10,7 @@ from alexnet_dist.model.alexnet import (
 )
 from alexnet_dist.model.dropout import make_dropout_masks
 from alexnet_dist.model.kernels import choose_kernels
-from alexnet_dist.model.normalization import triton_runs_on
+from alexnet_dist.model.lrn import is_triton_supported
 
 __all__ = [
     "MODEL_REGISTRY",
@@ -19,7 +19,7 @@ __all__ = [
     "build_model",
     "build_on_meta",
     "choose_kernels",
+    "is_triton_supported",
     "iter_initial_weights",
     "make_dropout_masks",
-    "triton_runs_on",
 ]

@@ -1,23 +1,25 @@
-"""AlexNet and its relatives: a table of numbers, and the one builder that reads it.
+"""AlexNet and its relatives: a table of layers with its sources, and the one builder that reads it.
 
-P is the paper (Krizhevsky, Sutskever, Hinton 2012), S the authors' own source of 2012, whose
-numbers name the variants (layers-145.cfg and so on). Kernels are counted over both towers; a
-layer that reads its "own" tower is a grouped convolution.
+P is the paper (Krizhevsky, Sutskever, Hinton 2012), S the authors' own source code of 2012, whose
+file names (layers-145.cfg and so on) name the networks. A network of two towers is the paper's: the
+halves of a layer's output channels that the authors put on two GPUs. Channels are counted over
+both; a layer of two groups reads its own tower only.
 """
 
 import copy
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from alexnet_dist.model.dropout import Dropout, Form
-from alexnet_dist.model.normalization import BatchNorm, LocalResponseNorm, WithinChannelLRN
+from alexnet_dist.model.batch_norm import BatchNorm
+from alexnet_dist.model.dropout import Dropout, DropoutScaling
+from alexnet_dist.model.lrn import LocalResponseNorm, WithinChannelLRN
 from alexnet_dist.model.stem import PaddedConv2d, StemConv2d
 
 Init = Literal["source", "paper", "torch"]
@@ -25,30 +27,32 @@ Init = Literal["source", "paper", "torch"]
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """A row of the table: a layer with weights, and what follows it, in order.
+    """A row of the table: a convolution or a fully connected layer, and what follows it.
 
     Attributes:
-        out: outputs over all towers; 0 stands for the number of classes.
-        reads: the towers whose outputs it reads.
+        name: "conv1", "fc6".
+        out_channels: over all towers; 0 stands for the number of classes.
+        kernel: size of the convolution's kernel in pixels; 0 for a fully connected layer.
+        stride, padding, groups: as in torch.nn.Conv2d.
         std: standard deviation of S's initial weights (P has 0.01 everywhere).
-        bias: initial bias; None for none.
-        then: names of the layers behind it: relu, tanh, lrn, spatial, batch, pool, average,
-            dropout.
+        bias: initial bias; None for no bias.
+        post_ops: what follows, in order: relu, tanh, lrn, cnorm (S's name for LRN within a
+            channel), bn, pool, avgpool, dropout.
     """
 
     name: str
-    out: int
+    out_channels: int
     kernel: int = 0
     stride: int = 1
-    pad: int = 0
-    reads: Literal["own", "both"] = "both"
+    padding: int = 0
+    groups: int = 1
     std: float = 0.01
     bias: float | None = 0.0
-    then: str = ""
+    post_ops: str = ""
 
     @property
     def number(self) -> str:
-        """The layer's number in the paper, "1" of "conv1"."""
+        """The layer's number, "1" of "conv1"."""
         return self.name.lstrip("abcdefghijklmnopqrstuvwxyz")
 
 
@@ -57,12 +61,14 @@ class ModelSpec:
     """A network: its layers, and the constants they share.
 
     Attributes:
-        towers: groups of kernels that meet only in layers that read both.
-        lrn_alpha: alpha of the response normalisation in torch's meaning.
-        pool: kernel and stride of the max pooling.
-        pixels: what the network reads; "centred" is 0..255 less the training set's channel means,
-            "imagenet" 0..1 less ImageNet's means and over its deviations.
-        init, dropout: initialisation and form of dropout when none is asked for.
+        source: where it is described.
+        towers: 2 where ``parallel.towers 2`` can put halves of it on two processes; the windows of
+            local response normalization never cross from one tower to the other.
+        lrn_alpha: alpha of local response normalization, in torch's meaning.
+        pool: kernel and stride of max pooling.
+        input_norm: what the network reads. "centered": pixels of 0..255 minus the training set's
+            channel means; "imagenet": pixels of 0..1, standardized by ImageNet's mean and std.
+        init, dropout: initialization and dropout scaling unless others are asked for.
     """
 
     source: str
@@ -70,103 +76,117 @@ class ModelSpec:
     towers: int = 2
     lrn_alpha: float = 1e-4
     pool: tuple[int, int] = (3, 2)
-    pixels: Literal["centred", "imagenet"] = "centred"
+    input_norm: Literal["centered", "imagenet"] = "centered"
     init: Init = "source"
-    dropout: Form = "2012"
+    dropout: DropoutScaling = "2012"
 
 
-def _with(layers: tuple[LayerSpec, ...], **changes: dict[str, object]) -> tuple[LayerSpec, ...]:
+_Layers = tuple[LayerSpec, ...]
+
+
+def _with(layers: _Layers, **changes: dict[str, Any]) -> _Layers:
     """The table with some rows changed, as S describes a net by its difference from net 145."""
-    return tuple(replace(row, **changes.get(row.name, {})) for row in layers)  # type: ignore[arg-type]
+    return tuple(replace(row, **changes.get(row.name, {})) for row in layers)
 
 
-def _without(layers: tuple[LayerSpec, ...], *kinds: str) -> tuple[LayerSpec, ...]:
-    def rest(then: str) -> str:
-        return " ".join(kind for kind in then.split() if kind not in kinds)
-
-    return tuple(replace(row, then=rest(row.then)) for row in layers)
+def _ungrouped(layers: _Layers) -> _Layers:
+    return tuple(replace(row, groups=1) for row in layers)
 
 
-def _replacing(layers: tuple[LayerSpec, ...], kind: str, other: str) -> tuple[LayerSpec, ...]:
-    return tuple(replace(row, then=row.then.replace(kind, other)) for row in layers)
+def _replace_ops(layers: _Layers, **new: str) -> _Layers:
+    """Each operation behind a layer by another, or "" by none."""
+
+    def replaced(post_ops: str) -> str:
+        return " ".join(filter(None, (new.get(op, op) for op in post_ops.split())))
+
+    return tuple(replace(row, post_ops=replaced(row.post_ops)) for row in layers)
 
 
 # fmt: off
 _145 = (  # S, layers-145.cfg
-    LayerSpec("conv1",   96, 11, 4, 0, "both", 0.01, 0, "lrn pool relu"),
-    LayerSpec("conv2",  256,  5, 1, 2, "own",  0.01, 1, "relu lrn spatial pool"),
-    LayerSpec("conv3",  384,  3, 1, 1, "both", 0.03, 0, "relu"),
-    LayerSpec("conv4",  384,  3, 1, 1, "own",  0.03, 1, "relu"),
-    LayerSpec("conv5",  256,  3, 1, 1, "own",  0.03, 1, "pool relu"),
-    LayerSpec("fc6",   4096, reads="both", std=0.01, bias=1, then="relu dropout"),
-    LayerSpec("fc7",   4096, reads="both", std=0.01, bias=1, then="relu dropout"),
-    LayerSpec("fc8",      0, reads="both", std=0.01, bias=0),
+    LayerSpec("conv1",   96, 11, 4, 0, 1, std=0.01, bias=0, post_ops="lrn pool relu"),
+    LayerSpec("conv2",  256,  5, 1, 2, 2, std=0.01, bias=1, post_ops="relu lrn cnorm pool"),
+    LayerSpec("conv3",  384,  3, 1, 1, 1, std=0.03, bias=0, post_ops="relu"),
+    LayerSpec("conv4",  384,  3, 1, 1, 2, std=0.03, bias=1, post_ops="relu"),
+    LayerSpec("conv5",  256,  3, 1, 1, 2, std=0.03, bias=1, post_ops="pool relu"),
+    LayerSpec("fc6",   4096, std=0.01, bias=1, post_ops="relu dropout"),
+    LayerSpec("fc7",   4096, std=0.01, bias=1, post_ops="relu dropout"),
+    LayerSpec("fc8",      0, std=0.01, bias=0),
 )
-_PAPER = _with(  # P puts ReLU first and knows no spatial normalisation
+_PAPER = _with(  # P puts ReLU first, and does not mention cnorm
     _145,
-    conv1={"then": "relu lrn pool"}, conv2={"then": "relu lrn pool"}, conv5={"then": "relu pool"},
+    conv1={"post_ops": "relu lrn pool"},
+    conv2={"post_ops": "relu lrn pool"},
+    conv5={"post_ops": "relu pool"},
 )
+_146 = (*_145[:5], LayerSpec("conv6", 256, 3, 1, 1, 1, std=0.03, bias=1, post_ops="relu"),
+        *_145[5:])
+_150 = _with(
+    _145,
+    conv2={"out_channels": 320}, conv3={"groups": 2},
+    fc6={"out_channels": 8192, "groups": 2}, fc7={"groups": 2},
+)
+_HALF = _with(
+    _ungrouped(_145),
+    conv1={"out_channels": 48}, conv2={"out_channels": 128},
+    conv3={"out_channels": 192}, conv4={"out_channels": 192},
+)
+_ONE_COLUMN = _with(_ungrouped(_PAPER), conv5={"post_ops": "relu pool avgpool"})
 _OWT = (  # cuda-convnet2, layers-imagenet-1gpu.cfg
-    LayerSpec("conv1",   64, 11, 4, 0, std=0.01, bias=0, then="lrn pool relu"),
-    LayerSpec("conv2",  192,  5, 1, 2, std=0.01, bias=1, then="relu lrn pool"),
-    LayerSpec("conv3",  384,  3, 1, 1, std=0.03, bias=0, then="relu"),
-    LayerSpec("conv4",  256,  3, 1, 1, std=0.03, bias=1, then="relu"),
-    LayerSpec("conv5",  256,  3, 1, 1, std=0.03, bias=1, then="relu pool"),
-    LayerSpec("fc6",   4096, std=0.01, bias=1, then="relu dropout"),
-    LayerSpec("fc7",   4096, std=0.01, bias=1, then="relu dropout"),
+    LayerSpec("conv1",   64, 11, 4, 0, std=0.01, bias=0, post_ops="lrn pool relu"),
+    LayerSpec("conv2",  192,  5, 1, 2, std=0.01, bias=1, post_ops="relu lrn pool"),
+    LayerSpec("conv3",  384,  3, 1, 1, std=0.03, bias=0, post_ops="relu"),
+    LayerSpec("conv4",  256,  3, 1, 1, std=0.03, bias=1, post_ops="relu"),
+    LayerSpec("conv5",  256,  3, 1, 1, std=0.03, bias=1, post_ops="relu pool"),
+    LayerSpec("fc6",   4096, std=0.01, bias=1, post_ops="relu dropout"),
+    LayerSpec("fc7",   4096, std=0.01, bias=1, post_ops="relu dropout"),
     LayerSpec("fc8",      0, std=0.01, bias=-7),
 )
 _BN = (  # NVIDIA's Caffe, models/alexnet_bn/train_val.prototxt
-    LayerSpec("conv1",   96, 11, 4, 0, "both", 0.01,  None, "batch relu pool"),
-    LayerSpec("conv2",  256,  5, 1, 2, "own",  0.01,  None, "batch relu pool"),
-    LayerSpec("conv3",  384,  3, 1, 1, "both", 0.01,  None, "batch relu"),
-    LayerSpec("conv4",  384,  3, 1, 1, "own",  0.01,  None, "batch relu"),
-    LayerSpec("conv5",  256,  3, 1, 1, "own",  0.01,  0.1, "batch relu pool"),
-    LayerSpec("fc6",   4096, std=0.005, bias=0.1, then="relu dropout"),
-    LayerSpec("fc7",   4096, std=0.005, bias=0.1, then="relu dropout"),
+    LayerSpec("conv1",   96, 11, 4, 0, 1, std=0.01,  bias=None, post_ops="bn relu pool"),
+    LayerSpec("conv2",  256,  5, 1, 2, 2, std=0.01,  bias=None, post_ops="bn relu pool"),
+    LayerSpec("conv3",  384,  3, 1, 1, 1, std=0.01,  bias=None, post_ops="bn relu"),
+    LayerSpec("conv4",  384,  3, 1, 1, 2, std=0.01,  bias=None, post_ops="bn relu"),
+    LayerSpec("conv5",  256,  3, 1, 1, 2, std=0.01,  bias=0.1, post_ops="bn relu pool"),
+    LayerSpec("fc6",   4096, std=0.005, bias=0.1, post_ops="relu dropout"),
+    LayerSpec("fc7",   4096, std=0.005, bias=0.1, post_ops="relu dropout"),
     LayerSpec("fc8",      0, std=0.01,  bias=0),
 )
-_CONV6 = LayerSpec("conv6", 256, 3, 1, 1, "both", 0.03, 1, "relu")
-_FIGURE1 = (  # P gives four layers; theirs are those of cuda-convnet, layers-80sec.cfg, less fc64
-    LayerSpec("conv1",   32,  5, 1, 2, std=0.0001, then="pool relu"),
-    LayerSpec("conv2",   32,  5, 1, 2, std=0.01, then="pool relu"),
-    LayerSpec("conv3",   64,  5, 1, 2, std=0.01, then="pool relu"),
+_FIGURE1 = (  # P gives four layers; these are cuda-convnet's, layers-80sec.cfg, without its fc64
+    LayerSpec("conv1",   32,  5, 1, 2, std=0.0001, post_ops="pool relu"),
+    LayerSpec("conv2",   32,  5, 1, 2, std=0.01, post_ops="pool relu"),
+    LayerSpec("conv3",   64,  5, 1, 2, std=0.01, post_ops="pool relu"),
     LayerSpec("fc4",      0, std=0.1),
 )
 
 MODEL_REGISTRY: dict[str, ModelSpec] = {
     "paper": ModelSpec("P, figure 2 and section 3", _PAPER, lrn_alpha=5e-4),
     "original145": ModelSpec("S, layers-145.cfg: the paper's '1 CNN'", _145),
-    "original146": ModelSpec("S, layers-146.cfg: conv6 behind pool5",
-                           (*_145[:5], _CONV6, *_145[5:])),
+    "original146": ModelSpec("S, layers-146.cfg: conv6 behind pool5", _146),
     "original147": ModelSpec("S, layers-147.cfg: pooling without overlap",
-                           _with(_145, conv2={"pad": 1}), pool=(2, 2)),
-    "original148": ModelSpec("S, layers-148.cfg: no normalisation",
-                           _without(_145, "lrn", "spatial")),
-    "original150": ModelSpec("S, layers-150.cfg: towers meet only in fc8",
-                           _with(_145, conv2={"out": 320}, conv3={"reads": "own"},
-                                 fc6={"out": 8192, "reads": "own"}, fc7={"reads": "own"})),
+                             _with(_145, conv2={"padding": 1}), pool=(2, 2)),
+    "original148": ModelSpec("S, layers-148.cfg: no normalization",
+                             _replace_ops(_145, lrn="", cnorm="")),
+    "original150": ModelSpec("S, layers-150.cfg: towers meet only in fc8", _150),
     "half_column": ModelSpec("S, layers-145-half.cfg: one of the towers, conv5 as wide as both",
-                           _with(_145, conv1={"out": 48}, conv2={"out": 128}, conv3={"out": 192},
-                                 conv4={"out": 192}), towers=1),
+                             _HALF, towers=1),
     "one_column": ModelSpec("a review's single column, with adaptive average pooling to 6 x 6",
-                          _with(_PAPER, conv5={"then": "relu pool average"}), towers=1),
+                            _ONE_COLUMN, towers=1),
     "owt": ModelSpec("Krizhevsky 2014; cuda-convnet2, layers-imagenet-1gpu.cfg", _OWT, towers=1),
-    "alexnet_bn": ModelSpec("You, Gitman, Ginsburg 2017; NVIDIA's Caffe, models/alexnet_bn", _BN,
-                          dropout="torch"),
+    "alexnet_bn": ModelSpec("You, Gitman, Ginsburg 2017; NVIDIA's Caffe, models/alexnet_bn",
+                            _BN, dropout="inverted"),
     "figure1_relu": ModelSpec("P, figure 1: four layers for images of 32 x 32", _FIGURE1, towers=1),
     "figure1_tanh": ModelSpec("P, figure 1: the same with tanh",
-                            _replacing(_FIGURE1, "relu", "tanh"), towers=1),
-    "torchvision": ModelSpec("torchvision.models.AlexNet", (), towers=1,
-                           pixels="imagenet", init="torch", dropout="torch"),
+                              _replace_ops(_FIGURE1, relu="tanh"), towers=1),
+    "torchvision": ModelSpec("torchvision.models.AlexNet", (), towers=1, input_norm="imagenet",
+                             init="torch", dropout="inverted"),
 }
 # fmt: on
 
 
-class AveragePool(nn.AdaptiveAvgPool2d):
-    """Adaptive average pooling that passes maps of the size asked for as they are: the mean of one
-    value is that value, and the gradient of the general case has no deterministic kernel on GPUs.
-    """
+class AdaptiveAvgPool(nn.AdaptiveAvgPool2d):
+    """Adaptive average pooling of [B, C, H, W] to [B, C, size, size], which returns maps of that
+    size unchanged: the general case has no deterministic backward on GPUs."""
 
     def forward(self, input: Tensor) -> Tensor:
         size = self.output_size
@@ -174,101 +194,104 @@ class AveragePool(nn.AdaptiveAvgPool2d):
 
 
 class GroupedLinear(nn.Module):
-    """A fully connected layer of which each tower reads only its own half (net 150).
+    """A fully connected layer in groups, each of which reads its own slice of the inputs only
+    (net 150); grouped as torch.nn.Conv2d.
 
-    Weight [out, in / towers], bias [out]; input [B, in], output [B, out].
+    Weight [out, in / groups], bias [out]; input [B, in], output [B, out].
     """
 
-    def __init__(self, inputs: int, outputs: int, towers: int) -> None:
+    def __init__(self, in_features: int, out_features: int, groups: int) -> None:
         super().__init__()
-        self.towers = towers
-        self.weight = nn.Parameter(torch.empty(outputs, inputs // towers))
-        self.bias = nn.Parameter(torch.empty(outputs))
+        self.groups = groups
+        self.weight = nn.Parameter(torch.empty(out_features, in_features // groups))
+        self.bias = nn.Parameter(torch.empty(out_features))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         nn.Linear.reset_parameters(self)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
-        parts = zip(
-            x.chunk(self.towers, 1),
-            self.weight.chunk(self.towers),
-            self.bias.chunk(self.towers),
+        slices = zip(
+            x.chunk(self.groups, 1),
+            self.weight.chunk(self.groups),
+            self.bias.chunk(self.groups),
             strict=True,
         )
-        return torch.cat([F.linear(*part) for part in parts], 1)
+        return torch.cat([F.linear(*each) for each in slices], 1)
+
+
+def forward_layers(layers: Iterable[nn.Module], x: Tensor, masks: Iterable[Tensor]) -> Tensor:
+    """``x`` through ``layers`` in order, each Dropout with the next of ``masks``."""
+    remaining = iter(masks)
+    for layer in layers:
+        x = layer(x, next(remaining, None)) if isinstance(layer, Dropout) else layer(x)
+    return x
 
 
 class AlexNet(nn.Sequential):
-    """A network of the table. Input [B, 3, H, W], the sides that it was built for, 224 or 227 in
-    2012; output [B, classes]."""
+    """A network of the table. Input [B, 3, H, W] of the size that it was built for, 224 or 227 in
+    2012; output: logits [B, classes]."""
 
     spec: ModelSpec
 
     def forward(self, input: Tensor, masks: Iterable[Tensor] = ()) -> Tensor:
-        """``masks``: those of ``draw_masks(self.dropouts(), ...)``; see Dropout for none."""
-        remaining = iter(masks)
-        x = input
-        for layer in self:
-            x = layer(x, next(remaining, None)) if isinstance(layer, Dropout) else layer(x)
-        return x
+        """``masks``: from ``make_dropout_masks(self.dropout_layers(), ...)``; Dropout says what
+        happens without."""
+        return forward_layers(self, input, masks)
 
-    def dropouts(self) -> list[Dropout]:
-        """The layers that want a mask, in the order of ``masks``."""
+    def dropout_layers(self) -> list[Dropout]:
+        """The layers that take a mask, in the order of ``masks``."""
         return [layer for layer in self if isinstance(layer, Dropout)]
 
-    def parts(self) -> tuple[nn.Module, dict[str, nn.Module]]:
-        """The convolutions, images to [B, features], and the layers behind them by name."""
+    def split_features_classifier(self) -> tuple[nn.Sequential, dict[str, nn.Module]]:
+        """The convolutions, [B, 3, H, W] to [B, features], and the layers behind them by name."""
         layers = list(self.named_children())
-        behind = 1 + [name for name, _ in layers].index("flatten")
-        return nn.Sequential(OrderedDict(layers[:behind])), dict(layers[behind:])
+        end = 1 + [name for name, _ in layers].index("flatten")
+        return nn.Sequential(OrderedDict(layers[:end])), dict(layers[end:])
 
 
 class TorchvisionAlexNet(torchvision.models.AlexNet):
-    """torchvision's own class and parameters, fed with masks as the others are."""
+    """torchvision's own class and parameters, which takes masks as AlexNet does."""
 
     spec: ModelSpec
     features: nn.Sequential
 
-    def __init__(self, num_classes: int, dropout: float, form: Form) -> None:
+    def __init__(self, num_classes: int, dropout: float, scaling: DropoutScaling) -> None:
         super().__init__(num_classes=num_classes, dropout=dropout)
-        self.avgpool = AveragePool(6)
+        self.avgpool = AdaptiveAvgPool(6)
         self.features[0] = PaddedConv2d(3, 64, 11, 4, 2)
-        self.classifier[0] = Dropout(256 * 6 * 6, dropout, form)
-        self.classifier[3] = Dropout(4096, dropout, form)
+        self.classifier[0] = Dropout(256 * 6 * 6, dropout, scaling)
+        self.classifier[3] = Dropout(4096, dropout, scaling)
 
     def forward(self, x: Tensor, masks: Iterable[Tensor] = ()) -> Tensor:
-        remaining = iter(masks)
         x = self.avgpool(self.features(x)).flatten(1)
-        for layer in self.classifier:
-            x = layer(x, next(remaining, None)) if isinstance(layer, Dropout) else layer(x)
-        return x
+        return forward_layers(self.classifier, x, masks)
 
-    def dropouts(self) -> list[Dropout]:
-        """The layers that want a mask, in the order of ``masks``."""
+    def dropout_layers(self) -> list[Dropout]:
+        """The layers that take a mask, in the order of ``masks``."""
         return [layer for layer in self.classifier if isinstance(layer, Dropout)]
 
-    def parts(self) -> tuple[nn.Module, dict[str, nn.Module]]:
-        """The convolutions, images to [B, features], and the layers behind them by name."""
+    def split_features_classifier(self) -> tuple[nn.Sequential, dict[str, nn.Module]]:
+        """The convolutions, [B, 3, H, W] to [B, features], and the layers behind them by name."""
         layers = {"features": self.features, "avgpool": self.avgpool, "flatten": nn.Flatten()}
-        behind = {f"classifier.{name}": layer for name, layer in self.classifier.named_children()}
-        return nn.Sequential(OrderedDict(layers)), behind
+        named = {f"classifier.{name}": layer for name, layer in self.classifier.named_children()}
+        return nn.Sequential(OrderedDict(layers)), named
 
 
 Network = AlexNet | TorchvisionAlexNet
 
 
 def build_model(
-    variant: str,
+    arch: str,
     *,
     num_classes: int = 1000,
     dropout: float = 0.5,
     init: Init | None = None,
     image_size: int = 224,
 ) -> Network:
-    """Build a network of the table with its initial weights, on torch's default device; see
-    ``outline`` and ``initial_weights``."""
-    model = build_on_meta(variant, num_classes=num_classes, dropout=dropout, image_size=image_size)
+    """Build a network with its initial weights, on torch's default device; see ``build_on_meta``
+    and ``iter_initial_weights``."""
+    model = build_on_meta(arch, num_classes=num_classes, dropout=dropout, image_size=image_size)
     weights = iter_initial_weights(model, init)
     parameters = dict(model.to_empty(device=torch.get_default_device()).named_parameters())
     with torch.no_grad():
@@ -278,138 +301,133 @@ def build_model(
 
 
 def build_on_meta(
-    variant: str, *, num_classes: int = 1000, dropout: float = 0.5, image_size: int = 224
+    arch: str, *, num_classes: int = 1000, dropout: float = 0.5, image_size: int = 224
 ) -> Network:
-    """A network of the table without memory, on torch's meta device.
+    """Build a network on torch's meta device, without memory.
 
     Args:
-        variant: a key of VARIANTS.
+        arch: a key of MODEL_REGISTRY.
         num_classes: outputs of the last layer.
-        dropout: probability with which a unit is dropped, 0 for none.
-        image_size: side of the images in pixels, from which fc6 gets its inputs.
+        dropout: probability of dropping a unit, 0 for no dropout.
+        image_size: height and width of the images in pixels, from which fc6 gets its inputs.
 
     Raises:
-        ValueError: an unknown variant, or sides that leave nothing to pool.
+        ValueError: an unknown arch, or images that leave no pixels to pool.
     """
-    if variant not in MODEL_REGISTRY:
-        raise ValueError(f"there is no variant '{variant}'; there are {', '.join(MODEL_REGISTRY)}")
-    spec = MODEL_REGISTRY[variant]
+    if arch not in MODEL_REGISTRY:
+        raise ValueError(f"there is no arch '{arch}'; there are {', '.join(MODEL_REGISTRY)}")
+    spec = MODEL_REGISTRY[arch]
+    model: Network
     with torch.device("meta"):
-        if variant == "torchvision":
-            net = TorchvisionAlexNet(num_classes, dropout, spec.dropout)
-            net.spec = spec
-            return net
-        return _from_table(variant, spec, num_classes, dropout, image_size)
+        if arch == "torchvision":
+            model = TorchvisionAlexNet(num_classes, dropout, spec.dropout)
+        else:
+            model = _build(arch, spec, num_classes, dropout, image_size)
+    model.spec = spec
+    return model
+
+
+def _build(
+    arch: str, spec: ModelSpec, num_classes: int, dropout: float, image_size: int
+) -> AlexNet:
+    model = AlexNet()
+    channels, size = 3, image_size
+    for row in spec.layers:
+        out, groups = row.out_channels or num_classes, row.groups
+        layer: nn.Module
+        if row.kernel:
+            conv = StemConv2d if row.stride > 1 else nn.Conv2d
+            shape = channels, out, row.kernel, row.stride, row.padding
+            layer = conv(*shape, groups=groups, bias=row.bias is not None)
+            size = _out_size(size + 2 * row.padding, row.kernel, row.stride)
+        else:
+            if not hasattr(model, "flatten"):
+                model.add_module("flatten", nn.Flatten())
+                channels *= size * size
+            layer = (
+                nn.Linear(channels, out) if groups == 1 else GroupedLinear(channels, out, groups)
+            )
+        model.add_module(row.name, layer)
+        channels = out
+        # ReLU and max pooling commute: behind the pool, ReLU has a quarter of the values to read
+        for op in row.post_ops.replace("relu pool", "pool relu").split():
+            model.add_module(f"{op}{row.number}", _post_op(op, spec, channels, dropout))
+            if op == "pool":
+                size = _out_size(size, *spec.pool)
+            elif op == "avgpool":
+                size = 6
+        if size < 1:
+            raise ValueError(
+                f"images of {image_size} pixels are too small for '{arch}': nothing is left "
+                f"behind {row.name}; take 224 or 227"
+            )
+    return model
+
+
+def _out_size(size: int, kernel: int, stride: int) -> int:
+    """Positions of a kernel along ``size`` pixels, of which the last may hang over the edge: S
+    rounds up everywhere."""
+    return -((kernel - size) // stride) + 1
+
+
+def _post_op(op: str, spec: ModelSpec, channels: int, dropout: float) -> nn.Module:
+    match op:
+        case "relu":
+            return nn.ReLU()
+        case "tanh":
+            return nn.Tanh()
+        case "lrn":
+            return LocalResponseNorm(5, spec.lrn_alpha, 0.75, 2.0, groups=spec.towers)
+        case "cnorm":
+            return WithinChannelLRN()
+        case "bn":
+            return BatchNorm(channels, eps=1e-4)
+        case "pool":
+            return nn.MaxPool2d(*spec.pool, ceil_mode=True)
+        case "avgpool":
+            return AdaptiveAvgPool(6)
+        case "dropout":
+            return Dropout(channels, dropout, spec.dropout)
+    raise ValueError(f"the table has an unknown operation '{op}'")
 
 
 def iter_initial_weights(model: Network, init: Init | None = None) -> Iterator[tuple[str, Tensor]]:
-    """The initial value of each parameter by name, on the CPU, drawn from torch's global generator
-    one layer after another: whoever holds a part of the network takes part of each.
+    """The initial value of each parameter by name, full and on the CPU, sampled from torch's global
+    generator one layer after another: whoever holds a shard takes its slice of each.
 
     Args:
-        model: as ``outline`` gives it; it may get memory afterwards.
-        init: "source" (S's deviations and biases), "paper" (P, section 5: 0.01 everywhere) or
-            "torch"; the variant's own where None.
+        model: from ``build_on_meta``, still without memory; it may get memory afterwards.
+        init: "source" (S's deviations and biases), "paper" (P, section 5: std 0.01 everywhere) or
+            "torch"; by default the network's own.
 
     Raises:
-        ValueError: an initialisation that the variant does not have.
+        ValueError: an initialization that the network does not have.
     """
     init = init or model.spec.init
-    rows = {row.name: row for row in model.spec.layers}
-    if init != "torch" and not rows:
-        raise ValueError(f"torchvision's network has torch's initialisation, not '{init}'")
+    if init != "torch" and not model.spec.layers:
+        raise ValueError(f"torchvision's network has torch's initialization, not '{init}'")
     layers = {
-        name: copy.deepcopy(layer)  # now, while it has no memory and the plainest of strides
+        name: copy.deepcopy(layer)  # now, while it has no memory and contiguous strides
         for name, layer in model.named_modules()
         if isinstance(layer, (nn.Conv2d, nn.Linear, GroupedLinear, BatchNorm))
     }
-    return _draw(layers, init, rows)
+    return _sample_weights(layers, init, {row.name: row for row in model.spec.layers})
 
 
-def _draw(
+def _sample_weights(
     layers: "dict[str, nn.Conv2d | nn.Linear | GroupedLinear | BatchNorm]",
     init: Init,
     rows: dict[str, LayerSpec],
 ) -> Iterator[tuple[str, Tensor]]:
-    while layers:
+    while layers:  # each is freed once its weights have been taken
         name = next(iter(layers))
-        drawn = layers.pop(name).to_empty(device="cpu")
-        if init == "torch" or isinstance(drawn, BatchNorm):
-            drawn.reset_parameters()
-        else:  # Gaussian weights and constant biases, as P (section 5) and S have them
-            nn.init.normal_(drawn.weight, std=rows[name].std if init == "source" else 0.01)
-            constant = rows[name].bias
-            if constant is not None:
-                nn.init.constant_(drawn.get_parameter("bias"), constant)
-        for inner, value in drawn.named_parameters():
+        layer = layers.pop(name).to_empty(device="cpu")
+        if init == "torch" or isinstance(layer, BatchNorm):
+            layer.reset_parameters()
+        else:  # Gaussian weights and constant biases (P, section 5; S)
+            nn.init.normal_(layer.weight, std=rows[name].std if init == "source" else 0.01)
+            bias = rows[name].bias
+            if bias is not None:
+                nn.init.constant_(layer.get_parameter("bias"), bias)
+        for inner, value in layer.named_parameters():
             yield f"{name}.{inner}", value.detach()
-
-
-def _from_table(
-    variant: str, spec: ModelSpec, num_classes: int, dropout: float, image_size: int
-) -> AlexNet:
-    model = AlexNet()
-    model.spec = spec
-    channels, side = 3, image_size
-    for row in spec.layers:
-        if row.kernel:
-            side = _add_convolution(model, spec, row, channels, side)
-            if side < 1:
-                raise ValueError(
-                    f"images of {image_size} pixels are too small for '{variant}': nothing is left "
-                    f"behind {row.name}; take 224 or 227"
-                )
-            channels = row.out
-        else:
-            if not hasattr(model, "flatten"):
-                model.add_module("flatten", nn.Flatten())
-                channels = channels * side * side
-            outputs = row.out or num_classes
-            own = spec.towers if row.reads == "own" else 1
-            linear = (
-                nn.Linear(channels, outputs) if own == 1 else GroupedLinear(channels, outputs, own)
-            )
-            model.add_module(row.name, linear)
-            channels = outputs
-            for kind in row.then.split():
-                layer: nn.Module
-                if kind == "relu":
-                    layer = nn.ReLU()
-                elif kind == "batch":
-                    layer = BatchNorm(outputs, eps=1e-4)
-                else:
-                    layer = Dropout(outputs, dropout, spec.dropout)
-                model.add_module(f"{kind}{row.number}", layer)
-    return model
-
-
-def _add_convolution(
-    model: AlexNet, spec: ModelSpec, row: LayerSpec, channels: int, side: int
-) -> int:
-    """Add a convolution and what follows it; the side of its maps in pixels."""
-    groups = spec.towers if row.reads == "own" else 1
-    kind = StemConv2d if row.stride > 1 else nn.Conv2d
-    numbers = channels, row.out, row.kernel, row.stride, row.pad
-    conv = kind(*numbers, groups=groups, bias=row.bias is not None)
-    model.add_module(row.name, conv)
-    side = -((row.kernel - side - 2 * row.pad) // row.stride) + 1
-    for name in row.then.split():
-        layer: nn.Module
-        if name == "relu":
-            layer = nn.ReLU()
-        elif name == "tanh":
-            layer = nn.Tanh()
-        elif name == "lrn":
-            layer = LocalResponseNorm(5, spec.lrn_alpha, 0.75, 2.0, groups=spec.towers)
-        elif name == "spatial":
-            layer = WithinChannelLRN()
-        elif name == "batch":
-            layer = BatchNorm(row.out, eps=1e-4)
-        elif name == "average":
-            layer, side = AveragePool(6), 6
-        else:  # pool; S's program counts positions with ceil, as everywhere
-            size, stride = spec.pool
-            layer = nn.MaxPool2d(size, stride, ceil_mode=True)
-            side = -((size - side) // stride) + 1
-        model.add_module(f"{name}{row.number}", layer)
-    return side

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-Form = Literal["2012", "torch"]
+DropoutScaling = Literal["2012", "inverted"]
 
 
 class Dropout(nn.Module):
@@ -24,9 +24,9 @@ class Dropout(nn.Module):
     that suits one is wrong for the other.
     """
 
-    def __init__(self, units: int, p: float = 0.5, form: Form = "2012") -> None:
+    def __init__(self, units: int, p: float = 0.5, scaling: DropoutScaling = "2012") -> None:
         super().__init__()
-        self.units, self.p, self.form = units, p, form
+        self.units, self.p, self.scaling = units, p, scaling
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """``x`` and ``mask`` are [B, units], ``mask`` bool, True where a unit stays. In training
@@ -34,13 +34,13 @@ class Dropout(nn.Module):
         if self.p == 0:
             return x
         if not self.training:
-            return x * (1 - self.p) if self.form == "2012" else x
+            return x * (1 - self.p) if self.scaling == "2012" else x
         if mask is None:
             mask = torch.rand(x.shape, device=x.device) >= self.p
-        return x * mask if self.form == "2012" else x * mask / (1 - self.p)
+        return x * mask if self.scaling == "2012" else x * mask / (1 - self.p)
 
     def extra_repr(self) -> str:
-        return f"p={self.p}, form={self.form}"
+        return f"p={self.p}, scaling={self.scaling}"
 
 
 def make_dropout_masks(

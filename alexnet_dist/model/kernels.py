@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import nn
 
-from alexnet_dist.model.normalization import LocalResponseNorm
+from alexnet_dist.model.lrn import LocalResponseNorm
 from alexnet_dist.model.stem import PaddedConv2d, StemConv2d
 
 Lrn = Literal["auto", "triton", "band", "torch"]

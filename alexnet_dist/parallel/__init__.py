@@ -56,7 +56,7 @@ def validate_parallel_config(
             f"--nproc_per_node={processes + 1}, or --parallel.towers 1"
         )
     elif (fc, fc_schedule) == ("sharded", "pipelined") and any(
-        not row.kernel and "batch" in row.then for row in variant.layers
+        not row.kernel and "bn" in row.post_ops for row in variant.layers
     ):
         refusal = (
             "parallel.fc_schedule pipelined computes fully connected layers in turns, and their "

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from alexnet_dist.model.normalization import BatchNorm
+from alexnet_dist.model.batch_norm import BatchNorm
 from alexnet_dist.parallel.collectives import all_reduce_autograd, upcast_to_fp32
 from alexnet_dist.parallel.copies import WithCopies
 from alexnet_dist.parallel.mesh import Mesh
@@ -210,7 +210,7 @@ def averaged(
     group = dist.group.WORLD if mesh.split_size == 1 else mesh.group("dp")
     for layer in module.modules():
         if isinstance(layer, BatchNorm):
-            layer.summed = partial(all_reduce_autograd, group=group)
+            layer.all_reduce = partial(all_reduce_autograd, group=group)
     wait_from_last_gradient(module, mesh.device)
     # views, because a second copy of 61 million gradients costs a pass over memory; the two large
     # layers fill a bucket each, whose sums run under the convolutions' backward

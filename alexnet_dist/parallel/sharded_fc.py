@@ -32,8 +32,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from alexnet_dist.model.alexnet import AlexNet, GroupedLinear, TorchvisionAlexNet
+from alexnet_dist.model.batch_norm import BatchNorm
 from alexnet_dist.model.dropout import Dropout
-from alexnet_dist.model.normalization import BatchNorm
 from alexnet_dist.parallel.collectives import (
     AsyncAllGather,
     AsyncReduceScatter,
@@ -84,7 +84,7 @@ class ShardedFCLayout:
         self._parts = parts(batch, mesh.dp_size, accumulate)
         self._group = mesh.group("dp")
         shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-        convolutions, connected = model.parts()
+        convolutions, connected = model.split_features_classifier()
         self._convolutions = on_device(convolutions, mesh.device)
         self._connected = _Connected(connected, mesh).to_empty(device=mesh.device)
         held = dict(self._convolutions.named_parameters()) | self._connected.named()
@@ -215,7 +215,7 @@ class _Connected(nn.Module):
                 split = ShardSpec(len(layer.weight), mesh.dp_size, mesh.dp_rank)
                 self._add(name, _share_of(layer, split))
             elif isinstance(layer, Dropout) and split is not None:
-                self._add("", ShardedDropout(split, layer.p, layer.form))
+                self._add("", ShardedDropout(split, layer.p, layer.scaling))
             elif isinstance(layer, BatchNorm) and split is not None:  # sees the images of all
                 self._add(name, BatchNorm(len(split), layer.eps, layer.momentum))
             else:
@@ -258,8 +258,8 @@ class _TowerLinearShare(nn.Module):
         outputs, inputs = layer.weight.shape
         self.weight = nn.Parameter(torch.empty(len(share), inputs))
         self.bias = nn.Parameter(torch.empty(len(share)))
-        one = outputs // layer.towers
-        bounds = [(t * one, (t + 1) * one) for t in range(layer.towers)]
+        one = outputs // layer.groups
+        bounds = [(t * one, (t + 1) * one) for t in range(layer.groups)]
         span = share.slice
         self.sizes = [max(0, min(span.stop, b) - max(span.start, a)) for a, b in bounds]
 

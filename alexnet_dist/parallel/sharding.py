@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from alexnet_dist.model.dropout import Dropout, Form
+from alexnet_dist.model.dropout import Dropout, DropoutScaling
 from alexnet_dist.parallel.mesh import Mesh
 
 
@@ -104,8 +104,8 @@ class ShardedDropout(Dropout):
     """Dropout of some of a layer's units: takes the whole layer's mask and uses its own columns,
     so that the units dropped are those of one device."""
 
-    def __init__(self, share: ShardSpec, p: float, form: Form) -> None:
-        super().__init__(len(share), p, form)
+    def __init__(self, share: ShardSpec, p: float, scaling: DropoutScaling) -> None:
+        super().__init__(len(share), p, scaling)
         self.share = share
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:

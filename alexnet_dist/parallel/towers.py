@@ -35,8 +35,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from alexnet_dist.model.alexnet import AlexNet, GroupedLinear
+from alexnet_dist.model.batch_norm import BatchNorm
 from alexnet_dist.model.dropout import Dropout
-from alexnet_dist.model.normalization import BatchNorm, LocalResponseNorm
+from alexnet_dist.model.lrn import LocalResponseNorm
 from alexnet_dist.model.stem import StemConv2d
 from alexnet_dist.parallel.collectives import AsyncAllGather
 from alexnet_dist.parallel.mesh import Mesh
@@ -82,7 +83,7 @@ def _half(layer: nn.Module, mesh: Mesh) -> nn.Module:
     if isinstance(layer, BatchNorm):
         return BatchNorm(layer.features // 2, layer.eps, layer.momentum)
     if isinstance(layer, Dropout):
-        return ShardedDropout(ShardSpec(layer.units, 2, mesh.split_rank), layer.p, layer.form)
+        return ShardedDropout(ShardSpec(layer.units, 2, mesh.split_rank), layer.p, layer.scaling)
     return layer
 
 

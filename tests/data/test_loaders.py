@@ -27,7 +27,7 @@ def quiet(*_: object) -> None:
 
 def open_folder(folder: Path, cache: Path) -> tuple[ImageDataset, ImageDataset, Normalization]:
     catalogue = scan_dataset(str(folder), str(cache), quiet)
-    pixels = build_normalization("centred", catalogue.statistics, side=64, colour="source")
+    pixels = build_normalization("centered", catalogue.statistics, side=64, colour="source")
     return *open_datasets(catalogue), pixels
 
 

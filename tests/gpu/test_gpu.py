@@ -21,7 +21,7 @@ from alexnet_dist.data.torch_loader import TorchLoader
 from alexnet_dist.data.transforms import Normalization, build_normalization
 from alexnet_dist.model import make_dropout_masks
 from alexnet_dist.model.dropout import Dropout
-from alexnet_dist.model.normalization import LocalResponseNorm, lrn_triton
+from alexnet_dist.model.lrn import LocalResponseNorm, lrn_triton
 from alexnet_dist.parallel.precision import SyncedGradScaler, resolve_precision
 from alexnet_dist.parallel.waits import Waits
 from alexnet_dist.training import checkpoint
@@ -41,7 +41,7 @@ GPU = torch.device("cuda", 0)
 def opened(tmp_path: Path) -> tuple[ImageDataset, Normalization]:
     root = write_images(tmp_path / "i", train=64, side=160)
     catalogue = scan_dataset(str(root), str(tmp_path), lambda *_: None)
-    pixels = build_normalization("centred", catalogue.statistics, side=128, colour="source")
+    pixels = build_normalization("centered", catalogue.statistics, side=128, colour="source")
     return open_datasets(catalogue)[0], pixels
 
 
@@ -86,7 +86,7 @@ def test_raw_pixels_are_those_of_the_reference(tmp_path: Path) -> None:
     plain = write_images(tmp_path / "i", train=64, side=160)
     folder = write_prepared(plain, tmp_path / "pixels", "pixels")
     catalogue = scan_dataset(str(folder), str(tmp_path), lambda *_: None)
-    pixels = build_normalization("centred", catalogue.statistics, side=128, colour="source")
+    pixels = build_normalization("centered", catalogue.statistics, side=128, colour="source")
     source = open_datasets(catalogue)[0]
     plan = SamplePlan(source.index.sizes, 16, 1, fraction=0.7, strength=lambda _: 0.1)
     options = {"plan": plan, "fraction": 0.7, "max_batch": 16, "device": GPU, "threads": 2}
@@ -109,7 +109,7 @@ def test_resident_pixels(crop: str, on_gpu: bool, tmp_path: Path) -> None:
     plain = write_images(tmp_path / "i", train=64, side=160)
     folder = write_prepared(plain, tmp_path / "pixels", "pixels")
     catalogue = scan_dataset(str(folder), str(tmp_path), lambda *_: None)
-    pixels = build_normalization("centred", catalogue.statistics, side=112, colour="source")
+    pixels = build_normalization("centered", catalogue.statistics, side=112, colour="source")
     source = open_datasets(catalogue)[0]
     plan = SamplePlan(
         source.index.sizes,

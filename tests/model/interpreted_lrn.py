@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from alexnet_dist.model.lrn_triton import EIGHTS, response_norm, suits
-from tests.model.test_normalization import by_definition
+from tests.model.test_lrn import by_definition
 
 PAPER, SOURCE = (2.0, 5e-4), (2.0, 1e-4)  # k, and alpha in torch's meaning
 

@@ -40,7 +40,7 @@ def test_share_that_stays() -> None:
 
 def test_the_form_of_2012_halves_at_test_and_torchs_doubles_in_training() -> None:
     x, mask = torch.ones(2, 4), torch.tensor([[True, False, True, False]] * 2)
-    ours, theirs = Dropout(4, 0.5), Dropout(4, 0.5, "torch")
+    ours, theirs = Dropout(4, 0.5), Dropout(4, 0.5, "inverted")
     assert ours(x, mask).tolist() == [[1, 0, 1, 0]] * 2
     assert theirs(x, mask).tolist() == [[2, 0, 2, 0]] * 2
     assert ours.eval()(x).tolist() == [[0.5] * 4] * 2

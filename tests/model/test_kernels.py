@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from alexnet_dist.model import build_model, choose_kernels
-from alexnet_dist.model.normalization import LocalResponseNorm
+from alexnet_dist.model.lrn import LocalResponseNorm
 
 PLAIN = {"lrn": "torch", "stem": "plain", "pool_first": False}
 

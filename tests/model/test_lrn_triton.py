@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from alexnet_dist.model import normalization as room
-from alexnet_dist.model.normalization import LocalResponseNorm
+from alexnet_dist.model import lrn as room
+from alexnet_dist.model.lrn import LocalResponseNorm
 from tests.interpreter import WANTED, run_interpreted
 
 needs_triton = pytest.mark.skipif(room.lrn_triton is None, reason=WANTED)
@@ -52,7 +52,7 @@ def test_each_way_reads_and_writes_once(name: str, tensors: int) -> None:
 @needs_triton
 def test_who_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a GPU made believe: the kernels, unless the layer, the tensor or an export forbids."""
-    monkeypatch.setattr(room, "triton_runs_on", lambda device: True)
+    monkeypatch.setattr(room, "is_triton_supported", lambda device: True)
     x = torch.randn(2, 96, 3, 3).to(memory_format=torch.channels_last)
     asked = []
     monkeypatch.setattr(room.lrn_triton, "response_norm", lambda x, *numbers: asked.append(numbers))

@@ -28,9 +28,9 @@ def here() -> Iterator[mesh.Mesh]:
 SMALL = ModelSpec(
     "the kinds of layers that there are, but thin",
     (
-        LayerSpec("conv1", 8, 11, 4, std=0.1, then="relu lrn pool"),
-        LayerSpec("conv2", 8, 3, 1, 1, "own", std=0.1, then="relu pool"),
-        LayerSpec("fc3", 16, reads="own", std=0.1, then="relu dropout"),
+        LayerSpec("conv1", 8, 11, 4, std=0.1, post_ops="relu lrn pool"),
+        LayerSpec("conv2", 8, 3, 1, 1, 2, std=0.1, post_ops="relu pool"),
+        LayerSpec("fc3", 16, groups=2, std=0.1, post_ops="relu dropout"),
         LayerSpec("fc4", 0, std=0.1),
     ),
 )

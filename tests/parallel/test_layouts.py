@@ -262,7 +262,7 @@ def test_what_cannot_be_laid_out_is_refused(
 def test_batch_normalisation_in_turns_is_refused() -> None:
     layers = (
         *MODEL_REGISTRY["owt"].layers[:-2],
-        replace(MODEL_REGISTRY["owt"].layers[-2], then="batch relu"),
+        replace(MODEL_REGISTRY["owt"].layers[-2], post_ops="bn relu"),
     )
     variant, plain = (
         replace(MODEL_REGISTRY["owt"], layers=layers),

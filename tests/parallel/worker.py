@@ -110,7 +110,7 @@ def batch_of(count: int, classes: int, seed: int) -> tuple[Tensor, Tensor]:
 def masks_of(
     model: AlexNet | TorchvisionAlexNet, step: int, batch: int, rows: slice
 ) -> tuple[Tensor, ...]:
-    layers = model.dropouts()
+    layers = model.dropout_layers()
     return make_dropout_masks(layers, seed=1, step=step, batch=batch, rows=rows, device=DEVICE)
 
 
@@ -401,13 +401,13 @@ def shrink() -> None:
     one with batch normalisation behind these, too."""
     for name, variant in MODEL_REGISTRY.items():
         layers = tuple(
-            replace(row, out=row.out // 32) if row.name in ("fc6", "fc7") else row
+            replace(row, out_channels=row.out_channels // 32) if row.name in ("fc6", "fc7") else row
             for row in variant.layers
         )
         MODEL_REGISTRY[name] = replace(variant, layers=layers)
-    more = {"fc6": "batch relu dropout", "fc7": "batch relu dropout"}
+    more = {"fc6": "bn relu dropout", "fc7": "bn relu dropout"}
     bn = MODEL_REGISTRY["alexnet_bn"]
-    layers = tuple(replace(row, then=more.get(row.name, row.then)) for row in bn.layers)
+    layers = tuple(replace(row, post_ops=more.get(row.name, row.post_ops)) for row in bn.layers)
     MODEL_REGISTRY["bn_everywhere"] = replace(bn, layers=layers, towers=1)
 
 

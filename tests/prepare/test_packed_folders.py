@@ -54,7 +54,7 @@ def first_batches(found: DatasetInfo, name: str, crop: str) -> list[Batch]:
     drawn = "random_resized" if crop == "random_resized" else "paper"
     plan = SamplePlan(found.train.sizes, 8, 1, fraction=fraction, crop=drawn)  # type: ignore[arg-type]
     evaluation = EvalPlan(found.val.sizes, 8, fraction)
-    pixels = build_normalization("centred", found.statistics, side=64, colour="source")
+    pixels = build_normalization("centered", found.statistics, side=64, colour="source")
     batches: list[Batch] = []
     for source, of, draws in (
         (train_source, plan, plan.epoch(0, 0, slice(None))),

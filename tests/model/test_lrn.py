@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from alexnet_dist.model.normalization import LocalResponseNorm, WithinChannelLRN
+from alexnet_dist.model.lrn import LocalResponseNorm, WithinChannelLRN
 
 
 def by_definition(

@@ -1,7 +1,6 @@
-"""Response normalisation over neighbouring kernels, and over neighbouring places; batch
-normalisation.
+"""Local response normalization across channels, and within a channel.
 
-The first two divide an activation by a power of the sum of squares around it:
+Both divide an activation by a power of the sum of squares around it:
 
     y = x * s ** -beta        s = k + alpha * mean of x ** 2 over the window
 
@@ -112,7 +111,7 @@ class LocalResponseNorm(nn.Module):
         return (
             self.kernel == "triton"
             and not torch.compiler.is_exporting()  # other programs have no such kernels
-            and triton_runs_on(x.device)
+            and is_triton_supported(x.device)
             and (self.size, self.beta) == (5, 0.75)
             and lrn_triton.suits(x, self.groups)
         )
@@ -142,7 +141,7 @@ class LocalResponseNorm(nn.Module):
         )
 
 
-def triton_runs_on(device: torch.device) -> bool:
+def is_triton_supported(device: torch.device) -> bool:
     """Whether Triton is installed, and compiles for ``device``: a GPU no older than Ampere."""
     return (
         lrn_triton is not None
@@ -174,79 +173,3 @@ class WithinChannelLRN(nn.Module):
 
     def extra_repr(self) -> str:
         return f"size={self.size}, alpha={self.alpha:g}, beta={self.beta:g}, k={self.k:g}"
-
-
-class BatchNorm(nn.Module):
-    """Give each feature mean ``bias`` and deviation ``weight`` over the images of the batch, and
-    over places where it is a map; in evaluation by running averages of what training has seen.
-
-    Input and output: [B, features, ...], of one type; the arithmetic is at least in float32. As
-    torch.nn.BatchNorm2d, but the averages ``mean`` and ``variance`` are parameters without
-    gradient, so that whoever draws, keeps, deals out or reads parameters has them too.
-    Source: Ioffe and Szegedy 2015.
-
-    Attributes:
-        summed: the sum of a tensor over all processes that have rows of the batch, with a
-            gradient; None where this one has all of them.
-    """
-
-    def __init__(self, features: int, eps: float = 1e-5, momentum: float = 0.1) -> None:
-        super().__init__()
-        self.features, self.eps, self.momentum = features, eps, momentum
-        self.weight = nn.Parameter(torch.empty(features))
-        self.bias = nn.Parameter(torch.empty(features))
-        self.mean = nn.Parameter(torch.empty(features), requires_grad=False)
-        self.variance = nn.Parameter(torch.empty(features), requires_grad=False)
-        self.summed: Callable[[Tensor], Tensor] | None = None
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Scale 1 and shift 0, as if all had had mean 0 and variance 1 so far."""
-        for parameter, value in zip(self.parameters(), (1, 0, 0, 1), strict=True):
-            nn.init.constant_(parameter, value)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            averages = self.mean, self.variance
-            return F.batch_norm(x, *averages, self.weight, self.bias, eps=self.eps)
-        if self.summed is None:
-            # with a momentum of 1 the kernel leaves the batch's own statistics there
-            mean, variance = torch.zeros_like(self.mean), torch.zeros_like(self.variance)
-            y = F.batch_norm(x, mean, variance, self.weight, self.bias, True, 1.0, self.eps)
-        else:
-            y, mean, variance = self._over_all(x, self.summed)
-        self._move(mean, variance)
-        return y
-
-    def _over_all(
-        self, x: Tensor, summed: Callable[[Tensor], Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The output, and mean and unbiased variance of the rows of all processes.
-
-        Two sums, one after the other: squares of the differences from the mean of all do not
-        cancel, a sum is the same on every process whatever its rows are, and its gradient is a sum
-        again. Merging each process's own variance would take one, and a second formula backward.
-        """
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        over = [dim for dim in range(x.dim()) if dim != 1]
-        shape = [-1 if dim == 1 else 1 for dim in range(x.dim())]
-        rows = wide.new_full((1,), len(x))  # not places: float32 counts up to 2**24 exactly
-        sums, rows = summed(torch.cat([wide.sum(over), rows])).split([self.features, 1])
-        count = rows.detach() * x.shape[2:].numel()
-        mean = sums / count
-        apart = wide - mean.view(shape)  # all that backward needs of the size of x
-        squares = summed(apart.square().sum(over))
-        factor = self.weight * (squares / count + self.eps).rsqrt()
-        y = torch.addcmul(self.bias.view(shape), apart, factor.view(shape)).to(x.dtype)
-        return y, mean.detach(), squares.detach() / (count - 1)
-
-    @torch.no_grad()
-    def _move(self, mean: Tensor, variance: Tensor) -> None:
-        """Move the running averages, unless something in the batch was not finite: the update that
-        is left out then must not leave it here, and nobody waits for the device to tell."""
-        finite = (mean.isfinite() & variance.isfinite()).all()
-        for average, of_batch in ((self.mean, mean), (self.variance, variance)):
-            average.lerp_(torch.where(finite, of_batch, average), self.momentum)
-
-    def extra_repr(self) -> str:
-        return f"{self.features}, eps={self.eps:g}, momentum={self.momentum:g}"
