@@ -19,10 +19,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from alexnet_dist.measuring.machine import machine
 from alexnet_dist.tracking.logger import read_events
+from benchmarks.common import machine_info
 
 SMALL = ["--data.image_size=91", "--data.resize_size=91", "--data.scale=[0.25,1.0]"]
 COMMON = [*SMALL, "--data.ratio=[1.0,1.0]", "--train.epochs=4", "--wandb.mode=off"]
@@ -83,7 +81,7 @@ def main() -> None:
     record = {
         "what": f"benchmarks/accuracy.py {words.set}",
         "date": time.strftime("%Y-%m-%d"),
-        "machine": machine(torch.device("cpu")),
+        "machine": machine_info(),
         "images": words.data.name,
         "options": {n: [*COMMON, *options, *more] for n, options in SETS[words.set].items()},
         "runs": runs,

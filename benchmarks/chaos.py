@@ -25,13 +25,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from safetensors import safe_open
 
-from alexnet_dist.measuring.machine import machine
 from alexnet_dist.tracking import Event
 from alexnet_dist.tracking.logger import drop_superseded, read_events
+from benchmarks.common import machine_info
 
 SIDE, BATCH, IMAGES, BAD = 76, 7, 199, (17, 91, 154)
 OPTIONS = [
@@ -379,7 +378,7 @@ def main() -> None:
             time.sleep(1)
             left = [p for p in wild.run.rglob("*") if ".partial" in p.name or p.name == "PREEMPT"]
             result = {
-                "machine": machine(torch.device("cpu")),
+                "machine": machine_info(),
                 "seed": words.seed,
                 "steps": calm.step(),
                 "faults": faults,

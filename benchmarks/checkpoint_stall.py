@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
 from alexnet_dist.config import CheckpointConfig
-from alexnet_dist.measuring.machine import machine
 from alexnet_dist.tracking.logger import read_events
+from benchmarks.common import machine_info
 
 BATCH, STEPS, EVERY = 32, 31, 10
 KINDS = {
@@ -83,7 +82,7 @@ def main() -> None:
     step = statistics.median(run["step"] for run in found["none"])
     every = CheckpointConfig().interval_steps or 0
     result = {
-        "machine": machine(torch.device("cpu")),
+        "machine": machine_info(),
         "processes": 2,
         "batch": BATCH,
         "stall_ms": {kind: round(1000 * seconds, 1) for kind, seconds in stall.items()},

@@ -23,10 +23,10 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from alexnet_dist.measuring.machine import machine
 from alexnet_dist.model import build_on_meta
 from alexnet_dist.parallel.mesh import init_distributed
 from alexnet_dist.parallel.precision import resolve_precision
+from benchmarks.common import machine_info
 from benchmarks.hosts import Hosts
 from benchmarks.steps import RANK, Steps
 
@@ -231,7 +231,7 @@ def main() -> None:
     record: dict[str, Any] = {
         "what": "benchmarks/communication.py",
         "date": time.strftime("%Y-%m-%d"),
-        "machine": machine(torch.device("cpu")),
+        "machine": machine_info(),
         "variant": "paper, 1000 classes",
         "precision": resolve_precision("auto", torch.device("cpu")),
     }

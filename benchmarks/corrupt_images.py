@@ -28,7 +28,7 @@ from alexnet_dist.data.plan import SamplePlan
 from alexnet_dist.data.sources import ImageDataset, open_datasets, scan_dataset
 from alexnet_dist.data.torch_loader import TorchLoader
 from alexnet_dist.data.transforms import Normalization
-from alexnet_dist.measuring.machine import machine
+from benchmarks.common import machine_info
 from tests.data.corrupt_images import (
     damaged,
     encode,
@@ -154,7 +154,7 @@ def main() -> None:
     record = {
         "what": "benchmarks/corrupt_images.py",
         "date": time.strftime("%Y-%m-%d"),
-        "machine": machine(device) | {"pillow": PIL.__version__},
+        "machine": machine_info(device) | {"pillow": PIL.__version__},
         "microseconds_for_a_good_image": microseconds(),
         "rows": found,
     }

@@ -21,8 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from alexnet_dist.measuring.machine import machine
-from alexnet_dist.measuring.turns import Work, in_turns
+from alexnet_dist.bench import BenchCase, time_interleaved
 from alexnet_dist.model import (
     build_on_meta,
     choose_kernels,
@@ -34,6 +33,7 @@ from alexnet_dist.model.lrn import LocalResponseNorm, lrn_triton
 from alexnet_dist.parallel import mesh
 from alexnet_dist.parallel.ddp import DDPLayout
 from alexnet_dist.parallel.precision import resolve_precision
+from benchmarks.common import machine_info
 
 GPU = torch.device("cuda", 0)
 RESULTS = Path(__file__).with_name("results")
@@ -138,16 +138,16 @@ def steps(variant: str, batch: int, rounds: int) -> dict[str, Any]:
             layout.forward_backward(images, labels, masks)
             return float(batch)
 
-        works[way] = Work(once, warm=2)
-    found = in_turns(works, here, rounds=rounds, seconds=0.0)
+        works[way] = BenchCase(once, warmup=2)
+    found = time_interleaved(works, rounds=rounds, seconds=0.0)
     mesh.destroy_distributed()
     return {
         "variant": variant,
         "batch": batch,
         "precision": precision,
-        "images_per_second": {way: figure.record() for way, figure in found.items()},
+        "images_per_second": {way: figure.summary() for way, figure in found.items()},
         "of_without": {
-            way: round(figure.over(found["without"]), 3)
+            way: round(figure.speedup_over(found["without"]), 3)
             for way, figure in found.items()
             if way != "without"
         },
@@ -166,7 +166,7 @@ def main() -> None:
     record: dict[str, Any] = {
         "what": "benchmarks/lrn.py",
         "date": time.strftime("%Y-%m-%d"),
-        "machine": machine(device),
+        "machine": machine_info(device),
         "rounds": words.rounds,
         "steps": steps(words.variant, batch, words.rounds),
     }

@@ -25,8 +25,8 @@ import torch
 from PIL import Image
 from torch.nn.functional import interpolate
 
-from alexnet_dist.measuring.machine import machine
 from alexnet_dist.prepare.images import Form, Moments, shrink
+from benchmarks.common import machine_info
 
 SIDE, QUALITY = 256, 95
 FORM = Form("shards", SIDE, "none", QUALITY)
@@ -121,7 +121,7 @@ def main() -> None:
     record = {
         "what": "benchmarks/prepare.py",
         "date": time.strftime("%Y-%m-%d"),
-        "machine": machine(torch.device("cpu")) | {"pillow": PIL.__version__},
+        "machine": machine_info() | {"pillow": PIL.__version__},
         "load": round(os.getloadavg()[0], 1),
         "images": len(files),
         "larger": sum(min(size) > SIDE for size in sizes),

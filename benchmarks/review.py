@@ -12,12 +12,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from matplotlib.figure import Figure
 
-from alexnet_dist.measuring.machine import machine
 from alexnet_dist.tracking.logger import drop_superseded, read_events
 from alexnet_dist.tracking.plots import save
+from benchmarks.common import machine_info
 
 Losses = dict[int, dict[str, float]]
 
@@ -80,7 +79,7 @@ def main() -> None:
     record = {
         "what": "benchmarks/review.py",
         "date": time.strftime("%Y-%m-%d"),
-        "machine": machine(torch.device("cpu")),
+        "machine": machine_info(),
         "run": {name: start[name] for name in names},
         "passes": {"this run": ours, "the review": REVIEW},
         "below_the_review": {

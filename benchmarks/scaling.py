@@ -24,12 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 
-from alexnet_dist.measuring.machine import machine
 from alexnet_dist.parallel.mesh import available_cpus
 from alexnet_dist.tracking.plots import save
+from benchmarks.common import machine_info
 from benchmarks.hosts import Hosts
 from benchmarks.sources import loading, some_images, speed
 from benchmarks.step_fit import fit_parts
@@ -324,7 +323,7 @@ def main() -> None:
         this = rows[0]["hosts"], rows[0]["rate"]
         others = [row for row in record.get("check", []) if (row["hosts"], row["rate"]) != this]
         every = sorted(others + rows, key=lambda row: (row["hosts"], row["rate"]))
-        record |= {"date": time.strftime("%Y-%m-%d"), "machine": machine(torch.device("cpu"))}
+        record |= {"date": time.strftime("%Y-%m-%d"), "machine": machine_info()}
         record["network"] = f"paper, {words.classes} classes, {words.image_size} pixels"
         record["images_a_host"], record["check"] = words.local_batch, every
         write(record, words.out)

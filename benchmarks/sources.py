@@ -34,8 +34,8 @@ from alexnet_dist.data.index import ImageDataset
 from alexnet_dist.data.plan import SampleParams, SamplePlan
 from alexnet_dist.data.sources import open_datasets, scan_dataset
 from alexnet_dist.data.transforms import IMAGENET_MEAN, IMAGENET_STD, build_normalization
-from alexnet_dist.measuring.machine import machine
 from alexnet_dist.parallel.mesh import available_cpus, tune_malloc
+from benchmarks.common import machine_info
 from tests.prepare.packed_folder import write_prepared
 
 CPU = torch.device("cpu")
@@ -172,7 +172,7 @@ def main() -> None:
     record = {
         "what": "benchmarks/sources.py",
         "date": time.strftime("%Y-%m-%d"),
-        "machine": machine(CPU),
+        "machine": machine_info(CPU),
         "images": words.images,
         "batch": words.batch,
         "steps": words.steps,

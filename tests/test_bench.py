@@ -1,68 +1,114 @@
-"""The parts of a recipe, measured for real on tiny images."""
+"""The parts of training, timed on tiny images; and the line that names the bottleneck."""
 
 import json
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from alexnet_dist.bench import main
+from alexnet_dist.bench import BenchCase, BenchResult, bottleneck, main, time_interleaved
 from alexnet_dist.errors import UserError
+from alexnet_dist.model.accounting import rows, training_operations
 from tests.conftest import TINY, launch
 from tests.networks import command
-from tests.prepare.packed_folder import write_prepared
 
 SHORT = ["--rounds=1", "--seconds=0.1"]
-BENCH = "alexnet_dist.bench"
+PARTS = {
+    "limit: matrix product",
+    "limit: memory copy",
+    "limit: decoding alone",
+    "computing alone",
+    "training end to end",
+    "loading alone: dali",
+    "loading alone: torch",
+    "evaluation",
+}
 
 
 @pytest.mark.slow
-def test_one_process_beside_the_usual(images: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("processes", [0, 2])
+def test_bench_measures_every_part(processes: int, images: Path, tmp_path: Path) -> None:
     out = tmp_path / "bench.json"
     options = [*TINY, f"--data.root={images}", f"--run.output_dir={tmp_path}", f"--out={out}"]
-    result = launch(0, *SHORT, "--baseline", *options, module=BENCH)
+    result = launch(processes, *SHORT, *options, module="alexnet_dist.bench")
     assert result.code == 0, result.err[-3000:]
     record = json.loads(out.read_text())
-    assert set(record["limits"]) == {"matrix_product", "memory", "decoder"}
-    assert {"dali", "torch"} <= set(record["loading"])
-    assert record["limits"]["decoder"]["median"] > record["loading"]["dali"]["low"] / 2
-    assert record["training"]["comm_time_fraction"] == 0
-    assert record["checkpoint"]["bytes"] > 2 * 4 * 17_000_000
-    assert record["checkpoint"]["stall"] < record["checkpoint"]["seconds"]
-    training, loading = record["baseline"]["training"], record["baseline"]["loading"]
-    assert training["over_example"] > 1  # its images have 224 pixels a side, ours 67
-    assert set(loading) == {"engine", "torch", "dali", "over_dataloader", "over_dali"}
-    lines = result.out.splitlines()
-    assert lines[-1] == f"verdict: {record['verdict']}"
-    assert any(line.startswith("loading: NVIDIA's DALI example") for line in lines)
-    assert out.with_suffix(".png").stat().st_size > 10_000
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["bench.json", "bench.png"]
+    assert set(record["results"]) == PARTS
+    assert (record["comm_time_fraction"] > 0) == (processes == 2)
+    assert 0 <= record["data_time_fraction"] < 1
+    assert record["checkpoint"]["mib"] > 2 * 4 * 17_000_000 / 2**20  # parameters and momentum
+    assert record["checkpoint"]["stall_seconds"] < record["checkpoint"]["seconds"]
+    assert result.out.splitlines()[-1] == f"bottleneck: {record['bottleneck']}"
+    assert [path.name for path in tmp_path.iterdir()] == ["bench.json"]
 
 
-@pytest.mark.slow
-def test_several_processes_and_their_layouts(images: Path, tmp_path: Path) -> None:
-    out = tmp_path / "bench.json"
-    options = [*TINY, f"--data.root={images}", f"--run.output_dir={tmp_path}", f"--out={out}"]
-    result = launch(2, *SHORT, *options, module=BENCH)
-    assert result.code == 0, result.err[-3000:]
-    record = json.loads(out.read_text())
-    assert set(record["layouts"]) == {"replicated", "towers", "sharded"}
-    assert record["limits"]["all_reduce"]["median"] > 0
-    assert 0 < record["training"]["comm_time_fraction"] < 1
+def test_cases_take_turns_for_the_time_asked_for() -> None:
+    runs: list[str] = []
+
+    def case(name: str, seconds: float) -> BenchCase:
+        def run() -> float:
+            runs.append(name)
+            time.sleep(seconds)
+            return 10.0
+
+        return BenchCase(run, warmup=2)
+
+    results = time_interleaved({"a": case("a", 0.01), "b": case("b", 0.06)}, rounds=2, seconds=0.05)
+    order = "".join(runs)
+    assert order.count("b") == 6  # b takes longer than a round: two warmups, one timed run
+    assert order.index("b") < order.rindex("a")
+    assert len(results["a"].rounds) == 2
+    assert 0 < results["a"].median <= 10 / 0.01
+    assert results["a"].speedup_over(results["b"]) > 1
+
+
+def test_speedups_are_of_rounds_and_not_of_medians() -> None:
+    ours, theirs = BenchResult((2.0, 30.0, 8.0)), BenchResult((1.0, 10.0, 1.0))
+    assert ours.speedup_over(theirs) == 3.0
+    assert ours.summary() == {"median": 8.0, "low": 2.0, "high": 30.0}
+
+
+def test_operations_of_a_training_step_are_those_of_its_products() -> None:
+    layers = rows("torchvision")
+    assert sum(row.multiply_adds for row in layers) == 714_188_480
+    first = 64 * 55 * 55 * 3 * 11 * 11  # nothing is computed for the gradient of the image
+    assert training_operations(layers) == 6 * 714_188_480 - 2 * first
+
+
+def _record(data: float, ranks: float, dataset: str = "folders") -> dict[str, Any]:
+    medians = {"limit: matrix product": 8e-6, "computing alone": 400.0}
+    return {
+        "results": {name: {"median": median} for name, median in medians.items()},
+        "flops_per_image": 10,
+        "data_time_fraction": data,
+        "comm_time_fraction": ranks,
+        "loader": "DALI on cpu, decoding the region, 2 threads",
+        "dataset": dataset,
+    }
 
 
 @pytest.mark.parametrize(
-    ("words", "sentence"),
+    ("record", "line"),
     [
-        (["--rounds=0"], "--rounds is 0; it must be at least 1"),
-        (["--fast"], "unrecognized arguments: --fast; --help shows all options"),
-        (["--out=nowhere/bench.json"], "there is no folder for --out nowhere/bench.json: make it"),
-        (["--baseline=nowhere"], "there is no folder .*nowhere"),
-        (["--baseline"], "holds no folders of images, which the plain loop reads: give --baseline"),
+        (_record(0.01, 0.02), "computing, at 50% of what matrix products alone would allow"),
+        (_record(0.31, 0.02), "waiting for data, 31% of the time: prepare raw pixels"),
+        (_record(0.31, 0.02, "pixels"), "waiting for data, 31% of the time: take more --data.thr"),
+        (_record(0.31, 0.4), "waiting for other ranks, 40% of the time: take a larger data.batch"),
     ],
 )
-def test_wrong_words_are_named(
-    words: list[str], sentence: str, images: Path, tmp_path: Path
-) -> None:
-    root = write_prepared(images, tmp_path / "shards", "shards")
-    with pytest.raises(UserError, match=sentence):
-        command(main, *SHORT, *TINY, f"--data.root={root}", *words)
+def test_the_bottleneck_is_named_with_its_fix(record: dict[str, Any], line: str) -> None:
+    assert bottleneck(record).startswith(line)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--rounds=0", "--rounds is 0; it must be at least 1"),
+        ("--fast", "unrecognized arguments: --fast; --help shows all options"),
+        ("--out=nowhere/bench.json", "there is no folder for --out nowhere/bench.json: make it"),
+    ],
+)
+def test_wrong_options_are_named(words: str, message: str, images: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        command(main, *TINY, f"--data.root={images}", words)

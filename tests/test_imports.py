@@ -8,11 +8,10 @@ import pytest
 import alexnet_dist
 
 HOUSE = Path(alexnet_dist.__file__).parent
-ROOMS = {"assembly", "measuring", "model", "data", "parallel", "training", "tracking", "prepare"}
+ROOMS = {"assembly", "model", "data", "parallel", "training", "tracking", "prepare"}
 COMMANDS = {path.stem for path in HOUSE.glob("*.py")} - {"__init__", "config", "errors"}
 MAY_KNOW = {
     "assembly": {*ROOMS, "config", "errors"},
-    "measuring": {"measuring", "model", "data", "parallel", "tracking", "errors"},
     "model": {"model"},
     "data": {"data", "errors"},
     "prepare": {"prepare", "data", "errors"},

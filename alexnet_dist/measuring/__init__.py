@@ -1,1 +1,0 @@
-"""Taking the measure of a machine and of what runs on it."""
