@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from alexnet_dist.assembly.parts import Images, Learner, check_network
-from alexnet_dist.config import CommandParser, Config, parse
+from alexnet_dist.config import CommandParser, Config
 from alexnet_dist.data import build_loader, dali
 from alexnet_dist.data.corrupt_images import Batch, Loader
 from alexnet_dist.data.sources import open_datasets
@@ -41,7 +41,6 @@ from alexnet_dist.training.cuda_graph import CAPTURE_WARMUP_STEPS
 from alexnet_dist.training.saver import Saver
 from alexnet_dist.training.step import StepThrottle, StepTimer
 
-PROGRAM = "python -m alexnet_dist.bench"
 LOADERS: tuple[Literal["dali", "torch", "gpu_cache"], ...] = ("dali", "torch", "gpu_cache")
 MATMUL, COPY, DECODER = "limit: matrix product", "limit: memory copy", "limit: decoding alone"
 COMPUTE, TRAINING, EVALUATION = "computing alone", "training end to end", "evaluation"
@@ -337,18 +336,16 @@ def show(record: Mapping[str, Any]) -> None:
 
 def main(arguments: list[str]) -> None:
     """Measure as the command line says."""
-    parser = CommandParser(PROGRAM, __doc__)
+    parser = CommandParser("bench", __doc__, default_config="quickstart")
     parser.add_argument("--rounds", type=int, default=5, help="how often each part is timed (5)")
     parser.add_argument("--seconds", type=float, default=3.0, help="of each, at least (3)")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the record there")
-    parser.add_argument("--config", help="a YAML file of the trainer's options")
-    options, dotted = parser.understand(arguments)
+    parsed = parser.parse(arguments)
+    options, config = parsed.args, parsed.config
     if options.rounds < 1:
         raise UserError(f"--rounds is {options.rounds}; it must be at least 1", on_all_ranks=True)
     if options.out and not options.out.absolute().parent.is_dir():
         raise UserError(f"there is no folder for --out {options.out}: make it", on_all_ranks=True)
-    dotted += ["--config", options.config] if options.config else []
-    config = parse(dotted, program=PROGRAM, description=__doc__).config
     mesh = init_distributed(
         config.runtime.device, config.runtime.threads, config.runtime.hang_timeout
     )

@@ -1,23 +1,22 @@
 """Exact top-1 and top-5 error of a checkpoint on the validation images, on any number of processes.
 
-python -m alexnet_dist.evaluate --checkpoint RUN [RUN ...] [--views 10] [--data.root DIR]
+python -m alexnet_dist.evaluate --checkpoint RUN [RUN ...] [--ten_crop] [--data.root DIR]
 Of several checkpoints the chances are averaged, as the paper does with five networks (Krizhevsky et
-al. 2012, section 6), and with --views 10 those of ten views of each image: its corners, its centre,
+al. 2012, section 6), and with --ten_crop those of ten views of each image: its corners, its centre,
 and their reflections (section 4.1). The last line is JSON: top1_error and top5_error in percent,
 loss, images.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
 from alexnet_dist.assembly.trained import LoadedModel, read
-from alexnet_dist.config import Config, parse, pop_option, pop_ten_crop
+from alexnet_dist.config import CommandParser, Config
 from alexnet_dist.data import build_loader
 from alexnet_dist.data.corrupt_images import Batch, Loader
 from alexnet_dist.data.plan import EvalPlan, Views
@@ -34,16 +33,18 @@ from alexnet_dist.training.step import EvalMetrics, check_count, evaluate
 
 def main(arguments: list[str]) -> None:
     """Evaluate as the command line says."""
-    views, arguments = pop_ten_crop(arguments)
-    paths, rest = pop_option(arguments, "checkpoint")
-    if not paths:
-        _config(rest, None)  # which may be asked for --help
-        raise UserError(
-            "there is nothing to evaluate: give --checkpoint a run's folder (its best checkpoint "
-            "is taken), or one of its checkpoints",
-            on_all_ranks=True,
-        )
-    networks = read_networks(paths, rest)
+    parser = CommandParser("evaluate", __doc__)
+    parser.add_argument(
+        "--checkpoint",
+        nargs="+",
+        required=True,
+        metavar="RUN",
+        help="a run's folder, whose best checkpoint it is, or one of its checkpoints",
+    )
+    parser.add_argument("--ten_crop", action="store_true", help="ten crops of each image")
+    args = parser.parse(arguments).args
+    views: Views = 10 if args.ten_crop else 1
+    networks = read_networks(args.checkpoint, lambda kept: parser.parse(arguments, kept).config)
     config = networks[0].config
     mesh = init_distributed(config.runtime.device, config.runtime.threads)
     data = config.data
@@ -66,8 +67,10 @@ def main(arguments: list[str]) -> None:
         print(json.dumps(result), flush=True)
 
 
-def read_networks(paths: list[str], words: list[str]) -> list[LoadedModel]:
-    """The networks of checkpoints, under the options they were trained with and ``words``.
+def read_networks(
+    paths: list[str], options: Callable[[dict[str, Any]], Config]
+) -> list[LoadedModel]:
+    """The networks of checkpoints, under ``options`` of those they were trained with.
 
     Images and how they are read are as the first one has them, but each has its own image_size
     and resize.
@@ -77,7 +80,7 @@ def read_networks(paths: list[str], words: list[str]) -> list[LoadedModel]:
     """
     networks: list[LoadedModel] = []
     for path in paths:
-        network = read(path, partial(_config, words))
+        network = read(path, options)
         config = network.config
         first = networks[0].config if networks else config
         data = replace(
@@ -174,16 +177,6 @@ def lay_out(
     layout = DDPLayout(network.build_on_meta(), mesh, batch=plan.batch, precision=precision)
     network.fill(layout.parameters)
     return layout, engine, engine.batches(plan.draws(mesh.batch_slice))
-
-
-def _config(words: list[str], underneath: dict[str, Any] | None) -> Config:
-    return parse(
-        words,
-        program="python -m alexnet_dist.evaluate",
-        description=__doc__,
-        default=None,
-        underneath=underneath,
-    ).config
 
 
 if __name__ == "__main__":

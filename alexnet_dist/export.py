@@ -298,16 +298,14 @@ _GRAPHS = ("onnx", "torch_export")
 
 
 def _understand(arguments: list[str]) -> Namespace:
-    options = CommandParser("python -m alexnet_dist.export", __doc__)
+    options = CommandParser("export", __doc__, trainer_options=False)
     add = options.add_argument
     add("--checkpoint", metavar="RUN", help="a run, a checkpoint, an export, torchvision's weights")
     add("--out", metavar="FOLDER", help="a folder, or a file of one format")
     add("--format", nargs="+", default=[], metavar="FORMAT", help=f"{', '.join(FORMATS)}")
     add("--preprocess", action="store_true", help="take images as they are stored")
     add("--opset", type=int, default=OPSET, help=f"of onnx ({OPSET})")
-    words, dotted = options.understand(arguments)
-    if dotted:
-        raise UserError(f"{dotted[0]} is no option of export: a network is exported as it is")
+    words = options.parse(arguments).args
     if words.checkpoint is None:
         raise UserError(
             "there is no network: give --checkpoint a run's folder, or an exported file"

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from alexnet_dist.assembly.trained import LoadedModel
 from alexnet_dist.assembly.trained import read as read_network
-from alexnet_dist.config import Config, parse, pop_option
+from alexnet_dist.config import CommandParser, Config, pop_option
 from alexnet_dist.data import build_loader
 from alexnet_dist.data.corrupt_images import Batch
 from alexnet_dist.data.plan import SampleParams, center_crop_boxes
@@ -425,13 +425,7 @@ def find_images(catalogue: DatasetInfo, paths: list[str]) -> NDArray[np.int64]:
 
 
 def _config(words: list[str], underneath: dict[str, Any] | None) -> Config:
-    return parse(
-        words,
-        program="python -m alexnet_dist.figures",
-        description=__doc__,
-        default=None,
-        underneath=underneath,
-    ).config
+    return CommandParser("figures", __doc__).parse(words, underneath).config
 
 
 def _names(runs: list[str]) -> dict[str, str]:

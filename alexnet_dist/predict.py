@@ -1,6 +1,6 @@
 """The best labels of images, by a trained network.
 
-python -m alexnet_dist.predict IMAGE|FOLDER|GLOB... --checkpoint RUN [--views 10] [--json FILE]
+python -m alexnet_dist.predict IMAGE|FOLDER|GLOB... --checkpoint RUN [--ten_crop] [--json FILE]
 Each image's path and five best labels as text, as JSON lines, as a picture. "-" reads paths from
 standard input, one a line. An image that cannot be read is named, the others are done, and the exit
 code is 1. Dotted options are those of the trainer: --runtime.device cpu.
@@ -12,7 +12,6 @@ import sys
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from alexnet_dist.assembly.trained import LoadedModel, read
-from alexnet_dist.config import CommandParser, Config, parse
+from alexnet_dist.config import CommandParser
 from alexnet_dist.data.photographs import Viewed, finish, look, paths
 from alexnet_dist.errors import UserError, run_command, stderr
 from alexnet_dist.parallel.ddp import DDPLayout
@@ -29,7 +28,6 @@ from alexnet_dist.parallel.mesh import Mesh, init_distributed
 from alexnet_dist.parallel.precision import configure_backends, resolve_precision
 from alexnet_dist.tracking.guesses import guesses
 
-PROGRAM = "python -m alexnet_dist.predict"
 PICTURED = 60
 """Images that a picture shows at most."""
 
@@ -46,8 +44,10 @@ class Answer:
 
 def main(arguments: list[str]) -> None:
     """Predict as the command line says."""
-    words, dotted = _understand(arguments)
-    network = read(words.checkpoint, partial(_config, dotted))
+    parser = _parser()
+    words = parser.parse(arguments).args
+    _check(words)
+    network = read(words.checkpoint, lambda kept: parser.parse(arguments, kept).config)
     runtime = network.config.runtime
     mesh = init_distributed(runtime.device, runtime.threads)
     if mesh.world_size > 1:
@@ -57,7 +57,9 @@ def main(arguments: list[str]) -> None:
     good = bad = 0
     with contextlib.ExitStack() as stack:
         record = _json_file(words.json, stack)
-        for one in answers(network, mesh, files, words.views, words.top, words.batch):
+        for one in answers(
+            network, mesh, files, 10 if words.ten_crop else 1, words.top, words.batch
+        ):
             if isinstance(one, Viewed):
                 stderr(f"{one.path} cannot be read ({one.reason}): it is left out")
                 bad += 1
@@ -68,10 +70,10 @@ def main(arguments: list[str]) -> None:
                 print(json.dumps(plain), file=record, flush=True)
             if words.json != "-":
                 print(text(one), flush=True)
-            if words.picture and good <= PICTURED:
+            if words.save_image and good <= PICTURED:
                 pictured.append(one)
     if pictured:
-        _draw(Path(words.picture), pictured, network, good)
+        _draw(Path(words.save_image), pictured, network, good)
     if bad or not good:
         if not bad:
             raise UserError("there is no image to predict: standard input names none")
@@ -122,41 +124,30 @@ def text(answer: Answer) -> str:
     return "\n".join([answer.path, *(f"  {100 * value:6.2f} %  {label}" for label, value in rows)])
 
 
-def _understand(arguments: list[str]) -> tuple[Namespace, list[str]]:
-    options = CommandParser(PROGRAM, __doc__)
-    add = options.add_argument
-    add("images", nargs="*", metavar="IMAGE", help="a file, a folder, a pattern, or -")
-    add("--checkpoint", metavar="RUN", help="a run, a checkpoint, an export, torchvision's weights")
-    add("--views", type=int, choices=(1, 10), default=1, help="10: averaged, as in the paper")
+def _parser() -> CommandParser:
+    parser = CommandParser("predict", __doc__)
+    add = parser.add_argument
+    add("images", nargs="+", metavar="IMAGE", help="a file, a folder, a pattern, or -")
+    what = "a run, a checkpoint, an export, torchvision's weights"
+    add("--checkpoint", required=True, metavar="RUN", help=what)
+    add("--ten_crop", action="store_true", help="average ten crops, as in the paper")
     add("--top", type=int, default=5, metavar="N", help="labels for each image (5)")
     add("--json", metavar="FILE", help="JSON lines; - for standard output instead of text")
-    add("--picture", metavar="FILE.png", help=f"the first {PICTURED} images with their labels")
+    add("--save_image", metavar="FILE.png", help=f"the first {PICTURED} images with their labels")
     add("--batch", type=int, default=64, metavar="N", help="views in a step (64)")
-    words, dotted = options.understand(arguments)
-    if words.checkpoint is None:
-        raise UserError(
-            "there is no network: give --checkpoint a run's folder, or an exported file"
-        )
-    if not words.images:
-        raise UserError(
-            "there is no image to predict: give files, folders or patterns, or - to read"
-        )
+    return parser
+
+
+def _check(words: Namespace) -> None:
     for name in ("top", "batch"):
         if getattr(words, name) < 1:
             raise UserError(f"--{name} is {getattr(words, name)}; it must be at least 1")
-    if words.picture and Path(words.picture).suffix not in (".png", ".pdf"):
-        raise UserError(f"--picture {words.picture} must end in .png or .pdf")
-    for name in ("json", "picture"):
+    if words.save_image and Path(words.save_image).suffix not in (".png", ".pdf"):
+        raise UserError(f"--save_image {words.save_image} must end in .png or .pdf")
+    for name in ("json", "save_image"):
         file = getattr(words, name)
         if file and not Path(file).absolute().parent.is_dir():
             raise UserError(f"--{name} {file} has no folder to lie in: make it first")
-    return words, dotted
-
-
-def _config(words: list[str], underneath: dict[str, Any]) -> Config:
-    return parse(
-        words, program=PROGRAM, description=PROGRAM, default=None, underneath=underneath
-    ).config
 
 
 def _lines(words: list[str]) -> Iterator[str]:
@@ -190,7 +181,7 @@ def _draw(path: Path, pictured: list[Answer], network: LoadedModel, good: int) -
             title,
         )
     except OSError as error:
-        raise UserError(f"--picture {path} cannot be written ({error.strerror})") from None
+        raise UserError(f"--save_image {path} cannot be written ({error.strerror})") from None
 
 
 if __name__ == "__main__":

@@ -5,10 +5,10 @@ What counts is what survived: where a run went back to a checkpoint, what lay be
 """
 
 import uuid
-from argparse import ArgumentParser
 from pathlib import Path
 from typing import Any
 
+from alexnet_dist.config import CommandParser
 from alexnet_dist.errors import UserError, run_command
 from alexnet_dist.tracking import Event
 from alexnet_dist.tracking.logger import drop_superseded, read_events
@@ -18,16 +18,13 @@ from alexnet_dist.tracking.wandb import init_run, log_event, resolve_mode
 
 def main(arguments: list[str]) -> None:
     """Replay as the command line says."""
-    parser = ArgumentParser(
-        prog="python -m alexnet_dist.replay", description=__doc__, allow_abbrev=False
-    )
+    parser = CommandParser("replay", __doc__, trainer_options=False)
     parser.add_argument("run", help="a run's folder")
     parser.add_argument("--wandb", choices=("auto", "online", "offline"), default="auto")
     parser.add_argument("--project", help="the project in W&B; the run's own")
     parser.add_argument("--name", help="the name in W&B; that of the run's folder")
     parser.add_argument("--id", help="the id in W&B, which must be new there; one is drawn")
-    parser.add_argument("--debug", action="store_true")
-    words = parser.parse_args(arguments)
+    words = parser.parse(arguments).args
     folder = Path(words.run)
     events = shown(folder)
     config = read_config(folder)

@@ -2,7 +2,7 @@
 
 python -m alexnet_dist.submit --nodes 4 --gpus 8 --config configs/paper2012.yaml --data.root DIR
 python -m alexnet_dist.submit array5 --gpus 8 --config configs/paper2012.yaml --data.root DIR
-python -m alexnet_dist.submit evaluate --gpus 8 --checkpoint RUN [RUN ...] [--views 10]
+python -m alexnet_dist.submit evaluate --gpus 8 --checkpoint RUN [RUN ...] [--ten_crop]
 
 train, which need not be said, is one run; array5 the paper's five networks, a job each, and one
 evaluation of their mean after all have ended. Each takes the options of what it runs
@@ -16,7 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from alexnet_dist.config import Config, parse, pop_option, pop_ten_crop
+from alexnet_dist.config import CommandParser, Config, flatten, parse, pop_option, to_dict
 from alexnet_dist.errors import UserError, run_command, stderr
 from alexnet_dist.tracking.run_dir import read_status
 
@@ -56,14 +56,15 @@ def main(arguments: list[str]) -> None:
 
 
 def _submit_training(kind: str, own: dict[str, str], words: list[str], dry: bool) -> None:
-    parsed = parse(words, program="python -m alexnet_dist.train", description="")
+    parsed = parse(words)
+    defaults = flatten(to_dict(Config()))
     for option in ("run.output_dir", "run.name", "train.seed"):  # the batch script reads no YAML
-        value = parsed.said.get(option)
-        if value is not None and not pop_option(words, option)[0]:
+        value = flatten(to_dict(parsed.config))[option]
+        if value != defaults[option] and not pop_option(words, option)[0]:
             words = [*words, f"--{option}={value}"]
     numbers = [f"-{number}" for number in range(NETWORKS)] if kind == "array5" else [""]
     _check_runs(parsed.config, numbers)
-    own = {"name": parsed.recipe} | own
+    own = {"name": parsed.config_name} | own
     job = _submit(fill(kind, own, words), dry)
     name = parsed.config.run.name or f"{own['name']}-{job}"
     runs = [f"{parsed.config.run.output_dir}/{name}{number}" for number in numbers]
@@ -210,15 +211,12 @@ def _check_evaluation(words: list[str]) -> None:
     Raises:
         Failure: that is not so.
     """
-    checkpoints, options = pop_option(pop_ten_crop(words)[1], "checkpoint")
-    if not checkpoints:
-        raise UserError(
-            "there is nothing to evaluate: give --checkpoint runs, or checkpoints of them"
-        )
-    for path in checkpoints:
+    parser = CommandParser("evaluate", None)
+    parser.add_argument("--checkpoint", nargs="+", required=True)
+    parser.add_argument("--ten_crop", action="store_true")
+    for path in parser.parse(words).args.checkpoint:
         if not Path(path).is_dir():
             raise UserError(f"there is no checkpoint at {path}: give --checkpoint a run's folder")
-    parse(options, program="python -m alexnet_dist.evaluate", description="", default=None)
 
 
 if __name__ == "__main__":

@@ -3,10 +3,9 @@
 python -m alexnet_dist.summary VARIANT [--num_classes N] [--image_size S]
 """
 
-from argparse import ArgumentParser
-
 import torch
 
+from alexnet_dist.config import CommandParser
 from alexnet_dist.errors import UserError, run_command
 from alexnet_dist.model import MODEL_REGISTRY
 from alexnet_dist.model.accounting import Row, rows
@@ -51,14 +50,11 @@ def table(variant: str, *, num_classes: int = 1000, image_size: int = 224) -> st
 
 def main(arguments: list[str]) -> None:
     """Print a table, or the list of variants."""
-    parser = ArgumentParser(
-        prog="python -m alexnet_dist.summary", description=__doc__, allow_abbrev=False
-    )
+    parser = CommandParser("summary", __doc__, trainer_options=False)
     parser.add_argument("variant", nargs="?", help=", ".join(MODEL_REGISTRY))
     parser.add_argument("--num_classes", type=int, default=1000)
     parser.add_argument("--image_size", type=int, default=224)
-    parser.add_argument("--debug", action="store_true")
-    words = parser.parse_args(arguments)
+    words = parser.parse(arguments).args
     if words.variant is None:
         for name, variant in MODEL_REGISTRY.items():
             print(f"{name:<14}{variant.source}")

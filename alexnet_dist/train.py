@@ -13,8 +13,8 @@ from alexnet_dist.assembly.parts import Images, Learner, check_network
 from alexnet_dist.config import (
     Config,
     ParsedArgs,
-    changes,
     check_resume_compatible,
+    diff_configs,
     parse,
     time_limit,
     to_dict,
@@ -35,15 +35,14 @@ from alexnet_dist.training.step import StepThrottle, StepTimer, TrainMetrics, ch
 
 def main(arguments: list[str]) -> None:
     """Train as the command line says."""
-    program = "python -m alexnet_dist.train"
-    parsed = parse(arguments, program=program, description=__doc__)
+    parsed = parse(arguments, __doc__)
     runtime = parsed.config.runtime
     mesh = init_distributed(runtime.device, runtime.threads, runtime.hang_timeout)
     check_network(parsed.config, mesh)
     folder, path, kept = _open_run(mesh, parsed)
     try:
         if kept:
-            parsed = parse(arguments, program=program, description=__doc__, underneath=kept)
+            parsed = parse(arguments, __doc__, base_config=kept)
             check_network(parsed.config, mesh)
         run = Run(parsed.config, mesh.with_layout(parsed.config.parallel.towers), folder, path)
         run.train()
@@ -461,7 +460,7 @@ class Run:
         if self.before is None:
             self.report.emit("start", step=0, epoch=0.0, config=config, **known)
         else:
-            changed = changes(self.before, config)
+            changed = diff_configs(self.before, config)
             self.report.emit("resume", step=self.step, epoch=self.passes, changed=changed, **known)
         self._warn(self.damaged)
 
@@ -499,7 +498,7 @@ def _open_run(mesh: Mesh, parsed: ParsedArgs) -> tuple[RunDir | None, Path, dict
     opened: list[RunDir] = []
 
     def choose() -> tuple[str, dict[str, Any]]:
-        name = config.run.name or parsed.recipe
+        name = config.run.name or parsed.config_name
         path, resumed = resolve_run_dir(config.run.output_dir, name, config.run.resume)
         folder = RunDir(path)
         folder.lock()

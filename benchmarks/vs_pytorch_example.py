@@ -122,7 +122,7 @@ EXAMPLES: dict[str, Callable[[Path, int], Iterator[int]]] = {
 
 def measure(case: str, data: Path, seconds: float, options: list[str]) -> float:
     """Images per second of one round of a case, in this process."""
-    config = parse(options, program="benchmarks.vs_pytorch_example", description="").config
+    config = parse(options).config
     if case in EXAMPLES:
         torch.set_num_threads(available_cpus())
         images = EXAMPLES[case](data / "train", config.data.batch_size)

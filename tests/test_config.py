@@ -1,4 +1,4 @@
-"""The command line and the recipes."""
+"""The command line and the config files."""
 
 from pathlib import Path
 
@@ -7,141 +7,221 @@ import yaml
 
 from alexnet_dist.config import (
     IMMUTABLE_ON_RESUME,
+    OLD_NAMES,
+    OPTIONS,
+    CommandParser,
     Config,
+    check_resume_compatible,
+    config_dir,
     flatten,
     from_dict,
     nest,
     parse,
-    pop_option,
-    recipes,
     to_dict,
 )
 from alexnet_dist.errors import UserError
 
 
-def read(*words: str, **options: object) -> object:
-    return parse(list(words), program="train", description="", **options)  # type: ignore[arg-type]
+def error_of(*words: str) -> str:
+    with pytest.raises(UserError) as error:
+        parse(list(words))
+    assert error.value.on_all_ranks
+    return str(error.value)
 
 
-def refusal(*words: str) -> str:
-    with pytest.raises(UserError) as failure:
-        read(*words)
-    assert failure.value.on_all_ranks
-    return str(failure.value)
+def error_in_file(folder: Path, text: str) -> str:
+    file = folder / "mine.yaml"
+    file.write_text(text)
+    message = error_of("--config", str(file))
+    assert str(file) in message
+    return message
 
 
-def test_without_words_the_run_is_the_quickstart() -> None:
-    parsed = read()
-    assert parsed.recipe == "quickstart"
+def test_config_without_words_is_the_quickstart() -> None:
+    parsed = parse([])
+    assert parsed.config_name == "quickstart"
     assert parsed.config.data.root == "digits"
 
 
-def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
+def test_config_command_line_wins_over_the_file_wherever_it_stands(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("optim: {lr: 1e-3, momentum: 0.8}\nmodel: {arch: owt}\n")
-    config = read("--config", str(file), "--optim.momentum=0.5", "--data.root", "x").config
+    words = ["--optim.momentum=0.5", "--config", str(file), "--data.root", "x"]
+    parsed = parse(words)
+    config = parsed.config
     assert (config.optim.lr, config.optim.momentum, config.model.arch) == (0.001, 0.5, "owt")
+    assert parsed.explicit_options == {"optim.momentum": "0.5", "data.root": "x"}
 
 
-def test_what_a_run_kept_lies_below_what_is_said() -> None:
-    kept = to_dict(read("--optim.lr=0.3", "--train.max_steps=4", "--train.epochs=8").config)
-    config = read("--train.epochs=9", "--data.root=x", underneath=kept).config
+def test_config_of_a_resumed_run_is_below_file_and_command_line() -> None:
+    kept = to_dict(parse(["--optim.lr=0.3", "--train.max_steps=4", "--train.epochs=8"]).config)
+    config = parse(["--train.epochs=9", "--data.root=x"], base_config=kept).config
     assert (config.optim.lr, config.train.epochs) == (0.3, 9)
-    assert config.train.max_steps is None  # of one life only
+    assert config.train.max_steps is None  # of one start only
+    assert parse([], base_config=kept).config.data.root == "digits"  # kept, not the default file's
 
 
 @pytest.mark.parametrize(
-    ("words", "sentence"),
+    ("words", "message"),
     [
-        (["--optim.lrr=1"], "no option --optim.lrr; did you mean optim.lr?"),
-        (["--lr", "1"], "did you mean optim.lr?"),
-        (["--model.arc=owt"], "did you mean model.arch?"),
-        (["--train.epochs=many"], "option train.epochs wants a number, not many"),
-        (["--data.hflip=maybe"], "option data.hflip wants true or false, not maybe"),
-        (["--data.train_crop=round"], "wants one of paper, chunked, random_resized, not round"),
-        (["--data.batch_size=0"], "data.batch_size is 0; it must be at least 1"),
-        (["--config=nowhere.yaml"], "there is no config nowhere.yaml; the package brings"),
+        (["--optim.lrr=1"], "there is no option --optim.lrr; did you mean --optim.lr?"),
+        (["--lr", "1"], "did you mean --optim.lr?"),
+        (["--model.arc=owt"], "did you mean --model.arch?"),
+        (["--optm.lr=1"], "did you mean --optim.lr?"),
+        (["--optim.lr"], "option optim.lr needs a value"),
+        (["--optim.lr", "--data.root=x"], "option optim.lr needs a value"),
+        (["optim.lr=1"], "unrecognized arguments: optim.lr=1; --help lists all options"),
+        (["--train.epochs=many"], "option train.epochs must be a number above 0, not many"),
+        (["--optim.lr=fast"], "option optim.lr must be a number of at least 0, not fast"),
+        (["--optim.lr=-1"], "option optim.lr must be a number of at least 0, not -1"),
+        (["--optim.lr=nan"], "option optim.lr must be a number of at least 0, not nan"),
+        (["--data.hflip=maybe"], "option data.hflip must be true or false, not maybe"),
+        (["--runtime.compile=maybe"], "must be true or false or one of auto, not maybe"),
+        (["--data.train_crop=round"], "must be one of paper, chunked, random_resized, not round"),
+        (["--data.batch_size=0"], "data.batch_size must be a whole number of at least 1, not 0"),
+        (["--data.batch_size=1.5"], "must be a whole number of at least 1, not 1.5"),
+        (["--model.num_classes=0"], "must be a whole number of at least 1, not 0"),
+        (["--data.image_size=15"], "must be a whole number of at least 16, not 15"),
+        (["--optim.momentum=1"], "must be a number from 0 up to, but not, 1, not 1"),
+        (["--data.scale=0.5"], "must be two numbers, as [0.1, 1], not 0.5"),
+        (["--optim.schedule.milestones={weights: 3}"], "must be lists of [epochs, lr] by name"),
+        (["--config=nowhere.yaml"], "there is no config nowhere.yaml; the package brings cifar10"),
         (["--data.image_size=300"], "raise data.resize_size"),
-        (["--data.image_size=15"], "data.image_size is 15; it must be at least 16"),
         (["--optim.schedule.name=piecewise"], "no row 'weights'"),
-        (["--train.grad_accum_steps=0"], "train.grad_accum_steps is 0; it must be at least 1"),
-        (["--optim.trust_coefficient=0"], "optim.trust_coefficient is 0.0; it must be at least"),
+        (["--run.time_limit=soon"], "run.time_limit soon is no duration"),
+        (["--run.preempt_signals=[SIGKILL]"], "run.preempt_signals has SIGKILL, which is no"),
     ],
 )
-def test_refusals_name_the_thing_and_the_mend(words: list[str], sentence: str) -> None:
-    assert sentence in refusal(*words)
-
-
-def test_files_are_held_to_the_same_names(tmp_path: Path) -> None:
-    file = tmp_path / "mine.yaml"
-    file.write_text("optim: {learning_rate: 1}\n")
-    assert "mine.yaml named optim.learning_rate; did you mean" in refusal("--config", str(file))
-    file.write_text("optim: [lr\n")
-    assert "is not YAML" in refusal("--config", str(file))
+def test_config_errors_name_the_option_and_the_fix(words: list[str], message: str) -> None:
+    assert message in error_of(*words)
 
 
 @pytest.mark.parametrize(
-    ("text", "sentence"),
+    ("text", "message"),
     [
-        ("data: {train_crop: square}", "data.train_crop wants one of paper, chunked"),
-        ("data: {on_corrupt_image: ignore}", "data.on_corrupt_image wants one of stop, skip"),
-        ("runtime: {precision: bf61}", "runtime.precision wants one of"),
-        ("model: {init: authors}", "model.init wants one of"),
-        ("optim: {lr: fast}", "optim.lr wants a number"),
-        ("optim: {lr: null}", "optim.lr wants a value, not null"),
-        ("train: {epochs: ten}", "train.epochs wants a number"),
-        ("data: {batch_size: many}", "data.batch_size wants a whole number"),
+        ("optim: {learning_rate: 1}", "mine.yaml named optim.learning_rate; did you mean optim."),
+        ("optm: {lr: 1}", "mine.yaml named optm.lr; did you mean optim.lr?"),
+        ("optim: 3", "there is no option in"),
+        ("optim: [lr", "is not YAML"),
+        ("[optim]", "holds no options: it needs lines like 'optim: {lr: 0.01}'"),
+        ("data: {train_crop: square}", "data.train_crop must be one of paper, chunked, random_res"),
+        ("optim: {lr: fast}", "optim.lr must be a number of at least 0, not fast"),
+        ("optim: {lr: null}", "optim.lr must be a number of at least 0, not null"),
+        ("data: {batch_size: many}", "data.batch_size must be a whole number of at least 1"),
+        ("data: {engine: dali}", "named data.engine is now data.loader"),
+        ("data: {loader: dataloader}", "dali, torch, gpu_cache, not dataloader (now torch)"),
+        ("runtime: {weight_copies: true}", "named runtime.weight_copies is gone: leave it out"),
     ],
 )
-def test_files_are_held_to_the_same_types(text: str, sentence: str, tmp_path: Path) -> None:
+def test_config_files_are_held_to_the_same_rules(text: str, message: str, tmp_path: Path) -> None:
+    assert message in error_in_file(tmp_path, text)
+
+
+def test_config_files_say_names_and_numbers_as_people_write_them(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
-    file.write_text(text)
-    said = refusal("--config", str(file))
-    assert sentence in said
-    assert "mine.yaml" in said
+    file.write_text(
+        "run: {name: 150, time_limit: 1:30:00}\noptim: {lr: 1e-3}\nwandb: {mode: off}\nmodel:\n"
+        "checkpoint: {interval_steps: null}\n"
+    )
+    config = parse(["--config", str(file)]).config
+    assert (config.run.name, config.run.time_limit) == ("150", "5400")
+    assert (config.optim.lr, config.wandb.mode) == (0.001, "off")
+    assert config.checkpoint.interval_steps is None
+    assert from_dict(to_dict(config)) == config
 
 
-def test_tables_and_pairs() -> None:
-    config = read("--optim.schedule.milestones={weights: [[0, 1e-2], [24, 1e-3]]}").config
+def test_config_old_names_are_refused_with_the_new_ones() -> None:
+    assert "option --data.engine is now --data.loader" in error_of("--data.engine", "dataloader")
+    assert "not paper (now sgd2012)" in error_of("--optim.name", "paper")
+    for old, new in OLD_NAMES.items():
+        option, _, value = old.partition("=")
+        if value:
+            assert option in OPTIONS, old
+        elif new and "." in new:
+            assert new in OPTIONS, new
+            assert old not in OPTIONS, old
+
+
+def test_config_kept_by_an_earlier_version_is_refused() -> None:
+    with pytest.raises(UserError, match=r"^RUN was written by alexnet_dist 0\.1\.0"):
+        from_dict({"data": {"engine": "dali"}}, "RUN")
+    with pytest.raises(UserError, match=r"option in RUN named data\.loder; did you mean"):
+        from_dict({"data": {"loder": "dali"}}, "RUN")
+
+
+def test_config_lists_and_dicts() -> None:
+    config = parse(["--optim.schedule.milestones={weights: [[0, 1e-2], [24, 1e-3]]}"]).config
     assert config.optim.schedule.milestones == {"weights": [(0.0, 0.01), (24.0, 0.001)]}
-    assert read("--data.scale=[0.1, 0.5]").config.data.scale == (0.1, 0.5)
+    assert parse(["--data.scale=[0.1, 0.5]"]).config.data.scale == (0.1, 0.5)
+    assert parse(["--optim.lr_mults={conv1.weight: 2}"]).config.optim.lr_mults == {
+        "conv1.weight": 2
+    }
 
 
-def test_flat_and_nested_are_the_same() -> None:
+def test_config_flat_and_nested_are_the_same() -> None:
     record = to_dict(Config())
     assert nest(flatten(record)) == record
+    assert list(flatten(record)) == list(OPTIONS)
     assert from_dict(record) == Config()
-    assert all(
-        any(k == m or k.startswith(f"{m}.") for k in flatten(record)) for m in IMMUTABLE_ON_RESUME
-    )
+    for fixed in IMMUTABLE_ON_RESUME:
+        assert any(f"{name}.".startswith(f"{fixed}.") for name in OPTIONS)
 
 
-def test_print_config_prints_it_resolved(capsys: pytest.CaptureFixture[str]) -> None:
+def test_config_that_would_be_another_run_cannot_resume() -> None:
+    kept = to_dict(Config())
+    other = to_dict(parse(["--data.root=x", "--optim.lr=1", "--model.arch=owt"]).config)
+    with pytest.raises(UserError, match=r"model\.arch cannot change from paper to owt: .*; NEW$"):
+        check_resume_compatible(kept, other, "NEW")
+    check_resume_compatible(kept, nest(flatten(kept) | {"optim.lr": 1}), "NEW")
+
+
+def test_config_print_config_can_be_read_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
-        read("--optim.lr=0.25", "--print_config")
-    assert yaml.safe_load(capsys.readouterr().out)["optim"]["lr"] == 0.25
+        parse(["--optim.lr=0.25", "--print_config"])
+    printed = capsys.readouterr().out
+    assert yaml.safe_load(printed)["optim"]["lr"] == 0.25
+    (tmp_path / "mine.yaml").write_text(printed)
+    config = parse([f"--config={tmp_path}/mine.yaml"]).config
+    assert config == parse(["--optim.lr=0.25"]).config
 
 
-def test_help_tells_what_options_mean(capsys: pytest.CaptureFixture[str]) -> None:
+def test_config_help_says_what_options_mean(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        read("--help")
+        parse(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "Images in a step, over all processes" in text
+    assert "Global batch size: images per step, over all processes" in text
+    for option in OPTIONS:
+        assert f"--{option} " in text
 
 
-@pytest.mark.parametrize("recipe", sorted(p.stem for p in recipes().glob("*.yaml")))
-def test_every_recipe_resolves(recipe: str) -> None:
-    path = str(recipes() / f"{recipe}.yaml")
-    assert read("--config", path, "--data.root", "x").recipe == recipe
+@pytest.mark.parametrize("path", sorted(config_dir().glob("*.yaml")), ids=lambda path: path.stem)
+def test_config_files_of_the_package_resolve(path: Path) -> None:
+    assert parse(["--config", str(path), "--data.root", "x"]).config_name == path.stem
 
 
-def test_a_commands_own_option_is_taken_out() -> None:
-    def taken(words: str) -> tuple[list[str], list[str]]:
-        return pop_option(words.split(), "checkpoint")
-
-    assert taken("--checkpoint R --a=1") == (["R"], ["--a=1"])
-    assert taken("--a=1 --checkpoint=R") == (["R"], ["--a=1"])
-    assert taken("--checkpoint.keep_last=2") == ([], ["--checkpoint.keep_last=2"])
-    assert taken("--a 1 --checkpoint R S T --b 2") == (["R", "S", "T"], ["--a", "1", "--b", "2"])
-    assert taken("--checkpoint=R S --checkpoint T -h") == (["R", "S", "T"], ["-h"])
-    assert taken("--checkpoint --a=1") == ([], ["--a=1"])
+def test_config_a_commands_own_options_stand_beside_the_trainers() -> None:
+    parser = CommandParser("predict", "About.")
+    parser.add_argument("images", nargs="+")
+    parser.add_argument("--checkpoint", required=True)
+    parser.add_argument("--top", type=int, default=5)
+    parser.add_argument("--ten_crop", action="store_true")
+    words = ["a", "b", "--checkpoint", "R", "--checkpoint.keep_last", "3", "--ten_crop"]
+    parsed = parser.parse(words)
+    args = parsed.args
+    assert (args.images, args.checkpoint, args.top, args.ten_crop) == (["a", "b"], "R", 5, True)
+    assert parsed.config.checkpoint.keep_last == 3
+    for more, message in (
+        ("--views=10", "option --views is now --ten_crop"),
+        ("--ten_corp", "there is no option --ten_corp; did you mean --ten_crop?"),
+        ("--top=x", "argument --top: invalid int value: 'x'; --help lists all options"),
+        ("--data.rooot=x", "did you mean --data.root?"),
+    ):
+        with pytest.raises(UserError) as error:
+            parser.parse([*words, more])
+        assert message in str(error.value)
+    with pytest.raises(UserError, match="required: images, --checkpoint"):
+        parser.parse([])
+    with pytest.raises(UserError, match=r"there is no option --optim\.lr"):
+        CommandParser("export", None, trainer_options=False).parse(["--optim.lr=1"])

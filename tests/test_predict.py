@@ -82,7 +82,7 @@ def test_ten_views_are_averaged(
 ) -> None:
     run, model = trained
     files = sorted(photographs.rglob("*.png"))
-    answers = predicted(capsys, *files, "--checkpoint", run, "--views", 10, "--top", 9)
+    answers = predicted(capsys, *files, "--checkpoint", run, "--ten_crop", "--top", 9)
     wanted = []
     for file in files:
         image = Image.open(file)
@@ -156,7 +156,7 @@ def test_text_json_and_picture(
 ) -> None:  # fmt: skip
     run, _ = trained
     file, picture = tmp_path / "answers.jsonl", tmp_path / "picture.png"
-    words = [photographs / "b", "--checkpoint", run, "--json", file, "--picture", picture]
+    words = [photographs / "b", "--checkpoint", run, "--json", file, "--save_image", picture]
     command(main, *words, "--runtime.device", "cpu", "--runtime.threads=1")
     answers = [json.loads(line) for line in file.read_text().splitlines()]
     assert len(answers) == 7
@@ -176,14 +176,14 @@ def test_what_is_asked_for_wrongly(trained: tuple[Path, Network], tmp_path: Path
     run = ["--checkpoint", str(trained[0])]
     (tmp_path / "weights.txt").touch()
     for words, sentence in (
-        ([*run], "there is no image to predict"),
-        (["a.jpg"], "there is no network: give --checkpoint"),
-        (["a.jpg", *run, "--views", "5"], "--views: invalid choice: '?5'?"),
+        ([*run], "required: IMAGE"),
+        (["a.jpg"], "required: --checkpoint"),
+        (["a.jpg", *run, "--views", "5"], "--views is now --ten_crop"),
         (["a.jpg", *run, "--top", "0"], "--top is 0; it must be at least 1"),
-        (["a.jpg", *run, "--picture", "a.gif"], r"must end in \.png or \.pdf"),
+        (["a.jpg", *run, "--save_image", "a.gif"], r"must end in \.png or \.pdf"),
         (["a.jpg", *run, "--json", f"{tmp_path}/no/a"], "has no folder to lie in"),
         (["a.jpg", *run, "--runtime.devise=cpu"], "runtime.device"),
-        (["a.jpg", *run, "--vews=10"], "unrecognized arguments: --vews=10"),
+        (["a.jpg", *run, "--ten_corp"], "did you mean --ten_crop"),
         (["a.jpg", "--checkpoint", str(tmp_path)], "there is no checkpoint at"),
         (["a.jpg", "--checkpoint", f"{tmp_path}/weights.txt"], "holds no weights"),
     ):

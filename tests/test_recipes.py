@@ -6,20 +6,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from alexnet_dist.config import Config, parse, recipes
+from alexnet_dist.config import Config, config_dir, parse
 from alexnet_dist.model import build_on_meta
 from alexnet_dist.training.optim import build_optimizer
 from alexnet_dist.training.schedules import Schedule, piecewise_value
 from alexnet_dist.training.step import set_rates
 from tests.conftest import TINY, events, launch
 
-NAMES = sorted(path.stem for path in recipes().glob("*.yaml"))
+NAMES = sorted(path.stem for path in config_dir().glob("*.yaml"))
 
 
 def resolve(name: str, *words: str) -> Config:
-    return parse(
-        [f"--config={recipes() / name}.yaml", *words], program="train", description=""
-    ).config
+    return parse([f"--config={config_dir() / name}.yaml", *words]).config
 
 
 def rates(config: Config) -> tuple[Schedule, torch.optim.SGD]:
@@ -150,7 +148,7 @@ def test_a_life_at_a_smaller_scale_has_all_its_changes(images: Path, tmp_path: P
     options = [o for o in TINY if "schedule" not in o and "epochs" not in o]
     launched = launch(
         0,
-        f"--config={recipes() / 'original145'}.yaml",
+        f"--config={config_dir() / 'original145'}.yaml",
         *options,
         f"--data.root={images}",
         f"--run.output_dir={tmp_path}",

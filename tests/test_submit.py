@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from alexnet_dist.config import recipes
+from alexnet_dist.config import config_dir
 from alexnet_dist.errors import UserError
 from alexnet_dist.submit import main
 
@@ -19,7 +19,7 @@ GOLDEN = Path(__file__).parent / "golden"
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder to submit from, whose path is in no script, nor the interpreter's."""
-    shutil.copytree(recipes(), tmp_path / "configs")
+    shutil.copytree(config_dir(), tmp_path / "configs")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "executable", "/environment/bin/python")
     return tmp_path
@@ -44,7 +44,7 @@ CASES = {
     "--data.root IMAGENET --optim.lr=0.02",
     "array5": "array5 --gpus 0 --processes 2 --time 2:00:00 --name five "
     "--config configs/paper2012.yaml --data.root IMAGENET --train.seed 7",
-    "evaluate": "evaluate --checkpoint runs/a runs/b --views 10 --data.root IMAGENET --cpus 16",
+    "evaluate": "evaluate --checkpoint runs/a runs/b --ten_crop --data.root IMAGENET --cpus 16",
 }
 
 
@@ -63,8 +63,8 @@ def test_dry_runs(kind: str, place: Path, capsys: pytest.CaptureFixture[str]) ->
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        ("--optim.lrr 1", "no option --optim.lrr; did you mean optim.lr?"),
-        ("--train.epochs many", "train.epochs wants a number, not many"),
+        ("--optim.lrr 1", "no option --optim.lrr; did you mean --optim.lr?"),
+        ("--train.epochs many", "train.epochs must be a number above 0, not many"),
         ("--config nowhere.yaml", "there is no config nowhere.yaml"),
         ("--node 4", "there is no option --node; did you mean nodes?"),
         ("--nodes four", "nodes wants a whole number from 1 on, not four"),
@@ -75,10 +75,10 @@ def test_dry_runs(kind: str, place: Path, capsys: pytest.CaptureFixture[str]) ->
         ("--run.resume never", "run.resume is never, but a job goes on in the folder"),
         ("--run.name done", "the run in runs/done has ended already: give another --run.name"),
         ("array5 --run.name done", "the run in runs/done-3 has ended already"),
-        ("evaluate", "there is nothing to evaluate"),
+        ("evaluate", "required: --checkpoint"),
         ("evaluate --checkpoint runs/done nowhere", "there is no checkpoint at nowhere"),
-        ("evaluate --checkpoint runs/done --dota.root x", "did you mean data.root?"),
-        ("evaluate --checkpoint runs/done --views 5", "views is 5; it must be 1"),
+        ("evaluate --checkpoint runs/done --dota.root x", "did you mean --data.root?"),
+        ("evaluate --checkpoint runs/done --views 5", "--views is now --ten_crop"),
     ],
 )
 def test_refusals(words: str, sentence: str, place: Path) -> None:

@@ -73,7 +73,7 @@ def _images(network: Exported) -> str:
             f"as in evaluation from images whose shorter side is {network.resize}; from others, "
             "which are resized, a value may differ by 1."
         )
-    return f"{said} Ten views: `python -m alexnet_dist.predict --views 10`."
+    return f"{said} Ten views: `python -m alexnet_dist.predict --ten_crop`."
 
 
 def _preparation(network: Exported) -> str:

@@ -32,8 +32,11 @@ def runs(tmp_path: Path) -> str:
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (["--optim.lrr=1"], "no option --optim.lrr; did you mean optim.lr?"),
-        (["--data.batch_size=many"], "data.batch_size wants a whole number, not many"),
+        (["--optim.lrr=1"], "no option --optim.lrr; did you mean --optim.lr?"),
+        (
+            ["--data.batch_size=many"],
+            "data.batch_size must be a whole number of at least 1, not many",
+        ),
         (["--config=nowhere.yaml"], "there is no config nowhere.yaml"),
         (["--data.root=/nowhere"], "there is no folder /nowhere: give --data.root"),
         (["--model.arch=alexnet"], "there is no model.arch alexnet; there are paper,"),
@@ -203,7 +206,7 @@ def test_pictures_that_cannot_be_written_cost_nothing(images: Path, tmp_path: Pa
 
 def test_nothing_to_evaluate(tmp_path: Path) -> None:
     result = launch(0, module="alexnet_dist.evaluate")
-    assert "nothing to evaluate: give --checkpoint" in the_sentence(result)
+    assert "arguments are required: --checkpoint" in the_sentence(result)
     result = launch(2, f"--checkpoint={tmp_path}", module="alexnet_dist.evaluate")
     assert "there is no checkpoint at" in the_sentence(result)
 

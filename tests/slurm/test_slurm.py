@@ -178,6 +178,6 @@ def test_what_is_not_queued_again(cluster: Cluster) -> None:
     standin = {"PYTHON": str(HERE / "standin.sh"), "STEPS": "0", "ENDS": "running"}
     lost = cluster.run(*by_hand, **standin).strip()
     assert cluster.end_of(wrong) == ("FAILED", 0)
-    assert "there is no option --optim.lrr; did you mean optim.lr?" in cluster.output(wrong)
+    assert "there is no option --optim.lrr; did you mean --optim.lr?" in cluster.output(wrong)
     assert cluster.end_of(lost) == ("FAILED", 2)
     assert "started 3 times without a new checkpoint" in cluster.output(lost)
