@@ -232,14 +232,6 @@ class RuntimeConfig:
     """auto: bf16 where the device is fast at it, else fp32. Weights stay in fp32."""
     compile: bool | Literal["auto"] = False
     """Compile the network with torch.compile; auto: on GPUs."""
-    lrn: Literal["auto", "triton", "band", "torch"] = "auto"
-    """Response normalisation: by Triton's kernels, which want an NVIDIA GPU, as a product with a
-    band, or by torch's own function; auto: by Triton where it is there, else the band."""
-    stem: Literal["auto", "folded", "plain"] = "auto"
-    """The first convolution on an image folded stride by stride pixels into channels, or plain;
-    auto: folded where that is known to be faster, in bf16 on CPUs."""
-    pool_first: bool = True
-    """ReLU behind the max pooling that follows it, on a quarter of the values; they commute."""
     cuda_graph: bool | Literal["auto"] = False
     """Launch a step as one CUDA graph; auto: where that is possible."""
     deterministic: bool = False

@@ -18,8 +18,6 @@ from alexnet_dist.model import (
     MODEL_REGISTRY,
     Network,
     build_on_meta,
-    choose_kernels,
-    is_triton_supported,
     iter_initial_weights,
     make_dropout_masks,
 )
@@ -134,9 +132,6 @@ class Learner:
             runtime.compile == "auto" and mesh.device.type == "cuda"
         )
         self.graphs = wants_graph(config, mesh, self.precision)
-        choose_kernels(
-            self.model, lrn=runtime.lrn, stem=runtime.stem, pool_first=runtime.pool_first
-        )
         parallel, optim = config.parallel, config.optim
         self.layout = parallelize(
             self.model,
@@ -231,12 +226,6 @@ def check_network(config: Config, mesh: Mesh) -> None:
     if config.model.arch not in MODEL_REGISTRY:
         raise UserError(
             f"there is no model.arch {config.model.arch}; there are {', '.join(MODEL_REGISTRY)}",
-            on_all_ranks=True,
-        )
-    if config.runtime.lrn == "triton" and not is_triton_supported(mesh.device):
-        raise UserError(
-            "runtime.lrn is triton, which wants Triton and an NVIDIA GPU no older than Ampere: "
-            "take auto or band",
             on_all_ranks=True,
         )
     parallel = config.parallel

@@ -11,7 +11,7 @@ from alexnet_dist.config import Config, from_dict
 from alexnet_dist.data.statistics import ChannelStats
 from alexnet_dist.data.transforms import Normalization, build_normalization
 from alexnet_dist.errors import UserError
-from alexnet_dist.model import MODEL_REGISTRY, Network, build_on_meta, choose_kernels
+from alexnet_dist.model import MODEL_REGISTRY, Network, build_on_meta
 from alexnet_dist.training import weights
 
 
@@ -60,15 +60,12 @@ class LoadedModel:
 
     def build_on_meta(self) -> Network:
         """The network without memory, for a layout; see ``fill``."""
-        model = build_on_meta(
+        return build_on_meta(
             self.config.model.arch,
             num_classes=self.outputs,
             dropout=self.config.model.dropout,
             image_size=self.config.data.image_size,
         )
-        runtime = self.config.runtime
-        choose_kernels(model, lrn=runtime.lrn, stem=runtime.stem, pool_first=runtime.pool_first)
-        return model
 
     def fill(self, parameters: dict[str, torch.nn.Parameter]) -> None:
         """Read the weights into ``parameters``, by name; all processes call it together.

@@ -1,4 +1,4 @@
-"""The networks: a table of variants, one builder, and the layers that torch lacks."""
+"""The networks: a table of their layers, one builder, and the layers that torch lacks."""
 
 from alexnet_dist.model.alexnet import (
     MODEL_REGISTRY,
@@ -9,8 +9,6 @@ from alexnet_dist.model.alexnet import (
     iter_initial_weights,
 )
 from alexnet_dist.model.dropout import make_dropout_masks
-from alexnet_dist.model.kernels import choose_kernels
-from alexnet_dist.model.lrn import is_triton_supported
 
 __all__ = [
     "MODEL_REGISTRY",
@@ -18,8 +16,6 @@ __all__ = [
     "Network",
     "build_model",
     "build_on_meta",
-    "choose_kernels",
-    "is_triton_supported",
     "iter_initial_weights",
     "make_dropout_masks",
 ]

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from alexnet_dist.model.batch_norm import BatchNorm
 from alexnet_dist.model.dropout import Dropout, DropoutScaling
 from alexnet_dist.model.lrn import LocalResponseNorm, WithinChannelLRN
-from alexnet_dist.model.stem import PaddedConv2d, StemConv2d
+from alexnet_dist.model.stem import StemConv2d
 
 Init = Literal["source", "paper", "torch"]
 
@@ -259,7 +259,10 @@ class TorchvisionAlexNet(torchvision.models.AlexNet):
     def __init__(self, num_classes: int, dropout: float, scaling: DropoutScaling) -> None:
         super().__init__(num_classes=num_classes, dropout=dropout)
         self.avgpool = AdaptiveAvgPool(6)
-        self.features[0] = PaddedConv2d(3, 64, 11, 4, 2)
+        self.features[0] = StemConv2d(3, 64, 11, 4, 2, ceil_mode=False)
+        for relu, pool in ((1, 2), (4, 5), (11, 12)):  # pool first, see _build
+            layers = self.features
+            layers[relu], layers[pool] = layers[pool], layers[relu]
         self.classifier[0] = Dropout(256 * 6 * 6, dropout, scaling)
         self.classifier[3] = Dropout(4096, dropout, scaling)
 
@@ -336,9 +339,12 @@ def _build(
         out, groups = row.out_channels or num_classes, row.groups
         layer: nn.Module
         if row.kernel:
-            conv = StemConv2d if row.stride > 1 else nn.Conv2d
-            shape = channels, out, row.kernel, row.stride, row.padding
-            layer = conv(*shape, groups=groups, bias=row.bias is not None)
+            shape, bias = (channels, out, row.kernel, row.stride, row.padding), row.bias is not None
+            layer = (
+                StemConv2d(*shape, bias=bias)
+                if row.stride > 1
+                else nn.Conv2d(*shape, groups=groups, bias=bias)
+            )
             size = _out_size(size + 2 * row.padding, row.kernel, row.stride)
         else:
             if not hasattr(model, "flatten"):

@@ -1,18 +1,17 @@
-"""Local response normalization across channels, and within a channel.
+"""Local response normalization (LRN): across neighboring channels, and within a channel.
 
 Both divide an activation by a power of the sum of squares around it:
 
     y = x * s ** -beta        s = k + alpha * mean of x ** 2 over the window
 
-with the window n channels wide (Krizhevsky et al. 2012, section 3.3) or n by n pixels (layer
-"cnorm2" of layers-145.cfg). The mean counts what hangs over the edge as zeros, so alpha means
-what it means in torch.nn.LocalResponseNorm; the paper's formula does not divide by n, so its
-alpha of 1e-4 at n = 5 is 5e-4 here.
+with a window of n channels (Krizhevsky et al. 2012, section 3.3) or n x n pixels (layer "cnorm2" of
+layers-145.cfg). The mean counts what hangs over the edge as zeros, so alpha means what it means in
+torch.nn.LocalResponseNorm; the paper's formula does not divide by n, so its alpha of 1e-4 at n = 5
+is 5e-4 here.
 """
 
 from collections.abc import Callable
-from contextlib import nullcontext
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,21 +19,134 @@ from torch.nn import functional as F
 
 try:
     from alexnet_dist.model import lrn_triton
-except ImportError:  # Triton is not to be had for every platform
+except ImportError:  # Triton does not exist for every platform
     lrn_triton = None  # type: ignore[assignment]
+
+Mean = Callable[[Tensor], Tensor]
+"""The mean of the window around each activation: [B, C, H, W] to [B, C, H, W]."""
+
+
+def is_triton_supported(device: torch.device) -> bool:
+    """Whether Triton is installed and compiles for ``device``: an NVIDIA GPU, Ampere or newer."""
+    return (
+        lrn_triton is not None
+        and device.type == "cuda"
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+    )
+
+
+class LocalResponseNorm(nn.Module):
+    """Normalize each activation by its neighbors among the channels, within each group.
+
+    On NVIDIA GPUs (Ampere or newer) Triton kernels compute it, if the tensor is channels-last and
+    the window is the paper's; elsewhere the sum over the window is a convolution.
+
+    Args:
+        size: channels in the window, n; odd.
+        alpha, beta, k: as in torch.nn.LocalResponseNorm (alpha is divided by ``size``).
+        groups: slices of the channels that a window never leaves; the paper's towers.
+
+    Input and output: [B, C, H, W], C a multiple of ``groups``; the output has the input's dtype.
+    Source: Krizhevsky et al. 2012, section 3.3.
+
+    Raises:
+        ValueError: an even ``size``.
+    """
+
+    def __init__(
+        self,
+        size: int = 5,
+        alpha: float = 1e-4,
+        beta: float = 0.75,
+        k: float = 2.0,
+        groups: int = 1,
+    ) -> None:
+        super().__init__()
+        _check_odd(size)
+        self.size, self.alpha, self.beta, self.k, self.groups = size, alpha, beta, k, groups
+        self._windows: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._can_use_triton(x):
+            y: Tensor = lrn_triton.lrn(x, self.k, self.alpha / self.size, self.groups)
+            return y
+        return self.forward_conv(x)
+
+    def forward_conv(self, x: Tensor) -> Tensor:
+        """``forward`` by a convolution, on any device."""
+        window = self._window_kernel(x)
+
+        def mean(squares: Tensor) -> Tensor:
+            return F.conv2d(squares, window, groups=self.groups).div_(self.size)
+
+        return _normalize(x, mean, self.k, self.alpha, self.beta)
+
+    def _can_use_triton(self, x: Tensor) -> bool:
+        return (
+            (self.size, self.beta) == (5, 0.75)
+            and is_triton_supported(x.device)
+            and lrn_triton.is_supported(x, self.groups)
+        )
+
+    def _window_kernel(self, x: Tensor) -> Tensor:
+        """[C, C / groups, 1, 1]: a band of ones, the window as a 1 x 1 convolution. That is a
+        matrix product, which processors are good at; five shifted sums are bound by memory."""
+        channels = x.shape[1] // self.groups
+        key = (channels, x.device, x.dtype)
+        if key not in self._windows:
+            index = torch.arange(channels, device=x.device)
+            band = (index[:, None] - index[None, :]).abs() <= self.size // 2
+            self._windows[key] = band.to(x.dtype).repeat(self.groups, 1)[:, :, None, None]
+        return self._windows[key]
+
+    def extra_repr(self) -> str:
+        return (
+            f"size={self.size}, alpha={self.alpha:g}, beta={self.beta:g}, k={self.k:g}, "
+            f"groups={self.groups}"
+        )
+
+
+class WithinChannelLRN(nn.Module):
+    """Normalize each activation by the ``size`` x ``size`` pixels around it in its own channel.
+
+    Input and output: [B, C, H, W]. Source: "cnorm2" in layers-145.cfg (type rnorm, scale 0.001
+    divided by the size squared, power 0.75, minDiv 1); the paper does not mention it.
+
+    Raises:
+        ValueError: an even ``size``.
+    """
+
+    def __init__(
+        self, size: int = 5, alpha: float = 1e-3, beta: float = 0.75, k: float = 1.0
+    ) -> None:
+        super().__init__()
+        _check_odd(size)
+        self.size, self.alpha, self.beta, self.k = size, alpha, beta, k
+
+    def forward(self, x: Tensor) -> Tensor:
+        def mean(squares: Tensor) -> Tensor:
+            return F.avg_pool2d(squares, self.size, stride=1, padding=self.size // 2)
+
+        return _normalize(x, mean, self.k, self.alpha, self.beta)
+
+    def extra_repr(self) -> str:
+        return f"size={self.size}, alpha={self.alpha:g}, beta={self.beta:g}, k={self.k:g}"
+
+
+def _check_odd(size: int) -> None:
+    if size % 2 == 0:
+        raise ValueError(f"the window must be odd to have a middle, not {size}")
 
 
 class _ResponseNorm(torch.autograd.Function):
     """y = x * s ** -beta for any window whose mean is a symmetric linear map.
 
-    A backward of its own, because autograd's keeps five tensors of the largest activations of the
-    network, and because the window, being symmetric, serves forward and backward alike.
+    With a backward of its own, because autograd's keeps five tensors of the network's largest
+    activations, and because a symmetric window serves forward and backward alike.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, mean: Callable[[Tensor], Tensor], k: float, alpha: float, beta: float
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, mean: Mean, k: float, alpha: float, beta: float) -> Tensor:
         s = mean(x * x).mul_(alpha).add_(k)
         if beta == 0.75:  # two roots cost a tenth of a power
             factor = s.rsqrt()
@@ -53,123 +165,16 @@ class _ResponseNorm(torch.autograd.Function):
         return scaled - ctx.mean(scaled * x / s).mul_(ctx.scale).mul_(x), None, None, None, None
 
 
-def _normalise(
-    x: Tensor, mean: Callable[[Tensor], Tensor], k: float, alpha: float, beta: float
-) -> Tensor:
-    """In the type of ``x``, which autocast would lower inside; meta tensors have no autocast, and
-    an exported graph is to be plain."""
-    plain = x.is_meta or torch.compiler.is_exporting()
-    context = nullcontext() if plain else torch.autocast(x.device.type, enabled=False)
-    with context:
+def _normalize(x: Tensor, mean: Mean, k: float, alpha: float, beta: float) -> Tensor:
+    """In the dtype of ``x``, which autocast would lower inside."""
+    if not autocast_enabled(x.device):  # then an exported graph has no trace of autocast
+        plain: Tensor = _ResponseNorm.apply(x, mean, k, alpha, beta)
+        return plain
+    with torch.autocast(x.device.type, enabled=False):
         y: Tensor = _ResponseNorm.apply(x, mean, k, alpha, beta)
     return y
 
 
-class LocalResponseNorm(nn.Module):
-    """Normalise each activation by its neighbours among the kernels, within each group.
-
-    Args:
-        size: kernels in the window, n; odd.
-        alpha, beta, k: as in torch.nn.LocalResponseNorm (alpha is divided by ``size``).
-        groups: towers; a window never reaches across two of them.
-        kernel: "triton": Triton's kernels compute it where they can, on a GPU from a channels-last
-            tensor with the paper's size and beta, and elsewhere a product with a band does;
-            "band": that everywhere; "torch": torch's own function.
-
-    Input and output: [B, C, H, W], C a multiple of ``groups``; the output has the input's type.
-    Source: Krizhevsky et al. 2012, section 3.3.
-    """
-
-    def __init__(
-        self,
-        size: int = 5,
-        alpha: float = 1e-4,
-        beta: float = 0.75,
-        k: float = 2.0,
-        groups: int = 1,
-        kernel: Literal["triton", "band", "torch"] = "triton",
-    ) -> None:
-        super().__init__()
-        if size % 2 == 0:
-            raise ValueError(f"the window must be odd to have a middle, not {size}")
-        self.size, self.alpha, self.beta, self.k, self.groups = size, alpha, beta, k, groups
-        self.kernel = kernel
-        self._bands: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
-
-    def _band(self, x: Tensor) -> Tensor:
-        """The window as the 0/1 band of a 1 x 1 convolution: a matrix product, which processors
-        are good at, where five shifted sums are bound by memory."""
-        channels = x.shape[1] // self.groups
-        key = (channels, x.device, x.dtype)
-        if key not in self._bands:
-            place = torch.arange(channels, device=x.device)
-            band = (place[:, None] - place[None, :]).abs() <= self.size // 2
-            self._bands[key] = band.to(x.dtype).repeat(self.groups, 1)[:, :, None, None]
-        return self._bands[key]
-
-    def _suits_triton(self, x: Tensor) -> bool:
-        return (
-            self.kernel == "triton"
-            and not torch.compiler.is_exporting()  # other programs have no such kernels
-            and is_triton_supported(x.device)
-            and (self.size, self.beta) == (5, 0.75)
-            and lrn_triton.suits(x, self.groups)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self._suits_triton(x):
-            y: Tensor = lrn_triton.response_norm(x, self.k, self.alpha / self.size, self.groups)
-            return y
-        if self.kernel == "torch":
-            return self._by_torch(x)
-        band = self._band(x)
-
-        def mean(squares: Tensor) -> Tensor:
-            return F.conv2d(squares, band, groups=self.groups).div_(self.size)
-
-        return _normalise(x, mean, self.k, self.alpha, self.beta)
-
-    def _by_torch(self, x: Tensor) -> Tensor:
-        numbers = self.size, self.alpha, self.beta, self.k
-        towers = [F.local_response_norm(tower, *numbers) for tower in x.chunk(self.groups, 1)]
-        return towers[0] if self.groups == 1 else torch.cat(towers, 1)
-
-    def extra_repr(self) -> str:
-        return (
-            f"size={self.size}, alpha={self.alpha:g}, beta={self.beta:g}, k={self.k:g}, "
-            f"groups={self.groups}"
-        )
-
-
-def is_triton_supported(device: torch.device) -> bool:
-    """Whether Triton is installed, and compiles for ``device``: a GPU no older than Ampere."""
-    return (
-        lrn_triton is not None
-        and device.type == "cuda"
-        and torch.cuda.get_device_capability(device) >= (8, 0)
-    )
-
-
-class WithinChannelLRN(nn.Module):
-    """Normalise each activation by the ``size`` x ``size`` pixels around it in its own map.
-
-    Input and output: [B, C, H, W]. Source: "cnorm2" in layers-145.cfg (type rnorm, scale 0.001
-    divided by the size squared, power 0.75, minDiv 1); the paper does not mention it.
-    """
-
-    def __init__(
-        self, size: int = 5, alpha: float = 1e-3, beta: float = 0.75, k: float = 1.0
-    ) -> None:
-        super().__init__()
-        if size % 2 == 0:
-            raise ValueError(f"the window must be odd to have a middle, not {size}")
-        self.size, self.alpha, self.beta, self.k = size, alpha, beta, k
-
-    def forward(self, x: Tensor) -> Tensor:
-        def mean(squares: Tensor) -> Tensor:
-            return F.avg_pool2d(squares, self.size, stride=1, padding=self.size // 2)
-
-        return _normalise(x, mean, self.k, self.alpha, self.beta)
-
-    def extra_repr(self) -> str:
-        return f"size={self.size}, alpha={self.alpha:g}, beta={self.beta:g}, k={self.k:g}"
+def autocast_enabled(device: torch.device) -> bool:
+    """Whether autocast is on for ``device``; the meta device has none."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)

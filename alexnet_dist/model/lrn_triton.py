@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, assignment"
-"""Local response normalisation on GPUs, by Triton: each way reads and writes memory once.
+"""Local response normalization on GPUs, by Triton: each way reads and writes memory once.
 
     forward     y = x * s ** -0.75            s = k + scale * sum of x ** 2 over five kernels
     backward    grad * s ** -0.75 - 1.5 * scale * x * sum of (grad * x * s ** -1.75) over five
@@ -28,7 +28,7 @@ import triton
 from torch import Tensor
 from triton import language as tl
 
-EIGHTS = 128  # in a program: one to a thread
+BLOCK = 128  # in a program: one to a thread
 WARPS = 4
 
 
@@ -56,7 +56,7 @@ def _eight(x):
 
 
 @triton.jit
-def _joined(y):
+def _join(y):
     """[n, 8] of eight columns."""
     even = tl.join(tl.join(y[0], y[4]), tl.join(y[2], y[6]))
     odd = tl.join(tl.join(y[1], y[5]), tl.join(y[3], y[7]))
@@ -86,7 +86,7 @@ def _load_around(start, first, there, left, right, reach: tl.constexpr):
 
 
 @triton.jit
-def _places(count, per_group: tl.constexpr, eights: tl.constexpr):
+def _offsets(count, per_group: tl.constexpr, eights: tl.constexpr):
     """Of this program's eights: the first one, their beginnings from there, and whether they, and
     neighbours on the left and on the right of the same group, are there."""
     program = tl.program_id(0)
@@ -113,7 +113,7 @@ def _forward(
     per_group: tl.constexpr,
     eights: tl.constexpr,
 ):
-    start, first, there, left, right = _places(count, per_group, eights)
+    start, first, there, left, right = _offsets(count, per_group, eights)
     x = _load_around(x_pointer + start, first, there, left, right, 2)
     squares = ()
     for i in tl.static_range(12):
@@ -123,7 +123,7 @@ def _forward(
         root = tl.rsqrt(k + scale * _sum_of_five(squares, i))
         y += (x[i + 2] * (root * tl.sqrt(root)),)
     at = first[:, None] + tl.arange(0, 8)[None, :]
-    tl.store(y_pointer + start + at, _joined(y).to(y_pointer.dtype.element_ty), mask=there[:, None])
+    tl.store(y_pointer + start + at, _join(y).to(y_pointer.dtype.element_ty), mask=there[:, None])
 
 
 @triton.jit
@@ -137,7 +137,7 @@ def _backward(
     per_group: tl.constexpr,
     eights: tl.constexpr,
 ):
-    start, first, there, left, right = _places(count, per_group, eights)
+    start, first, there, left, right = _offsets(count, per_group, eights)
     x = _load_around(x_pointer + start, first, there, left, right, 4)
     grad = _load_around(grad_pointer + start, first, there, left, right, 2)
     squares = ()
@@ -155,12 +155,12 @@ def _backward(
         out += (direct[i + 2] - 1.5 * scale * x[i + 4] * _sum_of_five(terms, i),)
     at = first[:, None] + tl.arange(0, 8)[None, :]
     tl.store(
-        out_pointer + start + at, _joined(out).to(out_pointer.dtype.element_ty), mask=there[:, None]
+        out_pointer + start + at, _join(out).to(out_pointer.dtype.element_ty), mask=there[:, None]
     )
 
 
-def suits(x: Tensor, groups: int) -> bool:
-    """Whether the kernels can normalise ``x``: channels-last, with groups of whole eights."""
+def is_supported(x: Tensor, groups: int) -> bool:
+    """Whether the kernels can normalize ``x``: channels-last, with groups of whole eights."""
     return (
         x.dtype in (torch.bfloat16, torch.float16, torch.float32)
         and x.dim() == 4
@@ -169,52 +169,52 @@ def suits(x: Tensor, groups: int) -> bool:
     )
 
 
-@torch.library.custom_op("alexnet_dist::response_norm", mutates_args=())
-def response_norm(x: Tensor, k: float, scale: float, groups: int) -> Tensor:
+@torch.library.custom_op("alexnet_dist::lrn", mutates_args=())
+def lrn(x: Tensor, k: float, scale: float, groups: int) -> Tensor:
     """y = x * (k + scale * sum of x ** 2 over five kernels of a group) ** -0.75.
 
-    Input and output: [B, C, H, W] as ``suits`` wants it, in the input's type; computed in float32.
+    Input and output: [B, C, H, W], which ``is_supported``, of one dtype; computed in float32.
     """
     y = torch.empty_like(x)
     count = x.numel() // 8
     if count:
-        _forward[(triton.cdiv(count, EIGHTS),)](
-            x, y, count, k, scale, x.shape[1] // groups // 8, EIGHTS, num_warps=WARPS
+        _forward[(triton.cdiv(count, BLOCK),)](
+            x, y, count, k, scale, x.shape[1] // groups // 8, BLOCK, num_warps=WARPS
         )
     return y
 
 
-@torch.library.custom_op("alexnet_dist::response_norm_backward", mutates_args=())
-def response_norm_backward(x: Tensor, grad: Tensor, k: float, scale: float, groups: int) -> Tensor:
-    """The gradient of ``response_norm`` for ``x``, from that for its output."""
+@torch.library.custom_op("alexnet_dist::lrn_backward", mutates_args=())
+def lrn_backward(x: Tensor, grad: Tensor, k: float, scale: float, groups: int) -> Tensor:
+    """The gradient of ``lrn`` for ``x``, from that for its output."""
     grad = grad.to(x.dtype).contiguous(memory_format=torch.channels_last)
     out = torch.empty_like(x)
     count = x.numel() // 8
     if count:
-        _backward[(triton.cdiv(count, EIGHTS),)](
-            x, grad, out, count, k, scale, x.shape[1] // groups // 8, EIGHTS, num_warps=WARPS
+        _backward[(triton.cdiv(count, BLOCK),)](
+            x, grad, out, count, k, scale, x.shape[1] // groups // 8, BLOCK, num_warps=WARPS
         )
     return out
 
 
-@response_norm.register_fake
+@lrn.register_fake
 def _(x: Tensor, k: float, scale: float, groups: int) -> Tensor:
     return torch.empty_like(x)
 
 
-@response_norm_backward.register_fake
+@lrn_backward.register_fake
 def _(x: Tensor, grad: Tensor, k: float, scale: float, groups: int) -> Tensor:
     return torch.empty_like(x)
 
 
-def _keep(ctx: Any, inputs: tuple[Tensor, float, float, int], output: Tensor) -> None:
-    x, *ctx.numbers = inputs
+def _setup_context(ctx: Any, inputs: tuple[Tensor, float, float, int], output: Tensor) -> None:
+    x, *ctx.constants = inputs
     ctx.save_for_backward(x)
 
 
-def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+def _backward_op(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
     (x,) = ctx.saved_tensors
-    return response_norm_backward(x, grad, *ctx.numbers), None, None, None
+    return lrn_backward(x, grad, *ctx.constants), None, None, None
 
 
-response_norm.register_autograd(_gradient, setup_context=_keep)
+lrn.register_autograd(_backward_op, setup_context=_setup_context)

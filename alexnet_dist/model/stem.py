@@ -1,69 +1,71 @@
-"""The first convolution: the zeros that it reads past the edge, and how processors like it best."""
-
-from typing import Literal
+"""The first convolution: the zeros that it reads past the edge, and how CPUs compute it fastest."""
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-
-class PaddedConv2d(nn.Conv2d):
-    """torchvision's first convolution, padded on every side, computed as ``stem_convolution``."""
-
-    stem: Literal["auto", "folded", "plain"] = "auto"
-
-    def forward(self, input: Tensor) -> Tensor:
-        side = int(self.padding[0])
-        return stem_convolution(input, self, (side, side, side, side), self.stem)
+from alexnet_dist.model.lrn import autocast_enabled
 
 
 class StemConv2d(nn.Conv2d):
-    """A convolution whose last position may hang over the right and the bottom edge.
+    """A convolution of images, [B, 3, H, W] to [B, out_channels, H', W'], whose last position may
+    hang over the right and the bottom edge.
 
-    The authors' program places 1 + ceil((side - kernel) / stride) kernels along a side, 55 for 224
+    The authors' program puts 1 + ceil((size - kernel) / stride) positions along a side, 55 for 224
     pixels, the last of which reads zeros beyond the image (layer.py of the 2012 source). So zeros
     are added on the right and at the bottom until the stride divides: three for 224, none for 227.
+
+    In bf16 on CPUs blocks of stride x stride pixels become channels first, and the kernel's with
+    them: 11 x 11 at stride 4 on 3 channels is 3 x 3 at stride 1 on 48. That is the same sum, whose
+    gradient takes a third of the time, because matrix units want more than 3 channels.
+
+    Args:
+        ceil_mode: as above; False for torch's own positions.
     """
 
-    stem: Literal["auto", "folded", "plain"] = "auto"
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int,
+        padding: int = 0,
+        *,
+        bias: bool = True,
+        ceil_mode: bool = True,
+    ) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, bias=bias)
+        self.ceil_mode = ceil_mode
 
     def forward(self, input: Tensor) -> Tensor:
-        height, width = input.shape[-2:]
-        kernel, stride = self.kernel_size[0], self.stride[0]
-        zeros = (0, (kernel - width) % stride, 0, (kernel - height) % stride)
-        return stem_convolution(input, self, zeros, self.stem)
+        padding = int(self.padding[0])
+        height, width = (size + 2 * padding for size in input.shape[-2:])
+        right, bottom = padding + self._overhang(width), padding + self._overhang(height)
+        zeros = padding, right, padding, bottom
+        if input.device.type == "cpu" and autocast_enabled(input.device):
+            return self._by_blocks(input.to(torch.get_autocast_dtype("cpu")), zeros)
+        padded = F.pad(input, zeros) if any(zeros) else input
+        return F.conv2d(padded, self.weight, self.bias, self.stride)
+
+    def _overhang(self, size: int) -> int:
+        """Zeros behind ``size`` pixels, so that a last kernel fits in."""
+        return (self.kernel_size[0] - size) % self.stride[0] if self.ceil_mode else 0
+
+    def _by_blocks(self, x: Tensor, zeros: tuple[int, int, int, int]) -> Tensor:
+        """The same behind ``zeros`` (left, right, top, bottom), with blocks as channels."""
+        left, right, top, bottom = zeros
+        stride = self.stride[0]
+        more = -self.kernel_size[0] % stride  # zeros that fill the kernel up to full blocks
+        x = F.pad(x, (left, right + more, top, bottom + more))
+        weight = F.pad(self.weight, (0, more, 0, more))
+        return F.conv2d(_space_to_depth(x, stride), _space_to_depth(weight, stride), self.bias)
 
 
-def stem_convolution(
-    x: Tensor,
-    conv: nn.Conv2d,
-    zeros: tuple[int, int, int, int],
-    stem: Literal["auto", "folded", "plain"] = "auto",
-) -> Tensor:
-    """``conv`` on ``x`` [B, 3, H, W] behind ``zeros`` (left, right, top, bottom).
-
-    Folded, stride by stride pixels of the image go into channels, and the kernel's with them: 11 x
-    11 by 4 on 3 channels is 3 x 3 by 1 on 48. The same sums, whose gradient takes a third of the
-    time in bf16 on a CPU, because matrix units want more than 3 channels: there "auto" folds.
-    """
-    lowered = torch.is_autocast_enabled(x.device.type) if not x.is_meta else False
-    if stem == "plain" or (stem == "auto" and not (lowered and x.device.type == "cpu")):
-        padded = F.pad(x, zeros) if any(zeros) else x
-        return F.conv2d(padded, conv.weight, conv.bias, conv.stride)
-    left, right, top, bottom = zeros
-    fold, kernel = conv.stride[0], conv.kernel_size[0]
-    more = -kernel % fold  # zeros that fill the kernel up to whole folds, and the image with it
-    dtype = torch.get_autocast_dtype(x.device.type) if lowered else x.dtype
-    padded = F.pad(x.to(dtype), (left, right + more, top, bottom + more))
-    weight = F.pad(conv.weight, (0, more, 0, more))
-    return F.conv2d(_folded(padded, fold), _folded(weight, fold), conv.bias)
-
-
-def _folded(x: Tensor, fold: int) -> Tensor:
-    """[B, C, H, W] as [B, fold * fold * C, H / fold, W / fold], channels last; what is left of a
-    side that ``fold`` does not divide, no kernel reaches."""
+def _space_to_depth(x: Tensor, block: int) -> Tensor:
+    """[B, C, H, W] as [B, block * block * C, H / block, W / block], channels last; no kernel
+    reaches the pixels that are left over."""
     batch, channels, height, width = x.shape
-    rows, columns = height // fold, width // fold
-    x = x[..., : rows * fold, : columns * fold].permute(0, 2, 3, 1)
-    x = x.reshape(batch, rows, fold, columns, fold, channels).transpose(2, 3)
-    return x.reshape(batch, rows, columns, fold * fold * channels).permute(0, 3, 1, 2)
+    rows, columns = height // block, width // block
+    x = x[..., : rows * block, : columns * block].permute(0, 2, 3, 1)
+    x = x.reshape(batch, rows, block, columns, block, channels).transpose(2, 3)
+    return x.reshape(batch, rows, columns, block * block * channels).permute(0, 3, 1, 2)

@@ -67,9 +67,7 @@ def _half(layer: nn.Module, mesh: Mesh) -> nn.Module:
         # what reads its own tower only, and the first layer: the image is there on both sides
         bias = layer.bias is not None
         if isinstance(layer, StemConv2d):
-            half = StemConv2d(*numbers, bias=bias)
-            half.stem = layer.stem
-            return half
+            return StemConv2d(*numbers, bias=bias)
         alone = layer.groups == 2
         return nn.Conv2d(*numbers, bias=bias) if alone else _ConvOfBoth(mesh, numbers, bias)
     if isinstance(layer, GroupedLinear):
@@ -79,7 +77,7 @@ def _half(layer: nn.Module, mesh: Mesh) -> nn.Module:
         share = ShardSpec(layer.out_features, 2, mesh.split_rank)
         return _LinearOfBoth(mesh, layer.in_features, len(share))
     if isinstance(layer, LocalResponseNorm):
-        return LocalResponseNorm(layer.size, layer.alpha, layer.beta, layer.k, kernel=layer.kernel)
+        return LocalResponseNorm(layer.size, layer.alpha, layer.beta, layer.k)
     if isinstance(layer, BatchNorm):
         return BatchNorm(layer.features // 2, layer.eps, layer.momentum)
     if isinstance(layer, Dropout):

@@ -4,7 +4,7 @@ process of its own, because Triton must learn of it before it is imported."""
 import pytest
 import torch
 
-from alexnet_dist.model.lrn_triton import EIGHTS, response_norm, suits
+from alexnet_dist.model.lrn_triton import BLOCK, is_supported, lrn
 from tests.model.test_lrn import by_definition
 
 PAPER, SOURCE = (2.0, 5e-4), (2.0, 1e-4)  # k, and alpha in torch's meaning
@@ -21,7 +21,7 @@ def gradients(
     x: torch.Tensor, grad: torch.Tensor, k: float, alpha: float, groups: int
 ) -> tuple[torch.Tensor, ...]:
     """Output and gradient of the kernels, and of the definition in float64."""
-    y = response_norm(x, k, alpha / 5, groups)
+    y = lrn(x, k, alpha / 5, groups)
     (ours,) = torch.autograd.grad(y, x, grad)
     exact = x.detach().double().requires_grad_()
     wanted = by_definition(exact, 5, alpha, 0.75, k, groups)
@@ -73,22 +73,22 @@ def test_gradients_of_any_layout() -> None:
 def test_beyond_a_group_nothing_is_read() -> None:
     x = activations(1, 96, 1, 3).detach()
     x[:, 48:] = torch.nan
-    assert response_norm(x, 2.0, 1e-4, 2)[:, :48].isfinite().all()
-    assert not response_norm(x, 2.0, 1e-4, 1)[:, :48].isfinite().all()
+    assert lrn(x, 2.0, 1e-4, 2)[:, :48].isfinite().all()
+    assert not lrn(x, 2.0, 1e-4, 1)[:, :48].isfinite().all()
 
 
-def test_which_tensors_suit() -> None:
+def test_which_tensors_are_supported() -> None:
     x = activations(2, 96, 3, 3).detach()
-    assert suits(x, 2)
-    assert suits(activations(2, 96, 3, 3, dtype=torch.bfloat16), 1)
-    assert not suits(x.contiguous(), 2)
-    assert not suits(x.double(), 2)
-    assert not suits(x[:, :88], 2)
-    assert not suits(x[..., 1:], 2)
-    assert len(response_norm(x[:0], 2.0, 1e-4, 2)) == 0
+    assert is_supported(x, 2)
+    assert is_supported(activations(2, 96, 3, 3, dtype=torch.bfloat16), 1)
+    assert not is_supported(x.contiguous(), 2)
+    assert not is_supported(x.double(), 2)
+    assert not is_supported(x[:, :88], 2)
+    assert not is_supported(x[..., 1:], 2)
+    assert len(lrn(x[:0], 2.0, 1e-4, 2)) == 0
 
 
 def test_as_torch_wants_its_operators() -> None:
     """Schema, shapes without data, gradients, and what torch.compile makes of it."""
-    x = activations(1, 16, 3, EIGHTS // 6)
-    torch.library.opcheck(response_norm, (x, 2.0, 1e-4, 2))
+    x = activations(1, 16, 3, BLOCK // 6)
+    torch.library.opcheck(lrn, (x, 2.0, 1e-4, 2))

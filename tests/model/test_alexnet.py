@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from alexnet_dist.model import MODEL_REGISTRY, build_model
+from alexnet_dist.model import MODEL_REGISTRY, build_model, stem
 from alexnet_dist.summary import megabytes, rows, table
 
 
@@ -131,24 +131,29 @@ def test_the_stem_reads_three_zeros_beyond_the_edge() -> None:
     assert conv(x).shape[-1] == conv(padded).shape[-1] == 55
 
 
-@pytest.mark.parametrize("side", [224, 227, 67, 70])
-@pytest.mark.parametrize("variant", ["paper", "torchvision"])
-def test_the_folded_stem_is_the_same_function(side: int, variant: str) -> None:
-    model = build_model(variant)
-    name = "conv1" if variant == "paper" else "features.0"
-    conv = model.get_submodule(name).double()
-    x = torch.randn(2, 3, side, side, dtype=torch.float64)
+@pytest.mark.parametrize("size", [224, 227, 67, 70])
+@pytest.mark.parametrize("arch", ["paper", "torchvision"])
+def test_blocks_as_channels_are_the_same_first_convolution(
+    arch: str, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As computed under autocast on CPUs, here in float64."""
+    conv = build_model(arch).get_submodule("conv1" if arch == "paper" else "features.0").double()
+    x = torch.randn(2, 3, size, size, dtype=torch.float64)
 
     def compute() -> tuple[torch.Tensor, torch.Tensor]:
         y = conv(x)
-        conv.weight.grad = None
-        y.pow(2).sum().backward()
-        return y.detach(), conv.weight.grad
+        (gradient,) = torch.autograd.grad(y.pow(2).sum(), conv.weight)
+        return y.detach(), gradient
 
     plain, gradient = compute()
-    conv.stem = "folded"
-    folded, its_gradient = compute()
-    assert torch.allclose(folded, plain, rtol=1e-10, atol=1e-10)
+    monkeypatch.setattr(stem, "autocast_enabled", lambda device: True)
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: torch.float64)
+    shapes = []
+    conv2d = F.conv2d
+    monkeypatch.setattr(F, "conv2d", lambda x, w, b: shapes.append(w.shape) or conv2d(x, w, b))
+    blocks, its_gradient = compute()
+    assert [shape[1:] for shape in shapes] == [(48, 3, 3)]
+    assert torch.allclose(blocks, plain, rtol=1e-10, atol=1e-10)
     assert torch.allclose(its_gradient, gradient, rtol=1e-10, atol=1e-8)
 
 

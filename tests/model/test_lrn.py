@@ -50,16 +50,29 @@ def test_spatial_and_its_gradient() -> None:
     assert torch.autograd.gradcheck(WithinChannelLRN(5, 0.9), x)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_keeps_type_and_layout_under_autocast(dtype: torch.dtype) -> None:
+def test_keeps_dtype_and_layout_under_autocast(dtype: torch.dtype, compiled: bool) -> None:
+    """Dynamo, too, must see that autocast is on."""
     x = torch.randn(2, 96, 8, 8).to(dtype).to(memory_format=torch.channels_last)
+    layer = LocalResponseNorm(groups=2)
+    layer = torch.compile(layer, backend="eager") if compiled else layer  # type: ignore[assignment]
     with torch.autocast("cpu", torch.bfloat16):
-        y = LocalResponseNorm(groups=2)(x)
+        y = layer(x)
     assert y.dtype == dtype
     assert y.is_contiguous(memory_format=torch.channels_last)
     wanted = by_definition(x.double(), 5, 1e-4, 0.75, 2.0, 2)
     tolerance = 1e-5 if dtype == torch.float32 else 0.02
     assert torch.allclose(y.double(), wanted, rtol=tolerance, atol=tolerance)
+
+
+def test_an_exported_graph_has_no_autocast() -> None:
+    x = torch.randn(2, 16, 8, 8)
+    for layer in (LocalResponseNorm(groups=2), WithinChannelLRN()):
+        layer(x)  # which makes the window
+        graph = torch.export.export(layer, (x,))
+        assert "autocast" not in str(graph)
+        assert torch.equal(graph.module()(x), layer(x))
 
 
 def test_even_windows_are_refused() -> None:
