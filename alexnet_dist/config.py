@@ -163,7 +163,7 @@ class TrainConfig:
     """Steps between two log records."""
     seed: NonNegativeInt = 2012
     """Of weights, order, crops and dropout."""
-    on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"
+    on_nonfinite: Literal["stop", "skip"] = "stop"
     """A loss or gradient that is not finite: stop, or skip that update (which checks every
     gradient)."""
 

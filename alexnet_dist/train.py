@@ -3,7 +3,6 @@
 torchrun --nproc_per_node=2 -m alexnet_dist.train --config configs/imagenette.yaml --data.root DIR
 """
 
-import contextlib
 import time
 from pathlib import Path
 from typing import Any, NoReturn
@@ -52,10 +51,6 @@ def main(arguments: list[str]) -> None:
         raise
 
 
-class RolledBack(Exception):  # noqa: N818 (a turn of the loop, not an error)
-    """The run stands at its last checkpoint again."""
-
-
 BAD_STEPS_IN_A_ROW = 10
 """After so many steps without a finite loss and gradient, more of them will not help."""
 
@@ -88,7 +83,6 @@ class Run:
         self.step = 0
         self.evaluated = -1  # the step of the last evaluation
         self.meters = TrainMetrics(config.data.batch_size, mesh.dp_size)
-        self.suspect = -1  # the step that a rollback was for
         self.layout.scaler.skip_nonfinite = config.train.on_nonfinite == "skip"
         self.before, self.damaged = self._restore()  # the options of the life before, if any
         self.clock, self.pace = StepTimer(), StepThrottle(mesh.device)
@@ -152,14 +146,11 @@ class Run:
     def _train(self, last: int) -> None:
         result: dict[str, float] = {}
         while self.step < last or self.evaluated < self.step:
-            try:
-                end = min(last, (self._epoch + 1) * self.images.plan.steps)
-                if not self._wants_evaluation(last):
-                    self._train_to(end)
-                self._collect()
-                result = self._end_epoch()
-            except RolledBack:
-                continue
+            end = min(last, (self._epoch + 1) * self.images.plan.steps)
+            if not self._wants_evaluation(last):
+                self._train_to(end)
+            self._collect()
+            result = self._end_epoch()
         self.saver.settle()
         self.preemption.close()
         self.watch.close()
@@ -216,8 +207,6 @@ class Run:
                 every = config.checkpoint.interval_steps
                 if every and self.step % every == 0 and self.step < end:
                     self.save()
-                if self.step == self.suspect:
-                    self._end_of_suspicion()
                 self.preemption.check(2 * self.clock.longest + 2 * self.saver.longest)
         finally:
             batches.close()
@@ -365,11 +354,10 @@ class Run:
     def _leave(self, cause: str) -> None:
         """Save, and end before the run does, to go on another time."""
         here = (self.step, self.evaluated)
-        with contextlib.suppress(RolledBack):  # then the last checkpoint is where it stands
+        self.saver.settle()
+        if self.saver.saved != here:
+            self.save()
             self.saver.settle()
-            if self.saver.saved != here:
-                self.save()
-                self.saver.settle()
         self.report.emit("preempted", step=self.step, epoch=self.passes, cause=cause)
         by_hand = cause == INTERRUPT
         self.report.close("stopped" if by_hand else "preempted", self.step, HASTE_SECONDS)
@@ -392,7 +380,7 @@ class Run:
         reach a checkpoint.
 
         Raises:
-            Failure, RolledBack: as train.on_nonfinite says.
+            Failure: unless train.on_nonfinite is skip, and not too many steps in a row were bad.
         """
         bad = self.meters.collect()
         if not bad:
@@ -407,31 +395,11 @@ class Run:
             self._not_finite(bad[0].step, bad[0].what)
 
     def _not_finite(self, step: int, what: str) -> NoReturn:
-        if self.config.train.on_nonfinite == "rollback" and not self.layout.scaler.skip_nonfinite:
-            self._roll_back(step)
         raise UserError(
             f"{what} at step {step}: take a smaller --optim.lr (it is {self.config.optim.lr:g}), "
             "or a warm-up by --optim.schedule.warmup_epochs 1; the last checkpoint is intact",
             on_all_ranks=True,
         )
-
-    def _roll_back(self, step: int) -> NoReturn:
-        """Go back to the last checkpoint, or the beginning, and look at every gradient on the way
-        to ``step`` again: the update that spoilt the weights is found and left out."""
-        self.saver.settle()
-        spoilt_at = self.step
-        _, damaged = self._restore()
-        self.report.emit("rollback", step=spoilt_at, to=self.step, suspect=step)
-        self._warn(damaged)
-        self.suspect = step
-        self.layout.scaler.skip_nonfinite = True
-        raise RolledBack
-
-    def _end_of_suspicion(self) -> None:
-        """After a rollback: the step that went wrong lies behind."""
-        if self.config.train.on_nonfinite == "rollback" and self.layout.scaler.skip_nonfinite:
-            self._collect()
-            self.layout.scaler.skip_nonfinite = False
 
     # what people see
 

@@ -198,9 +198,8 @@ def drop_superseded(events: Sequence[Event]) -> list[Event]:
     for event in events:
         if event["event"] == "start":  # after an attempt that ended before its first checkpoint
             kept = []
-        elif event["event"] in ("resume", "rollback"):
-            last = event["to" if event["event"] == "rollback" else "step"]
-            kept = [old for old in kept if old.get("step", 0) <= last]
+        elif event["event"] == "resume":
+            kept = [old for old in kept if old.get("step", 0) <= event["step"]]
         kept.append(event)
     return kept
 

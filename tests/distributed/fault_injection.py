@@ -1,7 +1,6 @@
 """Training in which the images of some steps, or the weights after them, are not finite.
 
-SPOIL=IMAGES:3,4 or WEIGHTS:3 names the steps, and that of weights is spoilt once only, as by a bit
-that has flipped.
+SPOIL=IMAGES:3,4 or WEIGHTS:3 names the steps; weights are spoilt once only, as by a flipped bit.
 """
 
 import os

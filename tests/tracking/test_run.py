@@ -57,18 +57,6 @@ def test_steps_behind_the_checkpoint_are_void() -> None:
     assert [event["n"] for event in drop_superseded(again)] == [5, 6]
 
 
-def test_steps_behind_a_rollback_are_void() -> None:
-    def train(*steps: int) -> list[dict]:
-        return [{"event": "train", "step": step} for step in steps]
-
-    back = {"event": "rollback", "step": 5, "to": 2}
-    again = {"event": "resume", "step": 3}
-    events = [*train(1, 2, 3, 4, 5), back, *train(3, 4), again, *train(4)]
-    kept = [event["step"] for event in drop_superseded(events) if event["event"] == "train"]
-    assert kept == [1, 2, 3, 4]
-    assert back in drop_superseded(events[:8])
-
-
 def test_names_of_runs(tmp_path: Path) -> None:
     def next_name(resume: str = "auto") -> tuple[str, bool]:
         path, goes_on = resolve_run_dir(str(tmp_path), "a", resume)
