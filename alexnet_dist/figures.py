@@ -1,346 +1,285 @@
-"""The paper's figures 1, 3 and 4, and the curves of runs, as PNG and as PDF.
+"""Plot the paper's figures 1, 3 and 4, and the curves of runs, as PNG and as PDF.
 
-python -m alexnet_dist.figures RUN [RUN ...] [--out DIR] [--only curves|1|3|4 ...]
-Without --only, all that the runs have the records and checkpoints for; --out is RUN/figures unless
-it is given. Other options of its own: --images PATH ... (of the validation images, for figure 4's
-labels; else eight are drawn), --queries N (5 test images, drawn, for figure 4's neighbours),
---neighbours N (6), --train_images N (neighbours are looked for among so many, drawn, instead of
-among all), --names FILE (what to call class folders: lines such as "n01440764 tench, Tinca tinca").
-Another --train.seed draws others. Krizhevsky et al. 2012, sections 3.1 and 6.1.
+python -m alexnet_dist.figures RUN [RUN ...] [--only curves|1|3|4 ...] [--out DIR]
+
+Figure 1 compares the training errors of several runs; figure 3 shows the kernels of the first
+layer; figure 4 the best labels of validation images, and the training images nearest to some of
+them in the last hidden layer (Krizhevsky et al. 2012, sections 3.1 and 6.1). Figures 3 and 4 are of
+the first run. Another --train.seed samples other images.
 """
 
-import json
 import os
+from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from functools import partial
-from itertools import takewhile
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from jsonargparse.typing import PositiveInt
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from alexnet_dist.assembly.trained import LoadedModel
-from alexnet_dist.assembly.trained import read as read_network
-from alexnet_dist.config import CommandParser, Config, pop_option
+from alexnet_dist.assembly.trained import read as load_model
+from alexnet_dist.config import CommandParser
 from alexnet_dist.data import build_loader
 from alexnet_dist.data.corrupt_images import Batch
 from alexnet_dist.data.plan import SampleParams, center_crop_boxes
-from alexnet_dist.data.sources import DatasetInfo, ImageDataset, open_datasets, scan_dataset
+from alexnet_dist.data.sources import ImageDataset, SplitIndex, open_datasets, scan_dataset
 from alexnet_dist.errors import UserError, run_command
 from alexnet_dist.model import MODEL_REGISTRY, Network
 from alexnet_dist.parallel.mesh import Mesh, init_distributed
 from alexnet_dist.parallel.precision import autocast, configure_backends, resolve_precision
-from alexnet_dist.tracking import Event, paper_figures, passes, plots
+from alexnet_dist.tracking import Event, plots
 from alexnet_dist.tracking.console import ProgressReporter
 from alexnet_dist.tracking.logger import drop_superseded, read_events
 
-FIGURES = ("curves", "1", "3", "4")
-IMAGES, QUERIES, NEIGHBOURS, LABELS = 8, 5, 6, 5
-"""How many figure 4 shows: images with labels, test images, neighbours of each, and labels."""
+TARGET_ERROR = 25.0
+"""Training error (%) that figure 1 of the paper compares at."""
 
+NUM_LABELED, NUM_LABELS = 8, 5
+"""Images with labels in figure 4, and labels of each."""
 
-@dataclass(frozen=True)
-class Wanted:
-    """The options of this command's own, and the dotted ones that it leaves."""
-
-    runs: list[str]
-    only: list[str]
-    out: Path
-    images: list[str]
-    queries: int
-    neighbours: int
-    train_images: int | None
-    words: dict[str, str]
-    rest: list[str]
+Ints = NDArray[np.int64]
 
 
 def main(arguments: list[str]) -> None:
-    """Draw as the command line says."""
-    wanted = understand(arguments)
+    """Plot as the command line says."""
+    parser = _parser()
+    args = _check(parser.parse(arguments).args)
+    if {"curves", "1"} & set(args.only):
+        records = {
+            run: drop_superseded(read_events(Path(run, "metrics.jsonl"))) for run in args.runs
+        }
+        if "curves" in args.only:
+            plot_curves(args.out, records)
+        if "1" in args.only:
+            plot_figure1(args.out, records)
+    if {"3", "4"} & set(args.only):
+        model = load_model(args.runs[0], lambda config: parser.parse(arguments, config).config)
+        runtime = model.config.runtime
+        mesh = init_distributed(runtime.device, runtime.threads)
+        if "3" in args.only:
+            plot_figure3(args.out, model)
+        if "4" in args.only:
+            plot_figure4(args, model, mesh)
+
+
+def _parser() -> CommandParser:
+    parser = CommandParser("figures", __doc__)
+    add, count = parser.add_argument, {"type": PositiveInt, "metavar": "N"}
+    add("runs", nargs="*", metavar="RUN", help="a run's folder")
+    add(
+        "--only",
+        nargs="+",
+        choices=("curves", "1", "3", "4"),
+        help="1 is of several runs",
+    )
+    add("--out", type=Path, metavar="DIR", help="RUN/figures unless given")
+    add("--images", nargs="+", metavar="PATH", help="validation images to label; 8 are sampled")
+    add("--queries", default=5, help="test images with neighbors (5)", **count)
+    add("--neighbors", default=6, help="nearest training images of each (6)", **count)
+    add("--train_images", help="search so many training images, not all", **count)
+    add("--names", metavar="FILE", help="names of class folders: 'n01440764 tench, Tinca tinca'")
+    return parser
+
+
+def _check(args: Namespace) -> Namespace:
+    """Check the command's own options, and fill in defaults."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError(
-            "figures are drawn by one process: start this without torchrun", on_all_ranks=True
-        )
-    names = _names(wanted.runs)
-    drawn = [figure for figure in FIGURES if figure in wanted.only or not wanted.only]
-    of_records, of_networks = {"curves", "1"} & set(drawn), {"3", "4"} & set(drawn)
-    # what was asked for must be there
-    records = {
-        name: drop_superseded(read_events(Path(run) / "metrics.jsonl"))
-        for name, run in names.items()
-        if of_records and (wanted.only or (Path(run) / "metrics.jsonl").is_file())
-    }
-    networks = {
-        name: read_network(run, partial(_config, wanted.rest))
-        for name, run in names.items()
-        if of_networks and (wanted.only or (Path(run) / "checkpoints" / "last").exists())
-    }
-    if not records and not networks:
-        raise UserError(
-            f"{wanted.runs[0]} has neither records nor checkpoints: give a run's folder"
-        )
-    if "curves" in drawn and records:
-        draw_curves(wanted, records)
-    comparable = len(records) > 1 and all(passes.errors(events)[0] for events in records.values())
-    if "1" in wanted.only or ("1" in drawn and comparable):
-        draw_figure1(wanted, records)
-    if not networks:
-        return
-    runtime = next(iter(networks.values())).config.runtime
-    mesh = init_distributed(runtime.device, runtime.threads)
-    for name, network in networks.items():
-        which = "" if len(networks) == 1 else f"-{name.replace('/', '-')}"
-        if "3" in drawn:
-            draw_figure3(wanted, network, which)
-        if "4" in drawn:
-            draw_figure4(wanted, network, mesh, which)
-
-
-def understand(arguments: list[str]) -> Wanted:
-    """The command line.
-
-    Raises:
-        Failure: a run, an option or a value that there is not.
-        SystemExit: --help was asked for.
-    """
-    runs = [*takewhile(lambda word: not word.startswith("-"), arguments)]
-    values, rest = {}, arguments[len(runs) :]
-    for name in ("out", "only", "images", "queries", "neighbours", "train_images", "names"):
-        values[name], rest = pop_option(rest, name)
-    _config(rest, None)  # which may be asked for --help, and knows what is misspelt
-    if not runs:
-        raise UserError("there is nothing to draw: name one or several runs' folders first")
-    for run in runs:
+        raise UserError("figures is one process: start it without torchrun", on_all_ranks=True)
+    if not args.runs:
+        raise UserError("there is nothing to plot: give the folders of one or several runs")
+    for run in args.runs:
         if not Path(run).is_dir():
             raise UserError(f"there is no run at {run}: give a run's folder")
-    for figure in values["only"]:
-        if figure not in FIGURES:
-            raise UserError(f"there is no figure {figure}: --only takes {', '.join(FIGURES)}")
-
-    def one(name: str) -> str | None:
-        if len(values[name]) > 1:
-            raise UserError(
-                f"--{name} takes one value, not {' '.join(values[name])}: runs come before options"
-            )
-        return values[name][0] if values[name] else None
-
-    def number(name: str, default: int) -> int:
-        word = one(name)
-        if word is None:
-            return default
-        if not word.isdecimal() or int(word) < 1:
-            raise UserError(f"--{name} wants a whole number from 1 on, not {word}")
-        return int(word)
-
-    return Wanted(
-        runs,
-        values["only"],
-        Path(one("out") or Path(runs[0]) / "figures"),
-        values["images"],
-        number("queries", QUERIES),
-        number("neighbours", NEIGHBOURS),
-        number("train_images", 0) or None,
-        _read_words(one("names")),
-        rest,
-    )
+    args.only = args.only or ["curves", "3", "4", *["1"] * (len(args.runs) > 1)]
+    args.out = args.out or Path(args.runs[0], "figures")
+    args.names = read_names(args.names) if args.names else {}
+    return args
 
 
-def draw_curves(wanted: Wanted, records: dict[str, list[Event]]) -> None:
-    """The runs by passes, in one figure.
+def read_names(path: str) -> dict[str, str]:
+    """The first name of each class folder, of a file with a folder and its names in each line."""
+    try:
+        pairs = [line.split(maxsplit=1) for line in Path(path).read_text().splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--names {path} cannot be read ({error}): give a text file") from None
+    return {pair[0]: pair[1].partition(",")[0].strip() for pair in pairs if len(pair) == 2}
 
-    Raises:
-        Failure: a run has no records of training.
-    """
-    for name, events in records.items():
+
+def plot_curves(out: Path, records: dict[str, list[Event]]) -> None:
+    """Loss, error and learning rates of all runs."""
+    for run, events in records.items():
         if not any(event["event"] == "train" for event in events):
-            raise UserError(f"the records of {name} have no step of training yet: leave it out")
-    _draw(wanted, "curves", lambda path: plots.curves(path, records))
+            raise UserError(f"the records of {run} have no step of training yet: leave it out")
+    save(out / "curves", lambda path: plots.plot_curves(path, records))
 
 
-def draw_figure1(wanted: Wanted, records: dict[str, list[Event]]) -> None:
-    """Training error of two or more runs by passes, and when each reaches 25 %.
-
-    Raises:
-        Failure: there is one run only, or one without a whole pass.
-    """
+def plot_figure1(out: Path, records: dict[str, list[Event]]) -> None:
+    """Training error of several runs over epochs, and when each reaches TARGET_ERROR."""
     if len(records) < 2:
-        raise UserError(
-            "figure 1 compares runs, and here is one: give two or more, such as one with ReLU and "
-            "one with tanh"
-        )
-    lines = {
-        name: (passes.errors(events), passes.fine_errors(events))
-        for name, events in records.items()
-    }
-    for name, (whole, _) in lines.items():
-        if not whole[0]:
-            raise UserError(
-                f"the records of {name} have no whole pass yet: train on, or leave it out"
-            )
-    result = passes.compare({name: whole for name, (whole, _) in lines.items()})
-    title = passes.verdict(result)
-    _draw(wanted, "figure1", lambda path: paper_figures.training_error(path, lines, title))
-    for run in result:
-        whole, _ = lines[run["name"]]
-        run["errors"] = dict(zip(*whole, strict=True))
-        run |= _origin(records[run["name"]])
-    record = json.dumps({"training_error": passes.LEVEL, "runs": result}, indent=1) + "\n"
-    _write(wanted.out / "figure1.json", lambda path: path.write_text(record))
+        raise UserError("figure 1 compares runs: give two or more, such as another with tanh")
+    series = {}
+    for run, events in records.items():
+        errors = epoch_train_error(events)
+        if not errors:
+            raise UserError(f"the records of {run} have no complete epoch yet: leave it out")
+        epochs = epochs_to_error(errors, TARGET_ERROR)
+        needed = f"more than {max(errors):g}" if epochs is None else f"{epochs:.3g}"
+        series[f"{run}: {needed} epochs to {TARGET_ERROR:g} %"] = errors
+    print("\n".join(series))
+    save(out / "figure1", lambda path: plots.plot_figure1(path, series, TARGET_ERROR))
 
 
-def _origin(events: list[Event]) -> dict[str, Any]:
-    """What a run was, and what it was computed by."""
-    start = next((event for event in events if event["event"] == "start"), {})
-    config = start.get("config", {})
-    kept = {"variant": ("model", "arch"), "lr": ("optim", "lr"), "seed": ("train", "seed")}
-    known = {name: config.get(room, {}).get(option) for name, (room, option) in kept.items()}
-    facts = ("train_images", "world_size", "device", "precision", "versions")
-    return known | {name: start[name] for name in facts if name in start}
+def epoch_train_error(events: Iterable[Event]) -> dict[int, float]:
+    """Training error (%) over each complete epoch, by number of epochs trained."""
+    complete = [e for e in events if e["event"] == "epoch" and e["epoch"] == round(e["epoch"])]
+    return {round(e["epoch"]): e["top1_error"] for e in complete}
 
 
-def draw_figure3(wanted: Wanted, network: LoadedModel, which: str) -> None:
-    """The kernels of the first layer, tower by tower.
+def epochs_to_error(errors: dict[int, float], target: float) -> float | None:
+    """Epochs after which the error is ``target``, interpolated from the epoch before; None where
+    it stays above."""
+    last = float("inf")
+    for epoch, error in errors.items():
+        if error <= target:
+            return epoch - (target - error) / (last - error)
+        last = error
+    return None
 
-    Raises:
-        Failure: they do not read an image's three colours.
-    """
-    variant = network.config.model.arch
-    layers = network.build_on_meta().named_parameters()
+
+def plot_figure3(out: Path, model: LoadedModel) -> None:
+    """The kernels of the first layer, tower by tower."""
+    arch = model.config.model.arch
+    layers = model.build_on_meta().named_parameters()
     name, first = next((name, p) for name, p in layers if p.dim() > 1)
     if first.dim() != 4 or first.shape[1] != 3:
-        raise UserError(
-            f"{name} of {variant} does not read the three colours of an image: leave out figure 3"
-        )
-    weights = torch.nn.Parameter(torch.empty(first.shape))
-    network.fill({name: weights})
-    towers, shown = MODEL_REGISTRY[variant].towers, weights.detach().numpy()
-    _draw(wanted, f"figure3{which}", lambda path: plots.kernels(path, shown, towers))
+        raise UserError(f"{name} of {arch} does not read the three colors: leave out figure 3")
+    weights = nn.Parameter(torch.empty(first.shape))
+    model.fill({name: weights})
+    kernels, towers = weights.detach().numpy(), MODEL_REGISTRY[arch].towers
+    save(out / "figure3", lambda path: plots.plot_kernels(path, kernels, towers))
 
 
-def draw_figure4(wanted: Wanted, network: LoadedModel, mesh: Mesh, which: str) -> None:
-    """Validation images with their five best labels; test images and the nearest training images.
-
-    The validation images serve as test images.
+def plot_figure4(args: Namespace, model: LoadedModel, mesh: Mesh) -> None:
+    """Validation images with their best labels; some of them with the nearest training images.
 
     Raises:
-        Failure: the images are not there, or not those of the network's classes.
+        UserError: the images are not there, or not of the network's classes.
     """
-    data, runtime = network.config.data, network.config.runtime
-    catalogue = scan_dataset(data.root, data.cache_dir, ProgressReporter())
-    if catalogue.val.classes != network.classes:
+    data, runtime = model.config.data, model.config.runtime
+    with ProgressReporter() as progress:
+        info = scan_dataset(data.root, data.cache_dir, progress)
+    if info.val.classes != model.classes:
         raise UserError(
-            f"the classes of {catalogue.val.folder} are not those that {network.path} was trained "
-            "on: give --data.root a folder with the same class folders"
+            f"the classes of {info.val.folder} are not those that {model.path} was trained on: "
+            "give --data.root a folder with the same class folders"
         )
-    chosen = find_images(catalogue, wanted.images)
-    draw = np.random.default_rng(network.config.train.seed)
-    shown = draw.permutation(len(catalogue.val))[:IMAGES]
-    queries = draw.permutation(len(catalogue.val))[: wanted.queries]
-    among = np.sort(draw.permutation(len(catalogue.train))[: wanted.train_images])
-
+    generator = np.random.default_rng(model.config.train.seed)
+    labeled = generator.permutation(len(info.val))[:NUM_LABELED]
+    queries = generator.permutation(len(info.val))[: args.queries]
+    candidates = np.sort(generator.permutation(len(info.train))[: args.train_images])
+    if args.images:
+        labeled = find_images(info.val, args.images)
+    names = [args.names.get(label, label) for label in model.labels]
+    names = [  # two classes of ImageNet are cranes
+        f"{name} ({label})" if names.count(name) > 1 else name
+        for name, label in zip(names, model.labels, strict=True)
+    ]
     precision = resolve_precision(runtime.precision, mesh.device)
     configure_backends(precision, runtime.deterministic)
-    eye = Eye(network.model(mesh.device), precision)
-    train, val = (Views(source, network, mesh) for source in open_datasets(catalogue))
-    names = [wanted.words.get(name, name) for name in network.classes]
-    names += [f"class {n}" for n in range(len(names), network.outputs)]
-
-    _draw_labels(wanted, which, eye, val.of(chosen if len(chosen) else shown), val, names)
-    _draw_neighbours(wanted, which, eye, val.of(queries), train, among, names)
-    train.close()
-    val.close()
+    extractor = FeatureExtractor(model.model(mesh.device), precision)
+    max_batch = max(data.eval_batch_size, len(labeled), args.queries, args.neighbors)
+    train, val = (EvalImages(each, model, mesh, max_batch) for each in open_datasets(info))
+    with closing(train.loader), closing(val.loader):
+        plot_labels(args.out, extractor, val, labeled, names)
+        plot_neighbors(args, extractor, val, queries, train, candidates, names)
 
 
-def _draw_labels(
-    wanted: Wanted, which: str, eye: "Eye", batch: Batch, views: "Views", names: list[str]
+def plot_labels(
+    out: Path, extractor: "FeatureExtractor", val: "EvalImages", indices: Ints, names: list[str]
 ) -> None:
-    pixels, labels = views.seen(batch), batch.labels.tolist()
-    chances = eye.scores(batch.images).softmax(1)
-    rows = [
-        [(names[n], float(row[n]), n == label) for n in row.argsort(descending=True)[:LABELS]]
-        for row, label in zip(chances.cpu(), labels, strict=True)
-    ]
-    truths = [names[label] for label in labels]
-    _draw(
-        wanted,
-        f"figure4-labels{which}",
-        lambda path: paper_figures.guesses(path, pixels, truths, rows),
+    """Figure 4, left: images with their best labels."""
+    batch = val.load(indices)
+    best = extractor(batch.images)[1].softmax(1).topk(min(NUM_LABELS, len(names)))
+    rows = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    predictions = [[(names[n], p) for n, p in zip(*row, strict=True)] for row in rows]
+    captions = [names[label] for label in batch.labels.tolist()]
+    images = val.to_uint8(batch)
+    save(
+        out / "figure4-labels",
+        lambda path: plots.plot_predictions(path, images, captions, predictions),
     )
 
 
-def _draw_neighbours(
-    wanted: Wanted,
-    which: str,
-    eye: "Eye",
-    batch: Batch,
-    views: "Views",
-    among: NDArray[np.int64],
+def plot_neighbors(
+    args: Namespace,
+    extractor: "FeatureExtractor",
+    val: "EvalImages",
+    queries: Ints,
+    train: "EvalImages",
+    candidates: Ints,
     names: list[str],
 ) -> None:
-    features = ((one.numbers, eye.features(one.images)) for one in views.batches(among))
-    numbers, _ = nearest(eye.features(batch.images), features, wanted.neighbours)
-    rows = [views.of(row) for row in numbers]
-    found = [views.seen(row) for row in rows]
-    pixels, labels = views.seen(batch), batch.labels.tolist()
-    captions = [
-        [(names[n], n == label) for n in row.labels.tolist()]
-        for row, label in zip(rows, labels, strict=True)
-    ]
-    truths = [names[label] for label in labels]
-    _draw(
-        wanted,
-        f"figure4-neighbours{which}",
-        lambda path: paper_figures.neighbours(path, pixels, truths, found, captions),
+    """Figure 4, right: test images, and the training images with the nearest features."""
+    batch = val.load(queries)
+
+    def features() -> Iterator[tuple[Ints, Tensor]]:
+        with ProgressReporter() as progress:
+            for at, other in enumerate(train.batches(candidates), 1):
+                done = min(at * train.batch_size, len(candidates))
+                progress("nearest training images", done, len(candidates))
+                yield other.numbers, extractor(other.images)[0]
+
+    nearest, _ = knn(extractor(batch.images)[0], features(), args.neighbors)
+    found = [train.load(row) for row in nearest]
+    neighbors = np.stack([train.to_uint8(row) for row in found])
+    captions = [[names[label] for label in row.labels.tolist()] for row in found]
+    queried, images = [names[label] for label in batch.labels.tolist()], val.to_uint8(batch)
+    save(
+        args.out / "figure4-neighbors",
+        lambda path: plots.plot_neighbors(path, images, queried, neighbors, captions),
     )
 
 
-class Eye:
-    """What a network makes of images: its scores, and the activations that they are made from.
-
-    Those are the outputs of the last hidden layer, 4,096 behind the ReLU of fc7, with dropout as
-    it is at test.
-    """
+class FeatureExtractor:
+    """A network and its last hidden layer, in the paper 4,096 units behind the ReLU of fc7."""
 
     def __init__(self, model: Network, precision: Any) -> None:
-        self._convolutions, behind = model.split_features_classifier()
-        *self._hidden, self._last = behind.values()
-        self._lower = lambda images: autocast(precision, images.device)
+        self._model, self._precision = model, precision
+        *_, last = model.split_features_classifier()[1].values()
+        last.register_forward_pre_hook(self._keep_input)
 
     @torch.no_grad()
-    def features(self, images: Tensor) -> Tensor:
-        """float32 [b, units]."""
-        with self._lower(images):
-            x = self._convolutions(images)
-            for layer in self._hidden:
-                x = layer(x)
-        return x.float()
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Features [B, units] and logits [B, classes] of images [B, 3, H, W], float32."""
+        with autocast(self._precision, images.device):
+            logits = self._model(images)
+        return self._features.float(), logits.float()
 
-    @torch.no_grad()
-    def scores(self, images: Tensor) -> Tensor:
-        """float32 [b, classes]."""
-        features = self.features(images)
-        with self._lower(images):
-            return self._last(features).float()
+    def _keep_input(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self._features = inputs[0]
 
 
-class Views:
-    """The central views of a split's images, as the network reads them, by number."""
+class EvalImages:
+    """The center crops of a split's images, by index."""
 
-    def __init__(self, source: ImageDataset, network: LoadedModel, mesh: Mesh) -> None:
-        data = network.config.data
-        self._sizes, self._fraction = source.index.sizes, network.fraction
-        self._batch, self._pixels = data.eval_batch_size, network.pixels
-        self._engine = build_loader(
+    def __init__(
+        self, dataset: ImageDataset, model: LoadedModel, mesh: Mesh, max_batch: int
+    ) -> None:
+        data, self._sizes = model.config.data, dataset.index.sizes
+        self._fraction, self._pixels = model.fraction, model.pixels
+        self.batch_size = data.eval_batch_size
+        self.loader = build_loader(
             data.loader,
-            source,
+            dataset,
             self._pixels,
             plan=None,
-            fraction=network.fraction,
-            max_batch=data.eval_batch_size,
+            fraction=model.fraction,
+            max_batch=max_batch,
             device=mesh.device,
             decoder=data.dali_decoder,
             threads=data.threads or mesh.threads,
@@ -348,124 +287,70 @@ class Views:
             policy="omit" if data.on_corrupt_image == "skip" else "stop",
         )
 
-    def steps(self, numbers: NDArray[np.int64]) -> int:
-        """Batches that so many images make."""
-        return -(-len(numbers) // self._batch)
+    def batches(self, indices: Ints) -> Iterator[Batch]:
+        """Images in this order, without those that are to be skipped."""
+        size = self.batch_size
+        chunks = (indices[at : at + size] for at in range(0, len(indices), size))
+        return self.loader.batches(map(self._params, chunks))
 
-    def batches(self, numbers: NDArray[np.int64]) -> Iterator[Batch]:
-        """The images in this order; those that are to be skipped are left out."""
-        parts = (numbers[at : at + self._batch] for at in range(0, len(numbers), self._batch))
-        return self._engine.batches(map(self._draws, parts))
+    def load(self, indices: Ints) -> Batch:
+        """Up to ``max_batch`` images as one batch."""
+        (batch,) = self.loader.batches([self._params(indices)])
+        return batch
 
-    def of(self, numbers: NDArray[np.int64]) -> Batch:
-        """A few images as one batch."""
-        parts = [*self.batches(numbers)]
-        return Batch(
-            torch.cat([part.images for part in parts]),
-            torch.cat([part.labels for part in parts]),
-            np.concatenate([part.numbers for part in parts]),
-        )
-
-    def seen(self, batch: Batch) -> NDArray[np.uint8]:
-        """A batch as people see it, [b, H, W, 3]."""
+    def to_uint8(self, batch: Batch) -> NDArray[np.uint8]:
+        """A batch as people see it, [B, H, W, 3]."""
         return self._pixels.seen(batch.images)
 
-    def close(self) -> None:
-        self._engine.close()
+    def _params(self, indices: Ints) -> SampleParams:
+        def boxes(indices: Ints) -> Ints:
+            return center_crop_boxes(self._sizes[indices], self._fraction)
 
-    def _draws(self, numbers: NDArray[np.int64]) -> SampleParams:
-        def boxes_of(numbers: NDArray[np.int64]) -> NDArray[np.int64]:
-            return center_crop_boxes(self._sizes[numbers], self._fraction)
-
-        none = np.zeros(len(numbers), np.bool_)
-        return SampleParams(numbers, boxes_of(numbers), none, np.zeros((len(numbers), 3)), boxes_of)
+        n = len(indices)
+        return SampleParams(indices, boxes(indices), np.zeros(n, np.bool_), np.zeros((n, 3)), boxes)
 
 
-def nearest(
-    queries: Tensor, batches: Iterable[tuple[NDArray[np.int64], Tensor]], count: int
-) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Of each of ``queries`` [q, units] the numbers and Euclidean distances [q, count] of the
-    features nearest to it, nearest first, of equal ones the first.
+def knn(
+    queries: Tensor, batches: Iterable[tuple[Ints, Tensor]], k: int
+) -> tuple[Ints, NDArray[np.float32]]:
+    """Indices and Euclidean distances [q, k] of the features nearest to ``queries`` [q, units],
+    nearest first, of equal ones the first.
 
-    ``batches`` are images' numbers with their features [b, units], of which no more are kept than
-    the answer: those of ImageNet would take 21 GB.
+    ``batches``: image indices [b] with features [b, units]. Only the nearest so far are kept:
+    all those of ImageNet would take 21 GB.
     """
     distances = queries.new_empty(len(queries), 0)
-    numbers = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
-    for of, features in batches:
-        # the way of a matrix product loses the digits that tell neighbours apart
-        more = torch.cdist(queries, features, compute_mode="donot_use_mm_for_euclid_dist")
-        those = torch.from_numpy(of).to(queries.device).expand(len(queries), -1)
-        distances = torch.cat([distances, more], 1)
-        numbers = torch.cat([numbers, those], 1)
-        order = distances.argsort(dim=1, stable=True)[:, :count]
-        distances, numbers = distances.gather(1, order), numbers.gather(1, order)
-    return numbers.cpu().numpy(), distances.cpu().numpy()
+    indices = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
+    for batch_indices, features in batches:
+        # as a matrix product it would lose the digits that tell neighbors apart
+        new = torch.cdist(queries, features, compute_mode="donot_use_mm_for_euclid_dist")
+        new_indices = torch.from_numpy(batch_indices).to(queries.device).expand(len(queries), -1)
+        distances, indices = torch.cat([distances, new], 1), torch.cat([indices, new_indices], 1)
+        order = distances.argsort(dim=1, stable=True)[:, :k]
+        distances, indices = distances.gather(1, order), indices.gather(1, order)
+    return indices.cpu().numpy(), distances.cpu().numpy()
 
 
-def find_images(catalogue: DatasetInfo, paths: list[str]) -> NDArray[np.int64]:
-    """The numbers of validation images by path, or by their name below the split's folder.
-
-    Raises:
-        Failure: one is none of them.
-    """
-    numbers = {name: number for number, name in enumerate(catalogue.val.names)}
-    folder = Path(catalogue.val.folder)
-    found = []
-    for path in paths:
-        whole = Path(path).resolve()
-        below = whole.is_relative_to(folder.resolve())
-        name = whole.relative_to(folder.resolve()).as_posix() if below else path
-        if name not in numbers:
-            raise UserError(
-                f"{path} is none of the validation images of {folder}: --images takes their paths"
-            )
-        found.append(numbers[name])
-    return np.array(found, np.int64)
+def find_images(index: SplitIndex, paths: list[str]) -> Ints:
+    """Indices of images by path, or by name below the split's folder."""
+    indices = {name: at for at, name in enumerate(index.names)}
+    folder = Path(index.folder).resolve()
+    names = [os.path.relpath(Path(p).resolve(), folder) if Path(p).exists() else p for p in paths]
+    for path, name in zip(paths, names, strict=True):
+        if name not in indices:
+            raise UserError(f"{path} is none of the validation images of {index.folder}")
+    return np.array([indices[name] for name in names], np.int64)
 
 
-def _config(words: list[str], underneath: dict[str, Any] | None) -> Config:
-    return CommandParser("figures", __doc__).parse(words, underneath).config
-
-
-def _names(runs: list[str]) -> dict[str, str]:
-    """What to call each run: its folder's name, or its whole path where two have the same."""
-    short = [Path(run).resolve().name for run in runs]
-    return {
-        name if short.count(name) == 1 else run: run for name, run in zip(short, runs, strict=True)
-    }
-
-
-def _read_words(path: str | None) -> dict[str, str]:
-    """What to call class folders, of a file with a folder's name and its words in each line."""
-    if path is None:
-        return {}
-    try:
-        lines = Path(path).read_text().splitlines()
-    except (OSError, UnicodeDecodeError):
-        raise UserError(
-            f"{path} cannot be read: --names takes a text file of lines such as "
-            "'n01440764 tench, Tinca tinca'"
-        ) from None
-    pairs = (line.split(maxsplit=1) for line in lines)
-    return {pair[0]: pair[1].strip() for pair in pairs if len(pair) == 2}
-
-
-def _draw(wanted: Wanted, stem: str, draw: Callable[[Path], object]) -> None:
-    for ending in (".png", ".pdf"):
-        _write(wanted.out / f"{stem}{ending}", draw)
-
-
-def _write(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file, and say where it is."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(path)
-    except OSError as error:
-        raise UserError(
-            f"{path} could not be written ({error.strerror}): give another --out"
-        ) from None
-    print(path, flush=True)
+def save(stem: Path, plot: Callable[[Path], None]) -> None:
+    """Write a figure as PNG and as PDF, and print where."""
+    for path in (stem.with_suffix(".png"), stem.with_suffix(".pdf")):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            plot(path)
+        except OSError as error:
+            raise UserError(f"{path} cannot be written ({error.strerror}): give --out") from None
+        print(path, flush=True)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from alexnet_dist.errors import UserError, run_command, stderr
 from alexnet_dist.parallel.ddp import DDPLayout
 from alexnet_dist.parallel.mesh import Mesh, init_distributed
 from alexnet_dist.parallel.precision import configure_backends, resolve_precision
-from alexnet_dist.tracking.guesses import guesses
+from alexnet_dist.tracking.plots import plot_predictions
 
 PICTURED = 60
 """Images that a picture shows at most."""
@@ -173,7 +173,7 @@ def _draw(path: Path, pictured: list[Answer], network: LoadedModel, good: int) -
     if good > len(pictured):
         title += f": the first {len(pictured)} of {good} images"
     try:
-        guesses(
+        plot_predictions(
             path,
             [one.seen for one in pictured],
             [Path(one.path).name for one in pictured],

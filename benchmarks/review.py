@@ -15,7 +15,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from alexnet_dist.tracking.logger import drop_superseded, read_events
-from alexnet_dist.tracking.plots import save
+from alexnet_dist.tracking.plots import save_figure
 from benchmarks.common import machine_info
 
 Losses = dict[int, dict[str, float]]
@@ -65,7 +65,7 @@ def draw(path: Path, ours: Losses) -> None:
     axis.set(xlabel="passes", ylabel="loss")
     axis.set_ylim(bottom=0)
     axis.legend()
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def main() -> None:

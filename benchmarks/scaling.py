@@ -27,7 +27,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from alexnet_dist.parallel.mesh import available_cpus
-from alexnet_dist.tracking.plots import save
+from alexnet_dist.tracking.plots import save_figure
 from benchmarks.common import machine_info
 from benchmarks.hosts import Hosts
 from benchmarks.sources import loading, some_images, speed
@@ -258,7 +258,7 @@ def draw(record: dict[str, Any], parts: Parts, path: Path) -> None:
         batch = f"{WEAK} images a process" if scaling == "weak" else f"global batch {STRONG:,}"
         axis.set_title(f"{batch}\n{parts.name}\n{what}", fontsize=8)
     axes[0].legend(fontsize=8)
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def images_a_core(data: Path, batch: int = 64) -> list[tuple[int, float]]:

@@ -132,18 +132,18 @@ class Logger:
         self, name: str, step: int, pixels: NDArray[np.uint8], captions: Sequence[str], title: str
     ) -> None:
         """Plot images [n, H, W, 3] with captions as RUN/name.png."""
-        self._plot(name, step, lambda path: plots.images(path, pixels, captions, title))
+        self._plot(name, step, lambda path: plots.plot_image_grid(path, pixels, captions, title))
 
     def log_kernels(self, step: int, weights: NDArray[np.float32], towers: int, title: str) -> None:
         """Plot the first layer's kernels [n, 3, h, w] as RUN/kernels.png."""
-        self._plot("kernels", step, lambda path: plots.kernels(path, weights, towers, title))
+        self._plot("kernels", step, lambda path: plots.plot_kernels(path, weights, towers, title))
 
     def plot_curves(self, step: int) -> None:
         """Plot the run so far, from its records, as RUN/curves.png."""
         if self._run_dir is not None:
             run = self._run_dir.path
             events = drop_superseded(read_events(run / "metrics.jsonl"))
-            self._plot("curves", step, lambda path: plots.curves(path, {run.name: events}))
+            self._plot("curves", step, lambda path: plots.plot_curves(path, {run.name: events}))
 
     def close(self, status: Status, step: int, timeout: float | None = None) -> None:
         """Note the run's status and close the sinks; ``print`` still works.

@@ -1,6 +1,7 @@
-"""Pictures of runs, as PNG or PDF after the ending of their path."""
+"""Plots of runs and of what networks see, as PNG or PDF after the suffix of their path."""
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
 from alexnet_dist.tracking import Event
-from alexnet_dist.tracking.passes import Points, rates_by_pass, smooth
 
 mpl.rcParams.update(
     {
@@ -21,138 +21,211 @@ mpl.rcParams.update(
         "axes.grid": True,
         "grid.alpha": 0.25,
         "legend.frameon": False,
-        "pdf.fonttype": 42,  # outlines that a publisher's programs take, and text that can be found
+        "pdf.fonttype": 42,  # TrueType: publishers accept it, and text can be searched
     }
 )
-_TRAIN, _VALIDATION = "#8fb8de", "#c44536"
-_RUNS = ("#1f5a94", "#c44536", "#3d8b5f", "#8a5aa8", "#c98a1b", "#4d4d4d")
-_GROUPS = ("-", "--", "-.", ":")
+Images = NDArray[np.uint8] | Sequence[NDArray[np.uint8]]
+"""[n, H, W, 3], or n of [H, W, 3]."""
+
+_COLORS = ("#1f5a94", "#c44536", "#3d8b5f", "#8a5aa8", "#c98a1b", "#4d4d4d")
+_STYLES = ("-", "--", ":", "-.")
+_HIGHLIGHTED, _OTHER, _WRONG = "#e58f9a", "#a9c1e6", "#b3261e"
 
 
-def save(figure: Figure, path: Path, dpi: int = 200) -> None:
-    """Write a figure of 8 inches, which a page of a paper shrinks to 5.5, at 290 dots an inch."""
+def save_figure(figure: Figure, path: Path, dpi: int = 200) -> None:
     figure.savefig(path, dpi=dpi, bbox_inches="tight", pad_inches=0.03)
 
 
-def short(name: str, most: int) -> str:
-    """The first of a class's names, cut to ``most`` letters, as matplotlib prints it."""
-    first = name.split(",")[0].strip()
-    cut = first if len(first) <= most else first[: most - 1].rstrip() + "…"
-    return cut.replace("$", r"\$")
-
-
-def images(
-    path: Path, pixels: NDArray[np.uint8], captions: Sequence[str], title: str, columns: int = 8
+def plot_image_grid(
+    path: Path,
+    images: Images,
+    captions: Sequence[str],
+    title: str,
+    *,
+    columns: int = 8,
+    colors: Sequence[str] | None = None,
 ) -> None:
-    """A sheet of images [n, H, W, 3] with a caption below each."""
-    rows = -(-len(pixels) // columns)
+    """Images, each above its caption, which may have a color of its own."""
+    rows = -(-len(images) // columns)
     figure = Figure(figsize=(1.35 * columns, 1.6 * rows + 0.4), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axis in axes:
+    for axis in axes[len(images) :]:
         axis.axis("off")
-    for axis, image, caption in zip(axes, pixels, captions, strict=False):
-        axis.imshow(image)
-        axis.text(0.5, -0.04, caption, fontsize=6, ha="center", va="top", transform=axis.transAxes)
+    for at, (image, caption) in enumerate(zip(images, captions, strict=True)):
+        _show(axes[at], image)
+        color = colors[at] if colors else "black"
+        axes[at].set_xlabel(_label(caption, 24), fontsize=6.5, labelpad=2, color=color)
     figure.suptitle(title, fontsize=10)
-    save(figure, path, dpi=130)
+    save_figure(figure, path, dpi=130)
 
 
-def kernels(path: Path, weights: NDArray[np.float32], towers: int, title: str = "") -> None:
-    """First-layer kernels [n, 3, h, w], rows of 16 for each tower, as the paper's figure 3.
+def plot_neighbors(
+    path: Path,
+    queries: NDArray[np.uint8],
+    names: Sequence[str],
+    neighbors: NDArray[np.uint8],
+    neighbor_names: Sequence[Sequence[str]],
+) -> None:
+    """Figure 4, right: a row per test image, with the nearest training images, nearest first.
 
-    Grey is a weight of zero, and each kernel has a scale of its own, so that those without colour
-    are seen to have none, and the weak ones are seen.
+    Args:
+        queries: the test images [n, H, W, 3], of the classes ``names``.
+        neighbors: the training images [n, k, H, W, 3]; captions of another class are red.
     """
-    columns, gap, grain = 16, 1, 8
-    count, side = len(weights) // towers, weights.shape[2]
-    rows, step = -(-count // columns), side + gap
-    strongest = np.abs(weights).max((1, 2, 3), keepdims=True)
-    shown = (0.5 + 0.5 * weights / np.maximum(strongest, 1e-12)).transpose(0, 2, 3, 1)
-    wide, high = columns * step - gap, rows * step - gap
-    figure = Figure(figsize=(8, 8 * high / wide * towers + 0.22 * (towers - 1) + bool(title) * 0.3))
-    figure.set_layout_engine("constrained", w_pad=0, h_pad=0.02)
+    images = np.concatenate([queries[:, None], neighbors], 1)
+    captions = [[name, *others] for name, others in zip(names, neighbor_names, strict=True)]
+    plot_image_grid(
+        path,
+        images.reshape(-1, *queries.shape[1:]),
+        [name for row in captions for name in row],
+        "test images (left) and the training images nearest to them",
+        columns=images.shape[1],
+        colors=["black" if name == row[0] else _WRONG for row in captions for name in row],
+    )
+
+
+def plot_predictions(
+    path: Path,
+    images: Images,
+    captions: Sequence[str],
+    predictions: Sequence[Sequence[tuple[str, float]]],
+    title: str = "",
+    columns: int = 4,
+) -> None:
+    """Figure 4, left: images, each above its ``predictions`` as bars: labels with probabilities,
+    best first, of which one that is the image's caption is highlighted."""
+    columns = min(columns, len(images))
+    rows, bars = -(-len(images) // columns), max(len(best) for best in predictions)
+    height = 0.19 * bars
+    figure = Figure(figsize=(2.1 * columns, (2.4 + height) * rows + 0.4), layout="constrained")
+    axes = figure.subplots(2 * rows, columns, squeeze=False, height_ratios=[2.1, height] * rows)
+    for axis in axes.flat:
+        axis.axis("off")
+    for at, (image, caption, best) in enumerate(zip(images, captions, predictions, strict=True)):
+        upper, lower = axes[2 * (at // columns) :, at % columns][:2]
+        _show(upper, image)
+        upper.set_xlabel(_label(caption, 30), fontsize=8, labelpad=2)
+        lower.axis("on")
+        lower.set(xlim=(0, 1), ylim=(bars - 0.4, -0.6), xticks=[], yticks=[])
+        lower.spines[:].set(visible=True, linewidth=0.6)
+        for place, (label, probability) in enumerate(best):
+            color = _HIGHLIGHTED if label == caption else _OTHER
+            lower.barh(place, probability, height=0.82, color=color)
+            lower.text(0.03, place, _label(label, 24), fontsize=7, va="center")
+            lower.text(0.97, place, f"{probability:.1%}", fontsize=7, va="center", ha="right")
+    figure.suptitle(title, fontsize=10)
+    save_figure(figure, path, dpi=150)
+
+
+def plot_kernels(path: Path, weights: NDArray[np.float32], towers: int, title: str = "") -> None:
+    """Figure 3: first-layer kernels [n, 3, h, w], in rows of 16, tower by tower.
+
+    Gray is a weight of zero. Each kernel has a scale of its own, so that those without color are
+    seen to have none, and weak ones are seen.
+    """
+    columns, gap, zoom = 16, 1, 8
+    count, size = len(weights) // towers, weights.shape[2]
+    rows, step = -(-count // columns), size + gap
+    scale = np.maximum(np.abs(weights).max((1, 2, 3), keepdims=True), 1e-12)
+    kernels = (0.5 + 0.5 * weights / scale).transpose(0, 2, 3, 1)
+    width, height = columns * step - gap, rows * step - gap
+    figure = Figure(figsize=(8, 8.2 * height / width * towers + 0.3), layout="constrained")
     for tower, axis in enumerate(figure.subplots(towers, 1, squeeze=False).flat):
-        sheet = np.ones((high, wide, 3))
-        for at, kernel in enumerate(shown[tower * count : (tower + 1) * count]):
+        sheet = np.ones((height, width, 3))
+        for at, kernel in enumerate(kernels[tower * count : (tower + 1) * count]):
             top, left = (at // columns) * step, (at % columns) * step
-            sheet[top : top + side, left : left + side] = kernel
-        # readers of PDF smooth what has few pixels
-        axis.imshow(sheet.repeat(grain, 0).repeat(grain, 1), interpolation="nearest")
-        axis.set(xticks=[], yticks=[])
-        axis.spines[:].set_visible(False)
-        if towers > 1:
-            axis.set_ylabel(f"tower {tower + 1}", fontsize=9)
-    if title:
-        figure.suptitle(title, fontsize=10)
-    save(figure, path)
+            sheet[top : top + size, left : left + size] = kernel
+        _show(axis, sheet.repeat(zoom, 0).repeat(zoom, 1))  # PDF viewers blur small images
+        axis.set_ylabel(f"tower {tower + 1}" if towers > 1 else "")
+    figure.suptitle(title, fontsize=10)
+    save_figure(figure, path)
 
 
-def curves(path: Path, runs: Mapping[str, Sequence[Event]]) -> None:
-    """Loss, top-1 error and learning rates by passes, of one run's events or of several runs'.
+def plot_curves(path: Path, runs: Mapping[str, Sequence[Event]]) -> None:
+    """Loss, top-1 error and learning rates over epochs, of the events of one or several runs.
 
-    Training is pale, a running mean where records are dense; validation has a point for each
-    evaluation, of few. A learning rate has a panel where the records have it.
+    Training is pale, a moving average where records are dense; validation has a point for each
+    evaluation, if there are few.
     """
-    alone = len(runs) == 1
-    rates = {name: rates_by_pass(events) for name, events in runs.items()}
-    panels = 3 if any(rates.values()) else 2
-    figure = Figure(figsize=(4 * panels, 3.3))
+    figure = Figure(figsize=(12, 3.4))
     figure.set_layout_engine("constrained", wspace=0.06)
-    axes = figure.subplots(1, panels)
-    lines: list[Any] = []
-    for number, (name, events) in enumerate(runs.items()):
-        own = _RUNS[number % len(_RUNS)]
-        pale, strong = (_TRAIN, _VALIDATION) if alone else (own, own)
+    axes = figure.subplots(1, 3)
+    handles = []
+    for color, (name, events) in zip(cycle(_COLORS), runs.items(), strict=False):
         train = [e for e in events if e["event"] == "train" and e["loss"] is not None]
-        evaluations = [e for e in events if e["event"] == "eval"]
-        for axis, value in zip(axes, ("loss", "top1_error"), strict=False):
-            values = smooth([e[value] for e in train], len(train) // 100)
-            passes = [e["epoch"] for e in train]
-            axis.plot(passes, values, color=pale, lw=1, alpha=1 if alone else 0.4)
-            passes, values = [e["epoch"] for e in evaluations], [e[value] for e in evaluations]
-            mark = "o" if len(evaluations) <= 30 else ""
-            axis.plot(passes, values, color=strong, lw=1.5, marker=mark, ms=3)
-        best = min((e["top1_error"] for e in evaluations), default=None)
-        found = "" if best is None else f", best {best:.2f} %"
-        if alone:
-            lines = [_line(pale, "training", lw=1), _line(strong, f"validation{found}")]
-        else:
-            lines.append(_line(own, f"{name}{found}"))
-    if panels == 3:
-        _draw_rates(axes[2], list(rates.values()))
-    if not alone:
-        lines.append(_line("#aaaaaa", "training", lw=1))
-    for axis, label in zip(
-        axes, ("cross-entropy", "top-1 error, %", "learning rate"), strict=False
-    ):
-        axis.set(xlabel="passes", ylabel=label)
+        evals = [e for e in events if e["event"] == "eval"]
+        for axis, key in zip(axes, ("loss", "top1_error"), strict=False):
+            values = _moving_average([e[key] for e in train], len(train) // 100)
+            axis.plot([e["epoch"] for e in train], values, color=color, lw=1, alpha=0.4)
+            marker = "o" if len(evals) <= 30 else ""
+            epochs, errors = [e["epoch"] for e in evals], [e[key] for e in evals]
+            axis.plot(epochs, errors, color=color, lw=1.5, marker=marker, ms=3)
+        _plot_lrs(axes[2], [e for e in train if "lrs" in e], color)
+        best = min((f"{e['top1_error']:5.2f} %" for e in evals), default="none")
+        handles.append(Line2D([], [], color=color, label=f"{_label(name, 60)}, best {best}"))
+    handles.append(Line2D([], [], color=_COLORS[-1], lw=1, alpha=0.4, label="training (pale)"))
+    for axis, label in zip(axes, ("loss", "top-1 error (%)", "learning rate"), strict=True):
+        axis.set(xlabel="epochs", ylabel=label)
         axis.set_xlim(left=0)
         if axis.get_yscale() == "linear":
             axis.set_ylim(bottom=0)
-    figure.legend(handles=lines, loc="outside lower center", ncols=min(len(lines), 4))
-    if alone:
-        figure.suptitle(next(iter(runs)).replace("$", r"\$"), fontsize=10)
-    save(figure, path)
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 4))
+    save_figure(figure, path)
 
 
-def _line(colour: str, label: str, lw: float = 1.5) -> Line2D:
-    return Line2D([], [], color=colour, lw=lw, label=label.replace("$", r"\$"))
-
-
-def _draw_rates(axis: Any, runs: Sequence[Mapping[str, Points]]) -> None:
-    """The rates of each run's groups: a style for each group, and a colour for each run, or, of
-    one run, for each group."""
-    groups = list(dict.fromkeys(group for rates in runs for group in rates))
-    for run, rates in enumerate(runs):
-        for group, points in rates.items():
-            number = groups.index(group)
-            colour = _RUNS[(run if len(runs) > 1 else number) % len(_RUNS)]
-            style = _GROUPS[number % len(_GROUPS)]
-            axis.plot(*points, color=colour, ls=style, lw=1.3, drawstyle="steps-pre", label=group)
-    moving = [v for rates in runs for _, values in rates.values() for v in values if v > 0]
-    if moving and max(moving) > 30 * min(moving):
-        axis.set_yscale("log")  # on which a rate of zero drops out at the bottom
-        axis.set_ylim(min(moving) / 2, max(moving) * 2)
+def _plot_lrs(axis: Any, train: Sequence[Event], color: str) -> None:
+    """The learning rate of each group of parameters, in a line style of its own."""
+    groups = dict.fromkeys(group for event in train for group in event["lrs"])
+    for style, group in zip(cycle(_STYLES), groups, strict=False):
+        lrs = [event["lrs"].get(group) for event in train]
+        axis.plot([e["epoch"] for e in train], lrs, color=color, ls=style, lw=1.3, label=group)
+    lrs = [lr for event in train for lr in event["lrs"].values() if lr > 0]
+    if lrs and max(lrs) > 30 * min(lrs):
+        axis.set_yscale("log")
     if len(groups) > 1:
-        first = {line.get_label(): line for line in reversed(axis.lines)}
-        axis.legend(handles=[first[group] for group in groups], fontsize=7)
+        by_label = {line.get_label(): line for line in reversed(axis.lines)}
+        axis.legend(handles=[by_label[group] for group in groups], fontsize=7)
+
+
+def plot_figure1(
+    path: Path,
+    runs: Mapping[str, Mapping[int, float]],
+    target_error: float,
+) -> None:
+    """Figure 1: of each run the training error (%) by epochs; the first run is solid."""
+    figure = Figure(figsize=(5.6, 4.2), layout="constrained")
+    axis = figure.subplots()
+    for style, (name, errors) in zip(cycle(_STYLES), runs.items(), strict=False):
+        epochs, values = [*errors], [*errors.values()]
+        marker = "o" if len(epochs) < 40 else ""
+        axis.plot(epochs, values, "k", ls=style, marker=marker, ms=2.5, label=_label(name, 60))
+    axis.axhline(target_error, color=_WRONG, lw=0.8, zorder=0, label=f"{target_error:g} %")
+    axis.set(xlabel="epochs", ylabel="training error (%)")
+    axis.set_xlim(left=0)
+    axis.set_ylim(bottom=0)
+    axis.legend()
+    save_figure(figure, path)
+
+
+def _show(axis: Any, image: NDArray[Any]) -> None:
+    """Show an image [H, W, 3] without ticks and frame."""
+    axis.axis("on")
+    axis.imshow(image, interpolation="nearest")
+    axis.set(xticks=[], yticks=[])
+    axis.grid(False)
+    axis.spines[:].set_visible(False)
+
+
+def _label(text: str, length: int) -> str:
+    """Text cut to ``length`` letters a line, as matplotlib prints it."""
+    lines = (s if len(s) <= length else f"{s[: length - 1].rstrip()}…" for s in text.split("\n"))
+    return "\n".join(lines).replace("$", r"\$")
+
+
+def _moving_average(values: Sequence[float], width: int) -> NDArray[np.float64]:
+    """The mean of ``width`` values around each, of fewer at the ends."""
+    if not values:
+        return np.empty(0)
+    window = np.ones(min(max(width, 1), len(values)))
+    count = np.convolve(np.ones(len(values)), window, "same")
+    return np.convolve(values, window, "same") / count

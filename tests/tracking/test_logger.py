@@ -3,12 +3,9 @@
 import os
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from alexnet_dist.errors import UserError
-from alexnet_dist.tracking import plots
 from alexnet_dist.tracking.logger import EventLog, JsonlSink, drop_superseded, read_events
 from alexnet_dist.tracking.run_dir import RunDir, read_status, resolve_run_dir
 
@@ -76,25 +73,3 @@ def test_names_of_runs(tmp_path: Path) -> None:
     assert resolve_run_dir(str(tmp_path), "b", str(folder.path)) == (folder.path, True)
     with pytest.raises(UserError, match="no run at"):
         resolve_run_dir(str(tmp_path), "b", str(tmp_path / "c"))
-
-
-def _ink(path: Path) -> float:
-    """The part of a picture that is not white."""
-    return float((np.asarray(Image.open(path).convert("L")) < 250).mean())
-
-
-def test_pictures_show_something(tmp_path: Path) -> None:
-    generator = np.random.default_rng(0)
-    images = generator.integers(0, 255, (10, 32, 32, 3), np.uint8)
-    plots.images(tmp_path / "i.png", images, ["a caption"] * 10, "title")
-    kernels = generator.normal(size=(96, 3, 11, 11)).astype(np.float32)
-    plots.kernels(tmp_path / "k.png", kernels, 2, "title")
-    events = [
-        {"event": kind, "step": s, "epoch": s / 10, "loss": 2 / s, "top1_error": 90 / s}
-        for s in range(1, 20)
-        for kind in ("train", "eval")
-    ]
-    plots.curves(tmp_path / "c.png", {"title": events})
-    assert _ink(tmp_path / "i.png") > 0.2
-    assert _ink(tmp_path / "k.png") > 0.4
-    assert 0.01 < _ink(tmp_path / "c.png") < 0.3
