@@ -142,7 +142,7 @@ class TrainBenchmark:
         if device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(device)
         results |= self.time({MATMUL: self.matmul_case(), COPY: self.copy_case()})
-        if dali.available() and not self.train_set.raw:
+        if dali.available() and not self.train_set.is_decoded:
             results |= self.time({DECODER: self.decoder_case()})
         for name in LOADERS:
             results |= self.time_loader(name)
@@ -203,14 +203,13 @@ class TrainBenchmark:
                 name,
                 self.train_set,
                 self.data.pixels,
-                plan=self.data.plan,
-                fraction=self.data.plan.fraction,
-                max_batch=self.mesh.local_batch(self.batch_size),
+                self.data.plan,
                 device=self.mesh.device,
-                decoder=self.config.data.dali_decoder,
+                max_batch_size=self.mesh.local_batch(self.batch_size),
                 threads=self.threads,
-                ahead=self.config.data.prefetch,
-                policy="substitute",
+                prefetch=self.config.data.prefetch,
+                dali_decoder=self.config.data.dali_decoder,
+                on_corrupt="substitute",
             )
         except UserError:
             return {}
@@ -221,7 +220,7 @@ class TrainBenchmark:
     def evaluation_case(self) -> BenchCase:
         """Evaluation on the validation images."""
         loader, plan = self.data.val_engine, self.data.evaluation
-        epochs = (loader.batches(plan.draws(self.mesh.batch_slice)) for _ in itertools.count())
+        epochs = (loader.batches(plan.batches(self.mesh.batch_slice)) for _ in itertools.count())
         batches = itertools.chain.from_iterable(epochs)
 
         def run() -> float:

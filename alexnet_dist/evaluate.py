@@ -19,7 +19,7 @@ from alexnet_dist.assembly.trained import LoadedModel, read
 from alexnet_dist.config import CommandParser, Config
 from alexnet_dist.data import build_loader
 from alexnet_dist.data.corrupt_images import Batch, Loader
-from alexnet_dist.data.plan import EvalPlan, Views
+from alexnet_dist.data.plan import EvalPlan, NumCrops
 from alexnet_dist.data.sources import DatasetInfo, open_datasets, scan_dataset
 from alexnet_dist.errors import UserError, run_command
 from alexnet_dist.parallel.ddp import DDPLayout
@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> None:
     )
     parser.add_argument("--ten_crop", action="store_true", help="ten crops of each image")
     args = parser.parse(arguments).args
-    views: Views = 10 if args.ten_crop else 1
+    views: NumCrops = 10 if args.ten_crop else 1
     networks = read_networks(args.checkpoint, lambda kept: parser.parse(arguments, kept).config)
     config = networks[0].config
     mesh = init_distributed(config.runtime.device, config.runtime.threads)
@@ -103,14 +103,14 @@ def evaluate_one(network: LoadedModel, mesh: Mesh, catalogue: DatasetInfo) -> di
     plan = EvalPlan(catalogue.val.sizes, network.config.data.eval_batch_size)
     layout, engine, batches = lay_out(network, plan, mesh, catalogue)
     result = evaluate(layout, batches, mesh.device)
-    left_out = sum(len(news) for news in mesh.all_gather_object(engine.bad.take_news()))
+    left_out = sum(len(news) for news in mesh.all_gather_object(engine.corrupt.pop_events()))
     check_count(result, left_out, len(catalogue.val))
     engine.close()
     return result | ({"num_skipped": left_out} if left_out else {})
 
 
 def evaluate_average(
-    networks: list[LoadedModel], views: Views, mesh: Mesh, catalogue: DatasetInfo
+    networks: list[LoadedModel], views: NumCrops, mesh: Mesh, catalogue: DatasetInfo
 ) -> dict[str, float]:
     """Errors of the chances averaged over the networks and the views of the validation images.
 
@@ -121,8 +121,8 @@ def evaluate_average(
     batch_size = networks[0].config.data.eval_batch_size
     # a step has as many rows as with one view, unless that leaves a process without any image
     images = batch_size if views == 1 else max(batch_size // views, mesh.dp_size)
-    plan = EvalPlan(catalogue.val.sizes, images, views=views)
-    mine = np.concatenate([some.numbers[::views] for some in plan.draws(mesh.batch_slice)])
+    plan = EvalPlan(catalogue.val.sizes, images, num_crops=views)
+    mine = np.concatenate([some.indices[::views] for some in plan.batches(mesh.batch_slice)])
     shape, device = (len(mine), networks[0].outputs), mesh.device
     chances = torch.full(shape, -torch.inf, dtype=torch.float64, device=device)
     added = torch.zeros(len(mine), dtype=torch.int64, device=device)
@@ -130,14 +130,14 @@ def evaluate_average(
     for network in networks:
         layout, engine, batches = lay_out(network, plan, mesh, catalogue)
         for batch in batches:
-            if len(batch.numbers):
-                rows = torch.from_numpy(np.searchsorted(mine, batch.numbers[::views])).to(device)
+            if len(batch.indices):
+                rows = torch.from_numpy(np.searchsorted(mine, batch.indices[::views])).to(device)
                 each = layout.logits(batch.images).double().log_softmax(1)
                 more = each.unflatten(0, (-1, views)).logsumexp(1)
                 chances[rows] = torch.logaddexp(chances[rows], more)
                 added[rows] += 1
-        everyone = mesh.all_gather_object(engine.bad.take_news())
-        left_out |= {event["number"] for news in everyone for event in news}
+        everyone = mesh.all_gather_object(engine.corrupt.pop_events())
+        left_out |= {event["index"] for news in everyone for event in news}
         engine.close()
 
     whole = added == len(networks)
@@ -158,25 +158,24 @@ def lay_out(
     """The network with its weights, and the engine with this process's images as it wants them, in
     the steps of the ``plan``."""
     config, data = network.config, network.config.data
-    plan = replace(plan, fraction=network.fraction)
+    plan = replace(plan, crop_fraction=network.fraction)
     engine = build_loader(
         data.loader,
         open_datasets(catalogue)[1],
         network.pixels,
-        plan=None,
-        fraction=network.fraction,
-        max_batch=max(mesh.local_batch(plan.batch), 1) * plan.views,
+        plan,
         device=mesh.device,
-        decoder=data.dali_decoder,
+        max_batch_size=max(mesh.local_batch(plan.batch_size), 1) * plan.num_crops,
         threads=data.threads or mesh.threads,
-        ahead=data.prefetch,
-        policy="omit" if data.on_corrupt_image == "skip" else "stop",
+        prefetch=data.prefetch,
+        dali_decoder=data.dali_decoder,
+        on_corrupt="skip" if data.on_corrupt_image == "skip" else "stop",
     )
     precision = resolve_precision(config.runtime.precision, mesh.device)
     configure_backends(precision, config.runtime.deterministic)
-    layout = DDPLayout(network.build_on_meta(), mesh, batch=plan.batch, precision=precision)
+    layout = DDPLayout(network.build_on_meta(), mesh, batch=plan.batch_size, precision=precision)
     network.fill(layout.parameters)
-    return layout, engine, engine.batches(plan.draws(mesh.batch_slice))
+    return layout, engine, engine.batches(plan.batches(mesh.batch_slice))
 
 
 if __name__ == "__main__":

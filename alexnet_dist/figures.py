@@ -26,7 +26,7 @@ from alexnet_dist.assembly.trained import read as load_model
 from alexnet_dist.config import CommandParser
 from alexnet_dist.data import build_loader
 from alexnet_dist.data.corrupt_images import Batch
-from alexnet_dist.data.plan import SampleParams, center_crop_boxes
+from alexnet_dist.data.plan import EvalPlan
 from alexnet_dist.data.sources import ImageDataset, SplitIndex, open_datasets, scan_dataset
 from alexnet_dist.errors import UserError, run_command
 from alexnet_dist.model import MODEL_REGISTRY, Network
@@ -232,7 +232,7 @@ def plot_neighbors(
             for at, other in enumerate(train.batches(candidates), 1):
                 done = min(at * train.batch_size, len(candidates))
                 progress("nearest training images", done, len(candidates))
-                yield other.numbers, extractor(other.images)[0]
+                yield other.indices, extractor(other.images)[0]
 
     nearest, _ = knn(extractor(batch.images)[0], features(), args.neighbors)
     found = [train.load(row) for row in nearest]
@@ -270,44 +270,36 @@ class EvalImages:
     def __init__(
         self, dataset: ImageDataset, model: LoadedModel, mesh: Mesh, max_batch: int
     ) -> None:
-        data, self._sizes = model.config.data, dataset.index.sizes
-        self._fraction, self._pixels = model.fraction, model.pixels
+        data, self._pixels = model.config.data, model.pixels
         self.batch_size = data.eval_batch_size
+        self._plan = EvalPlan(dataset.index.sizes, self.batch_size, model.fraction)
         self.loader = build_loader(
             data.loader,
             dataset,
             self._pixels,
-            plan=None,
-            fraction=model.fraction,
-            max_batch=max_batch,
+            self._plan,
             device=mesh.device,
-            decoder=data.dali_decoder,
+            max_batch_size=max_batch,
             threads=data.threads or mesh.threads,
-            ahead=data.prefetch,
-            policy="omit" if data.on_corrupt_image == "skip" else "stop",
+            prefetch=data.prefetch,
+            dali_decoder=data.dali_decoder,
+            on_corrupt="skip" if data.on_corrupt_image == "skip" else "stop",
         )
 
     def batches(self, indices: Ints) -> Iterator[Batch]:
         """Images in this order, without those that are to be skipped."""
         size = self.batch_size
         chunks = (indices[at : at + size] for at in range(0, len(indices), size))
-        return self.loader.batches(map(self._params, chunks))
+        return self.loader.batches(map(self._plan.samples, chunks))
 
     def load(self, indices: Ints) -> Batch:
         """Up to ``max_batch`` images as one batch."""
-        (batch,) = self.loader.batches([self._params(indices)])
+        (batch,) = self.loader.batches([self._plan.samples(indices)])
         return batch
 
     def to_uint8(self, batch: Batch) -> NDArray[np.uint8]:
         """A batch as people see it, [B, H, W, 3]."""
-        return self._pixels.seen(batch.images)
-
-    def _params(self, indices: Ints) -> SampleParams:
-        def boxes(indices: Ints) -> Ints:
-            return center_crop_boxes(self._sizes[indices], self._fraction)
-
-        n = len(indices)
-        return SampleParams(indices, boxes(indices), np.zeros(n, np.bool_), np.zeros((n, 3)), boxes)
+        return self._pixels.to_uint8_images(batch.images)
 
 
 def knn(

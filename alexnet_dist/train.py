@@ -90,7 +90,7 @@ class Run:
             folder,
             to_dict(config),
             total_steps=self.steps,
-            steps_per_epoch=self.images.plan.steps,
+            steps_per_epoch=self.images.plan.steps_per_epoch,
             wandb_mode=config.wandb.mode,
             wandb_project=config.wandb.project,
             log_images=config.wandb.log_images,
@@ -100,12 +100,12 @@ class Run:
     def steps(self) -> int:
         """Steps of the whole run."""
         train = self.config.train
-        return max(round(train.epochs * train.epochs_scale * self.images.plan.steps), 1)
+        return max(round(train.epochs * train.epochs_scale * self.images.plan.steps_per_epoch), 1)
 
     @property
     def passes(self) -> float:
         """Passes over the training images so far."""
-        return self.step / self.images.plan.steps
+        return self.step / self.images.plan.steps_per_epoch
 
     def train(self) -> None:
         """Train to the end of the run, or to train.max_steps of it, or until it is told to stop.
@@ -146,7 +146,7 @@ class Run:
     def _train(self, last: int) -> None:
         result: dict[str, float] = {}
         while self.step < last or self.evaluated < self.step:
-            end = min(last, (self._epoch + 1) * self.images.plan.steps)
+            end = min(last, (self._epoch + 1) * self.images.plan.steps_per_epoch)
             if not self._wants_evaluation(last):
                 self._train_to(end)
             self._collect()
@@ -158,12 +158,14 @@ class Run:
 
     def _wants_evaluation(self, last: int) -> bool:
         """Whether training has come to where it is evaluated, and was stopped before it was."""
-        due = self.step > 0 and (self.step % self.images.plan.steps == 0 or self.step >= last)
+        due = self.step > 0 and (
+            self.step % self.images.plan.steps_per_epoch == 0 or self.step >= last
+        )
         return due and self.evaluated < self.step
 
     def _end_epoch(self) -> dict[str, float]:
         """Evaluate, and save what training has come to."""
-        whole = self.step % self.images.plan.steps == 0 or self.step == self.steps
+        whole = self.step % self.images.plan.steps_per_epoch == 0 or self.step == self.steps
         result = self.evaluate()
         self._record_epoch()
         self.evaluated = self.step
@@ -178,13 +180,13 @@ class Run:
 
     @property
     def _epoch(self) -> int:
-        return self.step // self.images.plan.steps
+        return self.step // self.images.plan.steps_per_epoch
 
     def _train_to(self, end: int) -> None:
         """Steps up to ``end``, which lies in this epoch or is its last."""
         config = self.config
         plan = self.images.plan
-        draws = plan.epoch(self._epoch, self.step % plan.steps, self.mesh.batch_slice)
+        draws = plan.epoch(self._epoch, self.step % plan.steps_per_epoch, self.mesh.batch_slice)
         batches = self.images.engine.batches(draws)
         try:
             self.clock.start()
@@ -200,7 +202,7 @@ class Run:
                 result = self.learner.take_step(batch, masks)
                 self.pace.started(batch)
                 self.step += 1
-                self.meters.add(self.step, result, batch.numbers)
+                self.meters.add(self.step, result, batch.indices)
                 self.clock.stepped()
                 if self.step % config.train.log_interval == 0:
                     self._record(rates)
@@ -228,7 +230,9 @@ class Run:
             top1_error=error,
             lr=rates["weights"],
             lrs=rates,
-            pca_noise_std=self.images.colour_strength((self.step - 1) / self.images.plan.steps),
+            pca_noise_std=self.images.plan.pca_noise_std(
+                (self.step - 1) / self.images.plan.steps_per_epoch
+            ),
             steps=steps,
             images_per_second=timed / max(seconds, 1e-9),
             data_time_fraction=waited / max(seconds, 1e-9),
@@ -262,7 +266,7 @@ class Run:
             self.preemption.check(2 * longest + 2 * self.saver.longest)
 
         batches = self.images.val_engine.batches(
-            self.images.evaluation.draws(self.mesh.batch_slice)
+            self.images.evaluation.batches(self.mesh.batch_slice)
         )
         try:
             with WAITS.paused():
@@ -279,7 +283,7 @@ class Run:
 
     def _report_bad(self, engine: Loader) -> int:
         """Record the images that were replaced or left out, of all processes; how many."""
-        mine = engine.bad.take_news() if self.mesh.is_replica_leader else []
+        mine = engine.corrupt.pop_events() if self.mesh.is_replica_leader else []
         news = [event for each in self.mesh.all_gather_object(mine) for event in each]
         for event in news:
             self.report.emit("corrupt_image", step=self.step, **event)
@@ -303,8 +307,8 @@ class Run:
             "scaler": self.layout.scaler.state_dict(),
             "config": to_dict(self.config),
             "classes": catalogue.train.classes,
-            "statistics": catalogue.statistics.to_json(),
-            "fingerprint": catalogue.fingerprint,
+            "statistics": catalogue.stats.to_json(),
+            "fingerprint": catalogue.dataset_hash,
             "images": {"train": len(catalogue.train), "val": len(catalogue.val)},
             "wandb_id": self.report.wandb_id,
             "versions": telling.versions(),
@@ -333,7 +337,7 @@ class Run:
         )
         check_resume_compatible(state["config"], to_dict(self.config), way_out)
         catalogue = self.images.catalogue
-        if state["fingerprint"] != catalogue.fingerprint:
+        if state["fingerprint"] != catalogue.dataset_hash:
             raise UserError(
                 f"the images below {catalogue.train.folder} are others than before: {way_out}",
                 on_all_ranks=True,
@@ -387,7 +391,9 @@ class Run:
             return
         guarded = self.layout.scaler.skip_nonfinite
         for one in bad if guarded else bad[:1]:  # without a guard the others follow from it
-            paths = [self.images.engine.bad.source.path(number) for number in one.numbers.tolist()]
+            paths = [
+                self.images.engine.corrupt.dataset.path(number) for number in one.numbers.tolist()
+            ]
             self.report.emit(
                 "nonfinite", step=one.step, what=one.what, skipped=guarded, paths=paths
             )
@@ -405,7 +411,7 @@ class Run:
 
     def _agree(self) -> None:
         """See to it that all processes were given the same run, and share its images out."""
-        mine = (to_dict(self.config), self.images.catalogue.fingerprint, self.step)
+        mine = (to_dict(self.config), self.images.catalogue.dataset_hash, self.step)
         rows = (
             range(self.config.data.batch_size)[self.mesh.batch_slice]
             if self.mesh.is_replica_leader

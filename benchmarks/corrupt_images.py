@@ -22,8 +22,8 @@ import PIL
 import torch
 
 from alexnet_dist.data.corrupt_images import Loader
-from alexnet_dist.data.dali import DaliLoader, choose_decoder
-from alexnet_dist.data.formats import checked, plain_size
+from alexnet_dist.data.dali import DaliLoader, probe_decoder
+from alexnet_dist.data.formats import parse_jpeg_size, validate_bytes
 from alexnet_dist.data.plan import SamplePlan
 from alexnet_dist.data.sources import ImageDataset, open_datasets, scan_dataset
 from alexnet_dist.data.torch_loader import TorchLoader
@@ -46,15 +46,15 @@ REFERENCE = "DataLoader"
 
 def engines() -> dict[str, Any]:
     """What makes each engine of a source, by its name."""
-    shared: dict[str, Any] = {"policy": "omit"}
-    dali: dict[str, Any] = {"max_batch": 1, "resize": True, "threads": 2, **shared}
+    shared: dict[str, Any] = {"on_corrupt": "skip"}
+    dali: dict[str, Any] = {"max_batch_size": 1, "resize": True, "threads": 2, **shared}
     found: dict[str, Any] = {
         REFERENCE: partial(TorchLoader, device=CPU, threads=0, **shared),
         "DALI on CPUs": partial(DaliLoader, device=CPU, decoder="roi", **dali),
     }
     if torch.cuda.is_available():
         gpu = torch.device("cuda", 0)
-        works = choose_decoder(gpu)
+        works = probe_decoder(gpu)
         for decoder in ("roi", "full"):
             if decoder == "full" or works == "roi":
                 make = partial(DaliLoader, device=gpu, decoder=decoder, **dali)
@@ -62,16 +62,16 @@ def engines() -> dict[str, Any]:
     return found
 
 
-def outcome(engine: Loader, plan: SamplePlan, number: int) -> tuple[torch.Tensor | None, str]:
+def outcome(engine: Loader, plan: SamplePlan, index: int) -> tuple[torch.Tensor | None, str]:
     """The finished image, or why there is none."""
-    draws = plan.draw(0, 0)
-    (batch,) = engine.batches([draws.only(draws.numbers == number)])
-    news = engine.bad.take_news()
+    draws = plan.sample(0, 0)
+    (batch,) = engine.batches([draws.select(draws.indices == index)])
+    news = engine.corrupt.pop_events()
     return (None, str(news[0]["reason"])) if news else (batch.images[0].cpu(), "")
 
 
 def fill(folder: Path) -> tuple[ImageDataset, dict[str, int]]:
-    """Files of all kinds in ``folder``, and their numbers in the index."""
+    """Files of all kinds in ``folder``, and their indices in the index."""
     plain = encode(photograph(), "JPEG", quality=90)
     bad = damaged() | inwardly_damaged()
     paths = write_folder(folder, whole() | dict.fromkeys(bad, plain))
@@ -83,15 +83,15 @@ def fill(folder: Path) -> tuple[ImageDataset, dict[str, int]]:
 
 def rows(folder: Path) -> list[dict[str, Any]]:
     """One for each kind and engine."""
-    source, numbers = fill(folder)
-    plan = SamplePlan(source.index.sizes, len(source.index), 3, fraction=SIDE / 96)
+    source, indices = fill(folder)
+    plan = SamplePlan(source.index.sizes, len(source.index), 3, crop_fraction=SIDE / 96)
     pixels = Normalization(np.zeros(3), np.ones(3), np.zeros((3, 3)), SIDE)
     running = {name: make(source, pixels) for name, make in engines().items()}
     found: list[dict[str, Any]] = []
-    for kind, number in numbers.items():
+    for kind, index in indices.items():
         reference = None
         for name, engine in running.items():
-            image, reason = outcome(engine, plan, number)
+            image, reason = outcome(engine, plan, index)
             row = {"kind": kind, "engine": name, "decoded": image is not None}
             if image is None:
                 row["reason"] = reason
@@ -133,8 +133,8 @@ def microseconds() -> dict[str, float]:
         return header.height, header.width, header.dtype
 
     ways: dict[str, Callable[[], Any]] = {
-        "its end": lambda: checked(encoded),
-        "its header, if it is plain": lambda: plain_size(encoded),
+        "its end": lambda: validate_bytes(encoded),
+        "its header, if it is plain": lambda: parse_jpeg_size(encoded),
         "its header, by DALI's parser": parse,
     }
     return {

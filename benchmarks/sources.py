@@ -51,8 +51,8 @@ def some_images(data: Path, folder: Path, count: int) -> Path:
     validation."""
     classes = sorted(path for path in (data / "train").iterdir() if path.is_dir())
     for path in classes:
-        for number, image in enumerate(sorted(path.iterdir())[: count // len(classes)]):
-            for split in ("train", "val") if number == 0 else ("train",):
+        for index, image in enumerate(sorted(path.iterdir())[: count // len(classes)]):
+            for split in ("train", "val") if index == 0 else ("train",):
                 (folder / split / path.name).mkdir(parents=True, exist_ok=True)
                 (folder / split / path.name / image.name).symlink_to(image.resolve())
     return folder
@@ -63,7 +63,7 @@ def loading(root: Path, engine: str, batch: int) -> Generator[int, None, None]:
     catalogue = scan_dataset(str(root), str(root), lambda *_: None)
     sizes = catalogue.train.sizes
     side = int(sizes.min()) * 25 // 28
-    plan = SamplePlan(sizes, batch, seed=1, fraction=side / int(sizes.min()))
+    plan = SamplePlan(sizes, batch, seed=1, crop_fraction=side / int(sizes.min()))
     source = open_datasets(catalogue)[0]
     epochs = (plan.epoch(epoch, 0, slice(None)) for epoch in itertools.count())
     if engine == "usual":
@@ -72,16 +72,15 @@ def loading(root: Path, engine: str, batch: int) -> Generator[int, None, None]:
     running = build_loader(
         engine,  # type: ignore[arg-type]
         source,
-        build_normalization("centered", catalogue.statistics, side=side),
-        plan=plan,
-        fraction=plan.fraction,
-        max_batch=batch,
+        build_normalization("centered", catalogue.stats, size=side),
+        plan,
+        max_batch_size=batch,
         device=CPU,
         threads=available_cpus(),
     )
     for draws in epochs:
         for finished in running.batches(draws):
-            yield len(finished.numbers)
+            yield len(finished.indices)
 
 
 class Cropped(Dataset[tuple[Tensor, int]]):
@@ -91,11 +90,11 @@ class Cropped(Dataset[tuple[Tensor, int]]):
         self.source = source
 
     def __getitem__(self, order: tuple[int, list[int], bool]) -> tuple[Tensor, int]:
-        number, box, flip = order
-        image = TF.crop(default_loader(self.source.path(number)), *box)
+        index, box, flip = order
+        image = TF.crop(default_loader(self.source.path(index)), *box)
         image = TF.to_tensor(TF.hflip(image) if flip else image)
         image = TF.normalize(image, IMAGENET_MEAN.tolist(), IMAGENET_STD.tolist())
-        return image, int(self.source.index.labels[number])
+        return image, int(self.source.index.labels[index])
 
 
 def usual(
@@ -103,7 +102,11 @@ def usual(
 ) -> Generator[int, None, None]:
     """Images of batch after batch, by a DataLoader as people write it."""
     orders = (
-        list(zip(draws.numbers.tolist(), draws.boxes.tolist(), draws.flips.tolist(), strict=True))
+        list(
+            zip(
+                draws.indices.tolist(), draws.crop_boxes.tolist(), draws.flips.tolist(), strict=True
+            )
+        )
         for draws in itertools.chain.from_iterable(epochs)
     )
     loader: DataLoader[tuple[Tensor, int]] = DataLoader(
@@ -162,13 +165,13 @@ def main() -> None:
         roots = {"folder": some_images(words.data, Path(folder) / "folder", words.images)}
         for kind in ("shards", "pixels"):
             roots[kind] = write_prepared(roots["folder"], Path(folder) / kind, kind)
-        for number in range(words.rounds):
+        for index in range(words.rounds):
             for engine, form in WAYS:
                 batches = loading(roots[form], engine, words.batch)
                 speeds[f"{engine} {form}"].append(speed(batches, words.steps))
                 batches.close()
             last = {name: [round(one) for one in found[-1]] for name, found in speeds.items()}
-            print(f"round {number + 1}/{words.rounds}: {last}", flush=True)
+            print(f"round {index + 1}/{words.rounds}: {last}", flush=True)
     record = {
         "what": "benchmarks/sources.py",
         "date": time.strftime("%Y-%m-%d"),

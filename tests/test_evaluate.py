@@ -46,11 +46,13 @@ def errors_of(
     def lay_out(network: LoadedModel, *_: object) -> tuple[object, object, object]:
         given, missing = logits[network.state["n"]], bad[network.state["n"]]
         layout = SimpleNamespace(logits=lambda images: given[images])
-        news = [{"number": number} for number in missing]
-        engine = SimpleNamespace(bad=SimpleNamespace(take_news=lambda: news), close=lambda: None)
+        news = [{"index": number} for number in missing]
+        engine = SimpleNamespace(
+            corrupt=SimpleNamespace(pop_events=lambda: news), close=lambda: None
+        )
         steps = np.array_split(np.arange(IMAGES), [5, 10, 15, 20])
         kept = [np.array([n for n in step if n not in missing], np.int64) for step in steps]
-        batches = [SimpleNamespace(numbers=one, images=torch.from_numpy(one)) for one in kept]
+        batches = [SimpleNamespace(indices=one, images=torch.from_numpy(one)) for one in kept]
         return layout, engine, batches
 
     monkeypatch.setattr(evaluate, "lay_out", lay_out)
@@ -141,7 +143,7 @@ def test_ten_views_are_a_loop_over_crops(
         config.data.on_corrupt_image = "skip"
         config.model.arch, config.model.num_classes = variant, CLASSES
         config.runtime.precision = "fp32"
-        statistics = catalogue.statistics.to_json()
+        statistics = catalogue.stats.to_json()
         state = {"classes": catalogue.val.classes, "statistics": statistics}
         trained.append(LoadedModel(Path(variant), state, config))
 
@@ -153,7 +155,7 @@ def test_ten_views_are_a_loop_over_crops(
     results = [
         evaluate.evaluate_average(some, 10, mesh, catalogue) for some in (trained[:1], trained)
     ]
-    mean = catalogue.statistics.mean
+    mean = catalogue.stats.mean
     views = np.array(
         [_views(models[variant].double(), files, side, mean) for variant, side in SIDES.items()]
     )

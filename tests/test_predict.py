@@ -68,7 +68,7 @@ def test_the_numbers_are_an_evaluations(
     source = FolderDataset(SplitIndex(str(photographs), names, labels, sizes, CLASSES))
     network = read(str(run))
     engine = TorchLoader(source, network.pixels, device=CPU, threads=0)
-    batches = engine.batches(EvalPlan(sizes, 4, network.fraction).draws(slice(None)))
+    batches = engine.batches(EvalPlan(sizes, 4, network.fraction).batches(slice(None)))
     with torch.no_grad():
         wanted = torch.cat([model(batch.images).double().softmax(1) for batch in batches]).numpy()
     np.testing.assert_allclose(by_class(answers), wanted, rtol=1e-4)

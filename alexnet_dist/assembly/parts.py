@@ -58,53 +58,51 @@ class Images:
             data.batch_size,
             config.train.seed,
             crop=data.train_crop,
-            fraction=fraction,
+            crop_fraction=fraction,
             scale=data.scale,
             ratio=data.ratio,
-            flip=data.hflip,
-            strength=self.colour_strength,
+            hflip=data.hflip,
+            pca_noise_std=partial(pca_noise_std, config),
         )
         self.evaluation = EvalPlan(self.catalogue.val.sizes, data.eval_batch_size, fraction)
-        reads, statistics = MODEL_REGISTRY[config.model.arch].input_norm, self.catalogue.statistics
+        reads, stats = MODEL_REGISTRY[config.model.arch].input_norm, self.catalogue.stats
         self.pixels = build_normalization(
-            reads, statistics, side=data.image_size, colour=data.pca_noise
+            reads, stats, size=data.image_size, pca_noise=data.pca_noise
         )
-        self.val_pixels = build_normalization(reads, statistics, side=data.image_size)
+        self.val_pixels = build_normalization(reads, stats, size=data.image_size)
         skip = data.on_corrupt_image == "skip"
 
-        def engine(
-            source: Any, pixels: Any, plan: SamplePlan | None, batch: int, policy: Any
-        ) -> Loader:
+        def engine(dataset: Any, pixels: Any, plan: SamplePlan | EvalPlan, policy: Any) -> Loader:
             return build_loader(
                 data.loader,
-                source,
+                dataset,
                 pixels,
-                plan=plan,
-                fraction=fraction,
-                max_batch=max(mesh.local_batch(batch), 1),
+                plan,
                 device=mesh.device,
-                decoder=data.dali_decoder,
+                max_batch_size=max(mesh.local_batch(plan.batch_size), 1),
                 threads=data.threads or mesh.threads,
-                ahead=data.prefetch,
-                policy=policy if skip else "stop",
+                prefetch=data.prefetch,
+                dali_decoder=data.dali_decoder,
+                on_corrupt=policy if skip else "stop",
             )
 
-        self.engine = engine(train_source, self.pixels, self.plan, data.batch_size, "substitute")
-        self.val_engine = engine(val_source, self.val_pixels, None, data.eval_batch_size, "omit")
-
-    def colour_strength(self, passes: float) -> float:
-        """That of the colour noise in the step that begins after ``passes``."""
-        data = self.config.data
-        if data.pca_noise == "none":
-            return 0.0
-        if not data.pca_noise_schedule:
-            return data.pca_noise_std
-        return piecewise_value(data.pca_noise_schedule, passes / self.config.train.epochs_scale)
+        self.engine = engine(train_source, self.pixels, self.plan, "substitute")
+        self.val_engine = engine(val_source, self.val_pixels, self.evaluation, "skip")
 
     def close(self) -> None:
         """Let the engines' threads and processes end."""
         self.engine.close()
         self.val_engine.close()
+
+
+def pca_noise_std(config: Config, epochs: float) -> float:
+    """Standard deviation of the PCA noise in the step that begins after so many epochs."""
+    data = config.data
+    if data.pca_noise == "none":
+        return 0.0
+    if not data.pca_noise_schedule:
+        return data.pca_noise_std
+    return piecewise_value(data.pca_noise_schedule, epochs / config.train.epochs_scale)
 
 
 class Learner:

@@ -35,7 +35,7 @@ def facts(mesh: Mesh, images: Images, learner: Learner) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in learner.model.parameters() if p.requires_grad),
         "train_images": len(images.catalogue.train),
         "val_images": len(images.catalogue.val),
-        "dataset_hash": images.catalogue.fingerprint,
+        "dataset_hash": images.catalogue.dataset_hash,
         "versions": versions(),
         "restarts": restart_info(),
     }
@@ -52,7 +52,7 @@ def show_first(report: Logger, images: Images, batch: Batch) -> None:
     if not report.is_active:
         return
     names = _names(images)
-    seen = images.pixels.seen(batch.images[:32], images.colour_strength(0))
+    seen = images.pixels.to_uint8_images(batch.images[:32], images.plan.pca_noise_std(0))
     captions = [names[label] for label in batch.labels[:32].tolist()]
     title = "the first training batch, as the network sees it"
     report.log_image_grid("first_batch", 0, seen, captions, title)
@@ -66,11 +66,10 @@ def show_predictions(
     All processes compute the same ones: under some layouts it takes all of them.
     """
     plan = images.evaluation
-    first = next(iter(plan.draws(slice(None))))
-    count = min(16, len(first.numbers), max(plan.batch // mesh.dp_size, 1))
-    spread = np.linspace(0, len(images.catalogue.val) - 1, count).astype(np.int64)
-    some = first.only(np.arange(len(first.numbers)) < count).substituted(spread)
-    batch = next(iter(images.val_engine.batches([some])))
+    images_in_val = len(images.catalogue.val)
+    count = min(16, images_in_val, max(plan.batch_size // mesh.dp_size, 1))
+    spread = np.linspace(0, images_in_val - 1, count).astype(np.int64)
+    batch = next(iter(images.val_engine.batches([plan.samples(spread)])))
     chances = learner.layout.logits(batch.images).softmax(1).max(1)
     if not report.is_active:
         return
@@ -81,7 +80,7 @@ def show_predictions(
             chances.indices.tolist(), chances.values.tolist(), batch.labels.tolist(), strict=True
         )
     ]
-    seen = images.val_pixels.seen(batch.images)
+    seen = images.val_pixels.to_uint8_images(batch.images)
     report.log_image_grid("predictions", step, seen, captions, "validation images")
 
 
@@ -111,5 +110,5 @@ def versions() -> dict[str, str]:
 def _names(images: Images) -> list[str]:
     """What to call the classes in few words: "tench" of "tench, Tinca tinca"."""
     catalogue = images.catalogue
-    titles = [catalogue.titles.get(name, name) for name in catalogue.train.classes]
+    titles = [catalogue.class_names.get(name, name) for name in catalogue.train.classes]
     return [title.partition(",")[0] for title in titles]

@@ -55,7 +55,7 @@ class LoadedModel:
         return build_normalization(
             MODEL_REGISTRY[self.config.model.arch].input_norm,
             ChannelStats.from_json(self.state["statistics"]),
-            side=self.config.data.image_size,
+            size=self.config.data.image_size,
         )
 
     def build_on_meta(self) -> Network:

@@ -1,14 +1,13 @@
-"""From files to finished batches: sources, the plan, and the engines that carry it out."""
+"""From files to batches: datasets, the plan, and the loaders that carry it out."""
 
-from typing import Literal
+from typing import Any, Literal
 
-import numpy as np
 import torch
 
 from alexnet_dist.data import dali
 from alexnet_dist.data.corrupt_images import Loader, OnCorruptImage
-from alexnet_dist.data.gpu_cache import GpuCacheLoader, fits
-from alexnet_dist.data.plan import SamplePlan, center_crop_boxes
+from alexnet_dist.data.gpu_cache import GpuCacheLoader, fits_in_gpu_memory
+from alexnet_dist.data.plan import EvalPlan, SamplePlan
 from alexnet_dist.data.prepared import RawDataset
 from alexnet_dist.data.sources import ImageDataset
 from alexnet_dist.data.torch_loader import TorchLoader
@@ -18,23 +17,25 @@ from alexnet_dist.errors import UserError
 
 def build_loader(
     name: Literal["auto", "dali", "torch", "gpu_cache"],
-    source: ImageDataset,
-    pixels: Normalization,
+    dataset: ImageDataset,
+    normalization: Normalization,
+    plan: SamplePlan | EvalPlan,
     *,
-    plan: SamplePlan | None,
-    fraction: float,
-    max_batch: int,
     device: torch.device,
-    decoder: Literal["auto", "roi", "full", "cpu"] = "auto",
+    max_batch_size: int,
     threads: int,
-    ahead: int = 2,
-    policy: OnCorruptImage = "stop",
+    prefetch: int = 2,
+    dali_decoder: Literal["auto", "roi", "full", "cpu"] = "auto",
+    on_corrupt: OnCorruptImage = "stop",
 ) -> Loader:
-    """The engine that carries out ``plan``, or an evaluation where it is None.
+    """The loader for the samples of ``plan``.
+
+    Args:
+        max_batch_size: the most samples in a batch of this process.
 
     Raises:
-        Failure: DALI is asked for by name and not installed, or the resident engine for images that
-            are not raw pixels.
+        UserError: DALI is asked for by name and not installed, or gpu_cache for a dataset without
+            raw pixels.
     """
     if name == "dali" and not dali.available():
         raise UserError(
@@ -42,35 +43,29 @@ def build_loader(
             "--data.loader torch",
             on_all_ranks=True,
         )
-    on_gpu = device.type == "cuda" and isinstance(source, RawDataset) and fits(source, device)
-    if name == "gpu_cache" or (name == "auto" and on_gpu):
-        return GpuCacheLoader(
-            source,
-            pixels,
-            max_batch=max_batch,
-            device=device,
-            on_gpu=on_gpu,
-            threads=threads,
-            ahead=ahead,
-            policy=policy,
-        )
+    options: dict[str, Any] = {
+        "device": device,
+        "threads": threads,
+        "prefetch": prefetch,
+        "on_corrupt": on_corrupt,
+    }
+    fits = (
+        device.type == "cuda"
+        and isinstance(dataset, RawDataset)
+        and fits_in_gpu_memory(dataset, device)
+    )
+    if name == "gpu_cache" or (name == "auto" and fits):
+        return GpuCacheLoader(dataset, normalization, in_gpu_memory=fits, **options)
     if name == "torch" or not dali.available():
-        return TorchLoader(
-            source, pixels, device=device, threads=threads, ahead=ahead, policy=policy
-        )
-    sides = np.unique(center_crop_boxes(source.index.sizes, fraction)[:, 2])
-    resize = sides.tolist() != [pixels.side] or (plan is not None and plan.crop != "paper")
-    chosen: dali.Decoder = "none"
-    if not source.raw:
-        chosen = dali.choose_decoder(device) if decoder == "auto" else decoder
+        return TorchLoader(dataset, normalization, **options)
+    decoder: dali.Decoder = "none"
+    if not dataset.is_decoded:
+        decoder = dali.probe_decoder(device) if dali_decoder == "auto" else dali_decoder
     return dali.DaliLoader(
-        source,
-        pixels,
-        max_batch=max_batch,
-        device=device,
-        decoder=chosen,
-        resize=resize,
-        threads=threads,
-        ahead=ahead,
-        policy=policy,
+        dataset,
+        normalization,
+        decoder=decoder,
+        resize=plan.needs_resize(normalization.size),
+        max_batch_size=max_batch_size,
+        **options,
     )

@@ -1,12 +1,14 @@
-"""What every engine hands over, and what all do alike when an image cannot be decoded."""
+"""What all loaders share: the batch that they hand over, running ahead of training, and what they
+do when an image cannot be decoded."""
 
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass, field
-from queue import Empty, Full, Queue
+from queue import Full, Queue
 from threading import Event, Thread
 from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -14,113 +16,131 @@ from alexnet_dist.data.plan import SampleParams
 from alexnet_dist.data.sources import ImageDataset
 from alexnet_dist.errors import UserError
 
-OnCorruptImage = Literal["stop", "substitute", "omit"]
+OnCorruptImage = Literal["stop", "substitute", "skip"]
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A finished batch.
+    """A batch, ready for the network.
 
     Attributes:
-        images: float32 [b, 3, side, side], channels last, on the training device.
+        images: float32 [b, 3, size, size], channels last, on the training device.
         labels: int64 [b], there too.
-        numbers: [b], the samples' numbers as they came out of the engine, on the host.
+        indices: [b], of the images as the loader returned them, on the host.
     """
 
     images: Tensor
     labels: Tensor
-    numbers: NDArray[np.int64]
+    indices: NDArray[np.int64]
 
 
 class Loader(Protocol):
-    """Carries out draws: one batch for each, in order, prepared ahead of need."""
+    """Loads samples: one batch for each ``SampleParams``, in order, ahead of need."""
 
-    bad: "CorruptImagePolicy"
+    corrupt: "CorruptImagePolicy"
     description: str
 
-    def batches(self, draws: Iterable[SampleParams]) -> Generator[Batch, None, None]: ...
+    def batches(self, samples: Iterable[SampleParams]) -> Generator[Batch, None, None]: ...
 
     def close(self) -> None: ...
 
 
 @dataclass
 class CorruptImagePolicy:
-    """Images that cannot be decoded, and what stands in for them.
+    """Which images cannot be decoded, and what is done about it.
 
-    ``policy``: "stop" raises; "substitute" takes the next image that is good, whatever its class,
-    so that it is the same one in every epoch and on any number of processes; "omit" leaves the
-    image out (of an evaluation, which must not count another one twice).
+    ``policy``: "stop" raises. "substitute" takes the next image that can be decoded, whatever its
+    class, so that it is the same one in every epoch and on any number of processes. "skip" makes
+    the batch smaller (in an evaluation, which must not count another image twice).
+
+    Attributes:
+        errors: why, by index.
+        events: what ``pop_events`` returns next.
     """
 
-    source: ImageDataset
+    dataset: ImageDataset
     policy: OnCorruptImage
-    reasons: dict[int, str] = field(default_factory=dict)
-    news: list[dict[str, object]] = field(default_factory=list)
+    errors: dict[int, str] = field(default_factory=dict)
+    events: list[dict[str, object]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        unreadable = self.source.index.unreadable()
-        for number in unreadable:
-            self.reasons[number] = "it has no readable header of a JPEG, PNG, WebP or BMP"
+        unreadable = self.dataset.index.corrupt_indices()
+        for index in unreadable:
+            self.errors[index] = "it has no readable header of a JPEG, PNG, WebP or BMP"
         if unreadable and self.policy == "stop":
-            raise UserError(self._sentence(unreadable[0], len(unreadable)), on_all_ranks=True)
+            message = self._message(unreadable[0], others=len(unreadable) - 1)
+            raise UserError(message, on_all_ranks=True)
 
-    def found(self, number: int, reason: str) -> None:
-        """Note that an image turned out bad; raises Failure where the policy is to stop."""
-        self.reasons[number] = reason
+    def mark_corrupt(self, index: int, reason: str) -> None:
+        """Note that an image cannot be decoded; raises UserError where the policy is to stop."""
+        self.errors[index] = reason
         if self.policy == "stop":
-            raise UserError(self._sentence(number, 1))
+            raise UserError(self._message(index))
 
-    def apply(self, draws: SampleParams) -> SampleParams:
-        """The draws without the images known to be bad."""
-        bad = np.array([number in self.reasons for number in draws.numbers.tolist()], np.bool_)
-        if not bad.any():
-            return draws
-        if self.policy == "omit":
-            return draws.only(~bad)
-        numbers = draws.numbers.copy()
-        for row in np.flatnonzero(bad):
-            numbers[row] = self._next_good(int(numbers[row]))
-        return draws.substituted(numbers)
+    def substitute(self, samples: SampleParams) -> SampleParams:
+        """The samples with the images that are known to be corrupt replaced or skipped."""
+        mask = np.array([index in self.errors for index in samples.indices.tolist()], np.bool_)
+        if not mask.any():
+            return samples
+        if self.policy == "skip":
+            return samples.select(~mask)
+        indices = samples.indices.copy()
+        indices[mask] = [self._next_good(index) for index in indices[mask].tolist()]
+        return samples.with_indices(indices)
 
-    def note(self, planned: SampleParams) -> None:
-        """Record what ``apply`` made of a batch, once it is known to be good."""
-        for number in planned.numbers.tolist():
-            if number in self.reasons:
+    def log_substitutions(self, planned: SampleParams) -> None:
+        """Record what ``substitute`` made of a batch, once the batch has been loaded."""
+        for index in planned.indices.tolist():
+            if index in self.errors:
                 event: dict[str, object] = {
-                    "number": number,
-                    "path": self.source.path(number),
-                    "reason": self.reasons[number],
+                    "index": index,
+                    "path": self.dataset.path(index),
+                    "reason": self.errors[index],
                 }
                 if self.policy == "substitute":
-                    event["substitute"] = self.source.path(self._next_good(number))
-                self.news.append(event)
+                    event["substitute"] = self.dataset.path(self._next_good(index))
+                self.events.append(event)
 
-    def take_news(self) -> list[dict[str, object]]:
-        """What was replaced or left out since the last call."""
-        news, self.news = self.news, []
-        return news
+    def pop_events(self) -> list[dict[str, object]]:
+        """What was substituted or skipped since the last call."""
+        events, self.events = self.events, []
+        return events
 
-    def _next_good(self, number: int) -> int:
-        count = len(self.source.index)
-        for away in range(1, count):
-            if (number + away) % count not in self.reasons:
-                return (number + away) % count
-        raise UserError(f"no image of {self.source.index.folder} can be decoded", on_all_ranks=True)
+    def _next_good(self, index: int) -> int:
+        count = len(self.dataset.index)
+        for other in range(index + 1, index + count):
+            if other % count not in self.errors:
+                return other % count
+        folder = self.dataset.index.folder
+        raise UserError(f"no image of {folder} can be decoded", on_all_ranks=True)
 
-    def _sentence(self, number: int, count: int) -> str:
-        others = f" and {count - 1} other images" if count > 1 else ""
+    def _message(self, index: int, others: int = 0) -> str:
+        more = f" and {others} other images" if others else ""
         return (
-            f"{self.source.path(number)}{others} cannot be decoded ({self.reasons[number]}): mend "
-            "or remove it, or go on without it by --data.on_corrupt_image skip"
+            f"{self.dataset.path(index)}{more} cannot be decoded ({self.errors[index]}): fix or "
+            "remove it, or go on without it by --data.on_corrupt_image skip"
         )
 
 
-def prefetch(items: Iterable[T], ahead: int) -> Generator[T, None, None]:
-    """The ``items``, made in a thread of their own, where up to ``ahead`` of them may wait."""
-    ready: Queue[Any] = Queue(ahead)
-    stop = Event()
-    end = object()
+def to_device(array: Any, device: torch.device) -> Tensor:
+    """A numpy array or a tensor on ``device``, without waiting for work that is queued there."""
+    tensor = torch.as_tensor(array)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory().to(device, non_blocking=True)
+    return tensor
+
+
+def use_device(device: torch.device) -> None:
+    """To be called first in a thread that touches CUDA: threads begin on device 0."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
+def prefetch(items: Iterable[T], count: int, device: torch.device) -> Generator[T, None, None]:
+    """The ``items``, made in a thread, where up to ``count`` of them wait to be taken."""
+    ready: Queue[Any] = Queue(count)
+    stop, end = Event(), object()
 
     def offer(item: Any) -> bool:
         while not stop.is_set():
@@ -133,14 +153,15 @@ def prefetch(items: Iterable[T], ahead: int) -> Generator[T, None, None]:
 
     def produce() -> None:
         try:
+            use_device(device)
             for item in items:
                 if not offer(item):
                     return
             offer(end)
-        except BaseException as error:  # handed on to the thread that trains
+        except BaseException as error:  # raised again in the thread that trains
             offer(error)
 
-    producer = Thread(target=produce, name="ahead", daemon=True)
+    producer = Thread(target=produce, name="prefetch", daemon=True)
     producer.start()
     try:
         while (item := ready.get()) is not end:
@@ -149,14 +170,4 @@ def prefetch(items: Iterable[T], ahead: int) -> Generator[T, None, None]:
             yield item
     finally:
         stop.set()
-        while producer.is_alive():
-            with_room = _drain(ready)
-            producer.join(0.1 if with_room else 1.0)
-
-
-def _drain(queue: "Queue[Any]") -> bool:
-    try:
-        queue.get_nowait()
-        return True
-    except Empty:
-        return False
+        producer.join()

@@ -20,13 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-
-from alexnet_dist.data.transforms import resize
-
-try:
-    from alexnet_dist.data.crops_triton import cut_by_triton
-except ImportError:  # Triton is there for Linux only
-    cut_by_triton = None  # type: ignore[assignment]
+from torch.nn import functional as F
 
 Bytes = NDArray[np.uint8]
 Ints = NDArray[np.int64]
@@ -98,58 +92,7 @@ def resized_on_cpu(pixels: Bytes | Sequence[Bytes], rows: Ints, boxes: Ints, sid
         box = pixels[rows[row]][top : top + height, left : left + width]
         if (height, width) != (side, side):
             image = torch.from_numpy(np.require(box, requirements=["C", "W"])).permute(2, 0, 1)
-            box = resize(image, side).permute(1, 2, 0).numpy()
+            box = F.interpolate(image[None], [side, side], mode="bilinear", antialias=True)
+            box = box[0].permute(1, 2, 0).numpy()
         images[row] = box
     return images
-
-
-def cut_by_torch(
-    pixels: Tensor,
-    rows: Tensor,
-    boxes: Tensor,
-    flips: Tensor,
-    means: Tensor,
-    scales: Tensor,
-    out: Tensor,
-) -> None:
-    """As ``cut_on_cpu``, of tensors on any device."""
-    side = out.shape[1]
-    at = torch.arange(side, device=pixels.device)
-    lines = boxes[:, :1] + at
-    columns = boxes[:, 1:2] + torch.where(flips[:, None], side - 1 - at, at)
-    cut = pixels[rows[:, None, None], lines[:, :, None], columns[:, None, :]]
-    out.copy_(cut).sub_(means[:, None, None, :]).mul_(scales)
-
-
-def choose_cut(device: torch.device) -> Callable[..., None]:
-    """The fastest way to cut that works on a GPU: Triton wants one no older than Ampere."""
-    capable = torch.cuda.get_device_capability(device) >= (8, 0)
-    return cut_by_triton if cut_by_triton is not None and capable else cut_by_torch
-
-
-def resized(images: Tensor, boxes: Tensor, flips: Tensor, side: int) -> Tensor:
-    """The boxes [b, 4] of uint8 ``images`` [b, H, W, 3], resized and flipped: [b, side, side, 3].
-
-    Bilinear with antialiasing, by two batched matrix products, and rounded after each as
-    torchvision's resize of bytes is.
-    """
-    _, height, width, _ = images.shape
-    across = _weights(boxes[:, 1], boxes[:, 3], width, side)
-    across = torch.where(flips[:, None, None], across.flip(1), across)
-    down = _weights(boxes[:, 0], boxes[:, 2], height, side)
-    planes = images.permute(0, 3, 1, 2).float()
-    planes = (planes @ across[:, None].mT).round_()
-    planes = (down[:, None] @ planes).round_()
-    return planes.to(torch.uint8).permute(0, 2, 3, 1).contiguous()
-
-
-def _weights(start: Tensor, length: Tensor, stored: int, side: int) -> Tensor:
-    """[b, side, stored]: what each stored pixel of a line gives to each finished one; triangles, as
-    wide as two stored pixels, or two finished ones where those are larger."""
-    start, length = start.float()[:, None, None], length.float()[:, None, None]
-    scale = length / side
-    centres = (torch.arange(side, device=start.device) + 0.5)[:, None] * scale
-    pixels = torch.arange(stored, device=start.device) - start
-    inside = (pixels >= 0) & (pixels < length)
-    weights = (1 - (pixels + 0.5 - centres).abs() / scale.clamp(min=1)).clamp(min=0) * inside
-    return weights / weights.sum(2, keepdim=True)

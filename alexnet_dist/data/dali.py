@@ -3,7 +3,7 @@ batch or more ahead of the training step. On CPUs DALI decodes the crops, and th
 for raw pixels: torch resizes bytes there sooner than DALI.
 
 DALI draws nothing: bytes, boxes, flips and means come from the plan through external sources. The
-samples' numbers travel with them, so that what comes out says itself what it is.
+samples' indices travel with them, so that what comes out says itself what it is.
 """
 
 import functools
@@ -22,9 +22,10 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from alexnet_dist.data.corrupt_images import Batch, CorruptImagePolicy, OnCorruptImage, prefetch
+from alexnet_dist.data import corrupt_images
+from alexnet_dist.data.corrupt_images import Batch, CorruptImagePolicy, OnCorruptImage
 from alexnet_dist.data.finishing import Finishing, Threads
-from alexnet_dist.data.formats import GIVES_UP, OTHER_SIZE, plain_size
+from alexnet_dist.data.formats import DECODE_ERROR, SIZE_MISMATCH, parse_jpeg_size
 from alexnet_dist.data.plan import SampleParams
 from alexnet_dist.data.sources import ImageDataset
 from alexnet_dist.data.transforms import Normalization
@@ -57,7 +58,7 @@ def available() -> bool:
 
 def build_pipeline(
     *,
-    max_batch: int,
+    max_batch_size: int,
     threads: int,
     device: torch.device,
     decoder: Decoder,
@@ -65,17 +66,17 @@ def build_pipeline(
     pixels: Normalization,
     hw_decoder_load: float = HARDWARE_SHARE,
 ) -> Any:
-    """A pipeline that is fed by name: encoded, start, shape; number; on a GPU mirror, mean, std.
+    """A pipeline that is fed by name: encoded, start, shape; index; on a GPU mirror, mean, std.
     Where there is nothing to decode, cut pixels [h, w, 3] take the place of the first three.
 
     Outputs: images, on a GPU finished ones [b, side, side, 3], float32, on a CPU the crops as they
-    are stored, uint8 [h, w, 3]; and the samples' numbers, int64.
+    are stored, uint8 [h, w, 3]; and the samples' indices, int64.
     """
     from nvidia.dali import Pipeline, fn, types
 
     gpu = device.type == "cuda"
     pipeline = Pipeline(
-        batch_size=max_batch,
+        batch_size=max_batch_size,
         num_threads=threads,
         device_id=(device.index or 0) if gpu else None,
         prefetch_queue_depth=1,
@@ -86,7 +87,7 @@ def build_pipeline(
         def feed(name: str, dtype: Any, ndim: int, **options: Any) -> Any:
             return fn.external_source(name=name, dtype=dtype, ndim=ndim, batch=True, **options)
 
-        number = feed("number", types.INT64, 0)
+        index = feed("index", types.INT64, 0)
         if decoder == "none":
             images = feed("pixels", types.UINT8, 3, layout="HWC", no_copy=True)
             images = images.gpu() if gpu else images
@@ -94,10 +95,10 @@ def build_pipeline(
             encoded = feed("encoded", types.UINT8, 1, no_copy=True)
             start = feed("start", types.INT32, 1)
             shape = feed("shape", types.INT32, 1)
-            images = decoded(encoded, start, shape, decoder, gpu, hw_decoder_load)
+            images = decode_and_crop(encoded, start, shape, decoder, gpu, hw_decoder_load)
         if gpu:
             if resize:
-                images = fn.resize(images, size=[pixels.side, pixels.side], antialias=True)
+                images = fn.resize(images, size=[pixels.size, pixels.size], antialias=True)
             images = fn.crop_mirror_normalize(
                 images,
                 mean=feed("mean", types.FLOAT, 1),
@@ -106,12 +107,12 @@ def build_pipeline(
                 dtype=types.FLOAT,
                 output_layout="HWC",
             )
-        pipeline.set_outputs(images, number)
+        pipeline.set_outputs(images, index)
     pipeline.build()
     return pipeline
 
 
-def decoded(
+def decode_and_crop(
     encoded: Any,
     start: Any,
     shape: Any,
@@ -149,18 +150,18 @@ def feed(
         pipeline.feed_input("pixels", encoded)
     else:
         pipeline.feed_input("encoded", encoded)
-        pipeline.feed_input("start", draws.boxes[:, :2].astype(np.int32))
-        pipeline.feed_input("shape", draws.boxes[:, 2:].astype(np.int32))
-    pipeline.feed_input("number", np.ascontiguousarray(draws.numbers))
+        pipeline.feed_input("start", draws.crop_boxes[:, :2].astype(np.int32))
+        pipeline.feed_input("shape", draws.crop_boxes[:, 2:].astype(np.int32))
+    pipeline.feed_input("index", np.ascontiguousarray(draws.indices))
     if device.type == "cuda":
         pipeline.feed_input("mirror", draws.flips.astype(np.int32))
         pipeline.feed_input("mean", pixels.means(draws))
-        stds = pixels.stds(draws.strength)
+        stds = pixels.stds(draws.pca_noise_std)
         pipeline.feed_input("std", np.ascontiguousarray(np.broadcast_to(stds, (len(encoded), 3))))
 
 
 @functools.cache
-def choose_decoder(device: torch.device) -> Decoder:
+def probe_decoder(device: torch.device) -> Decoder:
     """The best decoder that works here: roi, full or cpu.
 
     Decoding a region on a GPU ends some machines' processes by a fault that no exception can
@@ -180,7 +181,7 @@ def choose_decoder(device: torch.device) -> Decoder:
 
 
 def _probe(decoder: Decoder, device: torch.device) -> None:
-    """Decode a few images of several kinds as the engine would; for ``choose_decoder``."""
+    """Decode a few images of several kinds as the engine would; for ``probe_decoder``."""
     pixels = Normalization(np.zeros(3), np.ones(3), np.zeros((3, 3)), 224)
     noise = np.random.default_rng(0).integers(0, 255, (300, 400, 3), np.uint8)
     encoded = []
@@ -195,7 +196,7 @@ def _probe(decoder: Decoder, device: torch.device) -> None:
         np.arange(count), boxes, np.zeros(count, bool), np.zeros((count, 3)), lambda n: boxes
     )
     pipeline = build_pipeline(
-        max_batch=count, threads=2, device=device, decoder=decoder, resize=True, pixels=pixels
+        max_batch_size=count, threads=2, device=device, decoder=decoder, resize=True, pixels=pixels
     )
     for _ in range(4):
         feed(pipeline, encoded, draws, pixels, device)
@@ -209,7 +210,7 @@ class DaliLoader:
 
     Args:
         max_batch: the most images that draws may have.
-        decoder: as ``choose_decoder`` gives it; "none" where the source is raw.
+        decoder: as ``probe_decoder`` gives it; "none" where the source is raw.
         resize: whether any box may have another size than the finished image; for a GPU.
         threads: of DALI's own for each batch under way, and as many that finish batches.
         ahead: finished batches that may wait.
@@ -220,23 +221,23 @@ class DaliLoader:
         source: ImageDataset,
         pixels: Normalization,
         *,
-        max_batch: int,
+        max_batch_size: int,
         device: torch.device,
         decoder: Decoder,
         resize: bool,
         threads: int,
-        ahead: int = 2,
-        policy: OnCorruptImage = "stop",
+        prefetch: int = 2,
+        on_corrupt: OnCorruptImage = "stop",
     ) -> None:
         from nvidia.nvimgcodec import CodeStream
 
         self.source, self.pixels, self.device = source, pixels, device
-        self.bad = CorruptImagePolicy(source, policy)
+        self.corrupt = CorruptImagePolicy(source, on_corrupt)
         self._parse = CodeStream
-        self.ahead = ahead
+        self.ahead = prefetch
         self._build = functools.partial(
             build_pipeline,
-            max_batch=max_batch,
+            max_batch_size=max_batch_size,
             threads=threads,
             device=device,
             decoder=decoder,
@@ -247,7 +248,7 @@ class DaliLoader:
         self._idle = [self._build() for _ in range(self._at_once)]
         self._workers = ThreadPoolExecutor(self._at_once, thread_name_prefix="decode")
         self._threads = Threads(threads)
-        self._finishing = Finishing(pixels, max_batch=max_batch, threads=self._threads)
+        self._finishing = Finishing(pixels, max_batch=max_batch_size, threads=self._threads)
         self._readers = ThreadPoolExecutor(max(threads, 8), thread_name_prefix="read")
         self._labels = torch.from_numpy(source.index.labels)
         does = {
@@ -264,7 +265,7 @@ class DaliLoader:
         Raises:
             Failure: an image cannot be decoded and the policy is to stop.
         """
-        return prefetch(self._in_order(draws), self.ahead)
+        return corrupt_images.prefetch(self._in_order(draws), self.ahead, self.device)
 
     def close(self) -> None:
         self._workers.shutdown(cancel_futures=True)
@@ -277,7 +278,7 @@ class DaliLoader:
         def oldest() -> Batch:
             planned, future = under_way.popleft()
             batch = future.result()
-            self.bad.note(planned)
+            self.corrupt.log_substitutions(planned)
             return batch
 
         for planned, answers in self._read_ahead(draws):
@@ -290,10 +291,10 @@ class DaliLoader:
     def _read_all(
         self, draws: SampleParams, rows: slice = slice(None)
     ) -> list[NDArray[np.uint8] | OSError]:
-        numbers, boxes = draws.numbers[rows].tolist(), draws.boxes[rows].tolist()
-        return [self._read(number, box) for number, box in zip(numbers, boxes, strict=True)]
+        indices, boxes = draws.indices[rows].tolist(), draws.crop_boxes[rows].tolist()
+        return [self._read(index, box) for index, box in zip(indices, boxes, strict=True)]
 
-    def _read(self, number: int, box: list[int]) -> NDArray[np.uint8] | OSError:
+    def _read(self, index: int, box: list[int]) -> NDArray[np.uint8] | OSError:
         """The bytes of an image, or the pixels in the box, or why DALI is not to have them.
 
         DALI 2.4 may end in a segmentation fault where a header cannot be read, has pixels of no
@@ -301,19 +302,19 @@ class DaliLoader:
         threads still parse the rest of the batch. So every header is read before, by DALI's own
         parser unless it is as plain as nearly all are.
         """
-        if self.source.raw:
+        if self.source.is_decoded:
             top, left, height, width = box  # cut here: DALI's own slice takes three times as long
-            pixels = self.source.read(number)[top : top + height, left : left + width]
+            pixels = self.source.read(index)[top : top + height, left : left + width]
             return np.ascontiguousarray(pixels)
         try:
-            encoded = self.source.read(number)
+            encoded = self.source.read(index)
         except OSError as error:
             return error
-        size = plain_size(encoded) or self._parsed_size(encoded)
+        size = parse_jpeg_size(encoded) or self._parsed_size(encoded)
         if size is None:
-            return OSError(GIVES_UP)
-        if size != self.source.index.sizes[number].tolist():
-            return OSError(OTHER_SIZE)
+            return OSError(DECODE_ERROR)
+        if size != self.source.index.sizes[index].tolist():
+            return OSError(SIZE_MISMATCH)
         return encoded
 
     def _parsed_size(self, encoded: NDArray[np.uint8]) -> list[int] | None:
@@ -329,7 +330,7 @@ class DaliLoader:
 
         def ask(item: SampleParams) -> tuple[SampleParams, _Answers]:
             parts = [
-                slice(at, at + _READ_TOGETHER) for at in range(0, len(item.numbers), _READ_TOGETHER)
+                slice(at, at + _READ_TOGETHER) for at in range(0, len(item.indices), _READ_TOGETHER)
             ]
             answers = self._readers.map(lambda rows: self._read_all(item, rows), parts)
             return item, lambda: [one for part in answers for one in part]
@@ -346,38 +347,38 @@ class DaliLoader:
     def _finish(self, planned: SampleParams, answers: _Answers) -> Batch:
         draws, read = planned, answers()
         while True:
-            for number, answer in zip(draws.numbers.tolist(), read, strict=True):
-                if number in self.bad.reasons:
+            for index, answer in zip(draws.indices.tolist(), read, strict=True):
+                if index in self.corrupt.errors:
                     continue
                 if isinstance(answer, OSError):
-                    self.bad.found(number, answer.strerror or str(answer))
-            if not any(n in self.bad.reasons for n in draws.numbers.tolist()):
+                    self.corrupt.mark_corrupt(index, answer.strerror or str(answer))
+            if not any(n in self.corrupt.errors for n in draws.indices.tolist()):
                 encoded = [one for one in read if not isinstance(one, OSError)]  # all of them
                 try:
                     return self._run(draws, encoded)
                 except Exception as error:
                     self._find_bad(draws, encoded, error)
-            draws = self.bad.apply(planned)
+            draws = self.corrupt.substitute(planned)
             read = self._read_all(draws)
 
     def _run(self, draws: SampleParams, encoded: list[NDArray[np.uint8]]) -> Batch:
-        side = self.pixels.side
-        if len(draws.numbers) == 0:
+        side = self.pixels.size
+        if len(draws.indices) == 0:
             images = torch.empty(0, 3, side, side, device=self.device)
-            return Batch(images, self._labels[:0].to(self.device), draws.numbers)
+            return Batch(images, self._labels[:0].to(self.device), draws.indices)
         with self._pipeline() as pipeline:
             feed(pipeline, encoded, draws, self.pixels, self.device)
             images, out = pipeline.run()
-        numbers = torch.from_dlpack(out.as_tensor())
-        labels = self._labels[numbers]
+        indices = torch.from_dlpack(out.as_tensor())
+        labels = self._labels[indices]
         if self.device.type == "cuda":
             labels = labels.pin_memory().to(self.device, non_blocking=True)
             # DALI's own memory, seen as [b, 3, H, W]; it is given back when torch lets go of it
             finished = torch.from_dlpack(images.as_tensor()).permute(0, 3, 1, 2)
         else:
-            whole = draws.boxes * np.array([0, 0, 1, 1])  # DALI has cut them
+            whole = draws.crop_boxes * np.array([0, 0, 1, 1])  # DALI has cut them
             finished = self._finishing(_arrays(images), np.arange(len(images)), whole, draws)
-        return Batch(finished, labels, numbers.numpy().copy())
+        return Batch(finished, labels, indices.numpy().copy())
 
     @contextmanager
     def _pipeline(self) -> Iterator[Any]:
@@ -400,27 +401,27 @@ class DaliLoader:
         cause = str(error).rpartition("encountered:")[2].strip()
         named = re.search(r"Failed to decode sample #(\d+)", cause)
         if named:
-            self.bad.found(int(draws.numbers[int(named[1])]), GIVES_UP)
+            self.corrupt.mark_corrupt(int(draws.indices[int(named[1])]), DECODE_ERROR)
             return
         cpu = torch.device("cpu")
         alone: Any = None
         any_bad = False
-        for row, number in enumerate(draws.numbers.tolist()):
+        for row, index in enumerate(draws.indices.tolist()):
             alone = alone or build_pipeline(
-                max_batch=1,
+                max_batch_size=1,
                 threads=1,
                 device=cpu,
-                decoder="none" if self.source.raw else "roi",
+                decoder="none" if self.source.is_decoded else "roi",
                 resize=True,
                 pixels=self.pixels,
             )
-            one = draws.only(np.arange(len(encoded)) == row)
+            one = draws.select(np.arange(len(encoded)) == row)
             feed(alone, [encoded[row]], one, self.pixels, cpu)
             try:
                 alone.run()
             except Exception:
                 alone, any_bad = None, True
-                self.bad.found(number, GIVES_UP)
+                self.corrupt.mark_corrupt(index, DECODE_ERROR)
         if not any_bad:
             first = cause.partition("\n")[0] or type(error).__name__
             raise UserError(f"DALI failed on a batch whose images decode one by one: {first}")

@@ -37,13 +37,13 @@ def write_digits(folder: Path) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=".digits-", dir=folder.parent))
     order = np.random.Generator(np.random.Philox(2012)).permutation(len(digits.images))
-    for place, number in enumerate(order):
+    for place, index in enumerate(order):
         split = "val" if place < VALIDATION_IMAGES else "train"
-        target = partial / split / str(digits.target[number])
+        target = partial / split / str(digits.target[index])
         target.mkdir(parents=True, exist_ok=True)
-        pixels = (digits.images[number] * (255 / 16)).astype(np.uint8)
+        pixels = (digits.images[index] * (255 / 16)).astype(np.uint8)
         image = Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
-        image.convert("RGB").save(target / f"{number:04d}.jpg", quality=90)
+        image.convert("RGB").save(target / f"{index:04d}.jpg", quality=90)
     try:
         partial.rename(folder)
     except OSError:  # another run was faster

@@ -43,7 +43,7 @@ class Finishing:
 
     def __init__(self, pixels: Normalization, *, max_batch: int, threads: Threads) -> None:
         self.pixels, self._threads = pixels, threads
-        self._memory = _Memory(max_batch * pixels.side**2 * 3)
+        self._memory = _Memory(max_batch * pixels.size**2 * 3)
 
     def __call__(
         self, every: Bytes | Sequence[Bytes], rows: Ints, boxes: Ints, draws: SampleParams
@@ -56,7 +56,7 @@ class Finishing:
             boxes: [b, 4], what of those, resized where it has another side than the finished image.
             draws: flips and colours.
         """
-        side, count = self.pixels.side, len(rows)
+        side, count = self.pixels.size, len(rows)
         images = self._memory.lend(count, side, side, 3)
         means, scales = arithmetic(self.pixels, draws)
 
@@ -75,7 +75,7 @@ def arithmetic(
     pixels: Normalization, draws: SampleParams
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Means [b, 3] to subtract, and scales [3] to multiply with."""
-    return pixels.means(draws), np.reciprocal(pixels.stds(draws.strength))
+    return pixels.means(draws), np.reciprocal(pixels.stds(draws.pca_noise_std))
 
 
 class _Memory:
@@ -83,7 +83,7 @@ class _Memory:
     the system takes longer than to fill it.
 
     Args:
-        largest: numbers in the largest batch.
+        largest: indices in the largest batch.
     """
 
     def __init__(self, largest: int) -> None:

@@ -18,11 +18,11 @@ from PIL import Image
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 """Pillow's names of what is taken, whatever a file's own name says."""
 
-GIVES_UP = "the decoder gives up on it"
-OTHER_SIZE = "it has another size than when it was indexed"
+DECODE_ERROR = "the decoder gives up on it"
+SIZE_MISMATCH = "it has another size than when it was indexed"
 
 _JPEG, _END_OF_JPEG, _SCAN = b"\xff\xd8\xff", b"\xff\xd9", 0xDA
-_PLAIN = re.compile(
+_BASELINE_JPEG = re.compile(
     rb"\xff\xd8\xff\xe0\0\x10.{14}(?:\xff\xdb\0\x43.{65}){1,2}"  # JFIF, tables
     rb"\xff\xc0\0(?:\x11\x08(.{4})\x03.{9}|\x0b\x08(.{4})\x01.{3})"  # the frame and its size
     rb"(?:\xff\xc4\0(?:\x1f.{29}|\xb5.{179}))+\xff\xda",  # Huffman's tables, the scan
@@ -31,7 +31,7 @@ _PLAIN = re.compile(
 _PNG = b"\x89PNG\r\n\x1a\n"
 
 
-def checked(encoded: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def validate_bytes(encoded: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """The bytes of a file as all decoders take them alike: nearly always these very ones.
 
     Raises:
@@ -50,10 +50,10 @@ def checked(encoded: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return encoded
 
 
-def plain_size(encoded: NDArray[np.uint8]) -> list[int] | None:
+def parse_jpeg_size(encoded: NDArray[np.uint8]) -> list[int] | None:
     """Stored height and width of a JPEG whose header is as libjpeg writes it unless it is asked for
     more, and so one that every parser reads; else None."""
-    found = _PLAIN.match(encoded.data)
+    found = _BASELINE_JPEG.match(encoded.data)
     return list(struct.unpack(">HH", found[found.lastindex or 0])) if found else None
 
 
@@ -75,7 +75,7 @@ def decode(encoded: NDArray[np.uint8], near: int | None = None) -> Image.Image:
                 image.draft("RGB", (near, near))
             return _rgb(image)
     except Exception as error:  # struct.error, SyntaxError, EOFError, ...: it depends on the damage
-        raise OSError(GIVES_UP) from error
+        raise OSError(DECODE_ERROR) from error
 
 
 def _defect(data: bytes) -> str | None:

@@ -1,12 +1,12 @@
-"""The engine for raw pixels, which need no decoder: they stay where they lie, and a batch is cut
-out of them in one go.
+"""The loader for raw pixels, which need no decoder: a batch is cropped out of them on the device.
 
-On a GPU the whole set lies in the GPU's memory where that has room for it, else the pixels of a
-batch are gathered from the file's memory map and uploaded under the running step. On CPUs batches
-are cut straight from the memory map, which all processes of a machine share.
+The whole data set lies in the GPU's memory where it fits there, else the images of a batch are
+gathered from the file's memory map and uploaded under the running step. CPUs compute the same, so
+that it can be tried there; DALI is faster on them.
 """
 
 from collections.abc import Generator, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,168 +14,212 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from alexnet_dist.data import crops
-from alexnet_dist.data.corrupt_images import Batch, CorruptImagePolicy, OnCorruptImage, prefetch
-from alexnet_dist.data.finishing import Finishing, Threads, arithmetic
+from alexnet_dist.data import corrupt_images
+from alexnet_dist.data.corrupt_images import Batch, CorruptImagePolicy, OnCorruptImage, to_device
 from alexnet_dist.data.plan import SampleParams
 from alexnet_dist.data.prepared import RawDataset
 from alexnet_dist.data.sources import ImageDataset
 from alexnet_dist.data.transforms import Normalization
 from alexnet_dist.errors import UserError
 
-_RESIZED_TOGETHER = 64
-"""Images that a GPU resizes at once: their pixels as float32 take 100 MB or so."""
+RESIZE_CHUNK = 64
+"""Images that are resized at a time: as float32 they take 50 MB."""
 
-_UPLOADED_TOGETHER = 2**28
-"""Bytes of the file that are uploaded at once."""
+GATHER_CHUNK = 16
+"""Images that a thread gathers at a time."""
+
+UPLOAD_CHUNK = 1024
+"""Images that are uploaded at a time when the data set is copied to the GPU."""
 
 
-def fits(source: RawDataset, device: torch.device) -> bool:
-    """Whether a GPU has room for the pixels, besides half of its memory for training."""
+def fits_in_gpu_memory(dataset: RawDataset, device: torch.device) -> bool:
+    """Whether a GPU has room for the pixels, with half of its memory left for training."""
     free, total = torch.cuda.mem_get_info(device)
-    return source.pixels.nbytes <= free - total // 2
+    return dataset.pixels.nbytes <= free - total // 2
+
+
+def crop_normalize(
+    images: Tensor,
+    rows: Tensor,
+    boxes: Tensor,
+    flips: Tensor,
+    means: Tensor,
+    scales: Tensor,
+    size: int,
+) -> Tensor:
+    """Crops that need no resize, normalized: float32 [b, size, size, 3].
+
+    Args:
+        images: uint8 [N, H, W, 3].
+        rows: [b], which of them.
+        boxes: [b, 4], top, left, and two sides of ``size``.
+        flips: [b], bool.
+        means, scales: [b, 3] and [3]; the result is (pixel - mean) * scale.
+    """
+    at = torch.arange(size, device=images.device)
+    lines = boxes[:, :1] + at
+    columns = boxes[:, 1:2] + torch.where(flips[:, None], size - 1 - at, at)
+    crops = images[rows[:, None, None], lines[:, :, None], columns[:, None]]
+    return (crops - means[:, None, None]) * scales
+
+
+def resize_crops(images: Tensor, boxes: Tensor, flips: Tensor, size: int) -> Tensor:
+    """The boxes [b, 4] of uint8 ``images`` [b, H, W, 3], resized and flipped: [b, size, size, 3].
+
+    Bilinear with antialiasing, by two batched matrix products, rounded after each as torch's resize
+    of bytes is.
+    """
+    _, height, width, _ = images.shape
+    across = _resize_weights(boxes[:, 1], boxes[:, 3], width, size)
+    across = torch.where(flips[:, None, None], across.flip(1), across)
+    down = _resize_weights(boxes[:, 0], boxes[:, 2], height, size)
+    planes = images.permute(0, 3, 1, 2).float()
+    planes = (planes @ across[:, None].mT).round_()
+    planes = (down[:, None] @ planes).round_()
+    return planes.to(torch.uint8).permute(0, 2, 3, 1)
+
+
+def _resize_weights(start: Tensor, length: Tensor, stored: int, size: int) -> Tensor:
+    """[b, size, stored]: the weights of the stored pixels of a line in each resized one. They are
+    triangles, as wide as two stored or two resized pixels, whichever are larger."""
+    start, length = start.float()[:, None, None], length.float()[:, None, None]
+    scale = length / size
+    centers = (torch.arange(size, device=start.device) + 0.5)[:, None] * scale
+    pixels = torch.arange(stored, device=start.device) - start
+    inside = (pixels >= 0) & (pixels < length)
+    weights = (1 - (pixels + 0.5 - centers).abs() / scale.clamp(min=1)).clamp(min=0) * inside
+    return weights / weights.sum(2, keepdim=True)
 
 
 class GpuCacheLoader:
-    """Carries out draws on raw pixels, in a thread that stays ahead of the training step.
+    """Loads samples of raw pixels.
 
     Args:
-        max_batch: the most images that draws usually have.
-        on_gpu: whether the pixels are to lie on the device, a GPU.
-        threads: that cut or gather.
-        ahead: finished batches that may wait.
+        in_gpu_memory: whether all pixels are to lie on ``device``.
+        threads: that gather pixels, where they are not.
+        prefetch: batches that may wait to be taken.
 
     Raises:
-        Failure: the source is not of raw pixels, or of several sizes.
+        UserError: the dataset holds no raw pixels, or images of several sizes.
     """
 
     def __init__(
         self,
-        source: ImageDataset,
-        pixels: Normalization,
+        dataset: ImageDataset,
+        normalization: Normalization,
         *,
-        max_batch: int,
         device: torch.device,
-        on_gpu: bool,
+        in_gpu_memory: bool,
         threads: int,
-        ahead: int = 2,
-        policy: OnCorruptImage = "stop",
+        prefetch: int = 2,
+        on_corrupt: OnCorruptImage = "stop",
     ) -> None:
-        self.source = _of_pixels(source)
-        self.pixels, self.device, self.ahead = pixels, device, ahead
-        self.bad = CorruptImagePolicy(source, policy)
-        self._rows = source.index.places[:, 0]
-        self._labels = torch.from_numpy(source.index.labels)
-        self._threads = Threads(threads)
-        self._finish = Finishing(pixels, max_batch=max_batch, threads=self._threads)
-        size = f"{self.source.pixels.nbytes / 1e9:.1f} GB of raw pixels"
-        if device.type == "cuda":
-            self._cut, self._stream = crops.choose_cut(device), torch.cuda.Stream(device)
-            self._all = _upload(self.source.pixels, device) if on_gpu else None
-            where = "on the GPU" if on_gpu else f"in host memory, gathered by {threads} threads"
-        else:
-            how = "torch, for want of a C compiler" if crops.compiled() is None else "C"
-            where = f"in host memory, cut by {how} in {threads} threads"
-        self.description = f"resident: {size} {where}"
+        self.dataset = _require_raw_pixels(dataset)
+        self.normalization, self.device = normalization, device
+        self.corrupt = CorruptImagePolicy(dataset, on_corrupt)
+        self._prefetch = prefetch
+        self._rows = dataset.index.offsets[:, 0]
+        self._labels = torch.from_numpy(dataset.index.labels)
+        self._threads = ThreadPoolExecutor(threads, "gather")
+        self._cache = _upload(self.dataset.pixels, device) if in_gpu_memory else None
+        gpu = device.type == "cuda"
+        self._stream = torch.cuda.Stream(device) if gpu else None
+        self._crop = torch.compile(crop_normalize, dynamic=True) if gpu else crop_normalize
+        size = f"{self.dataset.pixels.nbytes / 1e9:.1f} GB of raw pixels"
+        where = "on the GPU" if in_gpu_memory else f"in host memory, gathered by {threads} threads"
+        self.description = f"gpu_cache: {size} {where}"
 
-    def batches(self, draws: Iterable[SampleParams]) -> Generator[Batch, None, None]:
-        """One finished batch for each of ``draws``, in order."""
-        if self.device.type != "cuda":
-            yield from prefetch(map(self._on_cpu, draws), self.ahead)
-            return
-        for batch, done in prefetch(map(self._on_gpu, draws), self.ahead):
-            current = torch.cuda.current_stream(self.device)
-            current.wait_event(done)
-            for tensor in (batch.images, batch.labels):  # which are of another stream's memory
-                tensor.record_stream(current)
+    def batches(self, samples: Iterable[SampleParams]) -> Generator[Batch, None, None]:
+        """One batch for each of ``samples``, in order."""
+        loaded = corrupt_images.prefetch(map(self._load, samples), self._prefetch, self.device)
+        for batch, done in loaded:
+            if done is not None:
+                current = torch.cuda.current_stream(self.device)
+                current.wait_event(done)
+                for tensor in (batch.images, batch.labels):  # whose memory is another stream's
+                    tensor.record_stream(current)
             yield batch
 
     def close(self) -> None:
-        self._threads.close()
+        """End the threads."""
+        self._threads.shutdown(cancel_futures=True)
 
-    def _on_cpu(self, draws: SampleParams) -> Batch:
-        numbers = draws.numbers
-        images = self._finish(self.source.pixels, self._rows[numbers], draws.boxes, draws)
-        return Batch(images, self._labels[numbers], numbers)
-
-    def _on_gpu(self, draws: SampleParams) -> tuple[Batch, torch.cuda.Event]:
-        """The batch, and what has to happen on the GPU before it is one."""
-        side, count = self.pixels.side, len(draws.numbers)
-        resize = bool((draws.boxes[:, 2:] != side).any())
-        with torch.cuda.stream(self._stream):
-            every, rows, boxes = self._all, self._rows[draws.numbers], draws.boxes
-            if every is None:
-                every = self._gathered(rows, None if resize else boxes)
-                rows, boxes = np.arange(count), boxes if resize else 0 * boxes
-            of, where, flips, means, scales, labels = (
-                torch.as_tensor(each).pin_memory().to(self.device, non_blocking=True)
-                for each in (
-                    rows,
-                    boxes,
-                    draws.flips,
-                    *arithmetic(self.pixels, draws),
-                    self._labels[draws.numbers],
+    def _load(self, samples: SampleParams) -> tuple[Batch, torch.Event | None]:
+        """A batch, and on a GPU the event after which it is one."""
+        normalization, size = self.normalization, self.normalization.size
+        with torch.cuda.stream(self._stream):  # None on CPUs, which changes nothing
+            found, images = self._rows[samples.indices], self._cache
+            if images is None:
+                images, found = to_device(self._gather(found), self.device), np.arange(len(found))
+            rows, boxes, flips, means, scales, labels = (
+                to_device(array, self.device)
+                for array in (
+                    found,
+                    samples.crop_boxes,
+                    samples.flips,
+                    normalization.means(samples),
+                    np.reciprocal(normalization.stds(samples.pca_noise_std)),
+                    self._labels[samples.indices],
                 )
             )
-            if resize:
-                parts = zip(*(x.split(_RESIZED_TOGETHER) for x in (of, where, flips)), strict=True)
-                every = torch.cat([crops.resized(every[n], b, f, side) for n, b, f in parts])
-                of, where, flips = torch.arange(count, device=self.device), 0 * where, flips & False
-            images = torch.empty(count, side, side, 3, device=self.device)
-            self._cut(every, of, where, flips, means, scales, images)
-            done = torch.cuda.Event()
-            done.record()
-        return Batch(images.permute(0, 3, 1, 2), labels, draws.numbers), done
+            if (samples.crop_boxes[:, 2:] != size).any():
+                chunks = zip(*(x.split(RESIZE_CHUNK) for x in (rows, boxes, flips)), strict=True)
+                images = torch.cat([resize_crops(images[n], b, f, size) for n, b, f in chunks])
+                rows, boxes, flips = (
+                    torch.arange(len(rows), device=self.device),
+                    0 * boxes,
+                    flips & False,
+                )
+            crops = self._crop(images, rows, boxes, flips, means, scales, size)
+            done = self._stream.record_event() if self._stream else None
+        return Batch(crops.permute(0, 3, 1, 2), labels, samples.indices), done
 
-    def _gathered(self, rows: NDArray[np.int64], boxes: NDArray[np.int64] | None) -> Tensor:
-        """The images, or their boxes of the finished side, uint8 on the device."""
-        every, side = self.source.pixels, self.pixels.side
-        shape = every.shape[1:3] if boxes is None else (side, side)
-        pinned = torch.empty(len(rows), *shape, 3, dtype=torch.uint8, pin_memory=True)
-        gathered = pinned.numpy()
+    def _gather(self, rows: NDArray[np.int64]) -> Tensor:
+        """The images of ``rows`` [b], uint8 [b, H, W, 3], in pinned memory."""
+        pixels = self.dataset.pixels
+        shape = (len(rows), *pixels.shape[1:])
+        gathered = torch.empty(shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
 
-        def gather(part: slice) -> None:
-            for at in range(*part.indices(len(rows))):
-                top, left = (0, 0) if boxes is None else boxes[at, :2]
-                box = every[rows[at], top : top + shape[0], left : left + shape[1]]
-                gathered[at] = box
+        def take(first: int) -> None:
+            some = slice(first, first + GATHER_CHUNK)
+            np.take(pixels, rows[some], 0, out=gathered.numpy()[some], mode="clip")
 
-        self._threads.each_part(gather, len(rows))
-        return pinned.to(self.device, non_blocking=True)
+        list(self._threads.map(take, range(0, len(rows), GATHER_CHUNK)))
+        return gathered
 
 
-def _of_pixels(source: ImageDataset) -> RawDataset:
-    index = source.index
-    if not isinstance(source, RawDataset):
-        folder = index.folder.rpartition(":")[0] if source.raw else Path(index.folder).parent
-        holds = "its own form of them" if source.raw else "shards" if index.files else "image files"
+def _require_raw_pixels(dataset: ImageDataset) -> RawDataset:
+    index = dataset.index
+    if not isinstance(dataset, RawDataset):
+        folder = Path(index.folder).parent
+        holds = "shards" if index.files else "image files"
+        if dataset.is_decoded:
+            folder, holds = Path(index.folder.rpartition(":")[0]), "its own form of them"
         raise UserError(
             f"data.loader gpu_cache wants raw pixels, and {folder} holds {holds}: prepare them by "
             "python -m alexnet_dist.prepare IN --out DIR --crop center --format pixels, or take "
             "--data.loader auto",
             on_all_ranks=True,
         )
-    if len(index) and not 0 <= index.places.min() <= index.places.max() < len(source.pixels):
+    if len(index) and not 0 <= index.offsets.min() <= index.offsets.max() < len(dataset.pixels):
         raise UserError(
             f"the index of {index.folder} names images that its pixels do not have: copy it again "
-            "from where it was prepared, or prepare it anew",
+            "from where it was prepared, or prepare it from scratch",
             on_all_ranks=True,
         )
-    if (index.sizes != source.pixels.shape[1:3]).any():
+    if (index.sizes != dataset.pixels.shape[1:3]).any():
         raise UserError(
             f"data.loader gpu_cache wants images of one size, and those of {index.folder} have "
-            "several: prepare them anew",
+            "several: prepare them from scratch",
             on_all_ranks=True,
         )
-    return source
+    return dataset
 
 
 def _upload(pixels: NDArray[np.uint8], device: torch.device) -> Tensor:
-    """The whole set, on the device."""
-    every = torch.empty(pixels.shape, dtype=torch.uint8, device=device)
-    together = max(_UPLOADED_TOGETHER // max(pixels[:1].nbytes, 1), 1)
-    for first in range(0, len(pixels), together):
-        part = torch.from_numpy(pixels[first : first + together].copy())  # from a map not writable
-        every[first : first + together].copy_(part)
-    torch.cuda.synchronize(device)
-    return every
+    """All pixels, on the device."""
+    uploaded = torch.empty(pixels.shape, dtype=torch.uint8, device=device)
+    for first in range(0, len(pixels), UPLOAD_CHUNK):
+        some = slice(first, first + UPLOAD_CHUNK)
+        uploaded[some].copy_(torch.from_numpy(pixels[some].copy()))  # the map is not writable
+    return uploaded

@@ -17,11 +17,11 @@ class SplitIndex:
     Attributes:
         folder: where they lie.
         names: paths below ``folder``; for files that hold many images, what tells them apart.
-        labels: [N], numbers of classes.
+        labels: [N], indices of classes.
         sizes: [N, 2], stored height and width in pixels; 0 where the header cannot be read.
-        classes: names, in the order of their numbers.
+        classes: names, in the order of their indices.
         files: of a prepared folder: the files that hold the images, and their bytes.
-        places: of a prepared folder, where in them: [N, 3], number of the file, offset and length
+        offsets: of a prepared folder, where in them: [N, 3], index of the file, offset and length
             in bytes; or, of raw pixels, [N, 1], row of the array.
     """
 
@@ -31,12 +31,12 @@ class SplitIndex:
     sizes: NDArray[np.int64]
     classes: list[str]
     files: dict[str, int] = field(default_factory=dict)
-    places: NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 0), np.int64))
+    offsets: NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 0), np.int64))
 
     def __len__(self) -> int:
         return len(self.names)
 
-    def unreadable(self) -> list[int]:
+    def corrupt_indices(self) -> list[int]:
         """Numbers of the images whose header cannot be read."""
         return np.flatnonzero(self.sizes.min(1) == 0).tolist()
 
@@ -47,18 +47,18 @@ class DatasetInfo:
     all others, and enough to open it.
 
     Attributes:
-        titles: what people call the classes, for those that have such a name: {"n01440764":
+        class_names: what people call the classes, for those that have such a name: {"n01440764":
             "tench, Tinca tinca"}.
     """
 
     kind: str
     train: SplitIndex
     val: SplitIndex
-    statistics: ChannelStats
-    titles: dict[str, str] = field(default_factory=dict)
+    stats: ChannelStats
+    class_names: dict[str, str] = field(default_factory=dict)
 
     @property
-    def fingerprint(self) -> str:
+    def dataset_hash(self) -> str:
         """A digest of which images there are, wherever and in whatever form they lie."""
         digest = hashlib.sha256()
         for index in (self.train, self.val):
@@ -69,20 +69,20 @@ class DatasetInfo:
 
 
 class ImageDataset(Protocol):
-    """Images by number.
+    """Images by index.
 
     Attributes:
-        raw: whether they are pixels, which need no decoder.
+        is_decoded: whether they are pixels, which need no decoder.
     """
 
     index: SplitIndex
-    raw: bool
+    is_decoded: bool
 
-    def read(self, number: int) -> NDArray[np.uint8]:
+    def read(self, index: int) -> NDArray[np.uint8]:
         """The encoded bytes of an image, or its raw pixels [H, W, 3]. Raises OSError where they
         cannot be had, or are not those of a whole image."""
         ...
 
-    def path(self, number: int) -> str:
+    def path(self, index: int) -> str:
         """What to call the image when speaking to people."""
         ...

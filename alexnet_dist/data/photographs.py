@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from alexnet_dist.data.formats import checked, decode
+from alexnet_dist.data.formats import decode, validate_bytes
 from alexnet_dist.data.plan import Ints, center_crop_boxes, five_crop_boxes
 from alexnet_dist.data.sources import IMAGES
 from alexnet_dist.data.transforms import Normalization, crop_resize_flip, normalize
@@ -65,7 +65,7 @@ def view(path: str, fraction: float, side: int, views: Literal[1, 10]) -> Viewed
     try:
         if Path(path).is_dir():
             return Viewed(path, None, "there is no image in this folder")
-        pixels = torch.from_numpy(np.array(decode(checked(np.fromfile(path, np.uint8)))))
+        pixels = torch.from_numpy(np.array(decode(validate_bytes(np.fromfile(path, np.uint8)))))
     except OSError as error:
         return Viewed(path, None, error.strerror or str(error))
     image = pixels.permute(2, 0, 1)

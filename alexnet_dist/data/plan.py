@@ -1,10 +1,10 @@
-"""Who sees which crop of which image when.
+"""Which crop of which image is in which batch.
 
-Everything random about the data is a function of (seed, epoch, position): the order of the
-images, the crop box, the flip, the colour coefficients. Engines only carry it out. A global batch
-of B images is the positions step * B ... of the epoch's permutation, and replica r of R takes
-every R-th of them from the r-th on, so the order does not depend on the number of processes, and
-a run goes on in mid-epoch from two integers.
+Everything random about the data is a function of (seed, epoch, position): the order of the images,
+the crop box, the flip, the coefficients of the PCA noise. Loaders only carry it out. A global batch
+of B images is the positions step * B ... of the epoch's permutation, and data-parallel rank r of R
+takes every R-th of them from the r-th on. So the order does not depend on the number of processes,
+and a run resumes in mid-epoch from two integers.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,89 +16,90 @@ from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
-Crop = Literal["paper", "chunked", "random_resized"]
+TrainCrop = Literal["paper", "chunked", "random_resized"]
+NumCrops = Literal[1, 10]
 
-CHUNK = 32
-"""Images in a row that the authors' program crops and flips alike (convdata_jpeg.py)."""
+CROP_CHUNK = 32
+"""Consecutive images that the authors' program crops and flips alike (convdata_jpeg.py)."""
 
-DRAWS = 32
-"""Uniform numbers kept for each position: a flip, four for three normal coefficients, two for the
-corner, and two for each of ten attempts at a random-resized box; a multiple of the four that one
-count of Philox gives."""
+RANDOMS_PER_SAMPLE = 32
+"""Uniform numbers for each position: 0 the flip, 1 to 4 the PCA coefficients, 5 and 6 the box's
+top-left corner, 8 to 27 ten attempts at a random resized crop. Philox makes four at each count."""
 
 
 @dataclass(frozen=True)
 class SampleParams:
-    """A batch to be: b images and what is to be done to each.
+    """A batch before it is loaded: b images, and what is to be done to each.
 
     Attributes:
-        numbers: [b], the samples' numbers.
-        boxes: [b, 4], top, left, height, width in pixels of the stored image.
+        indices: [b], of the images in their split.
+        crop_boxes: [b, 4], top, left, height, width in pixels of the stored image.
         flips: [b], bool.
-        colours: [b, 3], coefficients along the eigenvectors, N(0, 1).
-        boxes_of: the boxes for other samples under the same draws.
-        strength: of the colour noise, the coefficients' standard deviation; 0 for none.
+        pca_coeffs: [b, 3], coefficients of the PCA noise, N(0, 1).
+        crop_boxes_for: the boxes [b, 4] of other images [b] under the same random numbers.
+        pca_noise_std: standard deviation that the coefficients are scaled to; 0 for no noise.
     """
 
-    numbers: Ints
-    boxes: Ints
+    indices: Ints
+    crop_boxes: Ints
     flips: NDArray[np.bool_]
-    colours: Floats
-    boxes_of: Callable[[Ints], Ints]
-    strength: float = 0.0
+    pca_coeffs: Floats
+    crop_boxes_for: Callable[[Ints], Ints]
+    pca_noise_std: float = 0.0
 
-    def substituted(self, numbers: Ints) -> "SampleParams":
-        """The same draws on other samples."""
-        return replace(self, numbers=numbers, boxes=self.boxes_of(numbers))
+    def with_indices(self, indices: Ints) -> "SampleParams":
+        """Other images [b] under the same random numbers."""
+        return replace(self, indices=indices, crop_boxes=self.crop_boxes_for(indices))
 
-    def only(self, rows: NDArray[np.bool_]) -> "SampleParams":
-        """The rows where the mask ``rows`` is True."""
+    def select(self, mask: NDArray[np.bool_]) -> "SampleParams":
+        """The samples where ``mask`` [b] is True. Their indices cannot be replaced any more."""
         return replace(
             self,
-            numbers=self.numbers[rows],
-            boxes=self.boxes[rows],
-            flips=self.flips[rows],
-            colours=self.colours[rows],
+            indices=self.indices[mask],
+            crop_boxes=self.crop_boxes[mask],
+            flips=self.flips[mask],
+            pca_coeffs=self.pca_coeffs[mask],
         )
 
 
-def _centre(sizes: Ints, fraction: float) -> tuple[Ints, Ints]:
-    """Of the central square: side of the crop [b], and the corner [b, 2] of the square itself."""
+def _central_square(sizes: Ints, fraction: float) -> tuple[Ints, Ints]:
+    """Side of the crop [b] in the central square, and top-left corner [b, 2] of that square."""
     short = sizes.min(1)
     side = np.maximum(np.rint(short * fraction).astype(np.int64), 1)
     return side, (sizes - short[:, None]) // 2
 
 
 def center_crop_boxes(sizes: Ints, fraction: float) -> Ints:
-    """The central square of ``fraction`` of the shorter side, for images of ``sizes`` [b, 2]."""
-    side, _ = _centre(sizes, fraction)
+    """A centered square of ``fraction`` of the shorter side, [b, 4], of images of ``sizes`` [b, 2]
+    (height, width)."""
+    side, _ = _central_square(sizes, fraction)
     corner = (sizes - side[:, None]) // 2
     return np.column_stack([corner, side, side])
 
 
 def five_crop_boxes(sizes: Ints, fraction: float) -> Ints:
     """Five squares of ``fraction`` of the shorter side, [b, 5, 4]: in the corners of the central
-    square, and in its centre (``centre_boxes``).
+    square, and ``center_crop_boxes``.
 
     On a stored 256 x 256 image at 224/256 these are the patches of Krizhevsky et al. 2012, section
     4.1.
     """
-    side, square = _centre(sizes, fraction)
+    side, square = _central_square(sizes, fraction)
     room = (sizes.min(1) - side)[:, None]
     corners = [square + room * np.array(at) for at in ((0, 0), (0, 1), (1, 0), (1, 1))]
     boxes = [np.column_stack([corner, side, side]) for corner in corners]
     return np.stack([*boxes, center_crop_boxes(sizes, fraction)], 1)
 
 
-def random_crop_boxes(sizes: Ints, fraction: float, where: Floats) -> Ints:
-    """A square of ``fraction`` of the shorter side anywhere in the central square.
+def random_crop_boxes(sizes: Ints, fraction: float, position: Floats) -> Ints:
+    """A square of ``fraction`` of the shorter side anywhere in the central square, [b, 4].
 
-    ``where`` [b, 2] is uniform in [0, 1). On a stored 256 x 256 image at 224/256 these are the
+    ``position`` [b, 2] is uniform in [0, 1). On a stored 256 x 256 image at 224/256 these are the
     crops of Krizhevsky et al. 2012, section 4.1.
     """
-    side, square = _centre(sizes, fraction)
+    side, square = _central_square(sizes, fraction)
     room = sizes.min(1) - side + 1
-    corner = square + (where * room[:, None]).astype(np.int64)
+    corner = square + (position * room[:, None]).astype(np.int64)
     return np.column_stack([corner, side, side])
 
 
@@ -107,19 +108,20 @@ def random_resized_crop_boxes(
     scale: tuple[float, float],
     ratio: tuple[float, float],
     attempts: Floats,
-    where: Floats,
+    position: Floats,
 ) -> Ints:
-    """Boxes of random area and shape, as torchvision's RandomResizedCrop draws them.
+    """Boxes [b, 4] of random area and aspect ratio, as torchvision's RandomResizedCrop.
 
-    ``scale`` bounds the area as a part of the image's, ``ratio`` width over height; the first of
-    ``attempts`` [b, n, 2] that fits is taken, else the largest central box of a shape allowed.
+    ``scale`` bounds the area relative to the image's, ``ratio`` width over height. The first of
+    ``attempts`` [b, n, 2] that fits is taken, else the largest centered box of an allowed ratio.
+    ``position`` [b, 2] and the attempts are uniform in [0, 1).
     """
     height, width = sizes[:, 0], sizes[:, 1]
     area = (height * width)[:, None] * (scale[0] + attempts[..., 0] * (scale[1] - scale[0]))
     low, high = np.log(ratio[0]), np.log(ratio[1])
-    shape = np.exp(low + attempts[..., 1] * (high - low))
-    w = np.rint(np.sqrt(area * shape)).astype(np.int64)
-    h = np.rint(np.sqrt(area / shape)).astype(np.int64)
+    aspect = np.exp(low + attempts[..., 1] * (high - low))
+    w = np.rint(np.sqrt(area * aspect)).astype(np.int64)
+    h = np.rint(np.sqrt(area / aspect)).astype(np.int64)
     fits = (w > 0) & (h > 0) & (w <= width[:, None]) & (h <= height[:, None])
     first = fits.argmax(1)
     row = np.arange(len(sizes))
@@ -127,124 +129,147 @@ def random_resized_crop_boxes(
     h = np.where(found, h, np.minimum(height, np.rint(width / ratio[0]).astype(np.int64)))
     w = np.where(found, w, np.minimum(width, np.rint(height * ratio[1]).astype(np.int64)))
     h, w = np.maximum(h, 1), np.maximum(w, 1)
-    spot = np.where(found[:, None], where, 0.5)
-    top = (spot[:, 0] * (height - h + 1)).astype(np.int64)
-    left = (spot[:, 1] * (width - w + 1)).astype(np.int64)
+    position = np.where(found[:, None], position, 0.5)
+    top = (position[:, 0] * (height - h + 1)).astype(np.int64)
+    left = (position[:, 1] * (width - w + 1)).astype(np.int64)
     return np.column_stack([top, left, h, w])
 
 
 @dataclass
 class SamplePlan:
-    """The plan of a training run over N images.
+    """The samples of a training run over N images.
 
     Attributes:
-        sizes: [N, 2], height and width of the stored images in pixels.
-        batch: images in a global batch, B.
-        fraction: side of the paper's crop over that of the image, 224/256.
-        strength: of the colour noise after so many passes.
+        sizes: [N, 2], height and width of the stored images in pixels; 0 where unreadable.
+        batch_size: images in a global batch, B.
+        crop_fraction: side of the paper's crop over that of the central square, 224/256.
+        scale, ratio: of random resized crops.
+        pca_noise_std: of the PCA noise after so many (fractional) epochs.
     """
 
     sizes: Ints
-    batch: int
+    batch_size: int
     seed: int
-    crop: Crop = "paper"
-    fraction: float = 224 / 256
+    crop: TrainCrop = "paper"
+    crop_fraction: float = 224 / 256
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    flip: bool = True
-    strength: Callable[[float], float] = lambda passes: 0.0
-    _order: tuple[int, Ints] | None = None
+    hflip: bool = True
+    pca_noise_std: Callable[[float], float] = lambda epochs: 0.0
+    _cached: tuple[int, Ints] | None = None  # an epoch and its permutation
 
     @property
-    def steps(self) -> int:
-        """Steps of an epoch, floor(N / B): the tail, another one each epoch, is left out."""
-        return len(self.sizes) // self.batch
+    def steps_per_epoch(self) -> int:
+        """floor(N / B): the tail, another one in each epoch, is skipped."""
+        return len(self.sizes) // self.batch_size
 
-    def order(self, epoch: int) -> Ints:
-        """The epoch's permutation of the samples, cut to whole batches."""
-        if self._order is None or self._order[0] != epoch:
+    def permutation(self, epoch: int) -> Ints:
+        """The indices in the epoch's order, cut to full batches: [steps_per_epoch * B]."""
+        if self._cached is None or self._cached[0] != epoch:
             shuffled = self._generator(epoch, 0).permutation(len(self.sizes))
-            self._order = epoch, shuffled[: self.steps * self.batch]
-        return self._order[1]
+            self._cached = epoch, shuffled[: self.steps_per_epoch * self.batch_size]
+        return self._cached[1]
 
-    def draw(self, epoch: int, step: int, rows: slice = slice(None)) -> SampleParams:
-        """The ``rows`` of global batch ``step`` of ``epoch``."""
-        first = step * self.batch
-        numbers = self.order(epoch)[first : first + self.batch][rows]
-        # a position's numbers start at a count of their own, so that any batch can be drawn alone
-        generator = self._generator(epoch, 1, count=first * (DRAWS // 4))
-        draws = generator.random((self.batch, DRAWS))
+    def sample(self, epoch: int, step: int, batch_slice: slice = slice(None)) -> SampleParams:
+        """The ``batch_slice`` of global batch ``step`` of ``epoch``."""
+        first = step * self.batch_size
+        indices = self.permutation(epoch)[first : first + self.batch_size][batch_slice]
+        # a position's numbers start at a count of their own, so that any batch can be made alone
+        generator = self._generator(epoch, 1, count=first * (RANDOMS_PER_SAMPLE // 4))
+        randoms = generator.random((self.batch_size, RANDOMS_PER_SAMPLE))
         if self.crop == "chunked":
-            alike = np.arange(self.batch) // CHUNK * CHUNK
-            draws[:, [0, 5, 6]] = draws[alike][:, [0, 5, 6]]
-        draws = draws[rows]
-        where, attempts = draws[:, 5:7], draws[:, 8:28].reshape(-1, 10, 2)
+            first_in_chunk = np.arange(self.batch_size) // CROP_CHUNK * CROP_CHUNK
+            randoms[:, [0, 5, 6]] = randoms[first_in_chunk][:, [0, 5, 6]]
+        randoms = randoms[batch_slice]
+        position, attempts = randoms[:, 5:7], randoms[:, 8:28].reshape(-1, 10, 2)
 
-        def boxes_of(numbers: Ints) -> Ints:
-            sizes = self.sizes[numbers]
+        def crop_boxes_for(indices: Ints) -> Ints:
+            sizes = self.sizes[indices]
             if self.crop == "random_resized":
-                return random_resized_crop_boxes(sizes, self.scale, self.ratio, attempts, where)
-            return random_crop_boxes(sizes, self.fraction, where)
+                return random_resized_crop_boxes(sizes, self.scale, self.ratio, attempts, position)
+            return random_crop_boxes(sizes, self.crop_fraction, position)
 
-        radius = np.sqrt(-2 * np.log1p(-draws[:, 1:3]))  # Box and Muller
-        angle = 2 * np.pi * draws[:, 3:5]
+        radius = np.sqrt(-2 * np.log1p(-randoms[:, 1:3]))  # Box-Muller
+        angle = 2 * np.pi * randoms[:, 3:5]
         normal = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)], 1)
-        flips = (draws[:, 0] < 0.5) & self.flip
-        strength = self.strength(epoch + step / self.steps)
-        return SampleParams(numbers, boxes_of(numbers), flips, normal[:, :3], boxes_of, strength)
+        return SampleParams(
+            indices,
+            crop_boxes_for(indices),
+            (randoms[:, 0] < 0.5) & self.hflip,
+            normal[:, :3],
+            crop_boxes_for,
+            self.pca_noise_std(epoch + step / self.steps_per_epoch),
+        )
 
-    def epoch(self, epoch: int, first_step: int, rows: slice) -> Iterator[SampleParams]:
-        """The draws of ``epoch`` from ``first_step`` to its end."""
-        for step in range(first_step, self.steps):
-            yield self.draw(epoch, step, rows)
+    def epoch(self, epoch: int, first_step: int, batch_slice: slice) -> Iterator[SampleParams]:
+        """The batches of ``epoch`` from ``first_step`` to its end."""
+        for step in range(first_step, self.steps_per_epoch):
+            yield self.sample(epoch, step, batch_slice)
+
+    def needs_resize(self, size: int) -> bool:
+        """Whether any crop has another side than ``size`` pixels."""
+        return self.crop == "random_resized" or _needs_resize(self.sizes, self.crop_fraction, size)
 
     def _generator(self, epoch: int, stream: int, count: int = 0) -> np.random.Generator:
         key = np.random.SeedSequence((self.seed, epoch, stream)).generate_state(2, np.uint64)
         return np.random.Generator(np.random.Philox(key=key, counter=count))
 
 
-Views = Literal[1, 10]
-
-_REFLECTED = {1: [False], 10: [False] * 5 + [True] * 5}
-
-
 @dataclass(frozen=True)
 class EvalPlan:
-    """Every image once, in order: by its central view, or ten times in a row by the paper's views,
-    those of ``five_boxes`` and their reflections (Krizhevsky et al. 2012, section 4.1).
-
-    ``draws`` gives each replica the same number of batches, empty ones where the images have run
-    out, so that no process is left waiting.
+    """Every image once, in order: its center crop, or ten crops in a row, those of
+    ``five_crop_boxes`` and their horizontal flips (Krizhevsky et al. 2012, section 4.1).
 
     Attributes:
-        batch: images in a global batch, however many views each has.
+        sizes: [N, 2], height and width of the stored images in pixels; 0 where unreadable.
+        batch_size: images in a global batch, however many crops each has.
     """
 
     sizes: Ints
-    batch: int
-    fraction: float = 224 / 256
-    views: Views = 1
+    batch_size: int
+    crop_fraction: float = 224 / 256
+    num_crops: NumCrops = 1
 
     @property
     def steps(self) -> int:
-        return -(-len(self.sizes) // self.batch)
+        """ceil(N / batch_size)."""
+        return -(-len(self.sizes) // self.batch_size)
 
-    def draws(self, rows: slice) -> Iterator[SampleParams]:
+    def batches(self, batch_slice: slice) -> Iterator[SampleParams]:
+        """The ``batch_slice`` of each global batch.
+
+        Every rank gets the same number of batches, empty ones where the images have run out, so
+        that no rank is left waiting.
+        """
         every = np.arange(len(self.sizes))
         for step in range(self.steps):
-            images = every[step * self.batch : (step + 1) * self.batch][rows]
-            numbers = np.repeat(images, self.views)
-            yield SampleParams(
-                numbers,
-                self._boxes_of(numbers),
-                np.tile(_REFLECTED[self.views], len(images)),
-                np.zeros((len(numbers), 3)),
-                self._boxes_of,
-            )
+            batch = every[step * self.batch_size : (step + 1) * self.batch_size]
+            yield self.samples(batch[batch_slice])
 
-    def _boxes_of(self, numbers: Ints) -> Ints:
-        sizes = self.sizes[numbers]
-        if self.views == 1:
-            return center_crop_boxes(sizes, self.fraction)
-        row = np.arange(len(numbers))
-        return five_crop_boxes(sizes, self.fraction)[row, row % 5]
+    def samples(self, images: Ints) -> SampleParams:
+        """The crops of ``images`` [n], as a batch of n * num_crops."""
+        indices = np.repeat(images, self.num_crops)
+        flips = np.arange(self.num_crops) >= 5
+        return SampleParams(
+            indices,
+            self._crop_boxes_for(indices),
+            np.tile(flips, len(images)),
+            np.zeros((len(indices), 3)),
+            self._crop_boxes_for,
+        )
+
+    def needs_resize(self, size: int) -> bool:
+        """Whether any crop has another side than ``size`` pixels."""
+        return _needs_resize(self.sizes, self.crop_fraction, size)
+
+    def _crop_boxes_for(self, indices: Ints) -> Ints:
+        sizes = self.sizes[indices]
+        if self.num_crops == 1:
+            return center_crop_boxes(sizes, self.crop_fraction)
+        row = np.arange(len(indices))
+        return five_crop_boxes(sizes, self.crop_fraction)[row, row % 5]
+
+
+def _needs_resize(sizes: Ints, fraction: float, size: int) -> bool:
+    readable = sizes[sizes.min(1) > 0]
+    return bool((center_crop_boxes(readable, fraction)[:, 2] != size).any())

@@ -22,7 +22,7 @@ from zipfile import BadZipFile
 import numpy as np
 from numpy.typing import NDArray
 
-from alexnet_dist.data.formats import checked
+from alexnet_dist.data.formats import validate_bytes
 from alexnet_dist.data.index import DatasetInfo, SplitIndex
 from alexnet_dist.data.statistics import ChannelStats
 from alexnet_dist.errors import UserError
@@ -75,7 +75,7 @@ def load_packed_info(folder: Path) -> DatasetInfo:
 class TarDataset:
     """Encoded images in tar files."""
 
-    raw = False
+    is_decoded = False
 
     def __init__(self, index: SplitIndex) -> None:
         _check(index)
@@ -83,15 +83,15 @@ class TarDataset:
         self.index = index
         self._files = [open(path, "rb", buffering=0) for path in _paths(index)]  # noqa: SIM115
 
-    def read(self, number: int) -> NDArray[np.uint8]:
-        file, offset, length = self.index.places[number].tolist()
+    def read(self, index: int) -> NDArray[np.uint8]:
+        file, offset, length = self.index.offsets[index].tolist()
         # no memory map: a page that is not there yet would be waited for by all threads
         encoded = os.pread(self._files[file].fileno(), length, offset)
-        return checked(np.frombuffer(encoded, np.uint8))
+        return validate_bytes(np.frombuffer(encoded, np.uint8))
 
-    def path(self, number: int) -> str:
-        file = _paths(self.index)[self.index.places[number, 0]]
-        return f"{file}: {self.index.names[number]}"
+    def path(self, index: int) -> str:
+        file = _paths(self.index)[self.index.offsets[index, 0]]
+        return f"{file}: {self.index.names[index]}"
 
     def __reduce__(self) -> tuple[type["TarDataset"], tuple[SplitIndex]]:
         return TarDataset, (self.index,)
@@ -104,7 +104,7 @@ class RawDataset:
         pixels: [N, size, size, 3], in the order of the file: image n is that of its place.
     """
 
-    raw = True
+    is_decoded = True
 
     def __init__(self, index: SplitIndex) -> None:
         _check(index)
@@ -112,11 +112,11 @@ class RawDataset:
         pixels = np.memmap(_paths(index)[0], np.uint8, "r").view(np.ndarray)
         self.pixels = pixels.reshape(-1, *index.sizes[0].tolist(), 3)
 
-    def read(self, number: int) -> NDArray[np.uint8]:
-        return self.pixels[self.index.places[number, 0]]
+    def read(self, index: int) -> NDArray[np.uint8]:
+        return self.pixels[self.index.offsets[index, 0]]
 
-    def path(self, number: int) -> str:
-        return f"{_paths(self.index)[0]}: {self.index.names[number]}"
+    def path(self, index: int) -> str:
+        return f"{_paths(self.index)[0]}: {self.index.names[index]}"
 
     def __reduce__(self) -> tuple[type["RawDataset"], tuple[SplitIndex]]:
         return RawDataset, (self.index,)

@@ -2,7 +2,7 @@
 embedded digits.
 
 A split is an index, made once and kept: names, labels and sizes of its images. From there on an
-image is a number, and a source gives its encoded bytes or its pixels.
+image is a index, and a source gives its encoded bytes or its pixels.
 """
 
 import hashlib
@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from alexnet_dist.data.digits import write_digits
-from alexnet_dist.data.formats import FORMATS, checked
+from alexnet_dist.data.formats import FORMATS, validate_bytes
 from alexnet_dist.data.index import DatasetInfo, ImageDataset, SplitIndex
 from alexnet_dist.data.prepared import RawDataset, TarDataset, is_packed_dataset, load_packed_info
-from alexnet_dist.data.statistics import ChannelStats, measure
+from alexnet_dist.data.statistics import ChannelStats, compute_stats
 from alexnet_dist.errors import UserError
 
 IMAGES = frozenset({".jpeg", ".jpg", ".png", ".webp", ".bmp"})
@@ -37,36 +37,36 @@ Progress = Callable[[str, int, int], None]
 class FolderDataset:
     """Files below a folder."""
 
-    raw = False
+    is_decoded = False
 
     def __init__(self, index: SplitIndex) -> None:
         self.index = index
 
-    def read(self, number: int) -> NDArray[np.uint8]:
-        file = os.open(self.path(number), os.O_RDONLY)  # numpy's fromfile takes twice as long
+    def read(self, index: int) -> NDArray[np.uint8]:
+        file = os.open(self.path(index), os.O_RDONLY)  # numpy's fromfile takes twice as long
         try:
             encoded = os.read(file, os.fstat(file).st_size)
         finally:
             os.close(file)
-        return checked(np.frombuffer(encoded, np.uint8))
+        return validate_bytes(np.frombuffer(encoded, np.uint8))
 
-    def path(self, number: int) -> str:
-        return f"{self.index.folder}/{self.index.names[number]}"
+    def path(self, index: int) -> str:
+        return f"{self.index.folder}/{self.index.names[index]}"
 
 
 class InMemoryDataset:
     """The pixels of a small set, in memory."""
 
-    raw = True
+    is_decoded = True
 
     def __init__(self, index: SplitIndex, pixels: NDArray[np.uint8]) -> None:
         self.index, self._pixels = index, pixels
 
-    def read(self, number: int) -> NDArray[np.uint8]:
-        return self._pixels[number]
+    def read(self, index: int) -> NDArray[np.uint8]:
+        return self._pixels[index]
 
-    def path(self, number: int) -> str:
-        return f"{self.index.folder} (image {self.index.names[number]})"
+    def path(self, index: int) -> str:
+        return f"{self.index.folder} (image {self.index.names[index]})"
 
 
 def scan_dataset(root: str | None, cache: str, progress: Progress) -> DatasetInfo:
@@ -133,7 +133,7 @@ def _cifar10(folder: Path, train: bool) -> tuple[SplitIndex, NDArray[np.uint8]]:
             f"CIFAR-10 below {folder} is damaged: unpack its archive there again"
         ) from None
     pixels: NDArray[np.uint8] = data.data
-    names = [str(number) for number in range(len(pixels))]
+    names = [str(index) for index in range(len(pixels))]
     sizes = np.full((len(pixels), 2), pixels.shape[1], np.int64)
     where = f"{folder}:{'train' if train else 'test'}"
     return SplitIndex(where, names, np.asarray(data.targets, np.int64), sizes, data.classes), pixels
@@ -180,7 +180,9 @@ def _index(root: Path, split: Path, cache: Path, progress: Progress) -> SplitInd
             names = kept["names"].tobytes().decode().split("\n")
             index = SplitIndex(str(split), names, kept["labels"], kept["sizes"], list(folders))
             # a file that is mended leaves the time of its folder as it was
-            if not any(any(_header_size(split / names[number])) for number in index.unreadable()):
+            if not any(
+                any(_header_size(split / names[index])) for index in index.corrupt_indices()
+            ):
                 return index
     index = _scan(split, list(folders), progress)
     _keep(
@@ -208,9 +210,9 @@ def _scan(split: Path, classes: list[str], progress: Progress) -> SplitIndex:
     sizes = np.zeros((len(names), 2), np.int64)
     with ThreadPoolExecutor(16) as pool:  # network storage answers slowly, but many at once
         paths = (split / name for name in names)
-        for number, size in enumerate(pool.map(_header_size, paths)):
-            sizes[number] = size
-            progress(f"indexing {split}", number + 1, len(names))
+        for index, size in enumerate(pool.map(_header_size, paths)):
+            sizes[index] = size
+            progress(f"indexing {split}", index + 1, len(names))
     return SplitIndex(str(split), names, np.array(labels, np.int64), sizes, classes)
 
 
@@ -232,7 +234,7 @@ def _statistics(
         kept = _load(place)
         if kept is not None and kept["format"] == _FORMAT and str(kept["of"]) == digest:
             return ChannelStats(kept["mean"], kept["eigenvalues"], kept["eigenvectors"])
-    result = measure(
+    result = compute_stats(
         len(train), source.read, progress=lambda *at: progress("measuring colours", *at)
     )
     _keep(places, format=np.array(_FORMAT), of=np.array(digest), **vars(result))

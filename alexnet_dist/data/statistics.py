@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from alexnet_dist.data.formats import decode
 
-SAMPLE = 1024
+NUM_SAMPLED_IMAGES = 1024
 
 
 @dataclass(frozen=True)
@@ -35,25 +35,25 @@ class ChannelStats:
         return cls(**{name: np.array(record[name]) for name in cls.__annotations__})
 
 
-def measure(
+def compute_stats(
     count: int,
     read: Callable[[int], NDArray[np.uint8]],
     *,
-    sample: int = SAMPLE,
+    sample: int = NUM_SAMPLED_IMAGES,
     threads: int = 8,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> ChannelStats:
     """Measure a seeded sample of ``count`` images, each by the pixels of its central square.
 
-    Each image counts alike, whatever its size. ``read(number)`` gives encoded bytes, or pixels;
+    Each image counts alike, whatever its size. ``read(index)`` gives encoded bytes, or pixels;
     images that cannot be decoded are passed over. With no image at all the statistics are those of
     grey.
     """
     chosen = np.random.Generator(np.random.Philox(145)).permutation(count)[:sample]
 
-    def moments(number: int) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
+    def moments(index: int) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
         try:
-            rgb = decode(read(number), near=256)
+            rgb = decode(read(index), near=256)
         except OSError:
             return None
         side = min(rgb.size)
@@ -70,10 +70,10 @@ def measure(
                 first, second, used = first + result[0], second + result[1], used + 1
     if used == 0:
         return ChannelStats(np.full(3, 127.5), np.zeros(3), np.eye(3))
-    return of_moments(first / used, second / used)
+    return stats_from_moments(first / used, second / used)
 
 
-def of_moments(mean: NDArray[np.float64], second: NDArray[np.float64]) -> ChannelStats:
+def stats_from_moments(mean: NDArray[np.float64], second: NDArray[np.float64]) -> ChannelStats:
     """Statistics of the mean of RGB values, [3], and that of their products, [3, 3]."""
     values, vectors = np.linalg.eigh(second - np.outer(mean, mean))
     # largest first, and a sign that does not depend on the linear algebra library

@@ -1,10 +1,11 @@
-"""The plain engine: torch's DataLoader, and decoding by Pillow as torchvision's folders do it.
+"""The plain loader: torch's DataLoader, and decoding by Pillow as torchvision's folders do it.
 
-For machines without DALI, and the reference that DALI is tested against.
+For machines without DALI, and the reference that the other loaders are tested against.
 """
 
 import multiprocessing
 import signal
+from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from typing import Any
 
@@ -14,59 +15,47 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from alexnet_dist.data.corrupt_images import Batch, CorruptImagePolicy, OnCorruptImage
-from alexnet_dist.data.formats import OTHER_SIZE, decode
+from alexnet_dist.data.corrupt_images import Batch, CorruptImagePolicy, OnCorruptImage, to_device
+from alexnet_dist.data.formats import SIZE_MISMATCH, decode
 from alexnet_dist.data.plan import SampleParams
 from alexnet_dist.data.sources import ImageDataset
 from alexnet_dist.data.transforms import Normalization, crop_resize_flip, normalize
 
-Order = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]
+Params = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]
+"""Indices [b], crop boxes [b, 4] and flips [b]: what can be sent to another process."""
 
 
-class _Decoded(Dataset[tuple[Tensor, dict[int, str]]]):
-    """A whole batch for each order, decoded in one worker process."""
+class _DecodeDataset(Dataset[tuple[Tensor, dict[int, str]]]):
+    """A batch of crops, uint8 [b, 3, size, size], for each ``Params``; and which images are
+    corrupt, and why."""
 
-    def __init__(self, source: ImageDataset, side: int) -> None:
-        self.source, self.side = source, side
+    def __init__(self, dataset: ImageDataset, size: int) -> None:
+        self.dataset, self.size = dataset, size
 
-    def __getitem__(self, order: Order) -> tuple[Tensor, dict[int, str]]:
-        numbers, boxes, flips = order
+    def __getitem__(self, params: Params) -> tuple[Tensor, dict[int, str]]:
+        indices, boxes, flips = params
         images = torch.empty(
-            (len(numbers), 3, self.side, self.side),
+            (len(indices), 3, self.size, self.size),
             dtype=torch.uint8,
-            memory_format=torch.channels_last,  # as decoders give them, and networks take them
+            memory_format=torch.channels_last,
         )
-        bad: dict[int, str] = {}
-        for row, number in enumerate(numbers.tolist()):
+        errors: dict[int, str] = {}
+        for row, index in enumerate(indices.tolist()):
             try:
-                images[row] = self._image(number, boxes[row], bool(flips[row]))
+                images[row] = self._crop(index, boxes[row], bool(flips[row]))
             except OSError as error:
-                bad[number] = error.strerror or str(error)
-        return images, bad
+                errors[index] = error.strerror or str(error)
+        return images, errors
 
-    def _image(self, number: int, box: NDArray[np.int64], flip: bool) -> Tensor:
-        image = self.source.read(number)
-        pixels = torch.from_numpy(np.array(image if self.source.raw else decode(image)))
-        if pixels.shape[:2] != tuple(self.source.index.sizes[number]):
-            raise OSError(OTHER_SIZE)
-        return crop_resize_flip(pixels.permute(2, 0, 1), box, flip, self.side)
-
-
-class _Orders:
-    """Draws as what a worker needs of them, remembering the draws that are under way."""
-
-    def __init__(self, draws: Iterable[SampleParams], bad: CorruptImagePolicy) -> None:
-        self.draws, self.bad = draws, bad
-        self.under_way: list[tuple[SampleParams, SampleParams]] = []
-
-    def __iter__(self) -> Iterator[Order]:
-        for draws in self.draws:
-            known = self.bad.apply(draws)
-            self.under_way.append((draws, known))
-            yield known.numbers, known.boxes, known.flips
+    def _crop(self, index: int, box: NDArray[np.int64], flip: bool) -> Tensor:
+        image = self.dataset.read(index)
+        pixels = torch.from_numpy(np.array(image if self.dataset.is_decoded else decode(image)))
+        if pixels.shape[:2] != tuple(self.dataset.index.sizes[index]):
+            raise OSError(SIZE_MISMATCH)
+        return crop_resize_flip(pixels.permute(2, 0, 1), box, flip, self.size)
 
 
-def _be_deaf(_: int) -> None:
+def _ignore_signals(_: int) -> None:
     """In a worker: a launcher's or a cluster's signals reach all processes, but it is the training
     process that has to save, for which it may still need images. Workers end when it does."""
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):
@@ -74,59 +63,65 @@ def _be_deaf(_: int) -> None:
 
 
 class TorchLoader:
-    """Carries out draws in ``threads`` worker processes (0: in this one)."""
+    """Loads samples in ``threads`` worker processes (0: in this one), each of which keeps
+    ``prefetch`` batches ready."""
 
     def __init__(
         self,
-        source: ImageDataset,
-        pixels: Normalization,
+        dataset: ImageDataset,
+        normalization: Normalization,
         *,
         device: torch.device,
         threads: int,
-        ahead: int = 2,
-        policy: OnCorruptImage = "stop",
+        prefetch: int = 2,
+        on_corrupt: OnCorruptImage = "stop",
     ) -> None:
-        self.source, self.pixels, self.device = source, pixels, device
-        self.threads, self.ahead = threads, ahead
-        self.bad = CorruptImagePolicy(source, policy)
-        self._decoded = _Decoded(source, pixels.side)
-        self._labels = torch.from_numpy(source.index.labels)
+        self.normalization, self.device = normalization, device
+        self.corrupt = CorruptImagePolicy(dataset, on_corrupt)
+        self._decode = _DecodeDataset(dataset, normalization.size)
+        self._labels = torch.from_numpy(dataset.index.labels)
+        self._workers: dict[str, Any] = {"num_workers": threads, "worker_init_fn": _ignore_signals}
+        if threads:
+            self._workers["prefetch_factor"] = prefetch
         self.description = f"DataLoader, {threads} worker processes"
 
-    def batches(self, draws: Iterable[SampleParams]) -> Generator[Batch, None, None]:
-        """One finished batch for each of ``draws``, in order.
+    def batches(self, samples: Iterable[SampleParams]) -> Generator[Batch, None, None]:
+        """One batch for each of ``samples``, in order.
 
         Raises:
-            Failure: an image cannot be decoded and the policy is to stop.
+            UserError: an image cannot be decoded and the policy is to stop.
         """
-        orders = _Orders(draws, self.bad)
-        options: dict[str, Any] = {"prefetch_factor": self.ahead} if self.threads else {}
+        pending: deque[tuple[SampleParams, SampleParams]] = deque()
+
+        def sampler() -> Iterator[Params]:
+            for planned in samples:
+                known = self.corrupt.substitute(planned)
+                pending.append((planned, known))
+                yield known.indices, known.crop_boxes, known.flips
+
+        pin = self.device.type == "cuda"
         loader = DataLoader(
-            self._decoded,
-            batch_size=None,
-            sampler=orders,
-            num_workers=self.threads,
-            pin_memory=self.device.type == "cuda",
-            worker_init_fn=_be_deaf,
-            **options,
+            self._decode, batch_size=None, sampler=sampler(), pin_memory=pin, **self._workers
         )
-        for images, bad in loader:
-            yield self._finish(*orders.under_way.pop(0), images, bad)
+        for images, errors in loader:
+            yield self._finish(*pending.popleft(), images, errors)
 
     def close(self) -> None:
+        """End the workers."""
         for worker in multiprocessing.active_children():
-            worker.kill()  # they are deaf to anything gentler
+            worker.kill()  # they ignore anything gentler
 
     def _finish(
-        self, planned: SampleParams, draws: SampleParams, images: Tensor, bad: dict[int, str]
+        self, planned: SampleParams, samples: SampleParams, images: Tensor, errors: dict[int, str]
     ) -> Batch:
-        while bad:
-            for number, reason in bad.items():
-                self.bad.found(number, reason)
-            draws = self.bad.apply(planned)
-            images, bad = self._decoded[draws.numbers, draws.boxes, draws.flips]
-        self.bad.note(planned)
-        means = torch.from_numpy(self.pixels.means(draws)).to(self.device)
-        stds = torch.from_numpy(self.pixels.stds(draws.strength)).to(self.device)
-        images = normalize(images.to(self.device, non_blocking=True), means, stds)
-        return Batch(images, self._labels[draws.numbers].to(self.device), draws.numbers)
+        while errors:
+            for index, reason in errors.items():
+                self.corrupt.mark_corrupt(index, reason)
+            samples = self.corrupt.substitute(planned)
+            images, errors = self._decode[samples.indices, samples.crop_boxes, samples.flips]
+        self.corrupt.log_substitutions(planned)
+        means = to_device(self.normalization.means(samples), self.device)
+        stds = to_device(self.normalization.stds(samples.pca_noise_std), self.device)
+        labels = to_device(self._labels[samples.indices], self.device)
+        images = normalize(to_device(images, self.device), means, stds)
+        return Batch(images, labels, samples.indices)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.nn.functional import interpolate
 
-from alexnet_dist.data.formats import FORMATS, GIVES_UP, checked, decode, plain_size
+from alexnet_dist.data.formats import DECODE_ERROR, FORMATS, decode, parse_jpeg_size, validate_bytes
 
 try:  # torchvision 0.29 announces that they will go
     from torchvision.io import ImageReadMode, decode_jpeg, encode_jpeg
@@ -62,7 +62,7 @@ def shrink(encoded: NDArray[np.uint8], form: Form) -> Small:
     Raises:
         OSError: with the reason, where it is no whole image.
     """
-    good = checked(encoded)
+    good = validate_bytes(encoded)
     kind, mode, height, width = _header(good)
     short = min(width, height)
     fits = height == width == form.size if form.crop == "center" else short <= form.size
@@ -83,14 +83,14 @@ def shrink(encoded: NDArray[np.uint8], form: Form) -> Small:
 def _header(encoded: NDArray[np.uint8]) -> tuple[str, str, int, int]:
     """Format and mode, in Pillow's words, height and width. A plain JPEG is called RGB even where
     it is grey, as both are decoded alike."""
-    plain = plain_size(encoded)
+    plain = parse_jpeg_size(encoded)
     if plain and plain[0] * plain[1] < _LARGE:
         return "JPEG", "RGB", plain[0], plain[1]
     try:
         with Image.open(BytesIO(encoded.data), formats=FORMATS) as header:
             return header.format or "", header.mode, header.height, header.width
     except Exception as error:  # struct.error, SyntaxError, EOFError, ...: it depends on the damage
-        raise OSError(GIVES_UP) from error
+        raise OSError(DECODE_ERROR) from error
 
 
 def _pixels(encoded: NDArray[np.uint8], kind: str, mode: str) -> torch.Tensor:

@@ -21,10 +21,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from alexnet_dist.data.formats import checked, decode
+from alexnet_dist.data.formats import decode, validate_bytes
 from alexnet_dist.data.prepared import FORMAT, PREPARED
 from alexnet_dist.data.sources import Progress
-from alexnet_dist.data.statistics import of_moments
+from alexnet_dist.data.statistics import stats_from_moments
 from alexnet_dist.errors import UserError
 from alexnet_dist.prepare.images import Form, Moments, shrink
 from alexnet_dist.prepare.samples import WHOLE, Listing, Sample, read
@@ -192,7 +192,7 @@ def check_shard(out: Path, form: Form, shard: Shard, done: Any = None) -> None:
             with path.open("rb") as file:
                 file.seek(offset)
                 encoded = np.frombuffer(file.read(length), np.uint8)
-            same = decode(checked(encoded)).size == (width, height)
+            same = decode(validate_bytes(encoded)).size == (width, height)
     if not same:
         record_of(out, shard).unlink()
         raise UserError(
@@ -307,7 +307,7 @@ def _write_statistics(out: Path, records: list[dict[str, Any]], form: Form) -> N
         total.first += record["first"]
         total.second += record["second"]
         mean_image += record["mean_image"]
-    statistics = of_moments(total.first / count, total.second / count)
+    statistics = stats_from_moments(total.first / count, total.second / count)
     covariance = total.second / count - np.outer(statistics.mean, statistics.mean)
     _save(
         out / "statistics.npz",

@@ -176,7 +176,7 @@ def inwardly_damaged() -> dict[str, bytes]:
     """JPEGs that have their end, so that only a decoder can tell, if it comes upon the damage."""
     jpeg = encode(photograph(), "JPEG", quality=90)
     half, most = len(jpeg) // 2, len(jpeg) * 3 // 4
-    noise = bytes(number * 37 % 255 for number in range(60))
+    noise = bytes(index * 37 % 255 for index in range(60))
     return {
         "JPEG, 60 bytes overwritten": jpeg[:half] + noise + jpeg[half + 60 :],
         "JPEG, its second half missing before the end marker": jpeg[:half] + END,
@@ -202,7 +202,7 @@ def write_folder(root: Path, contents: Mapping[str, Content]) -> dict[str, Path]
     for split in ("val", "train"):
         folder = root / split / "all"
         folder.mkdir(parents=True)
-        paths = {kind: folder / f"{number:03d}.JPEG" for number, kind in enumerate(contents)}
+        paths = {kind: folder / f"{index:03d}.JPEG" for index, kind in enumerate(contents)}
         for kind, path in paths.items():
             put(path, contents[kind])
             put(path.with_suffix(".plain.JPEG"), plain)

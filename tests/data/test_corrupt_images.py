@@ -11,7 +11,7 @@ import torch
 from alexnet_dist.data import build_loader, sources
 from alexnet_dist.data.corrupt_images import Batch, Loader, OnCorruptImage
 from alexnet_dist.data.dali import DaliLoader
-from alexnet_dist.data.formats import checked, decode, plain_size
+from alexnet_dist.data.formats import decode, parse_jpeg_size, validate_bytes
 from alexnet_dist.data.plan import SampleParams, SamplePlan
 from alexnet_dist.data.sources import ImageDataset, open_datasets, scan_dataset
 from alexnet_dist.data.transforms import Normalization
@@ -40,7 +40,7 @@ def open_folder(root: Path) -> ImageDataset:
 
 def plan_of(source: ImageDataset, crop: Literal["paper", "random_resized"] = "paper") -> SamplePlan:
     """All images in one batch; by the paper's crop 64 of 96 pixels, without a resize."""
-    return SamplePlan(source.index.sizes, len(source.index), 3, crop=crop, fraction=SIDE / 96)
+    return SamplePlan(source.index.sizes, len(source.index), 3, crop=crop, crop_fraction=SIDE / 96)
 
 
 def engine(name: str, source: ImageDataset, plan: SamplePlan, policy: OnCorruptImage) -> Loader:
@@ -48,12 +48,11 @@ def engine(name: str, source: ImageDataset, plan: SamplePlan, policy: OnCorruptI
         name,  # type: ignore[arg-type]
         source,
         BYTES,
-        plan=plan,
-        fraction=plan.fraction,
-        max_batch=plan.batch,
+        plan,
+        max_batch_size=plan.batch_size,
         device=torch.device("cpu"),
         threads=0 if name == "torch" else 2,
-        policy=policy,
+        on_corrupt=policy,
     )
 
 
@@ -62,18 +61,18 @@ def run(
     source: ImageDataset,
     plan: SamplePlan,
     *draws: SampleParams,
-    policy: OnCorruptImage = "stop",
+    on_corrupt: OnCorruptImage = "stop",
 ) -> tuple[list[Batch], list[dict]]:
     """The batches of an engine, and its news."""
-    used = engine(name, source, plan, policy)
+    used = engine(name, source, plan, on_corrupt)
     try:
-        return list(used.batches(draws)), used.bad.take_news()
+        return list(used.batches(draws)), used.corrupt.pop_events()
     finally:
         used.close()
 
 
-def one_of(draws: SampleParams, number: int) -> SampleParams:
-    return draws.only(draws.numbers == number)
+def one_of(draws: SampleParams, index: int) -> SampleParams:
+    return draws.select(draws.indices == index)
 
 
 def replaced(
@@ -96,10 +95,10 @@ def test_odd_images_are_decoded_alike(
     paths = write_folder(tmp_path, whole())
     source = open_folder(tmp_path)
     plan = plan_of(source, crop)
-    draws = plan.draw(0, 0)
+    draws = plan.sample(0, 0)
     (dali,), (plain,) = (run(name, source, plan, draws)[0] for name in ENGINES)
     for kind, path in paths.items():
-        (row,) = np.flatnonzero(draws.numbers == source.index.names.index(f"all/{path.name}"))
+        (row,) = np.flatnonzero(draws.indices == source.index.names.index(f"all/{path.name}"))
         assert torch.equal(dali.images[row], plain.images[row]), kind
         assert kind == "JPEG, 1 pixel" or dali.images[row].std() > 4, kind
 
@@ -114,7 +113,7 @@ def test_what_alpha_16_bits_and_ink_become() -> None:
         (made["PNG, alpha"], pixels),
         (made["PNG, rotated by EXIF"], pixels),
     ):
-        assert np.array_equal(decode(checked(np.frombuffer(encoded, np.uint8))), wanted)
+        assert np.array_equal(decode(validate_bytes(np.frombuffer(encoded, np.uint8))), wanted)
     adobes, others = (
         np.asarray(decode(np.frombuffer(made[f"JPEG, CMYK{kind}"], np.uint8)), float)
         for kind in ("", " without Adobe's mark")
@@ -125,7 +124,7 @@ def test_what_alpha_16_bits_and_ink_become() -> None:
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("policy", ["substitute", "omit"])
+@pytest.mark.parametrize("policy", ["substitute", "skip"])
 def test_damaged_images_are_skipped_alike(
     policy: OnCorruptImage, when: str, tmp_path: Path
 ) -> None:
@@ -134,20 +133,20 @@ def test_damaged_images_are_skipped_alike(
         contents.pop("no file any more")
     source, paths = replaced(tmp_path, contents, when)
     plan = plan_of(source)
-    draws = plan.draw(0, 0)
+    draws = plan.sample(0, 0)
     found = {}
     for name in ENGINES:
-        (batch,), news = run(name, source, plan, draws, policy=policy)
+        (batch,), news = run(name, source, plan, draws, on_corrupt=policy)
         found[name] = {event["path"]: event["reason"] for event in news}
         assert set(found[name]) == {str(path) for path in paths.values()}
-        good = [n for n in draws.numbers if source.path(n) not in found[name]]
-        if policy == "omit":
-            assert batch.numbers.tolist() == good
+        good = [n for n in draws.indices if source.path(n) not in found[name]]
+        if policy == "skip":
+            assert batch.indices.tolist() == good
         else:
-            wanted = [n if n in good else (n + 1) % len(source.index) for n in draws.numbers]
-            assert batch.numbers.tolist() == wanted
+            wanted = [n if n in good else (n + 1) % len(source.index) for n in draws.indices]
+            assert batch.indices.tolist() == wanted
             for event in news:
-                assert event["substitute"] == source.path((event["number"] + 1) % len(source.index))
+                assert event["substitute"] == source.path((event["index"] + 1) % len(source.index))
     dali, plain = (
         {kind: found[name][str(path)] for kind, path in paths.items()} for name in ENGINES
     )
@@ -171,11 +170,11 @@ def test_each_damaged_image_stops_by_its_name(name: str, tmp_path: Path) -> None
     plan = plan_of(source)
     used = engine(name, source, plan, "stop")
     for path in paths.values():
-        number = source.index.names.index(f"all/{path.name}")
+        index = source.index.names.index(f"all/{path.name}")
         with pytest.raises(UserError) as failure:
-            list(used.batches([one_of(plan.draw(0, 0), number)]))
+            list(used.batches([one_of(plan.sample(0, 0), index)]))
         assert str(failure.value).startswith(f"{path} cannot be decoded (")
-        used.bad.reasons.clear()
+        used.corrupt.errors.clear()
     used.close()
 
 
@@ -187,7 +186,7 @@ def test_a_plain_header_is_one_that_dalis_parser_reads() -> None:
     for _ in range(3000):
         encoded = np.frombuffer(kinds[generator.integers(4)], np.uint8).copy()
         encoded[generator.integers(0, 620, 2)] = generator.choice([0, 1, 8, 0xC2, 0xDA, 0xFF], 2)
-        size = plain_size(encoded)
+        size = parse_jpeg_size(encoded)
         if size is not None:
             plain += 1
             header = nvimgcodec.CodeStream(encoded)
@@ -209,7 +208,7 @@ def test_no_cut_goes_unseen() -> None:
     for content in (jpeg, progressive, with_thumbnail(jpeg), png):
         for length in range(len(content)):
             try:
-                encoded = checked(np.frombuffer(content[:length], np.uint8))
+                encoded = validate_bytes(np.frombuffer(content[:length], np.uint8))
             except OSError:
                 continue
             assert content[:length].endswith(b"\xff\xd9")  # of the thumbnail
@@ -218,7 +217,7 @@ def test_no_cut_goes_unseen() -> None:
     for content in (webp, bmp):
         for length in range(12, len(content), 97):
             with pytest.raises(OSError, match="the decoder gives up on it"):
-                decode(checked(np.frombuffer(content[:length], np.uint8)))
+                decode(validate_bytes(np.frombuffer(content[:length], np.uint8)))
 
 
 def test_a_batch_that_fails_names_those_that_fail_alone_or_only_together(
@@ -227,30 +226,30 @@ def test_a_batch_that_fails_names_those_that_fail_alone_or_only_together(
     bits = {str(n): damaged()["PNG, a bit flipped"] for n in (1, 2)}  # only decoders can tell
     source, paths = replaced(tmp_path, {**bits, "3": encode(photograph(), "JPEG")}, "after")
     plan = plan_of(source)
-    draws = plan.draw(0, 0)
-    (batch,), news = run("dali", source, plan, draws, policy="substitute")
+    draws = plan.sample(0, 0)
+    (batch,), news = run("dali", source, plan, draws, on_corrupt="substitute")
     assert {event["path"] for event in news} == {str(paths["1"]), str(paths["2"])}
 
     third = source.index.names.index(f"all/{paths['3'].name}")
     decode_batch = DaliLoader._run
 
     def together(self: DaliLoader, draws: SampleParams, encoded: list) -> Batch:
-        rows = np.flatnonzero(draws.numbers == third)
+        rows = np.flatnonzero(draws.indices == third)
         if len(rows):
             raise RuntimeError(f"Error in\nencountered:\n\nFailed to decode sample #{rows[0]} :")
         return decode_batch(self, draws, encoded)
 
     monkeypatch.setattr(DaliLoader, "_run", together)
-    (batch,), news = run("dali", source, plan, draws, policy="substitute")
+    (batch,), news = run("dali", source, plan, draws, on_corrupt="substitute")
     assert {event["path"] for event in news} == {str(path) for path in paths.values()}
-    assert third not in batch.numbers
+    assert third not in batch.indices
 
     def at_a_loss(self: DaliLoader, draws: SampleParams, encoded: list) -> Batch:
         raise MemoryError("Error in\nencountered:\n\nout of memory\nand more")
 
     monkeypatch.setattr(DaliLoader, "_run", at_a_loss)
     with pytest.raises(UserError, match=r"whose images decode one by one: out of memory$"):
-        run("dali", source, plan, one_of(draws, third), policy="substitute")
+        run("dali", source, plan, one_of(draws, third), on_corrupt="substitute")
 
 
 @pytest.mark.parametrize("name", ENGINES)
@@ -260,8 +259,8 @@ def test_an_image_of_another_size_than_before_is_named(name: str, tmp_path: Path
     contents: dict[str, Content] = {str(n): other[n % 2] for n in range(40)}
     source, paths = replaced(tmp_path, contents, "after")
     plan = plan_of(source)
-    (batch,), news = run(name, source, plan, plan.draw(0, 0), policy="omit")
-    assert len(batch.numbers) == 40
+    (batch,), news = run(name, source, plan, plan.sample(0, 0), on_corrupt="skip")
+    assert len(batch.indices) == 40
     assert {event["path"] for event in news} == {str(path) for path in paths.values()}
     assert {event["reason"] for event in news} == {"it has another size than when it was indexed"}
 
@@ -270,10 +269,10 @@ def test_damage_inside_is_judged_alike_whatever_the_box(tmp_path: Path) -> None:
     source, paths = replaced(tmp_path, dict(inwardly_damaged()), "after")
     plan = plan_of(source)
     for path in paths.values():
-        draws = one_of(plan.draw(0, 0), source.index.names.index(f"all/{path.name}"))
+        draws = one_of(plan.sample(0, 0), source.index.names.index(f"all/{path.name}"))
         boxes = [np.array([[top, 30, SIDE, SIDE]]) for top in (0, 16, 32)]
-        each = [replace(draws, boxes=box) for box in boxes]
-        _, news = run("dali", source, plan, *each, policy="omit")
+        each = [replace(draws, crop_boxes=box) for box in boxes]
+        _, news = run("dali", source, plan, *each, on_corrupt="skip")
         assert len(news) in (0, 3), path
 
 
@@ -281,11 +280,11 @@ def test_an_index_takes_note_of_what_was_mended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     paths = write_folder(tmp_path, {"it": b"no image"})
-    assert open_folder(tmp_path).index.unreadable() == [0]
+    assert open_folder(tmp_path).index.corrupt_indices() == [0]
     paths["it"].write_bytes(encode(photograph(), "JPEG"))  # in place
-    assert not open_folder(tmp_path).index.unreadable()
+    assert not open_folder(tmp_path).index.corrupt_indices()
     monkeypatch.setattr(sources, "_scan", None)
-    assert not open_folder(tmp_path).index.unreadable()
+    assert not open_folder(tmp_path).index.corrupt_indices()
 
 
 def test_statistics_pass_over_what_cannot_be_decoded(tmp_path: Path) -> None:
@@ -294,7 +293,7 @@ def test_statistics_pass_over_what_cannot_be_decoded(tmp_path: Path) -> None:
     write_folder(tmp_path / "bad", contents)
     write_folder(tmp_path / "good", {"one": encode(photograph(), "JPEG", quality=90)})
     spoilt, good = (
-        scan_dataset(str(tmp_path / name), str(tmp_path), lambda *_: None).statistics
+        scan_dataset(str(tmp_path / name), str(tmp_path), lambda *_: None).stats
         for name in ("bad", "good")
     )
     assert np.allclose(spoilt.mean, good.mean)

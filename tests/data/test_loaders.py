@@ -27,7 +27,7 @@ def quiet(*_: object) -> None:
 
 def open_folder(folder: Path, cache: Path) -> tuple[ImageDataset, ImageDataset, Normalization]:
     catalogue = scan_dataset(str(folder), str(cache), quiet)
-    pixels = build_normalization("centered", catalogue.statistics, side=64, colour="source")
+    pixels = build_normalization("centered", catalogue.stats, size=64, pca_noise="source")
     return *open_datasets(catalogue), pixels
 
 
@@ -38,9 +38,8 @@ def engine(
         name,  # type: ignore[arg-type]
         source,
         pixels,
-        plan=plan,
-        fraction=plan.fraction,
-        max_batch=plan.batch,
+        plan,
+        max_batch_size=plan.batch_size,
         device=CPU,
         threads=1,
         **options,  # type: ignore[arg-type]
@@ -62,7 +61,7 @@ def test_engines_agree(crop: str, tmp_path: Path) -> None:
         source.index.sizes,
         8,
         1,
-        fraction=fraction,
+        crop_fraction=fraction,
         crop="paper" if crop == "exact" else crop,  # type: ignore[arg-type]
     )
     pairs = zip(
@@ -71,8 +70,8 @@ def test_engines_agree(crop: str, tmp_path: Path) -> None:
         strict=True,
     )
     for step, (dali, plain) in enumerate(pairs):
-        assert dali.numbers.tolist() == plain.numbers.tolist()
-        assert dali.numbers.tolist() == plan.draw(0, step).numbers.tolist()
+        assert dali.indices.tolist() == plain.indices.tolist()
+        assert dali.indices.tolist() == plan.sample(0, step).indices.tolist()
         assert torch.equal(dali.labels, plain.labels)
         assert (dali.images - plain.images).abs().max() < 1e-4  # 255 / 1.1, rounded once or twice
         for batch in (dali, plain):
@@ -83,13 +82,13 @@ def test_engines_agree(crop: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["dali", "torch"])
 def test_pixels_are_those_of_the_file(name: str, tmp_path: Path) -> None:
     source, _, _ = open_folder(write_images(tmp_path / "i", side=128), tmp_path)
-    plan = SamplePlan(source.index.sizes, 4, 5, fraction=0.5)
+    plan = SamplePlan(source.index.sizes, 4, 5, crop_fraction=0.5)
     pixels = Normalization(np.array([1.0, 2.0, 3.0]), np.ones(3), np.zeros((3, 3)), 64)
     (batch, *_) = epoch(engine(name, source, pixels, plan), plan)
-    draws = plan.draw(0, 0)
-    for row, number in enumerate(draws.numbers.tolist()):
-        top, left, height, width = draws.boxes[row]
-        image = np.asarray(Image.open(source.path(number)), np.float32)
+    draws = plan.sample(0, 0)
+    for row, index in enumerate(draws.indices.tolist()):
+        top, left, height, width = draws.crop_boxes[row]
+        image = np.asarray(Image.open(source.path(index)), np.float32)
         image = image[top : top + height, left : left + width] - [1, 2, 3]
         image = image[:, ::-1] if draws.flips[row] else image
         assert np.array_equal(batch.images[row].numpy().transpose(1, 2, 0), image)
@@ -100,15 +99,15 @@ def test_colour_noise_is_a_shift_of_the_whole_image(name: str, tmp_path: Path) -
     """And it ends in mid-epoch, where a life says so."""
     source, _, pixels = open_folder(write_images(tmp_path / "i", side=128), tmp_path)
     plan = SamplePlan(
-        source.index.sizes, 4, 5, fraction=0.5, strength=lambda p: 0.1 * (p < 2.5 / 7)
+        source.index.sizes, 4, 5, crop_fraction=0.5, pca_noise_std=lambda p: 0.1 * (p < 2.5 / 7)
     )
-    assert plan.steps == 7
+    assert plan.steps_per_epoch == 7
     plain = Normalization(pixels.mean, np.ones(3), np.zeros((3, 3)), 64)
     noisy = epoch(engine(name, source, pixels, plan), plan)
     clean = epoch(engine(name, source, plain, plan), plan)
     for step in range(3):
         shift = (noisy[step].images * 1.1 - clean[step].images).numpy()
-        wanted = 0.1 * plan.draw(0, step).colours @ pixels.basis.T
+        wanted = 0.1 * plan.sample(0, step).pca_coeffs @ pixels.pca_basis.T
         assert np.abs(wanted).max() > 1
         assert np.allclose(shift, wanted[:, :, None, None], atol=1e-3)
     for one, other in zip(noisy[3:], clean[3:], strict=True):
@@ -130,20 +129,20 @@ def test_bad_images_are_replaced_and_recorded(name: str, tmp_path: Path) -> None
     root = write_images(tmp_path / "i", side=128)
     source, _, pixels = open_folder(root, tmp_path)  # the index knows them as good
     bad = damage(root)
-    plan = SamplePlan(source.index.sizes, 5, 5, fraction=0.5)
-    used = engine(name, source, pixels, plan, policy="substitute")
+    plan = SamplePlan(source.index.sizes, 5, 5, crop_fraction=0.5)
+    used = engine(name, source, pixels, plan, on_corrupt="substitute")
     batches = list(used.batches(plan.epoch(0, 0, slice(None))))
-    news = {event["path"]: event["substitute"] for event in used.bad.take_news()}
-    seen = [n for batch in batches for n in batch.numbers.tolist()]
-    assert len(seen) == plan.steps * 5
+    news = {event["path"]: event["substitute"] for event in used.corrupt.pop_events()}
+    seen = [n for batch in batches for n in batch.indices.tolist()]
+    assert len(seen) == plan.steps_per_epoch * 5
     files = sorted((root / "train").rglob("*.jpg"))
-    drawn = {source.path(n) for n in plan.order(0).tolist()}
+    drawn = {source.path(n) for n in plan.permutation(0).tolist()}
     for path in (bad["cut"], bad["empty"]):
         if str(path) in drawn:
             assert news[str(path)] == str(files[files.index(path) + 1])
             assert files.index(path) not in seen
     again = list(used.batches(plan.epoch(0, 0, slice(None))))  # known now
-    assert [b.numbers.tolist() for b in again] == [b.numbers.tolist() for b in batches]
+    assert [b.indices.tolist() for b in again] == [b.indices.tolist() for b in batches]
     used.close()
 
 
@@ -152,7 +151,7 @@ def test_a_bad_image_stops_by_name(name: str, tmp_path: Path) -> None:
     root = write_images(tmp_path / "i", side=128)
     source, _, pixels = open_folder(root, tmp_path)
     damage(root)
-    plan = SamplePlan(source.index.sizes, 31, 5, fraction=0.5)
+    plan = SamplePlan(source.index.sizes, 31, 5, crop_fraction=0.5)
     with pytest.raises(UserError, match=r"\.jpg cannot be decoded .* --data\.on_corrupt_image"):
         epoch(engine(name, source, pixels, plan), plan)
 
@@ -162,32 +161,31 @@ def test_evaluation_leaves_bad_images_out(name: str, tmp_path: Path) -> None:
     root = write_images(tmp_path / "i", side=128)
     _, source, pixels = open_folder(root, tmp_path)
     sorted((root / "val").rglob("*.jpg"))[4].write_bytes(b"")
+    plan = EvalPlan(source.index.sizes, 8, 0.5)
     used = build_loader(
         name,  # type: ignore[arg-type]
         source,
         pixels,
-        plan=None,
-        fraction=0.5,
-        max_batch=8,
+        plan,
+        max_batch_size=8,
         device=CPU,
         threads=1,
-        policy="omit",
+        on_corrupt="skip",
     )
-    plan = EvalPlan(source.index.sizes, 8, 0.5)
-    numbers = [n for b in used.batches(plan.draws(slice(None))) for n in b.numbers.tolist()]
-    assert sorted(numbers) == [n for n in range(13) if n != 4]
-    assert [event["number"] for event in used.bad.take_news()] == [4]
+    indices = [n for b in used.batches(plan.batches(slice(None))) for n in b.indices.tolist()]
+    assert sorted(indices) == [n for n in range(13) if n != 4]
+    assert [event["index"] for event in used.corrupt.pop_events()] == [4]
     used.close()
 
 
 @pytest.mark.parametrize("name", ["dali", "torch"])
 def test_a_loop_that_leaves_early_is_no_burden(name: str, tmp_path: Path) -> None:
     source, _, pixels = open_folder(write_images(tmp_path / "i", side=128), tmp_path)
-    plan = SamplePlan(source.index.sizes, 4, 5, fraction=0.5)
+    plan = SamplePlan(source.index.sizes, 4, 5, crop_fraction=0.5)
     used = engine(name, source, pixels, plan)
     for _ in range(3):
         batches = used.batches(plan.epoch(0, 0, slice(None)))
-        assert next(batches).numbers.tolist() == plan.draw(0, 0).numbers.tolist()
+        assert next(batches).indices.tolist() == plan.sample(0, 0).indices.tolist()
         batches.close()
     used.close()
 
@@ -198,34 +196,34 @@ def test_batches_come_in_order_though_one_overtakes_another(
     """Two are under way: the second ends before the first, which waits for it; of two that fail,
     the first is told of."""
     source, _, pixels = open_folder(write_images(tmp_path / "i", side=128), tmp_path)
-    plan = SamplePlan(source.index.sizes, 4, 5, fraction=0.5)
+    plan = SamplePlan(source.index.sizes, 4, 5, crop_fraction=0.5)
     draws = list(plan.epoch(0, 0, slice(None)))
-    of = {item.numbers.tobytes(): number for number, item in enumerate(draws)}
+    of = {item.indices.tobytes(): index for index, item in enumerate(draws)}
     second, run = Event(), DaliLoader._run
 
     def overtaken(self: DaliLoader, item: SampleParams, encoded: list) -> Batch:
-        number = of[item.numbers.tobytes()]
-        assert number != 0 or second.wait(60)
+        index = of[item.indices.tobytes()]
+        assert index != 0 or second.wait(60)
         batch = run(self, item, encoded)
-        if number == 1:
+        if index == 1:
             second.set()
         return batch
 
     monkeypatch.setattr(DaliLoader, "_run", overtaken)
     batches = epoch(engine("dali", source, pixels, plan), plan)
-    assert [b.numbers.tolist() for b in batches] == [item.numbers.tolist() for item in draws]
+    assert [b.indices.tolist() for b in batches] == [item.indices.tolist() for item in draws]
 
     second.clear()
-    for number, reason in ((0, b""), (1, b"no image at all")):
-        Path(source.path(int(draws[number].numbers[0]))).write_bytes(reason)
+    for index, reason in ((0, b""), (1, b"no image at all")):
+        Path(source.path(int(draws[index].indices[0]))).write_bytes(reason)
 
     def failing(self: DaliLoader, item: SampleParams, answers: Callable[[], list]) -> Batch:
-        number = of[item.numbers.tobytes()]
-        assert number != 0 or second.wait(60)
+        index = of[item.indices.tobytes()]
+        assert index != 0 or second.wait(60)
         try:
             return finish(self, item, answers)
         finally:
-            if number == 1:
+            if index == 1:
                 second.set()
 
     finish = DaliLoader._finish

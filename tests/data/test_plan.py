@@ -21,25 +21,25 @@ def test_replicas_partition_each_batch_of_one_order(
     sizes: list[tuple[int, int]], epoch: int, replicas: int
 ) -> None:
     whole = plan(sizes)
-    order = whole.order(epoch)
-    assert len(set(order.tolist())) == len(order) == whole.steps * 4
-    for step in range(whole.steps):
-        every = whole.draw(epoch, step)
-        assert every.numbers.tolist() == order[step * 4 : step * 4 + 4].tolist()
+    order = whole.permutation(epoch)
+    assert len(set(order.tolist())) == len(order) == whole.steps_per_epoch * 4
+    for step in range(whole.steps_per_epoch):
+        every = whole.sample(epoch, step)
+        assert every.indices.tolist() == order[step * 4 : step * 4 + 4].tolist()
         for replica in range(replicas):
             rows = slice(replica, None, replicas)
-            mine = plan(sizes).draw(epoch, step, rows)
-            for name in ("numbers", "boxes", "flips", "colours"):
+            mine = plan(sizes).sample(epoch, step, rows)
+            for name in ("indices", "crop_boxes", "flips", "pca_coeffs"):
                 assert np.array_equal(getattr(mine, name), getattr(every, name)[rows])
 
 
 @given(sizes, st.sampled_from(["paper", "random_resized"]), st.floats(0.3, 1.0))
 def test_boxes_lie_inside(sizes: list[tuple[int, int]], crop: str, fraction: float) -> None:
-    whole = plan(sizes, crop=crop, fraction=fraction)
+    whole = plan(sizes, crop=crop, crop_fraction=fraction)
     for draws in whole.epoch(0, 0, slice(None)):
-        top, left, height, width = draws.boxes.T
-        limits = whole.sizes[draws.numbers]
-        assert (draws.boxes[:, :2] >= 0).all()
+        top, left, height, width = draws.crop_boxes.T
+        limits = whole.sizes[draws.indices]
+        assert (draws.crop_boxes[:, :2] >= 0).all()
         assert (height >= 1).all()
         assert (width >= 1).all()
         assert (top + height <= limits[:, 0]).all()
@@ -48,7 +48,7 @@ def test_boxes_lie_inside(sizes: list[tuple[int, int]], crop: str, fraction: flo
 
 def test_the_papers_crop_of_a_stored_256_image() -> None:
     whole = plan([(256, 256)] * 4000, batch=4000)
-    boxes = whole.draw(0, 0).boxes
+    boxes = whole.sample(0, 0).crop_boxes
     assert (boxes[:, 2:] == 224).all()
     for corner in (boxes[:, 0], boxes[:, 1]):  # 0 to 32, each as often
         counts = np.bincount(corner, minlength=33)
@@ -57,25 +57,25 @@ def test_the_papers_crop_of_a_stored_256_image() -> None:
 
 
 def test_the_crop_stays_in_the_central_square() -> None:
-    boxes = plan([(200, 400)] * 500, batch=500).draw(0, 0).boxes
+    boxes = plan([(200, 400)] * 500, batch=500).sample(0, 0).crop_boxes
     assert (boxes[:, 2:] == 175).all()
     assert boxes[:, 1].min() >= 100
     assert (boxes[:, 1] + 175).max() <= 300
 
 
 def test_flips_and_colours() -> None:
-    draws = plan([(256, 256)] * 20000, batch=20000).draw(1, 0)
+    draws = plan([(256, 256)] * 20000, batch=20000).sample(1, 0)
     assert abs(draws.flips.mean() - 0.5) < 0.015
-    assert np.abs(draws.colours.mean(0)).max() < 0.03
-    assert np.abs(np.cov(draws.colours.T) - np.eye(3)).max() < 0.04
-    assert not plan([(256, 256)] * 8, flip=False).draw(0, 0).flips.any()
+    assert np.abs(draws.pca_coeffs.mean(0)).max() < 0.03
+    assert np.abs(np.cov(draws.pca_coeffs.T) - np.eye(3)).max() < 0.04
+    assert not plan([(256, 256)] * 8, hflip=False).sample(0, 0).flips.any()
 
 
 def test_random_squares_of_half_the_side_and_more() -> None:
     whole = plan(
         [(224, 224)] * 5000, 5000, crop="random_resized", scale=(0.25, 1.0), ratio=(1.0, 1.0)
     )
-    boxes = whole.draw(0, 0).boxes
+    boxes = whole.sample(0, 0).crop_boxes
     assert (boxes[:, 2] == boxes[:, 3]).all()
     assert (boxes[:, 2].min(), boxes[:, 2].max()) == (112, 224)
     assert abs((boxes[:, 2] ** 2).mean() / 224**2 - 0.625) < 0.01
@@ -85,43 +85,43 @@ def test_random_squares_of_half_the_side_and_more() -> None:
 @settings(max_examples=20)
 def test_draws_depend_on_the_position_and_not_on_the_batch(epoch: int, step: int) -> None:
     small, large = plan([(300, 300)] * 400, 4), plan([(300, 300)] * 400, 40)
-    here, there = small.draw(epoch, step), large.draw(epoch, step * 4 // 40)
+    here, there = small.sample(epoch, step), large.sample(epoch, step * 4 // 40)
     at = step * 4 % 40
-    assert np.array_equal(here.boxes, there.boxes[at : at + 4])
-    assert np.array_equal(here.colours, there.colours[at : at + 4])
+    assert np.array_equal(here.crop_boxes, there.crop_boxes[at : at + 4])
+    assert np.array_equal(here.pca_coeffs, there.pca_coeffs[at : at + 4])
 
 
 def test_seeds_and_epochs_differ() -> None:
     one, other = plan([(256, 256)] * 100), SamplePlan(np.full((100, 2), 256), 4, seed=4)
-    assert one.order(0).tolist() != one.order(1).tolist()
-    assert one.order(0).tolist() != other.order(0).tolist()
+    assert one.permutation(0).tolist() != one.permutation(1).tolist()
+    assert one.permutation(0).tolist() != other.permutation(0).tolist()
 
 
 @pytest.mark.parametrize("replicas", [1, 2, 3, 7])
 def test_evaluation_has_each_image_once_and_as_many_batches_everywhere(replicas: int) -> None:
-    whole = EvalPlan(np.full((13, 2), 256), batch=8)
-    each = [list(whole.draws(slice(r, None, replicas))) for r in range(replicas)]
+    whole = EvalPlan(np.full((13, 2), 256), 8)
+    each = [list(whole.batches(slice(r, None, replicas))) for r in range(replicas)]
     assert {len(batches) for batches in each} == {2}
-    numbers = [n for batches in each for draws in batches for n in draws.numbers.tolist()]
-    assert sorted(numbers) == list(range(13))
-    assert {tuple(box) for b in each for d in b for box in d.boxes} == {(16, 16, 224, 224)}
+    indices = [n for batches in each for draws in batches for n in draws.indices.tolist()]
+    assert sorted(indices) == list(range(13))
+    assert {tuple(box) for b in each for d in b for box in d.crop_boxes} == {(16, 16, 224, 224)}
 
-    ten = replace(whole, views=10)
+    ten = replace(whole, num_crops=10)
     for rows, batches in ((slice(r, None, replicas), each[r]) for r in range(replicas)):
-        for views, centre in zip(ten.draws(rows), batches, strict=True):
-            assert views.numbers.tolist() == np.repeat(centre.numbers, 10).tolist()
-            assert views.substituted(views.numbers).boxes.tolist() == views.boxes.tolist()
+        for views, centre in zip(ten.batches(rows), batches, strict=True):
+            assert views.indices.tolist() == np.repeat(centre.indices, 10).tolist()
+            assert np.array_equal(views.crop_boxes_for(views.indices), views.crop_boxes)
 
 
 def test_the_papers_ten_views_of_a_stored_256_image() -> None:
-    (draws,) = EvalPlan(np.full((2, 2), 256), batch=2, views=10).draws(slice(None))
+    (draws,) = EvalPlan(np.full((2, 2), 256), 2, num_crops=10).batches(slice(None))
     corners = [(0, 0), (0, 32), (32, 0), (32, 32), (16, 16)]
     wanted = {(n, *at, 224, 224, flip) for n in (0, 1) for at in corners for flip in (False, True)}
-    rows = zip(draws.numbers.tolist(), draws.boxes.tolist(), draws.flips.tolist(), strict=True)
-    found = [(number, *box, flip) for number, box, flip in rows]
+    rows = zip(draws.indices.tolist(), draws.crop_boxes.tolist(), draws.flips.tolist(), strict=True)
+    found = [(index, *box, flip) for index, box, flip in rows]
     assert len(found) == 20
     assert set(found) == wanted
-    assert not draws.colours.any()
+    assert not draws.pca_coeffs.any()
 
 
 @given(sizes, st.floats(0.3, 1.0))
@@ -142,12 +142,12 @@ def test_five_boxes_reach_the_edges_of_the_central_square(
 
 def test_the_authors_crops_are_alike_for_32_images_in_a_row() -> None:
     whole = plan([(256, 256)] * 128, batch=128, crop="chunked")
-    draws = whole.draw(0, 0)
+    draws = whole.sample(0, 0)
     for first in range(0, 128, 32):
         chunk = slice(first, first + 32)
-        assert len(np.unique(draws.boxes[chunk], axis=0)) == 1
+        assert len(np.unique(draws.crop_boxes[chunk], axis=0)) == 1
         assert len(np.unique(draws.flips[chunk])) == 1
-        assert len(np.unique(draws.colours[chunk], axis=0)) == 32
-    assert len(np.unique(draws.boxes, axis=0)) == 4
-    mine = whole.draw(0, 0, slice(1, None, 3))  # whoever has which rows
-    assert np.array_equal(mine.boxes, draws.boxes[1::3])
+        assert len(np.unique(draws.pca_coeffs[chunk], axis=0)) == 32
+    assert len(np.unique(draws.crop_boxes, axis=0)) == 4
+    mine = whole.sample(0, 0, slice(1, None, 3))  # whoever has which rows
+    assert np.array_equal(mine.crop_boxes, draws.crop_boxes[1::3])

@@ -41,7 +41,7 @@ def test_the_index_is_made_once_and_anew_when_the_folder_changes(
     scans: list[Path] = []
     scan = sources._scan
     monkeypatch.setattr(sources, "_scan", lambda s, *a: scans.append(s) or scan(s, *a))
-    assert catalogue(root, tmp_path).fingerprint == first.fingerprint
+    assert catalogue(root, tmp_path).dataset_hash == first.dataset_hash
     assert not scans
     (root / "train/red/002.jpg").unlink()
     assert len(catalogue(root, tmp_path).train) == 30
@@ -54,7 +54,7 @@ def test_a_damaged_index_is_made_anew(left: int, tmp_path: Path) -> None:
     first = catalogue(root, tmp_path)
     for kept in (root / ".alexnet_dist").glob("*.npz"):
         kept.write_bytes(kept.read_bytes()[:left])
-    assert catalogue(root, tmp_path).fingerprint == first.fingerprint
+    assert catalogue(root, tmp_path).dataset_hash == first.dataset_hash
 
 
 def test_the_index_of_a_read_only_folder_lies_in_the_cache(
@@ -111,7 +111,7 @@ def test_an_unreadable_header_is_named_at_the_start(tmp_path: Path) -> None:
     source = FolderDataset(catalogue(root, tmp_path).train)
     with pytest.raises(UserError, match=r"train/red/002\.jpg cannot be decoded"):
         CorruptImagePolicy(source, "stop")
-    assert list(CorruptImagePolicy(source, "substitute").reasons) == [21]
+    assert list(CorruptImagePolicy(source, "substitute").errors) == [21]
 
 
 def test_statistics_against_numpy(images: Path, tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_statistics_against_numpy(images: Path, tmp_path: Path) -> None:
         for n in found.train.names
     ]
     together = np.concatenate(pixels)
-    ours = found.statistics
+    ours = found.stats
     assert np.allclose(ours.mean, together.mean(0))
     covariance = np.cov(together.T, bias=True)
     rebuilt = ours.eigenvectors @ np.diag(ours.eigenvalues) @ ours.eigenvectors.T
@@ -156,8 +156,8 @@ def test_cifar10s_own_files(tmp_path: Path) -> None:
         train, val = open_datasets(found)
         wanted = CIFAR10(str(tmp_path), train=True)
     assert (len(found.train), len(found.val)) == (20, 4)
-    for number in (0, 19):
-        assert np.array_equal(train.read(number), wanted.data[number])
+    for index in (0, 19):
+        assert np.array_equal(train.read(index), wanted.data[index])
     pixels = wanted.data.reshape(-1, 3).astype(np.float64)
-    assert np.allclose(found.statistics.mean, pixels.mean(0))
+    assert np.allclose(found.stats.mean, pixels.mean(0))
     assert val.index.labels.tolist() == [0, 1, 2, 3]

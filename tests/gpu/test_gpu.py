@@ -41,13 +41,13 @@ GPU = torch.device("cuda", 0)
 def opened(tmp_path: Path) -> tuple[ImageDataset, Normalization]:
     root = write_images(tmp_path / "i", train=64, side=160)
     catalogue = scan_dataset(str(root), str(tmp_path), lambda *_: None)
-    pixels = build_normalization("centered", catalogue.statistics, side=128, colour="source")
+    pixels = build_normalization("centered", catalogue.stats, size=128, pca_noise="source")
     return open_datasets(catalogue)[0], pixels
 
 
 def test_the_decoder_that_is_chosen_works() -> None:
     pytest.importorskip("nvidia.dali", reason="DALI is not installed here")
-    assert dali.choose_decoder(GPU) in ("roi", "full")
+    assert dali.probe_decoder(GPU) in ("roi", "full")
 
 
 @pytest.mark.parametrize("decoder", ["roi", "full", "cpu"])
@@ -55,14 +55,14 @@ def test_mixed_decoding_is_that_of_the_reference(
     decoder: str, opened: tuple[ImageDataset, Normalization]
 ) -> None:
     pytest.importorskip("nvidia.dali", reason="DALI is not installed here")
-    if decoder == "roi" and dali.choose_decoder(GPU) != "roi":
+    if decoder == "roi" and dali.probe_decoder(GPU) != "roi":
         pytest.skip("decoding a region ends the process on this GPU (nvImageCodec issue 55)")
     source, pixels = opened
-    plan = SamplePlan(source.index.sizes, 16, 1, fraction=0.7)
+    plan = SamplePlan(source.index.sizes, 16, 1, crop_fraction=0.7)
     ours = dali.DaliLoader(
         source,
         pixels,
-        max_batch=16,
+        max_batch_size=16,
         device=GPU,
         decoder=decoder,  # type: ignore[arg-type]
         resize=True,
@@ -75,7 +75,7 @@ def test_mixed_decoding_is_that_of_the_reference(
         strict=True,
     ):
         assert mine.images.device == GPU
-        assert mine.numbers.tolist() == other.numbers.tolist()
+        assert mine.indices.tolist() == other.indices.tolist()
         assert torch.equal(mine.labels, other.labels)
         assert (mine.images - other.images).abs().mean() < 2.0  # of 255
         assert mine.images.is_contiguous(memory_format=torch.channels_last)
@@ -86,18 +86,18 @@ def test_raw_pixels_are_those_of_the_reference(tmp_path: Path) -> None:
     plain = write_images(tmp_path / "i", train=64, side=160)
     folder = write_prepared(plain, tmp_path / "pixels", "pixels")
     catalogue = scan_dataset(str(folder), str(tmp_path), lambda *_: None)
-    pixels = build_normalization("centered", catalogue.statistics, side=128, colour="source")
+    pixels = build_normalization("centered", catalogue.stats, size=128, pca_noise="source")
     source = open_datasets(catalogue)[0]
-    plan = SamplePlan(source.index.sizes, 16, 1, fraction=0.7, strength=lambda _: 0.1)
-    options = {"plan": plan, "fraction": 0.7, "max_batch": 16, "device": GPU, "threads": 2}
-    draws = [plan.draw(0, step) for step in range(plan.steps)]
+    plan = SamplePlan(source.index.sizes, 16, 1, crop_fraction=0.7, pca_noise_std=lambda _: 0.1)
+    options = {"plan": plan, "max_batch_size": 16, "device": GPU, "threads": 2}
+    draws = [plan.sample(0, step) for step in range(plan.steps_per_epoch)]
     batches = [
         build_loader(name, source, pixels, **options).batches(draws)  # type: ignore[arg-type]
         for name in ("dali", "torch")
     ]
     for mine, other in zip(*batches, strict=True):
         assert mine.images.device == GPU
-        assert mine.numbers.tolist() == other.numbers.tolist()
+        assert mine.indices.tolist() == other.indices.tolist()
         assert (mine.images - other.images).abs().mean() < 1.0  # of 255: resized
 
 
@@ -109,31 +109,31 @@ def test_resident_pixels(crop: str, on_gpu: bool, tmp_path: Path) -> None:
     plain = write_images(tmp_path / "i", train=64, side=160)
     folder = write_prepared(plain, tmp_path / "pixels", "pixels")
     catalogue = scan_dataset(str(folder), str(tmp_path), lambda *_: None)
-    pixels = build_normalization("centered", catalogue.statistics, side=112, colour="source")
+    pixels = build_normalization("centered", catalogue.stats, size=112, pca_noise="source")
     source = open_datasets(catalogue)[0]
     plan = SamplePlan(
         source.index.sizes,
         7,
         1,
         crop=crop,  # type: ignore[arg-type]
-        fraction=0.7,
-        strength=lambda _: 0.1,
+        crop_fraction=0.7,
+        pca_noise_std=lambda _: 0.1,
     )
-    options: dict[str, Any] = {"max_batch": 7, "device": GPU, "threads": 2}
-    ours = GpuCacheLoader(source, pixels, on_gpu=on_gpu, **options)
+    options: dict[str, Any] = {"device": GPU, "threads": 2}
+    ours = GpuCacheLoader(source, pixels, in_gpu_memory=on_gpu, **options)
     theirs = TorchLoader(source, pixels, device=GPU, threads=0)
-    draws = [*plan.epoch(0, 0, slice(None)), plan.draw(0, 0, slice(7, None, 8))]
+    draws = [*plan.epoch(0, 0, slice(None)), plan.sample(0, 0, slice(7, None, 8))]
     kept = list(ours.batches(draws))
     for mine, other in zip(kept, theirs.batches(draws), strict=True):
         assert mine.images.device == GPU
-        assert mine.numbers.tolist() == other.numbers.tolist()
+        assert mine.indices.tolist() == other.indices.tolist()
         assert torch.equal(mine.labels, other.labels)
         assert mine.images.shape == other.images.shape
         assert mine.images.is_contiguous(memory_format=torch.channels_last)
         difference = (mine.images - other.images).abs()
         if crop == "paper":
             assert torch.equal(mine.images, other.images)
-        elif len(mine.numbers):
+        elif len(mine.indices):
             assert difference.max() <= 1.001
             assert difference.mean() < 0.05
     ours.close()
@@ -146,15 +146,15 @@ def test_auto_takes_resident_pixels(tmp_path: Path) -> None:
         plainly = [f"--data.loader={name}", "--runtime.deterministic=true"]
         train(1, folder, tmp_path / name, "--run.name=run", *plainly)
     (start,) = events(tmp_path / "auto" / "run", "start")
-    assert start["loader"] == "resident: 0.0 GB of raw pixels on the GPU"
-    assert losses(tmp_path / "auto/run") == losses(tmp_path / "dataloader/run")
+    assert start["loader"] == "gpu_cache: 0.0 GB of raw pixels on the GPU"
+    assert losses(tmp_path / "auto/run") == losses(tmp_path / "torch/run")
 
 
 @pytest.mark.parametrize("decoder", ["roi", "full"])
 def test_odd_and_damaged_images(decoder: str, tmp_path: Path) -> None:
     """As on CPUs: what is whole is decoded as the reference does it, what is not is named."""
     pytest.importorskip("nvidia.dali", reason="DALI is not installed here")
-    if decoder == "roi" and dali.choose_decoder(GPU) != "roi":
+    if decoder == "roi" and dali.probe_decoder(GPU) != "roi":
         pytest.skip("decoding a region ends the process on this GPU (nvImageCodec issue 55)")
     plain = encode(photograph(), "JPEG")
     good, bad = whole(), damaged()
@@ -164,21 +164,21 @@ def test_odd_and_damaged_images(decoder: str, tmp_path: Path) -> None:
     for kind, content in bad.items():
         put(paths[kind], content)
     pixels = Normalization(np.zeros(3), np.ones(3), np.zeros((3, 3)), 64)
-    plan = SamplePlan(source.index.sizes, len(source.index), 1, fraction=64 / 96)
+    plan = SamplePlan(source.index.sizes, len(source.index), 1, crop_fraction=64 / 96)
     options: dict[str, Any] = {
-        "max_batch": plan.batch,
+        "max_batch_size": plan.batch_size,
         "decoder": decoder,
         "resize": True,
         "threads": 2,
     }
-    ours = dali.DaliLoader(source, pixels, device=GPU, policy="omit", **options)
-    theirs = TorchLoader(source, pixels, device=GPU, threads=0, policy="omit")
-    (mine,), (other,) = (list(each.batches([plan.draw(0, 0)])) for each in (ours, theirs))
-    named = {str(event["path"]) for event in ours.bad.take_news()}
+    ours = dali.DaliLoader(source, pixels, device=GPU, on_corrupt="skip", **options)
+    theirs = TorchLoader(source, pixels, device=GPU, threads=0, on_corrupt="skip")
+    (mine,), (other,) = (list(each.batches([plan.sample(0, 0)])) for each in (ours, theirs))
+    named = {str(event["path"]) for event in ours.corrupt.pop_events()}
     assert named == {str(paths[kind]) for kind in bad}
-    assert mine.numbers.tolist() == other.numbers.tolist()
+    assert mine.indices.tolist() == other.indices.tolist()
     differences = (mine.images - other.images).abs().mean((1, 2, 3))
-    rows = {number: row for row, number in enumerate(mine.numbers.tolist())}
+    rows = {number: row for row, number in enumerate(mine.indices.tolist())}
     for kind in good:
         row = rows[source.index.names.index(f"all/{paths[kind].name}")]
         assert differences[row] < 2.0, kind  # of 255
@@ -191,9 +191,9 @@ def test_memory_does_not_grow(opened: tuple[ImageDataset, Normalization]) -> Non
     engine = dali.DaliLoader(
         source,
         pixels,
-        max_batch=16,
+        max_batch_size=16,
         device=GPU,
-        decoder=dali.choose_decoder(GPU),
+        decoder=dali.probe_decoder(GPU),
         resize=True,
         threads=2,
     )

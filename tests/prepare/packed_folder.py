@@ -55,7 +55,7 @@ def write_prepared(plain: Path, folder: Path, kind: str, *, shards: int = 2) -> 
         np.savez(folder / f"{split}.index.npz", **columns)
         about = [{"name": f.name, "bytes": f.stat().st_size, "sha256": _digest(f)} for f in files]
         splits[split] = {"images": count, "files": about}
-    np.savez(folder / "statistics.npz", **vars(catalogue.statistics))
+    np.savez(folder / "statistics.npz", **vars(catalogue.stats))
     classes = catalogue.train.classes
     facts = {
         "format": 1,

@@ -52,21 +52,20 @@ def first_batches(found: DatasetInfo, name: str, crop: str) -> list[Batch]:
     train_source, val_source = open_datasets(found)
     fraction = {"exact": 0.5, "whole": 1.0, "random_resized": 0.8}[crop]
     drawn = "random_resized" if crop == "random_resized" else "paper"
-    plan = SamplePlan(found.train.sizes, 8, 1, fraction=fraction, crop=drawn)  # type: ignore[arg-type]
+    plan = SamplePlan(found.train.sizes, 8, 1, crop_fraction=fraction, crop=drawn)  # type: ignore[arg-type]
     evaluation = EvalPlan(found.val.sizes, 8, fraction)
-    pixels = build_normalization("centered", found.statistics, side=64, colour="source")
+    pixels = build_normalization("centered", found.stats, size=64, pca_noise="source")
     batches: list[Batch] = []
     for source, of, draws in (
         (train_source, plan, plan.epoch(0, 0, slice(None))),
-        (val_source, None, evaluation.draws(slice(None))),
+        (val_source, evaluation, evaluation.batches(slice(None))),
     ):
         engine = build_loader(
             name,  # type: ignore[arg-type]
             source,
             pixels,
-            plan=of,
-            fraction=fraction,
-            max_batch=8,
+            of,
+            max_batch_size=8,
             device=CPU,
             threads=0 if name == "torch" and crop != "exact" else 1,
         )
@@ -87,7 +86,7 @@ def test_every_form_gives_the_same_batches(
         for form in FORMS:
             batches = first_batches(catalogue(folders[f"{kind} {form}"]), engine, crop)
             for batch, expected in zip(batches, wanted, strict=True):
-                assert batch.numbers.tolist() == expected.numbers.tolist()
+                assert batch.indices.tolist() == expected.indices.tolist()
                 assert torch.equal(batch.labels, expected.labels)
                 assert torch.equal(batch.images, expected.images)
 
@@ -96,11 +95,11 @@ def test_what_is_known_of_a_prepared_folder(folders: dict[str, Path]) -> None:
     plain = catalogue(folders["jpg"])
     for kind in FORMS:
         found = catalogue(folders[f"jpg {kind}"])
-        assert found.fingerprint == plain.fingerprint != catalogue(folders["png"]).fingerprint
+        assert found.dataset_hash == plain.dataset_hash != catalogue(folders["png"]).dataset_hash
         assert found.kind == kind
         assert found.train.classes == ["blue", "green", "red"]
-        assert found.titles["red"] == "the colour red"
-        assert np.array_equal(found.statistics.eigenvectors, plain.statistics.eigenvectors)
+        assert found.class_names["red"] == "the colour red"
+        assert np.array_equal(found.stats.eigenvectors, plain.stats.eigenvectors)
         for source, index in zip(open_datasets(found), (plain.train, plain.val), strict=True):
             assert source.index.names == index.names
             assert source.path(7).endswith(index.names[7])
@@ -119,7 +118,7 @@ def test_what_is_known_of_a_prepared_folder(folders: dict[str, Path]) -> None:
 def read_all(sent: bytes, answer: "multiprocessing.Queue[list[int]]") -> None:
     """In another process: sum up the values of each image of the sources that were sent."""
     for source in pickle.loads(sent):
-        answer.put([int(source.read(number).sum()) for number in range(len(source.index))])
+        answer.put([int(source.read(index).sum()) for index in range(len(source.index))])
 
 
 def test_sources_travel_to_another_process(folders: dict[str, Path]) -> None:
@@ -132,7 +131,7 @@ def test_sources_travel_to_another_process(folders: dict[str, Path]) -> None:
     process = context.Process(target=read_all, args=(sent, answer))
     process.start()
     for source in sources:
-        sums = [int(source.read(number).sum()) for number in range(len(source.index))]
+        sums = [int(source.read(index).sum()) for index in range(len(source.index))]
         assert answer.get(timeout=120) == sums
     process.join(60)
 
@@ -184,7 +183,7 @@ def test_a_bad_image_in_a_shard_is_named(
 ) -> None:
     folder = write_prepared(folders["jpg"], tmp_path / "shards", "shards")
     _, source = open_datasets(catalogue(folder))
-    shard, offset, length = source.index.places[5].tolist()
+    shard, offset, length = source.index.offsets[5].tolist()
     with (folder / f"val-{shard:05d}.tar").open("r+b") as file:
         file.seek(offset + length - 2)
         file.write(b"\0\0")

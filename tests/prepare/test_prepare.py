@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alexnet_dist.data.formats import checked, decode
+from alexnet_dist.data.formats import decode, validate_bytes
 from alexnet_dist.errors import UserError
 from alexnet_dist.prepare import __main__ as prepare
 from alexnet_dist.prepare import shards
@@ -413,7 +413,7 @@ def test_odd_images_become_what_the_package_decodes_and_damaged_ones_nothing() -
     form = Form("shards", 64, "none", 95)
     for kind, content in whole().items():
         encoded = np.frombuffer(content, np.uint8)
-        image, ours = decode(checked(encoded)), shrink(encoded, form)
+        image, ours = decode(validate_bytes(encoded)), shrink(encoded, form)
         if min(image.size) <= 64:
             assert ours.encoded == content, kind
             continue
