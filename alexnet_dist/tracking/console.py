@@ -2,15 +2,13 @@
 
 import math
 import time
-from typing import Any
+from typing import Self
 
 from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
-    ProgressColumn,
-    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -22,49 +20,99 @@ LINE_SECONDS = 10.0
 """Where there is no terminal, long work prints a line this often."""
 
 
-class ConsoleSink:
-    """Shows events to a person on standard output; the training bar follows "train" events."""
+class ProgressReporter:
+    """Progress of long work, with its speed and the time left; on standard error.
 
-    def __init__(self, total_steps: int, steps_per_epoch: int) -> None:
-        self._console = Console(highlight=False)
-        self._total_steps = total_steps
-        self._epochs = -(-total_steps // steps_per_epoch)
-        self._bar = _bar(self._console, TimeElapsedColumn(), TextColumn("left"))
-        self._task: TaskID | None = None
+    Call it with what is being done, how much is done, and how much there is in all. The bar goes
+    when all is done, or at the end of a ``with`` block.
+    """
+
+    def __init__(self, stderr: bool = True) -> None:
+        self.console = Console(stderr=stderr, highlight=False)
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None, complete_style="cyan", finished_style="green"),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[values]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+            expand=True,
+            transient=stderr,
+        )
+        self._next_line = 0.0
+
+    def __call__(self, description: str, done: int, total: int, values: str = "") -> None:
+        """Show progress; ``values``: text beside the bar in the place of the speed."""
+        tasks = self._bar.tasks
+        if not tasks or total != tasks[0].total or done < tasks[0].completed:  # of something else
+            self.stop()
+            self._bar.add_task(description, total=total, values="")
+            self._next_line = time.monotonic() + LINE_SECONDS
+            if self.console.is_terminal:
+                self._bar.start()
+        task = self._bar.tasks[0]
+        self._bar.update(task.id, description=description, completed=done)
+        speed = f"{task.speed or 0:,.0f}/s"
+        self._bar.update(task.id, values=values or speed)
+        if done >= total:
+            self.stop()
+        elif not self.console.is_terminal and time.monotonic() > self._next_line:
+            self._next_line = time.monotonic() + LINE_SECONDS
+            left = time.strftime("%H:%M:%S", time.gmtime(task.time_remaining or 0))
+            self.print(f"{description}: {done:,} of {total:,}, {speed}, {left} left")
 
     def print(self, text: str) -> None:
-        """Lines, above the bar."""
-        self._console.print(text, markup=False, soft_wrap=True)
+        """Print lines, above the bar."""
+        self.console.print(text, markup=False, soft_wrap=True)
+
+    def stop(self) -> None:
+        if self._bar.tasks:
+            if self.console.is_terminal:
+                self._bar.stop()
+            self._bar.remove_task(self._bar.tasks[0].id)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+
+class ConsoleSink:
+    """Shows events to a person on standard output; a bar follows "train" events."""
+
+    def __init__(self, total_steps: int, steps_per_epoch: int) -> None:
+        self._bar = ProgressReporter(stderr=False)
+        self._total_steps, self._epochs = total_steps, -(-total_steps // steps_per_epoch)
+        self.print = self._bar.print
 
     def log(self, event: Event) -> None:
         if event["event"] == "train":
             self._log_step(event)
-        elif text := _format(event):
+        elif text := format_event(event):
             self.print(text)
+
+    def close(self, timeout: float | None = None) -> None:
+        self._bar.stop()
 
     def _log_step(self, event: Event) -> None:
         loss = "not finite" if event["loss"] is None else f"{event['loss']:.4f}"
         values = (
             f"loss {loss}  lr {event['lr']:.2g}  {event['images_per_second']:.0f} img/s  "
-            f"data {100 * event['data_time_fraction']:.0f} %"
+            f"data {event['data_time_fraction']:.0%}"
         )
         if event.get("comm_time_fraction"):
-            values += f"  comm {100 * event['comm_time_fraction']:.0f} %"
+            values += f"  comm {event['comm_time_fraction']:.0%}"
         epoch = f"epoch {max(math.ceil(event['epoch'] - 1e-9), 1)}/{self._epochs}"
-        if not self._console.is_terminal:
+        if self._bar.console.is_terminal:
+            self._bar(epoch, event["step"], self._total_steps, values)
+        else:
             self.print(f"{epoch}  step {event['step']}/{self._total_steps}  {values}")
-            return
-        if self._task is None:
-            self._task = self._bar.add_task(epoch, total=self._total_steps, values="")
-            self._bar.start()
-        self._bar.update(self._task, completed=event["step"], description=epoch, values=values)
-
-    def close(self, timeout: float | None = None) -> None:
-        if self._task is not None:
-            self._bar.stop()
 
 
-def _format(event: Event) -> str | None:
+def format_event(event: Event) -> str | None:
     """An event as a line; None for those that the console does not show."""
     match event["event"]:
         case "eval":
@@ -85,71 +133,3 @@ def _format(event: Event) -> str | None:
         case "resume":
             return f"resuming from step {event['step']}"
     return None
-
-
-class ProgressReporter:
-    """Progress of long work on standard error, with its speed and the time left.
-
-    Call it with what is being done, how much is done, and how much there is in all. The bar goes
-    when all is done, or at the end of a ``with`` block.
-    """
-
-    def __init__(self) -> None:
-        self._console = Console(stderr=True, highlight=False)
-        self._bar = _bar(self._console, TextColumn("left"), transient=True)
-        self._task: TaskID | None = None
-        self._description = ""
-        self._start, self._done_at_start, self._printed = 0.0, 0, 0.0
-
-    def __enter__(self) -> "ProgressReporter":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop()
-
-    def print(self, text: str) -> None:
-        """Lines, above the bar."""
-        self._console.print(text, markup=False, soft_wrap=True)
-
-    def __call__(self, description: str, done: int, total: int) -> None:
-        now = time.monotonic()
-        if description != self._description:
-            self._stop()
-            self._description, self._done_at_start = description, done
-            self._start = self._printed = now
-        speed = (done - self._done_at_start) / max(now - self._start, 1e-9)
-        if self._console.is_terminal:
-            self._show(done, total, f"{speed:,.0f}/s")
-        elif now - self._printed >= LINE_SECONDS and speed > 0:
-            self._printed = now
-            left = time.strftime("%H:%M:%S", time.gmtime((total - done) / speed))
-            self.print(f"{description}: {done:,} of {total:,}, {speed:,.0f}/s, {left} left")
-
-    def _show(self, done: int, total: int, values: str) -> None:
-        if self._task is None:
-            self._task = self._bar.add_task(self._description, total=total, values=values)
-            self._bar.start()
-        self._bar.update(self._task, completed=done, total=total, values=values)
-        if done >= total:
-            self._stop()
-
-    def _stop(self) -> None:
-        if self._task is not None:
-            self._bar.stop()
-            self._bar.remove_task(self._task)
-            self._task = None
-
-
-def _bar(console: Console, *columns: ProgressColumn, **options: Any) -> Progress:
-    """A bar of the full width, whose tasks have a field ``values`` of text."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=None, complete_style="cyan", finished_style="green"),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[values]}"),
-        *columns,
-        TimeRemainingColumn(),
-        console=console,
-        expand=True,
-        **options,
-    )

@@ -11,13 +11,13 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from alexnet_dist.errors import UserError, stderr
+from alexnet_dist.errors import UserError
 from alexnet_dist.tracking import Event, plots
 from alexnet_dist.tracking.console import ConsoleSink
 from alexnet_dist.tracking.run_dir import RunDir, Status
 from alexnet_dist.tracking.wandb import Mode, WandbSink
 
-QUICKSTART_HINT = """\
+QUICKSTART_HINT = """
 next: Imagenette  --config configs/imagenette.yaml --data.root DIR
       CIFAR-10    --data.root DIR (its own files, or folders of images)
       ImageNet    --config configs/paper2012.yaml --data.root IMAGENET"""
@@ -44,7 +44,7 @@ class EventLog:
             sink.log(record)
 
     def close(self, timeout: float | None = None) -> None:
-        """Close all sinks; ``timeout``: seconds that each may take, None for its own default."""
+        """Close all sinks; ``timeout``: seconds that W&B may take, None for its default."""
         for sink in self.sinks:
             sink.close(timeout)
 
@@ -102,16 +102,8 @@ class Logger:
             self.wandb_id = str(run_dir.set_status("running")["wandb_id"])
             sinks = [JsonlSink(run_dir.path / "metrics.jsonl"), self._console]
             if wandb_mode != "off":
-                sinks.append(
-                    WandbSink(
-                        run_dir.path,
-                        self.wandb_id,
-                        config,
-                        mode=wandb_mode,
-                        project=wandb_project,
-                        warn=stderr,
-                    )
-                )
+                wandb_id, project = self.wandb_id, wandb_project
+                sinks.append(WandbSink(run_dir.path, wandb_id, config, wandb_mode, project))
         self._events = EventLog(*sinks)
 
     @property
@@ -206,14 +198,12 @@ def drop_superseded(events: Sequence[Event]) -> list[Event]:
 
 def start_message(arch: str, num_classes: int, values: Event, run_dir: Path) -> str:
     """What is about to be trained, for the console; ``values``: those of the start event."""
-    processes = "processes" if values["world_size"] > 1 else "process"
     modes = ", compiled" * values["compiled"] + ", a step a CUDA graph" * values["cuda_graph"]
     return (
         f"{arch}: {values['parameters']:,} parameters, {num_classes} classes, "
         f"{values['train_images']:,} training and {values['val_images']:,} validation images\n"
-        f"{values['world_size']} {processes} on {values['device']}, {values['threads']} threads "
-        f"each, {values['precision']}{modes}; {values['loader']}\n"
-        f"{values['layout']}\n"
+        f"world size {values['world_size']} on {values['device']}, {values['threads']} threads "
+        f"each, {values['precision']}{modes}; {values['loader']}\n{values['layout']}\n"
         f"the run is in {run_dir}"
     )
 
@@ -222,11 +212,9 @@ def end_message(
     result: dict[str, float], run_dir: Path, *, stopped_at: str = "", hint: str = ""
 ) -> str:
     """The result, for the console; ``stopped_at`` says where, if before the run's end."""
-    lines = [
+    stopped = f"\nstopped at {stopped_at}; the same command resumes from here" * bool(stopped_at)
+    return (
         f"top-1 accuracy {100 - result['top1_error']:.2f} %  (error {result['top1_error']:.2f} "
-        f"%, top-5 {result['top5_error']:.2f} %) on {result['images']} validation images",
-        f"records, curves and kernels: {run_dir}",
-    ]
-    if stopped_at:
-        lines.append(f"stopped at {stopped_at}; the same command resumes from here")
-    return "\n".join([*lines, hint]).rstrip()
+        f"%, top-5 {result['top5_error']:.2f} %) on {result['images']} validation images\n"
+        f"records, curves and kernels: {run_dir}{stopped}{hint}"
+    )

@@ -1,5 +1,6 @@
 """Plots of runs and of what networks see, as PNG or PDF after the suffix of their path."""
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
@@ -24,8 +25,8 @@ mpl.rcParams.update(
         "pdf.fonttype": 42,  # TrueType: publishers accept it, and text can be searched
     }
 )
-Images = NDArray[np.uint8] | Sequence[NDArray[np.uint8]]
-"""[n, H, W, 3], or n of [H, W, 3]."""
+Image = NDArray[Any]
+"""[H, W, 3], or [n, H, W, 3] where images are meant."""
 
 _COLORS = ("#1f5a94", "#c44536", "#3d8b5f", "#8a5aa8", "#c98a1b", "#4d4d4d")
 _STYLES = ("-", "--", ":", "-.")
@@ -38,7 +39,7 @@ def save_figure(figure: Figure, path: Path, dpi: int = 200) -> None:
 
 def plot_image_grid(
     path: Path,
-    images: Images,
+    images: Sequence[Image] | Image,
     captions: Sequence[str],
     title: str,
     *,
@@ -86,7 +87,7 @@ def plot_neighbors(
 
 def plot_predictions(
     path: Path,
-    images: Images,
+    images: Sequence[Image] | Image,
     captions: Sequence[str],
     predictions: Sequence[Sequence[tuple[str, float]]],
     title: str = "",
@@ -144,8 +145,8 @@ def plot_kernels(path: Path, weights: NDArray[np.float32], towers: int, title: s
 def plot_curves(path: Path, runs: Mapping[str, Sequence[Event]]) -> None:
     """Loss, top-1 error and learning rates over epochs, of the events of one or several runs.
 
-    Training is pale, a moving average where records are dense; validation has a point for each
-    evaluation, if there are few.
+    Training is pale; validation has a point for each evaluation, if there are few. Learning rates
+    have a line style for each group of parameters.
     """
     figure = Figure(figsize=(12, 3.4))
     figure.set_layout_engine("constrained", wspace=0.06)
@@ -155,36 +156,25 @@ def plot_curves(path: Path, runs: Mapping[str, Sequence[Event]]) -> None:
         train = [e for e in events if e["event"] == "train" and e["loss"] is not None]
         evals = [e for e in events if e["event"] == "eval"]
         for axis, key in zip(axes, ("loss", "top1_error"), strict=False):
-            values = _moving_average([e[key] for e in train], len(train) // 100)
-            axis.plot([e["epoch"] for e in train], values, color=color, lw=1, alpha=0.4)
-            marker = "o" if len(evals) <= 30 else ""
-            epochs, errors = [e["epoch"] for e in evals], [e[key] for e in evals]
-            axis.plot(epochs, errors, color=color, lw=1.5, marker=marker, ms=3)
-        _plot_lrs(axes[2], [e for e in train if "lrs" in e], color)
-        best = min((f"{e['top1_error']:5.2f} %" for e in evals), default="none")
-        handles.append(Line2D([], [], color=color, label=f"{_label(name, 60)}, best {best}"))
+            axis.plot(*_series(train, key), color=color, lw=1, alpha=0.4)
+            axis.plot(*_series(evals, key), color=color, marker="o" * (len(evals) <= 30), ms=3)
+        lrs = [event["lrs"] | {"epoch": event["epoch"]} for event in train]
+        for style, group in zip(cycle(_STYLES), train[-1]["lrs"] if train else (), strict=False):
+            points = _series([values for values in lrs if group in values], group)
+            axes[2].plot(*points, color=color, ls=style, lw=1.3, label=group)
+        best = min((event["top1_error"] for event in evals), default=math.nan)
+        handles.append(Line2D([], [], color=color, label=f"{_label(name, 60)}, best {best:.2f} %"))
     handles.append(Line2D([], [], color=_COLORS[-1], lw=1, alpha=0.4, label="training (pale)"))
-    for axis, label in zip(axes, ("loss", "top-1 error (%)", "learning rate"), strict=True):
-        axis.set(xlabel="epochs", ylabel=label)
-        axis.set_xlim(left=0)
-        if axis.get_yscale() == "linear":
-            axis.set_ylim(bottom=0)
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 4))
-    save_figure(figure, path)
-
-
-def _plot_lrs(axis: Any, train: Sequence[Event], color: str) -> None:
-    """The learning rate of each group of parameters, in a line style of its own."""
-    groups = dict.fromkeys(group for event in train for group in event["lrs"])
-    for style, group in zip(cycle(_STYLES), groups, strict=False):
-        lrs = [event["lrs"].get(group) for event in train]
-        axis.plot([e["epoch"] for e in train], lrs, color=color, ls=style, lw=1.3, label=group)
-    lrs = [lr for event in train for lr in event["lrs"].values() if lr > 0]
-    if lrs and max(lrs) > 30 * min(lrs):
-        axis.set_yscale("log")
+    groups = {line.get_label(): line for line in axes[2].lines}
     if len(groups) > 1:
-        by_label = {line.get_label(): line for line in reversed(axis.lines)}
-        axis.legend(handles=[by_label[group] for group in groups], fontsize=7)
+        axes[2].legend(handles=[*groups.values()], fontsize=7)
+    for axis, label in zip(axes, ("loss", "top-1 error (%)", "learning rate"), strict=True):
+        axis.set(xlabel="epochs", ylabel=label, xlim=(0, None))
+    axes[0].set_ylim(bottom=0)
+    axes[1].set_ylim(bottom=0)
+    axes[2].set_yscale("log")
+    save_figure(figure, path)
 
 
 def plot_figure1(
@@ -200,14 +190,12 @@ def plot_figure1(
         marker = "o" if len(epochs) < 40 else ""
         axis.plot(epochs, values, "k", ls=style, marker=marker, ms=2.5, label=_label(name, 60))
     axis.axhline(target_error, color=_WRONG, lw=0.8, zorder=0, label=f"{target_error:g} %")
-    axis.set(xlabel="epochs", ylabel="training error (%)")
-    axis.set_xlim(left=0)
-    axis.set_ylim(bottom=0)
+    axis.set(xlabel="epochs", ylabel="training error (%)", xlim=(0, None), ylim=(0, None))
     axis.legend()
     save_figure(figure, path)
 
 
-def _show(axis: Any, image: NDArray[Any]) -> None:
+def _show(axis: Any, image: Image) -> None:
     """Show an image [H, W, 3] without ticks and frame."""
     axis.axis("on")
     axis.imshow(image, interpolation="nearest")
@@ -222,10 +210,6 @@ def _label(text: str, length: int) -> str:
     return "\n".join(lines).replace("$", r"\$")
 
 
-def _moving_average(values: Sequence[float], width: int) -> NDArray[np.float64]:
-    """The mean of ``width`` values around each, of fewer at the ends."""
-    if not values:
-        return np.empty(0)
-    window = np.ones(min(max(width, 1), len(values)))
-    count = np.convolve(np.ones(len(values)), window, "same")
-    return np.convolve(values, window, "same") / count
+def _series(events: Sequence[Event], key: str) -> tuple[list[float], list[float]]:
+    """Epochs and values."""
+    return [event["epoch"] for event in events], [event[key] for event in events]

@@ -7,6 +7,7 @@ RUN/checkpoints/     the checkpoints
 RUN/*.png            what the network sees, its curves and kernels
 """
 
+import contextlib
 import fcntl
 import json
 import os
@@ -21,10 +22,7 @@ import yaml
 from alexnet_dist.errors import UserError
 
 FORMAT = 2
-"""Of run folders. Those of alexnet_dist 0.1.0 have no format: its options have other names."""
-
-LOCK_SECONDS = 5.0
-"""To wait for the lock: a process of the attempt before may still be ending."""
+"""Of run folders; those of alexnet_dist 0.1.0, whose options have other names, have none."""
 
 Status = Literal["running", "preempted", "stopped", "ended", "failed"]
 """preempted: saved, to be restarted automatically; stopped: saved, to be resumed by a person;
@@ -52,18 +50,14 @@ class RunDir:
                 f"the run folder {self.path} cannot be written ({error.strerror}): give another "
                 "--run.output_dir"
             ) from None
-        deadline = time.monotonic() + LOCK_SECONDS
-        while True:
-            try:
-                fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            except OSError:
-                if time.monotonic() > deadline:
-                    raise UserError(
-                        f"the run folder {self.path} is in use by another run that is alive: give "
-                        "this one another --run.name"
-                    ) from None
-                time.sleep(0.25)
+        for _ in range(20):  # for 5 s: a process of the attempt before may still be ending
+            with contextlib.suppress(OSError):
+                return fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            time.sleep(0.25)
+        raise UserError(
+            f"the run folder {self.path} is in use by another run that is alive: give this one "
+            "another --run.name"
+        )
 
     def set_status(self, status: Status, **more: Any) -> dict[str, Any]:
         """Write the status; what is written, even where the disk is full."""
@@ -144,19 +138,15 @@ def resolve_run_dir(output_dir: str, name: str, resume: str) -> tuple[Path, bool
 
 def restart_info() -> dict[str, str]:
     """Which attempt of the run this is, as launcher and cluster count them."""
-    names = {
-        "torchrun_restarts": "TORCHELASTIC_RESTART_COUNT",
-        "slurm_job": "SLURM_JOB_ID",
-        "slurm_restarts": "SLURM_RESTART_COUNT",
-    }
-    return {name: os.environ[word] for name, word in names.items() if word in os.environ}
+    counts = {"torchrun_restarts": "TORCHELASTIC_RESTART_COUNT"}
+    counts |= {"slurm_job": "SLURM_JOB_ID", "slurm_restarts": "SLURM_RESTART_COUNT"}
+    return {name: os.environ[word] for name, word in counts.items() if word in os.environ}
 
 
 def _launch_id() -> str:
     """What stays the same while one launcher, or one SLURM job, restarts a run."""
-    job = os.environ.get("SLURM_JOB_ID")
-    if job is not None:
-        return f"slurm job {job}"
+    if "SLURM_JOB_ID" in os.environ:
+        return f"slurm job {os.environ['SLURM_JOB_ID']}"
     return f"{socket.gethostname()} {os.getppid()}" if "TORCHELASTIC_RUN_ID" in os.environ else ""
 
 

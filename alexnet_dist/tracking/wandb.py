@@ -5,10 +5,12 @@ import contextlib
 import os
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from queue import Queue
 from typing import Any, Literal
 
+from alexnet_dist.errors import stderr
 from alexnet_dist.tracking import Event
 
 Mode = Literal["auto", "online", "offline", "off"]
@@ -23,7 +25,6 @@ _CURVES = {
     "train": (
         "loss",
         "top1_error",
-        "lr",
         "images_per_second",
         "data_time_fraction",
         "comm_time_fraction",
@@ -92,21 +93,13 @@ class WandbSink:
         folder: Path,
         run_id: str,
         config: dict[str, Any],
-        *,
         mode: Mode,
         project: str,
-        warn: Callable[[str], None],
+        warn: Callable[[str], None] = stderr,
     ) -> None:
-        self._mode = resolve_mode(mode)
-        self._options: dict[str, Any] = {
-            "folder": folder,
-            "run_id": run_id,
-            "config": config,
-            "name": folder.name,
-            "project": project,
-            "resume": "allow",
-        }
-        self._warn = warn
+        options = {"config": config, "name": folder.name, "project": project, "resume": "allow"}
+        self._init_run = partial(init_run, folder, run_id, **options)
+        self._mode, self._warn = resolve_mode(mode), warn
         self._queue: Queue[Event | None] = Queue()
         self._failed = False
         self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
@@ -145,9 +138,9 @@ class WandbSink:
 
     def _init(self) -> Any:
         try:
-            return init_run(mode=self._mode, **self._options)
+            return self._init_run(mode=self._mode)
         except Exception as error:  # without a network, curves are still kept for `wandb sync`
             if self._mode != "online":
                 raise
             self._warn(f"Weights & Biases: {error}; tracking continues offline")
-            return init_run(mode="offline", **self._options)
+            return self._init_run(mode="offline")

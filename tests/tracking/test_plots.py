@@ -62,7 +62,7 @@ def test_curves_have_all_groups_and_no_step_without_a_loss(
     assert set(biases.get_ydata()) == {0.2}
     assert lr.get_yscale() == "log"
     assert [text.get_text() for text in lr.get_legend().get_texts()] == ["weights", "conv1.bias"]
-    assert "best  7.00 %" in figures[0].legends[0].get_texts()[0].get_text()
+    assert "best 7.00 %" in figures[0].legends[0].get_texts()[0].get_text()
 
 
 def test_right_labels_are_highlighted_and_wrong_neighbors_red(

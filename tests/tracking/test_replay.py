@@ -16,105 +16,93 @@ from tests.conftest import launch
 from tests.tracking.offline import read_back
 
 
-class Life:
-    """One life of a run, whose losses tell which life it was."""
+class Attempt:
+    """One attempt of a run, whose losses tell which attempt it was."""
 
-    def __init__(self, run: Path, number: int, first: str, step: int) -> None:
-        self.run, self.number = run, number
-        self._stream = EventLog(JsonlSink(run / "metrics.jsonl"))
-        self.emit(first, step)
+    def __init__(self, run: Path, number: int, first_event: str, step: int) -> None:
+        self.path, self.number = run / "metrics.jsonl", number
+        self._log = EventLog(JsonlSink(self.path))
+        self.emit(first_event, step)
 
     def emit(self, event: str, step: int, **values: Any) -> None:
-        self._stream.emit(event, step=step, epoch=step / 4, **values)
-
-    def loss(self, step: int) -> float:
-        return self.number + step / 100
+        self._log.emit(event, step=step, epoch=step / 4, **values)
 
     def train(self, *steps: int) -> None:
         for step in steps:
-            speed = {"images_per_second": 10.0, "data_time_fraction": 0.1}
-            error = 90.0 - step
-            self.emit("train", step, loss=self.loss(step), top1_error=error, lr=0.1, **speed)
+            values = {"images_per_second": 10.0, "data_time_fraction": 0.1, "lrs": {"weights": 0.1}}
+            loss = self.number + step / 100
+            self.emit("train", step, loss=loss, top1_error=90.0 - step, **values)
 
     def evaluate(self, step: int, event: str = "eval") -> None:
         errors = {"top1_error": 50.0 - self.number, "top5_error": 5.0}
-        self.emit(event, step, loss=self.loss(step), **errors)
+        self.emit(event, step, loss=1.0, **errors)
 
-    def picture(self, step: int, name: str) -> None:
+    def image(self, step: int, name: str) -> None:
         """As the run's records name it, wherever the run lay then."""
-        path = f"elsewhere/{name}.png"
-        self.emit("image", step, name=name, path=path, caption=f"{self.number}")
+        self.emit("image", step, name=name, path=f"elsewhere/{name}.png", caption="a")
 
-    def die(self, cut: str = "") -> None:
-        self._stream.close()
-        with (self.run / "metrics.jsonl").open("a") as file:
-            file.write(cut)
+    def end(self, truncated: str = "") -> None:
+        self._log.close()
+        with self.path.open("a") as file:
+            file.write(truncated)
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """Five lives: the first without a checkpoint, then one killed behind its checkpoint of step 4,
-    one that rolled back by itself, one that was preempted, and one that came to its end."""
+    """Four attempts: the first without a checkpoint, then one killed after its checkpoint of step
+    4, one that was preempted, and one that came to the run's end."""
     run = tmp_path / "run"
-    folder = RunDir(run)
-    folder.lock()
-    folder.save_config({"optim": {"lr": 0.25}, "wandb": {"project": "p"}})
+    run_dir = RunDir(run)
+    run_dir.lock()
+    run_dir.save_config({"optim": {"lr": 0.25}, "wandb": {"project": "p"}})
+    run_dir.set_status("ended")
     for name in ("first_batch", "curves"):
         Image.new("RGB", (8, 8)).save(run / f"{name}.png")
-    life = Life(run, 1, "start", 0)
-    life.train(1, 2, 3)
-    life.die()
-    life = Life(run, 2, "start", 0)
-    life.picture(0, "first_batch")
-    life.train(1, 2, 3, 4)
-    life.evaluate(4)
-    life.evaluate(4, "best")
-    life.picture(4, "curves")
-    life.train(5, 6)
-    life.evaluate(6)
-    life.evaluate(6, "best")
-    life.die(cut='{"event": "train", "step": 7, "lo')
-    life = Life(run, 3, "resume", 4)
-    life.train(5, 6, 7)
-    life.emit("nan", 8, what="the loss is nan", paths=["a.jpg"])
-    life.die()
-    life = Life(run, 4, "resume", 6)
-    life.train(7, 8, 9)
-    life.die()
-    life = Life(run, 5, "resume", 8)
-    life.train(9)
-    life.emit("preempted", 9, cause="SIGTERM")
-    life.die(cut='{"event": "resu')
-    life = Life(run, 6, "resume", 9)
-    life.train(10, 11, 12)
-    life.evaluate(12)
-    life.picture(12, "curves")
-    life.picture(12, "kernels")  # whose file is gone
-    life.evaluate(12, "finished")
-    life.die()
+    attempt = Attempt(run, 1, "start", 0)
+    attempt.train(1, 2, 3)
+    attempt.end()
+    attempt = Attempt(run, 2, "start", 0)
+    attempt.image(0, "first_batch")
+    attempt.train(1, 2, 3, 4)
+    attempt.evaluate(4)
+    attempt.evaluate(4, "best")
+    attempt.image(4, "curves")
+    attempt.train(5, 6)
+    attempt.evaluate(6)
+    attempt.evaluate(6, "best")
+    attempt.end(truncated='{"event": "train", "step": 7, "lo')
+    attempt = Attempt(run, 3, "resume", 4)
+    attempt.train(5, 6, 7)
+    attempt.emit("preempted", 7, cause="SIGTERM")
+    attempt.end(truncated='{"event": "resu')
+    attempt = Attempt(run, 4, "resume", 6)
+    attempt.train(7, 8)
+    attempt.evaluate(8)
+    attempt.image(8, "curves")
+    attempt.image(8, "kernels")  # whose file is gone
+    attempt.evaluate(8, "finished")
+    attempt.end()
     return run
 
 
-LIVES = {1: 2, 2: 2, 3: 2, 4: 2, 5: 3, 6: 3, 7: 4, 8: 4, 9: 5, 10: 6, 11: 6, 12: 6}
-"""The life of each step that counts."""
+ATTEMPTS = {1: 2, 2: 2, 3: 2, 4: 2, 5: 3, 6: 3, 7: 4, 8: 4}
+"""The attempt of each step that counts."""
 
 
-def test_many_lives_become_one_curve(run: Path) -> None:
+def test_many_attempts_become_one_curve(run: Path) -> None:
     result = launch(0, str(run), "--wandb=offline", module="alexnet_dist.replay")
     assert result.code == 0, result.err
-    assert "12 records of training up to step 12, 2 evaluations and 2 pictures" in result.out
+    assert "8 train events, 2 evaluations and 2 images" in result.out
     (folder,) = run.glob("replay/wandb/offline-run-*")
     assert result.out.splitlines()[-1] == f"wandb sync {folder}"
     history, summary, ids, config = read_back(run / "replay")
     assert len(ids) == 1
-    assert result.out.count(ids.pop()) == 2
-    trained = [row for row in history if "train/loss" in row]
-    assert [int(row["global_step"]) for row in trained] == list(range(1, 13))
-    losses = [float(row["train/loss"]) for row in trained]
-    assert losses == [life + step / 100 for step, life in LIVES.items()]
+    trained = {int(row["global_step"]): row for row in history if "train/loss" in row}
+    losses = {step: float(row["train/loss"]) for step, row in trained.items()}
+    assert losses == {step: number + step / 100 for step, number in ATTEMPTS.items()}
     evaluated = {row["global_step"]: row for row in history if "eval/loss" in row}
-    assert [float(row["eval/top1_error"]) for row in evaluated.values()] == [48.0, 44.0]
-    assert list(evaluated) == ["4", "12"]
+    assert [float(row["eval/top1_error"]) for row in evaluated.values()] == [48.0, 46.0]
+    assert list(evaluated) == ["4", "8"]
     steps = [int(row["global_step"]) for row in history]
     assert steps == sorted(steps)
     names = {key.split("/")[0] for row in history for key in row}
@@ -122,31 +110,31 @@ def test_many_lives_become_one_curve(run: Path) -> None:
     assert "kernels" not in names
     kept = {name: json.loads(summary[name]) for name in summary if "/" in name}
     assert (kept["best/step"], kept["best/top1_error"]) == (4, 48.0)
-    assert (kept["finished/step"], kept["finished/top1_error"]) == (12, 44.0)
+    assert (kept["finished/step"], kept["finished/top1_error"]) == (8, 46.0)
     assert json.loads(config["optim"]) == {"lr": 0.25}
 
 
-def test_the_last_picture_of_each_name_is_shown(run: Path) -> None:
-    pictures = [event for event in replay.shown(run) if event["event"] == "image"]
-    assert [(event["name"], event["step"]) for event in pictures] == [
+def test_the_last_image_of_each_name_is_shown(run: Path) -> None:
+    images = [event for event in replay.select_events(run) if event["event"] == "image"]
+    assert [(event["name"], event["step"]) for event in images] == [
         ("first_batch", 0),
-        ("curves", 12),
+        ("curves", 8),
     ]
-    assert all(Path(event["path"]).parent == run for event in pictures)
+    assert all(Path(event["path"]).parent == run for event in images)
 
 
-def test_online_it_tells_the_address_or_what_was_refused(
+def test_online_it_prints_the_address_or_what_was_refused(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sent = MagicMock(url="https://wandb.example/run")
-    begin = MagicMock(return_value=sent)
-    monkeypatch.setattr(replay, "init_run", begin)
+    init_run = MagicMock(return_value=sent)
+    monkeypatch.setattr(replay, "init_run", init_run)
     replay.main([str(run), "--wandb=online", "--id=a", "--name=b", "--project=c"])
     assert capsys.readouterr().out.endswith("W&B run a:\nhttps://wandb.example/run\n")
-    options = begin.call_args.kwargs
+    options = init_run.call_args.kwargs
     assert (options["name"], options["project"], options["resume"]) == ("b", "c", "never")
     sent.finish.assert_called_once()
-    begin.side_effect = RuntimeError("run a\nexists")
+    init_run.side_effect = RuntimeError("run a\nexists")
     with pytest.raises(UserError, match=r"run a exists\): give --wandb offline"):
         replay.main([str(run), "--wandb=online", "--id=a"])
 
@@ -154,7 +142,7 @@ def test_online_it_tells_the_address_or_what_was_refused(
 def test_nothing_to_replay(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there are no records at"):
         replay.main([str(tmp_path / "nowhere")])
-    Life(tmp_path, 1, "start", 0).die()
-    with pytest.raises(UserError, match="no step of training yet: give a run"):
+    Attempt(tmp_path, 1, "start", 0).end()
+    with pytest.raises(UserError, match="no step of training yet"):
         replay.main([str(tmp_path)])
     assert not (tmp_path / "replay").exists()
