@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from alexnet_dist.model.backends import autocast_enabled, is_triton_supported
+
 try:
     from alexnet_dist.model import lrn_triton
 except ImportError:  # Triton does not exist for every platform
@@ -24,15 +26,6 @@ except ImportError:  # Triton does not exist for every platform
 
 Mean = Callable[[Tensor], Tensor]
 """The mean of the window around each activation: [B, C, H, W] to [B, C, H, W]."""
-
-
-def is_triton_supported(device: torch.device) -> bool:
-    """Whether Triton is installed and compiles for ``device``: an NVIDIA GPU, Ampere or newer."""
-    return (
-        lrn_triton is not None
-        and device.type == "cuda"
-        and torch.cuda.get_device_capability(device) >= (8, 0)
-    )
 
 
 class LocalResponseNorm(nn.Module):
@@ -173,8 +166,3 @@ def _normalize(x: Tensor, mean: Mean, k: float, alpha: float, beta: float) -> Te
     with torch.autocast(x.device.type, enabled=False):
         y: Tensor = _ResponseNorm.apply(x, mean, k, alpha, beta)
     return y
-
-
-def autocast_enabled(device: torch.device) -> bool:
-    """Whether autocast is on for ``device``; the meta device has none."""
-    return device.type != "meta" and torch.is_autocast_enabled(device.type)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from alexnet_dist.model.lrn import autocast_enabled
+from alexnet_dist.model.backends import autocast_enabled
 
 
 class StemConv2d(nn.Conv2d):
