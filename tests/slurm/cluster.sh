@@ -7,8 +7,8 @@
 #   tests/slurm/cluster.sh stop FOLDER             end all that runs on the cluster, and its daemons
 #
 # After start: export SLURM_CONF=FOLDER/slurm.conf, then sbatch, squeue and so on speak to it.
-# Wants Debian's slurm-wlm and munge. Nothing outside FOLDER is written; it is created, and start
-# on a running cluster begins anew. Its path must be short: munge's socket lies in it.
+# Needs Debian's slurm-wlm and munge. Nothing outside FOLDER is written; it is created, and start
+# on a running cluster restarts it. Its path must be short: munge's socket lies in it.
 set -euo pipefail
 
 usage() {
@@ -35,7 +35,7 @@ SlurmctldHost=$host(127.0.0.1)
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-# a requeued job waits until the credentials of its former life have expired: 5 is the least
+# a requeued job waits until its former credentials have expired: 5 is the least
 AuthInfo=socket=$folder/munge.socket,cred_expire=5
 SlurmctldPort=$first_port
 StateSaveLocation=$folder/state
@@ -69,8 +69,7 @@ CONF
     done
 }
 
-# Processes of this cluster, or of a node of it: what SLURM starts has both names in its
-# environment, and so have the daemons.
+# Process ids of this cluster, or of a node of it, by the environment of all that SLURM starts.
 ours() { # [NODE]
     local environment words
     for environment in /proc/[0-9]*/environ; do
@@ -89,7 +88,7 @@ start_node() { # NODE
 
 stop() {
     local pids
-    for _ in 1 2 3; do # what is ended may have started something in the same moment
+    for _ in 1 2 3; do # what is killed may just have started something
         mapfile -t pids < <(ours)
         [ ${#pids[@]} -gt 0 ] || break
         kill -9 "${pids[@]}" 2>/dev/null || true
@@ -105,7 +104,7 @@ start)
     configure "${3:-0}"
     head -c 1024 /dev/urandom >"$folder/munge.key"
     chmod 600 "$folder/munge.key"
-    export SLURMD_NODENAME=none # by which stop knows these two as well
+    export SLURMD_NODENAME=none # so that stop finds these two as well
     munged --force --socket="$folder/munge.socket" --key-file="$folder/munge.key" \
         --pid-file="$folder/munge.pid" --log-file="$folder/munge.log" \
         --seed-file="$folder/munge.seed"

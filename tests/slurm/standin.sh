@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Stands in for python in tests of the batch script: takes torchrun's words, trains nothing, and
-# keeps what the trainer promises: status.json, checkpoints/last, PREEMPT and SIGUSR2 obeyed. The
-# environment says what happens: STEPS of a tenth of a second, and after them ENDS as the status, of
-# which "running" is a run that is killed and "nothing" one that has not begun.
+# Stands in for python in tests of the batch script: takes torchrun's command line, trains nothing,
+# and does what the trainer promises: status.json, checkpoints/last, PREEMPT and SIGUSR2 obeyed. The
+# environment says what happens: STEPS of a tenth of a second, and then ENDS as the status, of which
+# "running" is a run that is killed and "nothing" one that has not begun.
 for word in "$@"; do
     case $word in
     --run.output_dir=*) root=${word#*=} ;;
@@ -12,7 +12,7 @@ done
 [ "$ENDS" != nothing ] || exit 1
 mkdir -p "$run/checkpoints"
 
-stand() { # STATUS
+status() { # STATUS
     echo "{\"status\": \"$1\", \"step\": $step, \"wandb_id\": \"0\"}" >"$run/status.json"
 }
 
@@ -23,13 +23,13 @@ save() {
 preempted() {
     save
     rm -f "$run/PREEMPT"
-    stand preempted
+    status preempted
     exit 0
 }
 
 step=$(readlink "$run/checkpoints/last" | sed 's/step-0*//')
 step=${step:-0}
-stand running
+status running
 trap preempted USR2 TERM
 while [ "$step" -lt "$STEPS" ]; do
     sleep 0.1
@@ -37,5 +37,5 @@ while [ "$step" -lt "$STEPS" ]; do
     [ ! -f "$run/PREEMPT" ] || preempted
 done
 [ "$STEPS" = 0 ] || save
-stand "$ENDS"
+status "$ENDS"
 [ "$ENDS" = ended ]

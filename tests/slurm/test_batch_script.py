@@ -11,16 +11,18 @@ import pytest
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-SRUN = """while [[ $1 == --* ]]; do shift; done; echo again >>started; exec "$@" """
-SQUEUE = """echo 2030-01-01T00:00:00"""
+PROGRAMS = {
+    "srun": 'while [[ $1 == --* ]]; do shift; done; echo started >>starts; exec "$@"',
+    "squeue": "echo 2030-01-01T00:00:00",
+    "scontrol": "echo $* >>requests",
+}
 
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
     """A folder to submit from, with srun, squeue and scontrol."""
-    (tmp_path / "slurm").symlink_to(ROOT / "slurm")
     (tmp_path / "bin").mkdir()
-    for name, text in {"srun": SRUN, "squeue": SQUEUE, "scontrol": "echo $* >>asked"}.items():
+    for name, text in PROGRAMS.items():
         program = tmp_path / "bin" / name
         program.write_text(f"#!/usr/bin/env bash\n{text}\n")
         program.chmod(0o755)
@@ -28,84 +30,85 @@ def place(tmp_path: Path) -> Path:
 
 
 def job(place: Path, *words: str, steps: int = 0, ends: str, **env: str) -> tuple[int, str, bool]:
-    """A life of job 7: its exit code, what it says last, and whether it is queued again."""
+    """One start of job 7: its exit code, its last message, and whether it is requeued."""
     environment = {
         "PATH": f"{place / 'bin'}:{os.environ['PATH']}",
         "PYTHON": str(HERE / "standin.sh"),
         "STEPS": str(steps),
         "ENDS": ends,
-        "SLURM_SUBMIT_DIR": str(place),
+        "ALEXNET_DIST_SLURM": str(ROOT / "slurm"),
         "SLURM_JOB_ID": "7",
         "SLURM_JOB_NAME": "job",
         "SLURM_JOB_NODELIST": "here",
         "SLURM_NNODES": "1",
     }
-    (place / "asked").unlink(missing_ok=True)
-    script = [str(ROOT / "slurm" / "train.sbatch"), *words]
+    requests = place / "requests"
+    requests.unlink(missing_ok=True)
     done = subprocess.run(
-        ["bash", *script], cwd=place, env=environment | env, text=True, capture_output=True
+        ["bash", ROOT / "slurm" / "train.sbatch", *words],
+        cwd=place,
+        env=environment | env,
+        text=True,
+        capture_output=True,
     )
     assert not done.stderr
-    said = done.stdout.splitlines()[-1].split(" slurm: ", 1)[1]
-    requeued = (place / "asked").exists() and (place / "asked").read_text() == "requeue 7\n"
-    return done.returncode, said, requeued
+    message = done.stdout.splitlines()[-1].split(" slurm: ", 1)[1]
+    return done.returncode, message, requests.exists() and requests.read_text() == "requeue 7\n"
 
 
 @pytest.mark.parametrize(
-    ("ends", "code", "said", "requeued"),
+    ("ends", "code", "message", "requeued"),
     [
-        ("ended", 0, "the run in runs/job-7 has ended", False),
+        ("ended", 0, "the run in runs/job-7 is finished", False),
         ("stopped", 0, "the run in runs/job-7 has stopped", False),
-        ("failed", 1, "the run in runs/job-7 has failed for a reason", False),
+        ("failed", 1, "the run in runs/job-7 has failed: fix the cause", False),
         ("nothing", 1, "the run in runs/job-7 has not begun", False),
-        ("preempted", 0, "is saved and waits to be started again: job 7 is queued again", True),
-        ("running", 0, "was lost in the middle (srun ended with 1): job 7 is queued again", True),
+        ("preempted", 0, "is saved, to be restarted: job 7 is requeued", True),
+        ("running", 0, "was lost (srun exited with 1): job 7 is requeued", True),
     ],
 )
-def test_what_follows_how_a_run_stands(
-    ends: str, code: int, said: str, requeued: bool, place: Path
+def test_slurm_job_follows_the_runs_status(
+    ends: str, code: int, message: str, requeued: bool, place: Path
 ) -> None:
     result = job(place, ends=ends)
     assert result[0] == code
-    assert said in result[1]
+    assert message in result[1]
     assert result[2] == requeued
 
 
-def test_a_run_that_had_got_on_is_started_again_at_once(place: Path) -> None:
-    assert job(place, steps=1, ends="running")[2]  # the second time it had not
-    assert (place / "started").read_text() == "again\n" * 2
+def test_slurm_job_restarts_at_once_what_was_lost_after_new_checkpoints(place: Path) -> None:
+    assert job(place, steps=1, ends="running")[2]  # the second start brought none
+    assert (place / "starts").read_text() == "started\n" * 2
 
 
-def test_a_limit_on_lives_without_a_checkpoint(place: Path) -> None:
-    def life(number: int) -> str:
-        code, said, requeued = job(place, ends="running", SLURM_RESTART_COUNT=str(number))
+def test_slurm_job_gives_up_after_three_starts_without_a_checkpoint(place: Path) -> None:
+    def start(count: int) -> str:
+        code, message, requeued = job(place, ends="running", SLURM_RESTART_COUNT=str(count))
         assert requeued == (code == 0)
-        return "queued again" if requeued else said
+        return "requeued" if requeued else message
 
     checkpoints = place / "runs/job-7/checkpoints"
-    assert [life(0), life(1)] == ["queued again"] * 2
-    (checkpoints / "last").symlink_to("step-00000003")  # the second life brought something
-    assert [life(2), life(3)] == ["queued again"] * 2
-    assert "started 3 times without a new checkpoint (its last one is step-00000003)" in life(4)
-    assert "started 3 times without a new checkpoint" in life(5)  # by SLURM, after a lost node
-    assert life(0) == "queued again"  # a person starts the run again
+    assert [start(0), start(1)] == ["requeued"] * 2
+    (checkpoints / "last").symlink_to("step-00000003")  # the second start brought a new one
+    assert [start(2), start(3)] == ["requeued"] * 2
+    assert "started 3 times without a new checkpoint (the last is step-00000003)" in start(4)
+    assert "started 3 times without a new checkpoint" in start(5)  # by SLURM, after a lost node
+    assert start(0) == "requeued"  # a person submits it again
 
 
-def test_where_the_run_lies(place: Path) -> None:
-    assert "in there/job-7 has" in job(place, "--run.output_dir", "there", ends="ended")[1]
-    assert "in runs/mine has" in job(place, "--run.name=mine", ends="ended")[1]
-    assert job(place, "--run.name=mine", ends="ended")[:2] == (
-        1,
-        "the run in runs/mine has ended already",
-    )
+def test_slurm_job_finds_its_run(place: Path) -> None:
+    assert "in there/job-7 is" in job(place, "--run.output_dir", "there", ends="ended")[1]
+    assert "in runs/mine is" in job(place, "--run.name=mine", ends="ended")[1]
+    finished = "the run in runs/mine is finished already"
+    assert job(place, "--run.name=mine", ends="ended")[:2] == (1, finished)
     again = job(place, "--run.name=mine", ends="ended", SLURM_RESTART_COUNT="1")
-    assert again[:2] == (0, "the run in runs/mine has ended already")
+    assert again[:2] == (0, finished)
     array = {"SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "3"}
-    assert "in runs/job-5-3 has" in job(place, ends="ended", **array)[1]
-    assert "in runs/mine-3 has" in job(place, "--run.name=mine", ends="ended", **array)[1]
+    assert "in runs/job-5-3 is" in job(place, ends="ended", **array)[1]
+    assert "in runs/mine-3 is" in job(place, "--run.name=mine", ends="ended", **array)[1]
 
 
-def test_ports_that_answer_are_passed_over() -> None:
+def test_slurm_job_takes_a_port_that_nobody_listens_on() -> None:
     low = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
 
     def port() -> str:

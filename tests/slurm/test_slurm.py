@@ -1,5 +1,5 @@
-"""Jobs on a real SLURM of two nodes: their time runs out, nodes are lost, signals come, and the run
-ends as one that nobody touched."""
+"""Jobs on a real SLURM of two nodes: the time limit, a lost node, a signal; the run ends as an
+undisturbed one."""
 
 import contextlib
 import json
@@ -45,7 +45,7 @@ class Cluster:
         subprocess.run([HERE / "cluster.sh", action, self.folder, *words], check=True, timeout=60)
 
     def run(self, *words: str, **env: str) -> str:
-        """What a command of SLURM's writes."""
+        """A command's output."""
         done = subprocess.run(
             words, env=self.env | env, cwd=self.place, capture_output=True, text=True, timeout=60
         )
@@ -53,12 +53,12 @@ class Cluster:
         return done.stdout
 
     def submit(self, *words: str) -> list[str]:
-        """Submit what submit makes; the numbers of the jobs."""
-        said = self.run(sys.executable, "-m", "alexnet_dist.submit", *words)
-        return list(dict.fromkeys(re.findall(r"^job (\d+)", said, re.MULTILINE)))
+        """Submit; the ids of the jobs."""
+        output = self.run(sys.executable, "-m", "alexnet_dist.submit", *words)
+        return list(dict.fromkeys(re.findall(r"^job (\d+)", output, re.MULTILINE)))
 
     def state(self, job: str) -> tuple[str, int]:
-        """A job's state, and how often it was started again."""
+        """A job's state, and how often it was restarted."""
         shown = self.run("scontrol", "show", "job", job)
         return (
             re.findall(r"JobState=(\w+)", shown)[0],
@@ -75,7 +75,7 @@ class Cluster:
             time.sleep(0.2)
 
     def end_of(self, job: str, seconds: float = 200) -> tuple[str, int]:
-        """Wait for the end of a job; its state, and how often it was started again."""
+        """Wait for the end of a job; its state, and how often it was restarted."""
         self.wait(lambda: self.state(job)[0] in OVER, seconds)
         return self.state(job)
 
@@ -94,18 +94,24 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="module")
-def calm(cluster: Cluster) -> dict[int, float]:
-    """The losses of a run of 40 steps that nothing happens to, on two processes."""
-    train(2, cluster.place / "images", cluster.place / "calm", "--run.name=run", "--train.epochs=4")
-    return losses(cluster.place / "calm" / "run")
+def reference(cluster: Cluster) -> dict[int, float]:
+    """The losses of an undisturbed run of 40 steps on two processes."""
+    train(
+        2,
+        cluster.place / "images",
+        cluster.place / "reference",
+        "--run.name=run",
+        "--train.epochs=4",
+    )
+    return losses(cluster.place / "reference" / "run")
 
 
 def begin(cluster: Cluster, *words: str) -> tuple[str, Path]:
-    """Submit the calm run's run, one process on each node, and wait for its first checkpoint; the
-    job, and the run's folder."""
+    """Submit the reference run, one process per node, and wait for its first checkpoint; the job's
+    id and the run's folder."""
     options = [*TINY, "--data.root=images", "--train.epochs=4"]
-    own = ["--nodes=2", "--gpus=0", "--cpus=2", "--name=run"]
-    (job,) = cluster.submit(*own, *words, *options)
+    flags = ["--nodes=2", "--gpus-per-node=0", "--cpus-per-task=2", "--job-name=run"]
+    (job,) = cluster.submit(*flags, *words, "--", *options)
     run = cluster.place / "runs" / f"run-{job}"
     cluster.wait((run / "checkpoints" / "last").exists, 150)
     return job, run
@@ -122,46 +128,47 @@ def workers(job: str) -> list[int]:
     return found
 
 
-def tell(processes: list[int], what: signal.Signals) -> None:
+def send_signal(processes: list[int], what: signal.Signals) -> None:
     for process in processes:
-        with contextlib.suppress(ProcessLookupError):  # on a slow machine the time is over already
+        with contextlib.suppress(ProcessLookupError):  # on a slow machine it is over already
             os.kill(process, what)
 
 
-def test_the_time_is_over(cluster: Cluster, calm: dict[int, float]) -> None:
-    job, run = begin(cluster, "--time=1", "--sbatch=--signal=B:USR2@20")
+def test_slurm_time_limit_requeues_the_job(cluster: Cluster, reference: dict[int, float]) -> None:
+    job, run = begin(cluster, "--time=1", "--signal=B:USR2@20")
     held = workers(job)
-    tell(held, signal.SIGSTOP)  # lest a fast machine end it before its time
-    cluster.wait(lambda: "time is nearly over" in cluster.output(job), 60)
-    cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=10")  # for its other lives
-    tell(held, signal.SIGCONT)
+    send_signal(held, signal.SIGSTOP)  # lest a fast machine finish before
+    cluster.wait(lambda: "close to its time limit" in cluster.output(job), 60)
+    cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=10")  # after the restart
+    send_signal(held, signal.SIGCONT)
     assert cluster.end_of(job) == ("COMPLETED", 1)
-    assert "is saved and waits to be started again" in cluster.output(job)
-    assert losses(run) == calm
+    assert "is saved, to be restarted" in cluster.output(job)
+    assert losses(run) == reference
     assert [event["restarts"]["slurm_restarts"] for event in events(run, "resume")] == ["1"]
 
 
-def test_a_node_is_lost(cluster: Cluster, calm: dict[int, float]) -> None:
+def test_slurm_lost_node_restarts_the_job(cluster: Cluster, reference: dict[int, float]) -> None:
     job, run = begin(cluster)
     cluster.control("kill-node", "n2")
     cluster.wait(lambda: cluster.state(job)[1] == 1, 90)
     cluster.control("node", "n2")
     assert cluster.end_of(job)[0] == "COMPLETED"
-    assert losses(run) == calm
+    assert losses(run) == reference
 
 
-def test_a_signal(cluster: Cluster, calm: dict[int, float]) -> None:
+def test_slurm_signal_requeues_the_job(cluster: Cluster, reference: dict[int, float]) -> None:
     job, run = begin(cluster)
     cluster.run("scancel", "--signal=USR2", job)
     assert cluster.end_of(job) == ("COMPLETED", 1)
-    assert "is saved and waits to be started again" in cluster.output(job)
-    assert losses(run) == calm
+    assert "is saved, to be restarted" in cluster.output(job)
+    assert losses(run) == reference
     assert [event["cause"] for event in events(run, "preempted")] == ["a signal"]
 
 
-def test_five_networks_and_their_mean(cluster: Cluster) -> None:
-    own = ["--gpus=0", "--cpus=3", "--name=five"]
-    array, mean = cluster.submit("array5", *own, *TINY, "--data.root=images", "--train.epochs=1")
+def test_slurm_array5_trains_five_networks_and_evaluates_their_average(cluster: Cluster) -> None:
+    flags = ["--gpus-per-node=0", "--cpus-per-task=3", "--job-name=five"]
+    options = [*TINY, "--data.root=images", "--train.epochs=1"]
+    array, mean = cluster.submit("array5", *flags, "--", *options)
     assert cluster.end_of(mean)[0] == "COMPLETED"
     runs = [cluster.place / "runs" / f"five-{array}-{number}" for number in range(5)]
     seeds = [yaml.safe_load((run / "config.yaml").read_text())["train"]["seed"] for run in runs]
@@ -171,9 +178,8 @@ def test_five_networks_and_their_mean(cluster: Cluster) -> None:
     assert result["images"] == 13
 
 
-def test_what_is_not_queued_again(cluster: Cluster) -> None:
-    (cluster.place / "slurm").symlink_to(ROOT / "slurm")
-    by_hand = ["sbatch", "--parsable", "--gpus-per-node=0", "slurm/train.sbatch"]
+def test_slurm_job_submitted_by_hand_finds_its_scripts_and_fails_for_good(cluster: Cluster) -> None:
+    by_hand = ["sbatch", "--parsable", "--gpus-per-node=0", str(ROOT / "slurm/train.sbatch")]
     wrong = cluster.run(*by_hand, "--optim.lrr=1", PYTHON=sys.executable).strip()
     standin = {"PYTHON": str(HERE / "standin.sh"), "STEPS": "0", "ENDS": "running"}
     lost = cluster.run(*by_hand, **standin).strip()
