@@ -1,338 +1,240 @@
-"""Images a second of ``paper`` on 1 to 1,024 GPUs, from a model of a step's time; and the model
-held against steps on hosts of this machine.
+"""Images per second of ``paper`` on 1 to 1,024 GPUs by a model of a step's time, and the model
+against steps on hosts of this machine.
 
-python -m benchmarks.scaling [--parts FILE.json] [--out FILE.json] [--png FILE.png]
-python -m benchmarks.scaling --check [--hosts 2 4 8] [--rates 1gbit 4gbit] [--out FILE.json]
-torchrun --nproc_per_node=8 -m benchmarks.scaling --measure FILE.json [--data DIR]
+python -m benchmarks.scaling [--check [--hosts 2 4 8] [--rates 1gbit 4gbit]] [--out FILE.json]
+    [--png FILE.png]
 
-The model is benchmarks/step_model.py. Its parts, which benchmarks/step_parts.py measures, are read
-from a JSON file (the keys are those of Parts there), which ``--measure`` writes for the machine
-that it runs on; without one they are those of nodes of eight H100s, and assumed. ``--check``
-measures parts on network namespaces whose links are slow (as root), predicts steps from them, and
-then takes these steps. It wants the machine to itself. FILE.json keeps what is not made anew.
+The model is benchmarks/step_model.py. ``--check`` (as root, on a quiet machine) measures what
+computing and collectives take on network namespaces whose links are slow, predicts steps from both,
+and compares them with real steps. The table for H100 nodes stands on assumed costs. FILE.json keeps
+an earlier check unless there is a new one.
 """
 
 import argparse
 import json
-import os
-import resource
-import statistics
-import tempfile
-import time
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from alexnet_dist.parallel.mesh import available_cpus
+from alexnet_dist.parallel.precision import resolve_precision
 from alexnet_dist.tracking.plots import save_figure
-from benchmarks.common import machine_info
+from benchmarks.common import CPU, save_record
 from benchmarks.hosts import Hosts
-from benchmarks.sources import loading, some_images, speed
-from benchmarks.step_fit import fit_parts
-from benchmarks.step_model import LAYOUTS, Parts, network, predict
-from benchmarks.step_parts import KINDS, observe
+from benchmarks.step_model import (
+    LAYOUTS,
+    Layer,
+    Links,
+    Network,
+    directions,
+    hops,
+    paper_layers,
+    waiting,
+)
 
 COUNTS = [2**power for power in range(11)]
-STRONG, WEAK = 1024, 128
-
-_TERABYTES = 2.7e12  # a second, of a memory of 3.35
-ASSUMED: dict[str, Any] = {
-    "name": "nodes of 8 H100",
-    "assumed": [
-        "convolutions, with norms and pools: 8 us an image forward, 15 us backward (a quarter of "
-        "the peak in bf16), and 0.5 and 1 ms a step to launch them",
-        "fully connected layers: 400 TFLOP/s, and 14 bytes a parameter of a memory of 2.7 TB/s",
-        "update: 20 bytes a parameter; what DDP copies of a gradient value: 8 bytes, 20 where it "
-        "goes as bf16, 40 for PowerSGD's products",
-        "NVLink: 360 GB/s a GPU and direction, 3 us a hop; hops by the logarithm of the group",
-        "InfiniBand: 400 Gbit/s a GPU, of which 45 GB/s, 8 us a hop; no switch is oversubscribed",
-        "collectives take a tenth of a GPU from what computes beside them",
-        "loader: 14 cores a GPU, 4,000 images a second and core, which raw pixels may give and "
-        "JPEGs do not",
-    ],
-    "width": 2,
-    "convolutions_forward": [0.5e-3, 8e-6],
-    "convolutions_backward": [1e-3, 15e-6],
-    "connected": [14 / _TERABYTES, 6 / 400e12],
-    "connected_backward": 2 / 3,
-    "update": 20 / _TERABYTES,
-    "sending": {
-        "none": 8 / _TERABYTES,
-        "bf16": 20 / _TERABYTES,
-        "powersgd": 40 / _TERABYTES,
-    },
-    "processes_a_node": 8,
-    "inside": {kind: [3e-6, 360e9] for kind in KINDS},
-    "between": {kind: [8e-6, 45e9] for kind in KINDS},
-    "hops": "tree",
-    "taken": 0.1,
-    "powersgd_waits": False,
-    "loader": [4000, 14],
-}
-
-ASSUMPTIONS = (
-    "all processes are as fast as each other, and nothing else is on the network",
-    "buckets of 32 MB leave one after another, each when its last gradient is there; an all-reduce "
-    "is as long beside computing as alone, and takes a fixed part of the processor from it",
-    "the backward pass of the convolutions is dealt out over their layers by multiply-adds",
-    "whole: gathers and their gradients are waited for, gradients of convolutions are not",
-    "across nodes, sums and gathers are put together within a node first; an all-to-all is not",
-    "loading is beside all else, and bounds a step only where it is longer",
+STRONG, WEAK = 1024, 128  # images of the global batch; per GPU
+LOCAL_BATCH, CHECK_SHAPE = 8, {"classes": 1000, "image_size": 67}
+MEMORY = 2.7e12  # bytes per second, of a memory of 3.35
+REDUCING = {"": 8, "bf16": 20, "powersgd": 40}  # bytes that DDP copies per gradient value
+ASSUMPTIONS = """\
+of nodes of 8 H100 (nothing of it measured):
+- convolutions with norms and pools: 8 us per image forward, 15 us backward (a quarter of the peak
+  in bf16), and 0.5 and 1 ms per step to launch them
+- fully connected layers: 400 TFLOP/s, and 14 bytes per parameter of a memory of 2.7 TB/s
+- update: 20 bytes per parameter; DDP copies 8 bytes per gradient value, 20 in bf16, 40 for PowerSGD
+- NVLink: 360 GB/s per GPU and direction, 3 us per hop; hops by the logarithm of the group
+- InfiniBand: 400 Gbit/s per GPU, of which 45 GB/s, 8 us per hop; no switch is oversubscribed
+- collectives take a tenth of a GPU from what computes beside them
+- loading is never the bottleneck
+of the model:
+- all ranks are equally fast, and nothing else is on the network
+- an all-reduce takes as long beside computing as alone
+- the backward pass is divided among the layers by their multiply-adds"""
+H100 = Network(
+    within={kind: (3e-6, 360e9) for kind in ("all_reduce", "all_gather", "all_to_all")}
+    | {"all_reduce_bf16": (3e-6, 360e9)},
+    between={kind: (8e-6, 45e9) for kind in ("all_reduce", "all_gather", "all_to_all")}
+    | {"all_reduce_bf16": (8e-6, 45e9)},
+    node_size=8,
+    topology="tree",
+    slowdown=0.1,
+    powersgd_blocks=False,
 )
 
 
-def check(words: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
-    """Steps on hosts, predicted and measured; those of one network after another."""
-    layers = network(words.classes, words.image_size)
-    for n in words.hosts:
-        computed: dict[str, Any] = {}  # once, because links have no part in it
-        for rate in words.rates:
-            before = _load()
-            with Hosts(n, rate) as hosts:
-                told = {
-                    "shape": {"classes": words.classes, "image_size": words.image_size},
-                    "threads": 1,
-                    "with_computing": not computed,
-                    "batch": words.local_batch * n,
-                }
-                found = hosts.run("benchmarks.step_parts", json.dumps(told))
-            ticks, idle, mine = _load() - before
-            others = round(float((ticks - idle - mine) / ticks), 2)
-            computed = found["computing"] = computed or found["computing"]
-            parts = Parts(**fit_parts(layers, found))
-            rows: list[dict[str, Any]] = []
-            for layout, seconds in found["steps"].items():
-                step = predict(layers, parts, layout, n, n * words.local_batch)
-                measured = statistics.median(seconds)
-                row = {
-                    "hosts": n,
-                    "rate": rate,
-                    "layout": layout,
-                    "predicted_s": round(step.seconds, 3),
-                    "measured_s": round(measured, 3),
-                    "error_percent": round(100 * (step.seconds / measured - 1), 1),
-                    "waiting_s": round(step.waiting, 3),
-                    "each_s": [round(one, 3) for one in seconds],
-                    "others_took": others,  # of the processors, meanwhile
-                }
-                rows.append(row)
-                print(row, flush=True)
-            rows[-1]["found"] = found
-            yield rows
+def h100_computing(
+    layers: Sequence[Layer], layout: str, n: int, batch: int
+) -> tuple[float, list[float]]:
+    """Assumed seconds of a step's computing, and of each layer's backward pass in it, with what
+    DDP does to its gradient."""
+    kind, _, compression = layout.partition("+")
+    local, sharded = math.ceil(batch / n), kind == "sharded"
+    held, images = (1 / n, batch) if sharded else (1.0, local)  # of fully connected layers
+    conv_work = sum(layer.backward for layer in layers if layer.is_conv)
+    backward, others = [], 0.5e-3 + 8e-6 * local
+    for layer in layers:
+        parameters = layer.parameters * (1.0 if layer.is_conv else held)
+        others += 20 * parameters / MEMORY
+        if layer.is_conv:
+            seconds = (1e-3 + 15e-6 * local) * layer.backward / conv_work
+        else:
+            fc = parameters * (14 / MEMORY + images * 6 / 400e12)
+            others += fc / 3
+            seconds = fc * 2 / 3
+        averaged = n > 1 and (layer.is_conv or not sharded)
+        backward.append(seconds + averaged * REDUCING[compression] * layer.parameters / MEMORY)
+    return others + sum(backward), backward
 
 
-def _load() -> np.ndarray:
-    """Ticks of all processors, those in which they had nothing to do, and those that children of
-    this process took."""
-    ticks = [int(field) for field in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
-    own = resource.getrusage(resource.RUSAGE_CHILDREN)
-    mine = (own.ru_utime + own.ru_stime) * os.sysconf("SC_CLK_TCK")
-    return np.array([sum(ticks), ticks[3] + ticks[4], mine])
-
-
-def scale(parts: Parts) -> list[dict[str, Any]]:
-    """The table: each layout on 1 to 1,024 processes, with a fixed global or local batch."""
-    layers = network()
-    found = []
+def table() -> list[dict[str, Any]]:
+    """Each layout on 1 to 1,024 GPUs, with a fixed global ("strong") or local batch ("weak")."""
+    layers, found = paper_layers(), []
     for scaling in ("strong", "weak"):
         for layout in LAYOUTS:
             alone = 0.0
-            for n in filter(parts.reach, COUNTS):
+            for n in COUNTS:
                 batch = STRONG if scaling == "strong" else WEAK * n
-                step = predict(layers, parts, layout, n, batch)
-                speed = batch / step.seconds
+                computing, backward = h100_computing(layers, layout, n, batch)
+                waits = waiting(layers, backward, H100, layout, n, batch)
+                speed = batch / (computing + waits)
                 alone = alone or speed
                 found.append(
                     {
                         "scaling": scaling,
                         "layout": layout,
-                        "processes": n,
-                        "global_batch": batch,
+                        "gpus": n,
                         "images_per_second": round(speed),
                         "efficiency_percent": round(100 * speed / (n * alone), 1),
-                        "bound": step.bound,
+                        "waiting_percent": round(100 * waits / (computing + waits), 1),
                     }
                 )
     return found
 
 
-def show(parts: Parts, table: Sequence[dict[str, Any]]) -> None:
-    """Print the table, and what it assumes."""
-    letters = {"compute": "", "comm_time_fraction": "c", "loader": "l"}
-    for scaling, title in (
-        ("strong", f"global batch {STRONG:,}"),
-        ("weak", f"{WEAK} images a process"),
-    ):
-        print(f"\n{parts.name}, {title}: images a second, efficiency in %, what bounds it")
-        print(f"{'processes':>9}" + "".join(f"{layout:>26}" for layout in LAYOUTS))
-        for n in filter(parts.reach, COUNTS):
-            cells = [r for r in table if r["scaling"] == scaling and r["processes"] == n]
-            texts = [
-                f"{one['images_per_second']:>12,} {one['efficiency_percent']:>5} "
-                f"{letters[one['bound']]:<1}".rjust(26)
-                for one in cells
-            ]
-            print(f"{n:>9}" + "".join(texts))
-    print("\nc: communication bounds it, l: the loader; else compute. Of the model:")
-    print("\n".join(f"- {one}" for one in ASSUMPTIONS))
-    if parts.assumed:
-        print("Assumed, not measured:")
-        print("\n".join(f"- {one}" for one in parts.assumed))
+def check(counts: Sequence[int], rates: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Steps on hosts, predicted and measured."""
+    layers = paper_layers(**CHECK_SHAPE)
+    work = sum(layer.forward + layer.backward for layer in layers)
+    width = 4 if resolve_precision("auto", CPU) == "fp32" else 2
+    task = json.dumps({"shape": CHECK_SHAPE, "local_batch": LOCAL_BATCH})
+    for n in counts:
+        for rate in rates:
+            with Hosts(n, rate) as hosts:
+                found = hosts.run("benchmarks.step_times", task)
+            links = fit_links(found["collectives"], n)
+            network = Network(links, slowdown=found["slowdown"], activation_bytes=width)
+            for layout in LAYOUTS:
+                computing, measured = found["computing"][layout], found["step"][layout]
+                backward = [computing * layer.backward / work for layer in layers]
+                waits = waiting(layers, backward, network, layout, n, n * LOCAL_BATCH)
+                predicted = computing + waits
+                yield {
+                    "hosts": n,
+                    "rate": rate,
+                    "layout": layout,
+                    "predicted_s": round(predicted, 3),
+                    "measured_s": round(measured, 3),
+                    "error_percent": round(100 * (predicted / measured - 1), 1),
+                    "waiting_s": round(waits, 3),
+                }
 
 
-def draw(record: dict[str, Any], parts: Parts, path: Path) -> None:
+def fit_links(found: dict[str, list[tuple[int, float]]], n: int) -> Links:
+    """Seconds per hop and bytes per second of each collective, in a ring of n ranks."""
+    links = {}
+    for kind, points in found.items():
+        sent = [(directions(kind) * (n - 1) / n * size, seconds) for size, seconds in points]
+        constant, slope = fit(sent)
+        links[kind] = (constant / (directions(kind) * hops("ring", n)), 1 / max(slope, 1e-15))
+    return links
+
+
+def fit(points: Iterable[tuple[float, float]]) -> tuple[float, float]:
+    """Seconds at all and per unit, neither below 0, by least squares in which an error counts by
+    the root of what it is an error of: neither the small times nor the large ones alone decide."""
+    x, seconds = np.array(sorted(points), float).T
+    weights = seconds**-0.5
+    terms = np.stack([np.ones_like(x), x], 1) * weights[:, None]
+    constant, slope = np.linalg.lstsq(terms, seconds * weights, rcond=None)[0]
+    if slope < 0:
+        return float(len(x) / np.sum(1 / seconds)), 0.0
+    if constant < 0:
+        return 0.0, float(np.sum(x) / np.sum(x**2 / seconds))
+    return float(constant), float(slope)
+
+
+STYLES = dict(
+    zip(LAYOUTS, (("#1f5a94", "o"), ("#3d8b5f", "s"), ("#c98a1b", "^"), ("#c44536", "D")))  # noqa: B905
+)
+
+
+def draw(record: dict[str, Any], path: Path) -> None:
     """The check, where there was one, and the table, as a figure."""
-    styles = dict(
-        zip(
-            LAYOUTS,
-            (("#1f5a94", "o"), ("#3d8b5f", "s"), ("#c98a1b", "^"), ("#c44536", "D")),
-            strict=True,
-        )
-    )
     checked = record.get("check", [])
     figure = Figure(figsize=(8, 3.1), layout="constrained")
-    axes = list(figure.subplots(1, 2 + bool(checked)))
-    if checked:
-        axis = axes.pop(0)
-        for layout, (colour, sign) in styles.items():
-            rows = [row for row in checked if row["layout"] == layout]
-            axis.plot(
-                [row["measured_s"] for row in rows],
-                [row["predicted_s"] for row in rows],
-                sign,
-                color=colour,
-                markersize=4,
-                markerfacecolor="none",
-            )
-        every = [row[key] for row in checked for key in ("measured_s", "predicted_s")]
-        ends = [0.8 * min(every), 1.25 * max(every)]
-        axis.plot(ends, ends, color="0.3", linewidth=0.8)
-        axis.fill_between(
-            ends,
-            [0.85 * x for x in ends],
-            [1.15 * x for x in ends],
-            color="0.5",
-            alpha=0.2,
-            linewidth=0,
-        )
-        axis.set(
-            xscale="log",
-            yscale="log",
-            xlim=ends,
-            ylim=ends,
-            xlabel="measured (s a step)",
-            ylabel="predicted (s a step)",
-        )
-        ticks = [0.06, 0.12, 0.25, 0.5, 1, 2, 4, 8]
-        shown = [tick for tick in ticks if ends[0] < tick < ends[1]]
-        for side in (axis.xaxis, axis.yaxis):
-            side.set_ticks(shown, [f"{tick:g}" for tick in shown])
-            side.set_ticks([], minor=True)
-        *some, most = (str(n) for n in sorted({row["hosts"] for row in checked}))
-        hosts = f"{', '.join(some)} and {most}" if some else most
-        axis.set_title(f"a step on {hosts} hosts\nlinks of 1 and 4 Gbit/s\nband: ±15 %", fontsize=8)
-    what = "assumed, not measured" if parts.assumed else "measured"
-    panels = (
-        ("weak", "efficiency_percent", 1, "efficiency (% of one alone)"),
-        ("strong", "images_per_second", 1000, "images a second (thousands)"),
-    )
-    for axis, (scaling, key, unit, label) in zip(axes, panels, strict=True):
-        for layout, (colour, sign) in styles.items():
+    *first, weak, strong = figure.subplots(1, 2 + bool(checked))
+    if first:
+        _draw_check(first[0], checked)
+    for axis, scaling, key, label in (
+        (weak, "weak", "efficiency_percent", "efficiency (% of one alone)"),
+        (strong, "strong", "images_per_second", "images per second"),
+    ):
+        for layout, (color, marker) in STYLES.items():
             rows = [r for r in record["table"] if (r["scaling"], r["layout"]) == (scaling, layout)]
-            axis.plot(
-                [row["processes"] for row in rows],
-                [row[key] / unit for row in rows],
-                sign + "-",
-                color=colour,
-                markersize=3,
-                linewidth=1,
-                label=layout,
-            )
+            x, y = zip(*((row["gpus"], row[key]) for row in rows), strict=True)
+            axis.plot(x, y, f"{marker}-", color=color, markersize=3, linewidth=1, label=layout)
         axis.set_xscale("log", base=2)
-        axis.set(xlabel="processes, a GPU each" if "H100" in parts.name else "processes")
-        axis.set(ylabel=label, ylim=(0, None))
-        axis.set_xticks([1, 4, 16, 64, 256, 1024], ["1", "4", "16", "64", "256", "1024"])
-        batch = f"{WEAK} images a process" if scaling == "weak" else f"global batch {STRONG:,}"
-        axis.set_title(f"{batch}\n{parts.name}\n{what}", fontsize=8)
-    axes[0].legend(fontsize=8)
+        axis.set(xlabel="GPUs", ylabel=label, ylim=(0, None))
+        axis.set_xticks(COUNTS[::2], [str(n) for n in COUNTS[::2]])
+        batch = f"{WEAK} images per GPU" if scaling == "weak" else f"global batch {STRONG:,}"
+        axis.set_title(f"{batch}\nnodes of 8 H100\nassumed, not measured", fontsize=8)
+    weak.legend(fontsize=8)
     save_figure(figure, path)
 
 
-def images_a_core(data: Path, batch: int = 64) -> list[tuple[int, float]]:
-    """Images a second of DALI on a folder's JPEGs, by cores."""
-    before = os.sched_getaffinity(0)
-    found = []
-    with tempfile.TemporaryDirectory() as folder:
-        root = some_images(data, Path(folder), 1000)
-        for cores in sorted({1, available_cpus()}):
-            os.sched_setaffinity(0, sorted(before)[:cores])
-            try:
-                batches = loading(root, "dali", batch)
-                found.append((cores, statistics.median(speed(batches, 10)[0] for _ in range(3))))
-                batches.close()
-            finally:
-                os.sched_setaffinity(0, before)
-    return found
-
-
-def write_parts(words: argparse.Namespace) -> None:
-    """Measure the parts of the machine that this process runs on, alone or under torchrun."""
-    shape = {"classes": 1000, "image_size": 224}
-    found = observe(shape, batches=words.batches)
-    if found is None:
-        return
-    parts = fit_parts(network(**shape), found)
-    if words.data:
-        a_core = [each / cores for cores, each in images_a_core(words.data)]
-        cores = max(available_cpus() // found["node"], 1)
-        parts["loader"] = [round(statistics.median(a_core)), cores]
-    words.measure.write_text(json.dumps(parts, indent=1) + "\n")
-
-
-def write(record: dict[str, Any], path: Path | None) -> None:
-    if path:
-        path.write_text(json.dumps(record, indent=1) + "\n")
+def _draw_check(axis: Axes, rows: Sequence[dict[str, Any]]) -> None:
+    for row in rows:
+        color, marker = STYLES[row["layout"]]
+        axis.loglog(row["measured_s"], row["predicted_s"], marker, color=color, ms=4, mfc="none")
+    every = [row[key] for row in rows for key in ("measured_s", "predicted_s")]
+    ends = np.array([0.8 * min(every), 1.25 * max(every)])
+    axis.plot(ends, ends, color="0.3", linewidth=0.8)
+    axis.fill_between(ends, 0.85 * ends, 1.15 * ends, color="0.5", alpha=0.2, linewidth=0)
+    ticks = [tick for tick in (0.06, 0.12, 0.25, 0.5, 1, 2, 4, 8) if ends[0] < tick < ends[1]]
+    for side in (axis.xaxis, axis.yaxis):
+        side.set_ticks(ticks, [f"{tick:g}" for tick in ticks])
+        side.set_ticks([], minor=True)
+    axis.set(xlabel="measured (s per step)", ylabel="predicted (s per step)")
+    hosts = ", ".join(str(n) for n in sorted({row["hosts"] for row in rows}))
+    axis.set_title(f"a step on {hosts} hosts\nslow links\nband: ±15 %", fontsize=8)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--parts", type=Path, help="a JSON file with the keys of Parts")
     parser.add_argument("--check", action="store_true", help="predict and take steps on hosts")
     parser.add_argument("--hosts", nargs="*", type=int, default=[2, 4, 8])
     parser.add_argument("--rates", nargs="*", default=["1gbit", "4gbit"])
-    parser.add_argument("--local-batch", type=int, default=8, help="images a host there")
-    parser.add_argument("--classes", type=int, default=1000, help="of the network there")
-    parser.add_argument("--image-size", type=int, default=67, help="of the network there")
-    parser.add_argument("--measure", type=Path, help="where parts of this machine go")
-    parser.add_argument("--batches", nargs="*", type=int, default=[], help="images a process there")
-    parser.add_argument("--data", type=Path, help="a folder with train/CLASS/, for the loader")
     parser.add_argument("--out", type=Path, help="where the JSON goes")
     parser.add_argument("--png", type=Path, help="where the figure goes")
     words = parser.parse_args()
-    if words.measure:
-        write_parts(words)
-        return
     record: dict[str, Any] = {}
     if words.out and words.out.exists():
         record = json.loads(words.out.read_text())
-    record |= {"what": "benchmarks/scaling.py"}
-    for rows in check(words) if words.check else ():
-        this = rows[0]["hosts"], rows[0]["rate"]
-        others = [row for row in record.get("check", []) if (row["hosts"], row["rate"]) != this]
-        every = sorted(others + rows, key=lambda row: (row["hosts"], row["rate"]))
-        record |= {"date": time.strftime("%Y-%m-%d"), "machine": machine_info()}
-        record["network"] = f"paper, {words.classes} classes, {words.image_size} pixels"
-        record["images_a_host"], record["check"] = words.local_batch, every
-        write(record, words.out)
-    parts = Parts(**(json.loads(words.parts.read_text()) if words.parts else ASSUMED))
-    record["table"] = scale(parts)
-    show(parts, record["table"])
-    write(record, words.out)
+    if words.check:
+        record["check"] = []
+        for row in check(words.hosts, words.rates):
+            print(row, flush=True)
+            record["check"].append(row)
+    record["table"] = table()
+    save_record("scaling.py", record, words.out)
+    print(ASSUMPTIONS)
     if words.png:
-        draw(record, parts, words.png)
+        draw(record, words.png)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ RANK = 4  # of PowerSGD's matrices
 
 
 class Steps:
-    """``paper`` under a layout: "ddp", "towers", "whole" or "pipelined", with "+bf16", "+fp16" or
-    "+powersgd" behind it where gradients are compressed.
+    """``paper`` under a layout: "ddp", "towers" or "sharded" ("whole", "pipelined"), with "+bf16",
+    "+fp16" or "+powersgd" behind it where gradients are compressed.
 
     Args:
         batch: images in a global batch.
@@ -46,8 +46,8 @@ class Steps:
             batch=batch,
             num_classes=classes,
             precision=self.precision,
-            fc="sharded" if kind in ("whole", "pipelined") else "replicated",
-            fc_schedule=kind,
+            fc="sharded" if kind in ("sharded", "whole", "pipelined") else "replicated",
+            fc_schedule="pipelined" if kind == "pipelined" else "whole",
             compression=GradCompression(compress or "none", RANK, power_after),  # type: ignore[arg-type]
         )
         self.layout.sharding.load_full_weights(self.layout.parameters, iter(weights))

@@ -105,7 +105,7 @@ def test_chaos(tmp_path: Path) -> None:
     """Eight faults of different kinds; fifty in benchmarks/results/."""
     script = [sys.executable, "-m", "benchmarks.chaos", "--faults=8", "--steps=112"]
     done = subprocess.run(
-        [*script, f"--output={tmp_path / 'result.json'}"],
+        [*script, f"--out={tmp_path / 'result.json'}"],
         capture_output=True,
         text=True,
         env=environment(),
@@ -116,7 +116,7 @@ def test_chaos(tmp_path: Path) -> None:
     assert len({fault["fault"] for fault in result["faults"]}) == len(result["faults"]) == 8
     assert result["same_bits"]
     assert result["same_order"]
-    assert len(result["bad_images"]) == 3
+    assert len(result["corrupt_images"]) == 3
 
 
 @pytest.mark.slow
