@@ -25,11 +25,11 @@ import torch
 from PIL import Image
 from torch.nn.functional import interpolate
 
-from alexnet_dist.prepare.images import Form, Moments, shrink
+from alexnet_dist.prepare.images import OutputFormat, RunningMoments, resize_image
 from benchmarks.common import machine_info
 
 SIDE, QUALITY = 256, 95
-FORM = Form("shards", SIDE, "none", QUALITY)
+FORM = OutputFormat("shards", SIDE, "none", QUALITY)
 FILTERS = {"bicubic": Image.Resampling.BICUBIC, "lanczos": Image.Resampling.LANCZOS}
 
 
@@ -49,7 +49,7 @@ def plain(encoded: bytes, way: Image.Resampling) -> bytes:
 
 
 def ours(encoded: bytes) -> np.ndarray:
-    return shrink(np.frombuffer(encoded, np.uint8), FORM).pixels
+    return resize_image(np.frombuffer(encoded, np.uint8), FORM).pixels
 
 
 def apart(first: np.ndarray, second: np.ndarray) -> tuple[float, int]:
@@ -97,7 +97,7 @@ def main() -> None:
 
     torch.set_num_threads(1)
     files = [path.read_bytes() for path in sorted(words.data.rglob("*.JPEG"))]
-    moments = Moments(SIDE)
+    moments = RunningMoments()
     ways: dict[str, Callable[[bytes], Any]] = {
         "Pillow, lanczos": lambda encoded: plain(encoded, FILTERS["lanczos"]),
         "Pillow, bicubic": lambda encoded: plain(encoded, FILTERS["bicubic"]),

@@ -149,7 +149,7 @@ def _split(folder: Path, names: tuple[str, ...]) -> Path:
     )
 
 
-def _class_folders(split: Path) -> dict[str, int]:
+def class_folders(split: Path) -> dict[str, int]:
     """Names of the class folders, sorted, with the time each was changed last."""
     with os.scandir(split) as entries:
         found = {
@@ -160,9 +160,20 @@ def _class_folders(split: Path) -> dict[str, int]:
     return dict(sorted(found.items()))
 
 
+def list_images(folder: Path) -> list[str]:
+    """Names of the image files in a folder, sorted."""
+    with os.scandir(folder) as entries:
+        return sorted(entry.name for entry in entries if is_image_name(entry.name))
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a file of this name is an image: by its extension, and not hidden."""
+    return Path(name).suffix.lower() in IMAGES and not name.startswith(".")
+
+
 def _index(root: Path, split: Path, cache: Path, progress: Progress) -> SplitIndex:
     """The index of a split: the kept one, unless a class folder has changed since."""
-    folders = _class_folders(split)
+    folders = class_folders(split)
     if not folders:
         raise UserError(
             f"{split} has no folders in it: it wants one for each class, full of images"
@@ -201,8 +212,7 @@ def _scan(split: Path, classes: list[str], progress: Progress) -> SplitIndex:
     names: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
-        with os.scandir(split / name) as entries:
-            images = sorted(e.name for e in entries if Path(e.name).suffix.lower() in IMAGES)
+        images = list_images(split / name)
         names += [f"{name}/{image}" for image in images]
         labels += [label] * len(images)
     if not names:

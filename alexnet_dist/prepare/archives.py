@@ -1,428 +1,265 @@
-"""Images inside other files: tars, Hugging Face's parquet files, CIFAR-10's own.
+"""Images inside of other files: the official tars, webdataset tars, Hugging Face's parquet files.
 
-Tars are indexed by their headers and never unpacked. What has no stretches of bytes to point at,
-compressed tars, parquet files and CIFAR-10's, is copied into a scratch folder.
+Tars are read in place, by the offsets of their members. The images of parquet files, which have no
+offsets, are copied into a scratch folder first.
 """
 
-import bz2
-import gzip
+import contextlib
 import hashlib
 import json
-import lzma
-import os
-import pickle
 import re
-import shutil
 import tarfile
-import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 
-from alexnet_dist.data.sources import IMAGES, Progress
+from alexnet_dist.data.sources import IMAGES, Progress, is_image_name
 from alexnet_dist.errors import UserError
-from alexnet_dist.prepare.samples import SPLITS, WNID, Listing, Sample, is_image
+from alexnet_dist.prepare.files import check_free_space, write_json
+from alexnet_dist.prepare.listing import WNID, DatasetListing, ImageEntry, assign_splits
 
 _VAL_IMAGE = re.compile(r"ILSVRC2012_val_(\d{8})")
-TARS = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz")
-_PACKERS: dict[bytes, Callable[..., Any]] = {
-    b"\x1f\x8b": gzip.open,
-    b"BZ": bz2.open,
-    b"\xfd7": lzma.open,
-}
-_MEAN_TO_PICKLE = {  # what CIFAR-10's files are made of; a pickle may name anything else, too
-    ("numpy", "dtype"),
-    ("numpy", "ndarray"),
-    ("numpy.core.multiarray", "_reconstruct"),
-    ("numpy._core.multiarray", "_reconstruct"),
-    ("_codecs", "encode"),
-}
+_META, _TRUTH = "data/meta.mat", "data/ILSVRC2012_validation_ground_truth.txt"
 
 
-class _Numbered(NamedTuple):
-    """An image whose class is a number, with what may tell the class's name."""
+class _NumericLabelEntry(NamedTuple):
+    """An image whose class is an index, the WordNet ID in its name or "", and its class in words or
+    ""."""
 
-    sample: Sample
-    number: int
-    folder: str
+    entry: ImageEntry
+    label: int
+    wnid: str
     words: str
 
 
-def tars(paths: list[Path], devkits: list[Path], scratch: Path, progress: Progress) -> Listing:
-    """Tars: the official ones, of class folders, or of webdataset."""
-    samples: list[Sample] = []
-    numbered: list[_Numbered] = []
+def read_tars(paths: list[Path], progress: Progress) -> DatasetListing:
+    """The images of the official tars, or of webdataset tars.
+
+    Raises:
+        UserError: a tar is cut short, compressed, or neither.
+    """
+    entries: list[ImageEntry] = []
+    numeric: list[_NumericLabelEntry] = []
     class_names: dict[str, str] = {}
-    kinds = []
-    for done, path in enumerate(paths):
+    for done, (path, split) in enumerate(assign_splits(paths).items()):
         progress("indexing tars", done, len(paths))
-        plain = _unpacked(path, scratch)
-        members = list(_members(plain))
-        names = [Path(name) for name, _, _ in members]
+        members = _members(path)
+        names = [Path(member.name) for member in members]
         if any(name.suffix == ".cls" for name in names):
-            kinds.append("webdataset tars")
-            numbered += _webdataset(_split_of(path), plain, members)
+            numeric += _read_webdataset(path, split, members)
         elif any(name.suffix == ".tar" and WNID.fullmatch(name.stem) for name in names):
-            kinds.append("the official tar of training images")
-            samples += _tar_of_tars(plain)
-        elif any(_VAL_IMAGE.match(n.name) and not WNID.fullmatch(n.parent.name) for n in names):
-            kinds.append("the official tar of validation images")
-            more, class_names = _official_val(path, plain, members, devkits)
-            samples += more
-        elif WNID.fullmatch(path.stem):
-            kinds.append("class tars")
-            samples += [
-                Sample("train", path.stem, Path(name).name, str(plain), offset, size)
-                for name, offset, size in members
-                if is_image(Path(name).name)
-            ]
+            entries += _read_official_train(path, members, progress)
+        elif any(_VAL_IMAGE.match(name.name) for name in names):
+            truth, class_names = _read_devkit(path)
+            entries += _read_official_val(path, members, truth)
         else:
-            kinds.append("a tar of class folders")
-            samples += _tar_of_folders(_split_of(path), plain, members)
-    progress("indexing tars", len(paths), len(paths))
-    labelled, words = _labelled(numbered)
-    kind = " and ".join(dict.fromkeys(kinds))
+            raise UserError(
+                f"{path} is neither one of ImageNet's official tars nor a webdataset shard with a "
+                ".cls for each image: unpack it, and give the folder"
+            )
+    labelled, words = _resolve_class_names(numeric)
+    kind = "webdataset tars" if numeric else "official tars"
     where = paths[0] if len(paths) == 1 else paths[0].parent
-    return Listing(f"{kind} in {where}", samples + labelled, class_names | words)
+    return DatasetListing(f"{kind} in {where}", entries + labelled, class_names | words)
 
 
-def is_devkit(path: Path) -> bool:
-    return (path / "data/meta.mat").is_file() or (
-        path.name.startswith("ILSVRC2012_devkit") and path.name.endswith(TARS)
-    )
-
-
-def _members(path: Path, file: Any = None) -> Iterator[tuple[str, int, int]]:
-    """Name, offset and size of the regular files in a tar; links and devices are none."""
+def _members(path: Path, file: Any = None) -> list[tarfile.TarInfo]:
+    """The regular files in a tar."""
     try:
-        with tarfile.open(path, "r:", fileobj=file) as tar:
-            for member in tar:
-                if member.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and member.sparse is None:
-                    yield member.name, member.offset_data, member.size
-                tar.members.clear()  # type: ignore[attr-defined]  # they would fill the memory
+        with tarfile.open(path, "r:", file) as tar:
+            return [member for member in tar if member.isreg()]
     except (tarfile.TarError, EOFError) as error:
-        raise UserError(f"{path} is damaged or cut short ({error}): get it again") from None
-
-
-def _tar_of_tars(path: Path) -> Iterator[Sample]:
-    with path.open("rb") as file:
-        for name, offset, size in list(_members(path)):
-            inner = Path(name)
-            if inner.suffix != ".tar":
-                continue
-            for image, at, length in _members(path / inner.name, _Window(file, offset, size)):
-                if is_image(Path(image).name):
-                    yield Sample(
-                        "train", inner.stem, Path(image).name, str(path), offset + at, length
-                    )
-
-
-class _Window:
-    """A part of a file, as a file to read."""
-
-    def __init__(self, file: BinaryIO, start: int, size: int) -> None:
-        self._file, self._start, self._size, self._at = file, start, size, 0
-
-    def seek(self, to: int) -> int:
-        self._at = to
-        return to
-
-    def tell(self) -> int:
-        return self._at
-
-    def read(self, size: int) -> bytes:
-        self._file.seek(self._start + self._at)
-        content = self._file.read(max(min(size, self._size - self._at), 0))
-        self._at += len(content)
-        return content
-
-
-def _tar_of_folders(
-    split: str, path: Path, members: Iterable[tuple[str, int, int]]
-) -> Iterator[Sample]:
-    for name, offset, size in members:
-        parts = [part for part in name.split("/") if part not in ("", ".", "..")]
-        if len(parts) > 1 and is_image(parts[-1]):
-            said = [SPLITS[part] for part in parts[:-2] if part in SPLITS]
-            yield Sample((said or [split])[-1], parts[-2], parts[-1], str(path), offset, size)
-
-
-def _official_val(
-    tar: Path, plain: Path, members: list[tuple[str, int, int]], devkits: list[Path]
-) -> tuple[list[Sample], dict[str, str]]:
-    devkits = devkits or [entry for entry in sorted(tar.parent.iterdir()) if is_devkit(entry)]
-    if not devkits:
         raise UserError(
-            f"{tar} has images without classes: put the devkit, ILSVRC2012_devkit_t12.tar.gz, "
-            "beside it"
-        )
-    truth, wnids, words = _read_devkit(devkits[0])
-    samples = []
-    for name, offset, size in members:
-        found = _VAL_IMAGE.match(Path(name).name)
-        if not found:
-            continue
-        number = int(found[1])
-        if not 1 <= number <= len(truth):
-            raise UserError(f"{devkits[0]} has no class for {name}: get the devkit again")
-        label = wnids[truth[number - 1]]
-        samples.append(Sample("val", label, Path(name).name, str(plain), offset, size))
-    return samples, words
+            f"{path} is compressed, corrupt or cut short ({error}): download it again, or unpack it"
+        ) from None
 
 
-def _read_devkit(path: Path) -> tuple[list[int], dict[int, str], dict[str, str]]:
-    """Class numbers of the validation images; classes by number; and in words."""
+def _read_official_train(
+    path: Path, members: list[tarfile.TarInfo], progress: Progress
+) -> Iterator[ImageEntry]:
+    """A tar of one tar for each class."""
+    with tarfile.open(path, "r:") as outer:
+        for done, inner in enumerate(members):
+            progress("indexing classes", done, len(members))
+            for member in _members(path / inner.name, outer.extractfile(inner)):
+                label, name = Path(inner.name).stem, Path(member.name).name
+                offset = inner.offset_data + member.offset_data
+                if is_image_name(name):
+                    yield ImageEntry("train", label, name, str(path), offset, member.size)
+
+
+def _read_official_val(
+    path: Path, members: list[tarfile.TarInfo], truth: list[str]
+) -> Iterator[ImageEntry]:
+    for member in members:
+        name = Path(member.name).name
+        if found := _VAL_IMAGE.match(name):
+            number = int(found[1])
+            if not 1 <= number <= len(truth):
+                raise UserError(f"the devkit has no class for {name}: download it again")
+            label = truth[number - 1]
+            yield ImageEntry("val", label, name, str(path), member.offset_data, member.size)
+
+
+def _read_devkit(val_tar: Path) -> tuple[list[str], dict[str, str]]:
+    """The classes of the validation images in order, and the names of all classes, from the folder
+    or tar.gz of the devkit beside their tar."""
     try:
         from scipy.io import loadmat
     except ImportError:
         raise _not_installed("The devkit's table of classes", "scipy") from None
-    wanted = ("data/meta.mat", "data/ILSVRC2012_validation_ground_truth.txt")
-    if path.is_dir():
-        content = {name: (path / name).read_bytes() for name in wanted if (path / name).is_file()}
-    else:
-        with tarfile.open(path) as tar:
-            content = {
-                name: file.read()
-                for member in tar
-                for name in wanted
-                if member.isreg() and member.name.endswith(name)
-                if (file := tar.extractfile(member))
-            }
-    if len(content) < 2:
-        raise UserError(f"{path} lacks {' or '.join(wanted)}: get the devkit again")
+    path = min(val_tar.parent.glob("ILSVRC2012_devkit*"), default=None)
+    if path is None:
+        raise UserError(
+            f"{val_tar} has images without classes: put the devkit, ILSVRC2012_devkit_t12.tar.gz, "
+            "beside it"
+        )
     try:
-        synsets = np.atleast_1d(loadmat(BytesIO(content[wanted[0]]), squeeze_me=True)["synsets"])
-        rows = [(int(s["ILSVRC2012_ID"]), str(s["WNID"]), str(s["words"])) for s in synsets]
-        truth = [int(line) for line in content[wanted[1]].split()]
-    except (ValueError, KeyError, TypeError, NotImplementedError) as error:
-        raise UserError(f"{path} is damaged ({error}): get the devkit again") from None
-    return truth, {n: wnid for n, wnid, _ in rows}, {wnid: words for _, wnid, words in rows}
+        if path.is_dir():
+            content = {name: (path / name).read_bytes() for name in (_META, _TRUTH)}
+        else:
+            with tarfile.open(path) as tar:
+                content = {
+                    member.name.partition("/")[2]: file.read()
+                    for member in tar
+                    if (file := tar.extractfile(member))
+                }
+        synsets = np.atleast_1d(loadmat(BytesIO(content[_META]), squeeze_me=True)["synsets"])
+        wnids = {int(synset["ILSVRC2012_ID"]): str(synset["WNID"]) for synset in synsets}
+        truth = [wnids[int(line)] for line in content[_TRUTH].split()]
+        return truth, {str(synset["WNID"]): str(synset["words"]) for synset in synsets}
+    except Exception as error:  # of tarfile, zlib, scipy, ...: it depends on what is wrong
+        raise UserError(
+            f"{path} is corrupt or not ImageNet's devkit ({error}): download it again"
+        ) from None
 
 
-def _webdataset(split: str, path: Path, members: list[tuple[str, int, int]]) -> Iterator[_Numbered]:
-    """Samples are members with the same name up to the first dot; .cls is the class's number, and
-    its name may be in .json or .txt."""
-    parts: dict[str, dict[str, tuple[int, int]]] = {}
-    for name, offset, size in members:
-        folder, _, base = name.rpartition("/")
-        stem, _, ending = base.partition(".")
-        parts.setdefault(f"{folder}/{stem}", {})[ending.lower()] = (offset, size)
-    with path.open("rb") as file:
-
-        def text(of: dict[str, tuple[int, int]], ending: str) -> str:
-            offset, size = of.get(ending, (0, 0))
-            file.seek(offset)
-            return file.read(min(size, 1 << 16)).decode(errors="replace").strip()
-
-        for key, of in parts.items():
-            images = [ending for ending in of if f".{ending}" in IMAGES]
-            if not images:
-                continue
-            number = text(of, "cls")
-            if not number.isdecimal():
-                raise UserError(f"{path}: {key} has no class number in a .cls: give it one")
-            known: dict[str, Any] = {}
-            if "json" in of:
-                try:
-                    found = json.loads(text(of, "json"))
-                    known = found if isinstance(found, dict) else {}
-                except ValueError:
-                    pass
-            words = next(
-                (str(known[k]) for k in ("class_name", "classname", "name") if known.get(k)),
-                text(of, "txt"),
-            )
-            folder, _, stem = key.rpartition("/")
-            named = str(known.get("filename") or f"{stem}.{images[0]}")
-            sample = Sample(split, "", Path(named).name, str(path), *of[images[0]])
-            yield _Numbered(sample, int(number), Path(folder).name, words)
+def _read_webdataset(
+    path: Path, split: str, members: list[tarfile.TarInfo]
+) -> Iterator[_NumericLabelEntry]:
+    """Samples are members with the same name up to the first dot: an image, its label in .cls, and
+    the name of its class perhaps in .json or .txt."""
+    samples: dict[str, dict[str, tarfile.TarInfo]] = {}
+    for member in members:
+        folder, slash, name = member.name.rpartition("/")
+        stem, _, extension = name.partition(".")
+        samples.setdefault(f"{folder}{slash}{stem}", {})[extension.lower()] = member
+    for key, sample in samples.items():
+        extension = next((e for e in sample if f".{e}" in IMAGES), "")
+        if not extension:
+            continue
+        at = {e: (str(path), member.offset_data, member.size) for e, member in sample.items()}
+        text = {
+            e: bytes(ImageEntry("", "", "", *at[e]).read()).decode(errors="replace").strip()
+            for e in ("cls", "json", "txt")
+            if e in sample
+        }
+        if not text.get("cls", "").isdecimal():
+            raise UserError(f"{path}: {key} has no class index in a .cls: give it one")
+        facts = {}
+        with contextlib.suppress(ValueError, TypeError):
+            facts = dict(json.loads(text.get("json", "")))
+        full_name = str(facts.get("filename") or f"{key}.{extension}")
+        words = str(facts.get("class_name") or facts.get("classname") or text.get("txt", ""))
+        entry = ImageEntry(split, "", Path(full_name).name, *at[extension])
+        yield _NumericLabelEntry(entry, int(text["cls"]), _find_wnid(full_name), words)
 
 
-def _labelled(images: list[_Numbered]) -> tuple[list[Sample], dict[str, str]]:
-    """The samples with names of classes in the place of numbers, and classes in words.
+def _find_wnid(name: str) -> str:
+    return (WNID.findall(name) or [""])[-1]
 
-    A class is called by the folder or the WordNet number in its images' names, where each class has
-    its own; else by its words; else by its number, with zeros before it, so that sorting classes
-    keeps their order.
+
+def _resolve_class_names(
+    images: list[_NumericLabelEntry],
+) -> tuple[list[ImageEntry], dict[str, str]]:
+    """The entries with names of classes in the place of indices, and the classes in words.
+
+    A class is called by the WordNet ID in its images' names, if each class has one of its own; else
+    by its words; else by its index, with leading zeros, so that sorting keeps the order.
     """
-    tellers: list[Callable[[_Numbered], str]] = [
-        lambda one: one.folder,
-        lambda one: (WNID.findall(one.sample.name) or [""])[-1],
-        lambda one: one.words,
-    ]
-    numbers = {one.number for one in images}
-    width = max((len(str(number)) for number in numbers), default=0)
-    called = {number: f"{number:0{width}d}" for number in numbers}
-    for tell in tellers:
-        pairs = {(one.number, tell(one)) for one in images}
-        names = {name for _, name in pairs}
-        if len(pairs) == len(numbers) == len(names) and "" not in names:
-            called = dict(pairs)
+    labels = {image.label for image in images}
+    digits = len(str(max(labels, default=0)))
+    names = {label: f"{label:0{digits}d}" for label in labels}
+    for pairs in (
+        {(image.label, image.wnid) for image in images},
+        {(image.label, image.words) for image in images},
+    ):
+        found = {name for _, name in pairs} - {""}
+        if len(pairs) == len(labels) == len(found):
+            names = dict(pairs)
             break
-    words = {called[one.number]: one.words for one in images if one.words}
-    return [one.sample._replace(label=called[one.number]) for one in images], words
+    words = {names[image.label]: image.words for image in images if image.words}
+    return [image.entry._replace(label=names[image.label]) for image in images], words
 
 
-def parquet_files(paths: list[Path], scratch: Path, progress: Progress) -> Listing:
-    """Hugging Face's parquet files: a row an image."""
-    images: list[_Numbered] = []
-    for done, path in enumerate(paths):
-        progress("copying parquet files", done, len(paths))
-        blob, rows = _copied(path, scratch, lambda path=path: _rows(path))  # type: ignore[misc]
-        images += [
-            _Numbered(
-                Sample(_split_of(path), "", name, str(blob), offset, length), number, "", words
-            )
-            for name, number, words, offset, length in rows
-        ]
-    progress("copying parquet files", len(paths), len(paths))
-    samples, class_names = _labelled(images)
-    where = paths[0] if len(paths) == 1 else Path(os.path.commonpath(paths))
-    return Listing(f"parquet files of {where}", samples, class_names)
+def read_parquet(paths: list[Path], scratch: Path, progress: Progress) -> DatasetListing:
+    """The images of Hugging Face's parquet files, a row each, copied into the scratch folder.
 
-
-def _rows(path: Path) -> Iterator[tuple[list[Any], bytes]]:
-    """[name, class number, class in words] and bytes of each image."""
+    Raises:
+        UserError: a file is corrupt or has other columns; or there is no room for the copies.
+    """
     try:
-        import pyarrow as arrow
-        import pyarrow.parquet as parquet
+        import pyarrow  # noqa: F401
     except ImportError:
         raise _not_installed("A parquet file", "pyarrow") from None
+    images: list[_NumericLabelEntry] = []
+    splits = assign_splits(paths)
+    indexes = {path: _copy_index(path, scratch) for path in splits}
+    missing = [path for path, index in indexes.items() if not index.is_file()]
+    size = sum(path.stat().st_size for path in missing)
+    check_free_space(scratch, size, "a copy of the parquet files' images")
+    for done, (path, index) in enumerate(indexes.items()):
+        progress("copying parquet files", done, len(indexes))
+        copy = index.with_suffix(".images")
+        if path in missing:
+            write_json(index, _copy_images(path, copy))
+        for name, label, words, offset, length in json.loads(index.read_text()):
+            entry = ImageEntry(splits[path], "", name, str(copy), offset, length)
+            images.append(_NumericLabelEntry(entry, label, _find_wnid(name), words))
+    entries, class_names = _resolve_class_names(images)
+    where = paths[0] if len(paths) == 1 else paths[0].parent
+    return DatasetListing(f"parquet files of {where}", entries, class_names)
+
+
+def _copy_index(path: Path, scratch: Path) -> Path:
+    """The index of a file's copy, under a name that changes with the file."""
+    key = f"{path.absolute()} {path.stat().st_mtime_ns}"
+    return scratch / f"parquet-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+
+
+def _copy_images(path: Path, copy: Path) -> list[list[Any]]:
+    """Copy the images of a parquet file, one behind the other; their index as rows of [name, label,
+    words, offset, length]."""
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
+
+    index: list[list[Any]] = []
     try:
-        table = parquet.ParquetFile(path)
-        schema = table.schema_arrow
-        info = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-        features = info.get("info", {}).get("features", {})
-        kinds = {column.name: column.type for column in schema}
-        image = next(
-            (
-                n
-                for n, kind in kinds.items()
-                if arrow.types.is_struct(kind) and "bytes" in str(kind)
-            ),
-            None,
-        )
-        classes = [n for n in kinds if features.get(n, {}).get("_type") == "ClassLabel"]
-        classes += [n for n in ("label", "labels", "cls", "class") if n in kinds]
-        if image is None or not classes or not arrow.types.is_integer(kinds[classes[0]]):
-            raise UserError(
-                f"{path} has the columns {', '.join(kinds)}: it wants an image (a struct of bytes "
-                "and path) and a label (a whole number)"
-            )
-        names = features.get(classes[0], {}).get("names") or []
-        at = 0
-        for batch in table.iter_batches(64, columns=[image, classes[0]]):
-            numbers = batch.column(classes[0]).to_pylist()
-            for one, number in zip(batch.column(image).to_pylist(), numbers, strict=True):
-                name = Path((one or {}).get("path") or f"{path.stem}_{at:08d}.jpg").name
-                if number is None or number < 0:
-                    raise UserError(f"{path}: {name} has no class: leave it out of the data set")
-                words = str(names[number]) if number < len(names) else ""
-                yield [name, int(number), words], (one or {}).get("bytes") or b""
-                at += 1
-    except (arrow.ArrowException, OSError) as error:
-        first = str(error).partition("\n")[0]
-        raise UserError(f"{path} is damaged or cut short ({first}): get it again") from None
-
-
-def cifar10(folder: Path, scratch: Path, progress: Progress) -> Listing:
-    """CIFAR-10's own files; pixels without loss as PNG."""
-    try:
-        words = _unpickled(folder / "batches.meta")["label_names"]
-    except FileNotFoundError as error:
-        raise UserError(f"{error.filename} is missing: unpack CIFAR-10 again") from None
-    samples = []
-    batches = [folder / f"data_batch_{n}" for n in range(1, 6)] + [folder / "test_batch"]
-    batches = [path for path in batches if path.is_file()]
-    for done, path in enumerate(batches):
-        progress("copying CIFAR-10's files", done, len(batches))
-        split = "test" if path.name == "test_batch" else "train"
-        blob, rows = _copied(path, scratch, lambda path=path: _cifar10_images(path))  # type: ignore[misc]
-        samples += [
-            Sample(split, words[number], name, str(blob), offset, length)
-            for name, number, offset, length in rows
-        ]
-    progress("copying CIFAR-10's files", len(batches), len(batches))
-    return Listing(f"CIFAR-10's own files in {folder}", samples)
-
-
-def _cifar10_images(path: Path) -> Iterator[tuple[list[Any], bytes]]:
-    batch = _unpickled(path)
-    pixels = np.asarray(batch["data"], np.uint8).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-    for at, (image, label) in enumerate(zip(pixels, batch["labels"], strict=True)):
-        buffer = BytesIO()
-        Image.fromarray(np.ascontiguousarray(image)).save(buffer, "PNG")
-        yield [f"{path.name}_{at:05d}.png", int(label)], buffer.getvalue()
-
-
-def _unpickled(path: Path) -> Any:
-    class Plain(pickle.Unpickler):
-        def find_class(self, module: str, name: str) -> Any:
-            if (module, name) in _MEAN_TO_PICKLE:
-                return super().find_class(module, name)
-            raise pickle.UnpicklingError(f"it names {module}.{name}")
-
-    try:
-        with path.open("rb") as file:
-            return Plain(file, encoding="latin1").load()
-    except (pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
-        raise UserError(f"{path} is not CIFAR-10's ({error}): unpack its archive again") from None
-
-
-def _split_of(path: Path) -> str:
-    """The split that a file's name speaks of, or else its folder is."""
-    words = [word for word in re.split(r"[^a-z]+", path.name.lower()) if word in SPLITS]
-    return SPLITS[words[0]] if words else SPLITS.get(path.parent.name, "train")
-
-
-def _scratch_name(path: Path, scratch: Path, ending: str) -> Path:
-    """A name in the scratch folder that changes with the file's own path, size and time."""
-    about = path.stat()
-    key = f"{path.absolute()} {about.st_size} {about.st_mtime_ns}"
-    return scratch / f"input-{hashlib.sha256(key.encode()).hexdigest()[:16]}{ending}"
-
-
-def _unpacked(path: Path, scratch: Path) -> Path:
-    """A tar that can be sought in: the very one, or a copy without its compression."""
-    with path.open("rb") as file:
-        unpack = _PACKERS.get(file.read(2))
-    if unpack is None:
-        return path
-    copy = _scratch_name(path, scratch, ".tar")
-    if not copy.is_file():
-        partial = copy.with_suffix(".tmp")
-        with partial.open("wb") as target:
-            try:
-                with unpack(path, "rb") as packed:
-                    shutil.copyfileobj(packed, target, 1 << 20)
-            except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError) as error:
-                raise UserError(f"{path} is damaged or cut short ({error}): get it again") from None
-        os.replace(partial, copy)
-    return copy
-
-
-def _copied(
-    path: Path, scratch: Path, images: Callable[[], Iterator[tuple[list[Any], bytes]]]
-) -> tuple[Path, list[list[Any]]]:
-    """A file's images as one stretch of bytes after the other, and of each what is known of it,
-    offset and length."""
-    blob = _scratch_name(path, scratch, ".images")
-    index = blob.with_suffix(".json")
-    if not index.is_file():
-        rows, at = [], 0
-        with blob.open("wb") as file:
-            for known, encoded in images():
-                file.write(encoded)
-                rows.append([*known, at, len(encoded)])
-                at += len(encoded)
-        partial = index.with_suffix(".tmp")
-        partial.write_text(json.dumps(rows))
-        os.replace(partial, index)
-    return blob, json.loads(index.read_text())
+        table = ParquetFile(path)
+        metadata = json.loads((table.schema_arrow.metadata or {}).get(b"huggingface", b"{}"))
+        features = metadata.get("info", {}).get("features", {})
+        words = features.get("label", {}).get("names") or []
+        with copy.open("wb") as file:
+            for batch in table.iter_batches(64, columns=["image", "label"]):
+                for row in batch.to_pylist():
+                    label, image = row["label"], row["image"]
+                    name = Path(image["path"] or f"{path.stem}_{len(index):08d}.jpg").name
+                    if label is None or label < 0:
+                        raise UserError(f"{path}: {name} has no class: remove it from the data set")
+                    known = words[label] if label < len(words) else ""
+                    index.append([name, label, known, file.tell(), file.write(image["bytes"])])
+    except (KeyError, TypeError):
+        raise UserError(
+            f"{path} is not as Hugging Face stores images: it needs a column image (a struct of "
+            "bytes and path) and a column label (an integer)"
+        ) from None
+    except (ArrowException, OSError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{path} is corrupt or cut short ({reason}): download it again") from None
+    return index
 
 
 def _not_installed(what: str, package: str) -> UserError:

@@ -98,7 +98,7 @@ def test_what_is_known_of_a_prepared_folder(folders: dict[str, Path]) -> None:
         assert found.dataset_hash == plain.dataset_hash != catalogue(folders["png"]).dataset_hash
         assert found.kind == kind
         assert found.train.classes == ["blue", "green", "red"]
-        assert found.class_names["red"] == "the colour red"
+        assert found.class_names["red"] == "the color red"
         assert np.array_equal(found.stats.eigenvectors, plain.stats.eigenvectors)
         for source, index in zip(open_datasets(found), (plain.train, plain.val), strict=True):
             assert source.index.names == index.names
@@ -153,13 +153,13 @@ def test_what_is_wrong_with_a_prepared_folder_is_said(
         return str(failure.value)
 
     def cut(name: str) -> object:
-        return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:-1])
+        return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:-2])
 
     for form, file in (("shards", "train-00001.tar"), ("shards", "val-00000.tar")):
         said = sentence(form, cut(file))
         assert f"{file} has " in said
         assert "copy it again" in said
-    assert "val.pixels has 638,975 bytes where prepared.json says 638,976" in sentence(
+    assert "val.pixels has 638,974 bytes where prepared.json says 638,976" in sentence(
         "pixels", cut("val.pixels")
     )
     gone = sentence("shards", lambda folder: (folder / "train-00000.tar").unlink())
