@@ -39,8 +39,8 @@ from alexnet_dist.tracking.logger import drop_superseded, read_events
 TARGET_ERROR = 25.0
 """Training error (%) that figure 1 of the paper compares at."""
 
-NUM_LABELED, NUM_LABELS = 8, 5
-"""Images with labels in figure 4, and labels of each."""
+NUM_LABELED = 8
+"""Images with labels in figure 4."""
 
 Ints = NDArray[np.int64]
 
@@ -124,25 +124,20 @@ def plot_figure1(out: Path, records: dict[str, list[Event]]) -> None:
         raise UserError("figure 1 compares runs: give two or more, such as another with tanh")
     series = {}
     for run, events in records.items():
-        errors = epoch_train_error(events)
+        epochs = [e for e in events if e["event"] == "epoch" and e["epoch"] == round(e["epoch"])]
+        errors = {round(epoch["epoch"]): epoch["top1_error"] for epoch in epochs}
         if not errors:
             raise UserError(f"the records of {run} have no complete epoch yet: leave it out")
-        epochs = epochs_to_error(errors, TARGET_ERROR)
-        needed = f"more than {max(errors):g}" if epochs is None else f"{epochs:.3g}"
+        reached = epochs_to_error(errors, TARGET_ERROR)
+        needed = f"more than {max(errors)}" if reached is None else f"{reached:.3g}"
         series[f"{run}: {needed} epochs to {TARGET_ERROR:g} %"] = errors
     print("\n".join(series))
     save(out / "figure1", lambda path: plots.plot_figure1(path, series, TARGET_ERROR))
 
 
-def epoch_train_error(events: Iterable[Event]) -> dict[int, float]:
-    """Training error (%) over each complete epoch, by number of epochs trained."""
-    complete = [e for e in events if e["event"] == "epoch" and e["epoch"] == round(e["epoch"])]
-    return {round(e["epoch"]): e["top1_error"] for e in complete}
-
-
 def epochs_to_error(errors: dict[int, float], target: float) -> float | None:
-    """Epochs after which the error is ``target``, interpolated from the epoch before; None where
-    it stays above."""
+    """Epochs after which ``errors`` (%), by complete epochs, reach ``target``, interpolated from
+    the epoch before; None where they stay above."""
     last = float("inf")
     for epoch, error in errors.items():
         if error <= target:
@@ -153,14 +148,11 @@ def epochs_to_error(errors: dict[int, float], target: float) -> float | None:
 
 def plot_figure3(out: Path, model: LoadedModel) -> None:
     """The kernels of the first layer, tower by tower."""
-    arch = model.config.model.arch
     layers = model.build_on_meta().named_parameters()
-    name, first = next((name, p) for name, p in layers if p.dim() > 1)
-    if first.dim() != 4 or first.shape[1] != 3:
-        raise UserError(f"{name} of {arch} does not read the three colors: leave out figure 3")
-    weights = nn.Parameter(torch.empty(first.shape))
+    name, shape = next((name, p.shape) for name, p in layers if p.dim() == 4)
+    weights = nn.Parameter(torch.empty(shape))
     model.fill({name: weights})
-    kernels, towers = weights.detach().numpy(), MODEL_REGISTRY[arch].towers
+    kernels, towers = weights.detach().numpy(), MODEL_REGISTRY[model.config.model.arch].towers
     save(out / "figure3", lambda path: plots.plot_kernels(path, kernels, towers))
 
 
@@ -195,24 +187,14 @@ def plot_figure4(args: Namespace, model: LoadedModel, mesh: Mesh) -> None:
     max_batch = max(data.eval_batch_size, len(labeled), args.queries, args.neighbors)
     train, val = (EvalImages(each, model, mesh, max_batch) for each in open_datasets(info))
     with closing(train.loader), closing(val.loader):
-        plot_labels(args.out, extractor, val, labeled, names)
+        batch = val.load(labeled)
+        best = plots.top_labels(extractor(batch.images)[1].softmax(1), names)
+        captions, images = [names[n] for n in batch.labels.tolist()], val.to_uint8(batch)
+        save(
+            args.out / "figure4-labels",
+            lambda path: plots.plot_predictions(path, images, captions, best),
+        )
         plot_neighbors(args, extractor, val, queries, train, candidates, names)
-
-
-def plot_labels(
-    out: Path, extractor: "FeatureExtractor", val: "EvalImages", indices: Ints, names: list[str]
-) -> None:
-    """Figure 4, left: images with their best labels."""
-    batch = val.load(indices)
-    best = extractor(batch.images)[1].softmax(1).topk(min(NUM_LABELS, len(names)))
-    rows = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    predictions = [[(names[n], p) for n, p in zip(*row, strict=True)] for row in rows]
-    captions = [names[label] for label in batch.labels.tolist()]
-    images = val.to_uint8(batch)
-    save(
-        out / "figure4-labels",
-        lambda path: plots.plot_predictions(path, images, captions, predictions),
-    )
 
 
 def plot_neighbors(

@@ -429,8 +429,7 @@ class Run:
     def _announce(self) -> None:
         known = telling.facts(self.mesh, self.images, self.learner)
         config = to_dict(self.config)
-        classes = len(self.images.catalogue.train.classes)
-        self.report.print(start_message(self.config.model.arch, classes, known, self.path))
+        self.report.print(start_message(self.config.model.arch, known, self.path))
         if self.before is None:
             self.report.emit("start", step=0, epoch=0.0, config=config, **known)
         else:
@@ -443,7 +442,7 @@ class Run:
         telling.show_predictions(self.report, self.images, self.learner, self.mesh, self.step)
         self.report.plot_curves(self.step)
         tensors = self.saver.tensors()
-        telling.show_kernels(self.report, self.config, tensors, self.step, self.passes)
+        telling.show_kernels(self.report, self.config, tensors, self.step)
         self.report.emit(
             "finished",
             step=self.step,

@@ -33,6 +33,7 @@ def facts(mesh: Mesh, images: Images, learner: Learner) -> dict[str, Any]:
         "loader": images.engine.description,
         "layout": learner.layout.description,
         "parameters": sum(p.numel() for p in learner.model.parameters() if p.requires_grad),
+        "num_classes": len(images.catalogue.train.classes),
         "train_images": len(images.catalogue.train),
         "val_images": len(images.catalogue.val),
         "dataset_hash": images.catalogue.dataset_hash,
@@ -51,11 +52,8 @@ def show_first(report: Logger, images: Images, batch: Batch) -> None:
     """What the network really sees, as a picture."""
     if not report.is_active:
         return
-    names = _names(images)
     seen = images.pixels.to_uint8_images(batch.images[:32], images.plan.pca_noise_std(0))
-    captions = [names[label] for label in batch.labels[:32].tolist()]
-    title = "the first training batch, as the network sees it"
-    report.log_image_grid("first_batch", 0, seen, captions, title)
+    report.log_labeled_images(seen, batch.labels[:32], _names(images))
 
 
 def show_predictions(
@@ -70,32 +68,18 @@ def show_predictions(
     count = min(16, images_in_val, max(plan.batch_size // mesh.dp_size, 1))
     spread = np.linspace(0, images_in_val - 1, count).astype(np.int64)
     batch = next(iter(images.val_engine.batches([plan.samples(spread)])))
-    chances = learner.layout.logits(batch.images).softmax(1).max(1)
-    if not report.is_active:
-        return
-    names = _names(images)
-    captions = [
-        f"{names[best]} {chance:.0%}" + ("" if best == label else f"\n(is {names[label]})")
-        for best, chance, label in zip(
-            chances.indices.tolist(), chances.values.tolist(), batch.labels.tolist(), strict=True
-        )
-    ]
-    seen = images.val_pixels.to_uint8_images(batch.images)
-    report.log_image_grid("predictions", step, seen, captions, "validation images")
+    probs = learner.layout.logits(batch.images).softmax(1)
+    if report.is_active:
+        seen = images.val_pixels.to_uint8_images(batch.images)
+        report.log_predictions(step, seen, batch.labels, probs, _names(images))
 
 
-def show_kernels(
-    report: Logger, config: Config, tensors: dict[str, Tensor], step: int, passes: float
-) -> None:
+def show_kernels(report: Logger, config: Config, tensors: dict[str, Tensor], step: int) -> None:
     """The first layer's kernels, of a checkpoint's ``tensors``; all processes call it together."""
     first = next(tensor for tensor in tensors.values() if tensor.dim() == 4)
     kernels = first.full_tensor() if isinstance(first, DTensor) else first
-    report.log_kernels(
-        step,
-        kernels.float().cpu().numpy(),
-        MODEL_REGISTRY[config.model.arch].towers,
-        f"first-layer kernels after {passes:.4g} epochs",
-    )
+    towers = MODEL_REGISTRY[config.model.arch].towers
+    report.log_kernels(step, kernels.float().cpu().numpy(), towers)
 
 
 def versions() -> dict[str, str]:

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from alexnet_dist.errors import UserError
 from alexnet_dist.tracking import Event, plots
@@ -126,8 +127,32 @@ class Logger:
         """Plot images [n, H, W, 3] with captions as RUN/name.png."""
         self._plot(name, step, lambda path: plots.plot_image_grid(path, pixels, captions, title))
 
-    def log_kernels(self, step: int, weights: NDArray[np.float32], towers: int, title: str) -> None:
+    def log_labeled_images(
+        self, images: NDArray[np.uint8], labels: Tensor, names: Sequence[str]
+    ) -> None:
+        """Plot the first training images [n, H, W, 3] as RUN/first_batch.png; ``labels`` [n]."""
+        captions = [names[label] for label in labels.tolist()]
+        title = "the first training batch, as the network sees it"
+        self.log_image_grid("first_batch", 0, images, captions, title)
+
+    def log_predictions(
+        self,
+        step: int,
+        images: NDArray[np.uint8],
+        labels: Tensor,
+        probs: Tensor,
+        names: Sequence[str],
+    ) -> None:
+        """Plot validation images [n, H, W, 3] of ``labels`` [n] with their best labels by ``probs``
+        [n, classes] as RUN/predictions.png."""
+        captions, best = [names[n] for n in labels.tolist()], plots.top_labels(probs, names)
+        self._plot(
+            "predictions", step, lambda path: plots.plot_predictions(path, images, captions, best)
+        )
+
+    def log_kernels(self, step: int, weights: NDArray[np.float32], towers: int) -> None:
         """Plot the first layer's kernels [n, 3, h, w] as RUN/kernels.png."""
+        title = f"first-layer kernels after {step} steps"
         self._plot("kernels", step, lambda path: plots.plot_kernels(path, weights, towers, title))
 
     def plot_curves(self, step: int) -> None:
@@ -196,11 +221,11 @@ def drop_superseded(events: Sequence[Event]) -> list[Event]:
     return kept
 
 
-def start_message(arch: str, num_classes: int, values: Event, run_dir: Path) -> str:
+def start_message(arch: str, values: Event, run_dir: Path) -> str:
     """What is about to be trained, for the console; ``values``: those of the start event."""
     modes = ", compiled" * values["compiled"] + ", a step a CUDA graph" * values["cuda_graph"]
     return (
-        f"{arch}: {values['parameters']:,} parameters, {num_classes} classes, "
+        f"{arch}: {values['parameters']:,} parameters, {values['num_classes']} classes, "
         f"{values['train_images']:,} training and {values['val_images']:,} validation images\n"
         f"world size {values['world_size']} on {values['device']}, {values['threads']} threads "
         f"each, {values['precision']}{modes}; {values['loader']}\n{values['layout']}\n"

@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from numpy.typing import NDArray
+from torch import Tensor
 
 from alexnet_dist.tracking import Event
 
@@ -116,6 +117,15 @@ def plot_predictions(
             lower.text(0.97, place, f"{probability:.1%}", fontsize=7, va="center", ha="right")
     figure.suptitle(title, fontsize=10)
     save_figure(figure, path, dpi=150)
+
+
+def top_labels(probs: Tensor, names: Sequence[str], k: int = 5) -> list[list[tuple[str, float]]]:
+    """The ``k`` best labels of each row of ``probs`` [n, outputs] with their probabilities; outputs
+    without a name are called by their index."""
+    best = probs.topk(min(k, probs.shape[1]))
+    names = [*names, *map(str, range(len(names), probs.shape[1]))]
+    rows = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    return [[(names[n], p) for n, p in zip(*row, strict=True)] for row in rows]
 
 
 def plot_kernels(path: Path, weights: NDArray[np.float32], towers: int, title: str = "") -> None:

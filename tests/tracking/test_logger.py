@@ -54,7 +54,7 @@ def test_a_full_disk_costs_a_plot_and_not_the_run(
 ) -> None:
     logger = Logger(RunDir(tmp_path), {}, total_steps=9, steps_per_epoch=3)
     monkeypatch.setattr(plots, "save_figure", full_disk)
-    logger.log_kernels(9, np.ones((96, 3, 11, 11), np.float32), 2, "kernels")
+    logger.log_kernels(9, np.ones((96, 3, 11, 11), np.float32), 2)
     logger.close("ended", 9)
     assert "kernels.png could not be written (No space left on device)" in capsys.readouterr().out
     assert read_status(tmp_path)["status"] == "ended"
