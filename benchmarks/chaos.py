@@ -34,23 +34,12 @@ from alexnet_dist.tracking.logger import drop_superseded, read_events
 from benchmarks.common import save_record
 
 SIZE, BATCH_SIZE, TRAIN_IMAGES, CORRUPT = 76, 7, 199, (17, 91, 154)
-OPTIONS = [
-    "--data.image_size=67",
-    f"--data.resize_size={SIZE}",
-    f"--data.batch_size={BATCH_SIZE}",
-    "--data.eval_batch_size=8",
-    "--data.threads=1",
-    "--data.on_corrupt_image=skip",
-    "--runtime.precision=fp32",
-    "--runtime.threads=1",
-    "--runtime.hang_timeout=8",
-    "--train.log_interval=1",
-    "--optim.lr=0.001",
-    "--optim.schedule.name=constant",
-    "--checkpoint.interval_steps=5",
-    "--wandb.mode=offline",
-    "--run.name=run",
-]
+OPTIONS = f"""
+    --data.image_size=67 --data.resize_size={SIZE} --data.batch_size={BATCH_SIZE}
+    --data.eval_batch_size=8 --data.threads=1 --data.on_corrupt_image=skip
+    --runtime.precision=fp32 --runtime.threads=1 --runtime.hang_timeout=8
+    --train.log_interval=1 --optim.lr=0.001 --optim.schedule.name=constant
+    --checkpoint.interval_steps=5 --wandb.mode=offline --run.name=run""".split()
 FAULTS = [
     *("kill_rank", "kill_launcher", "kill_all", "terminate", "preempt", "stop_rank"),
     *("fill_disk", "flip_bit", "truncate_file", "kill_wandb"),
@@ -102,12 +91,6 @@ class Run:
             if time.monotonic() - since > STEP_TIMEOUT:
                 raise SystemExit(f"no step for {STEP_TIMEOUT} s after step {last}: see {self.log}")
             time.sleep(0.1)
-
-    def finish(self) -> None:
-        """Run to the end, and wait for the processes."""
-        self.run_until(self.has_finished)
-        assert self.launcher is not None
-        self.launcher.wait()
 
     def is_running(self) -> bool:
         return self.launcher is not None and self.launcher.poll() is None
@@ -298,7 +281,8 @@ def main() -> None:
         folder = Path(name)
         make_images(folder / "images")
         reference = Run(folder / "images", folder / "reference", epochs)
-        reference.finish()
+        reference.run_until(reference.has_finished)
+        _wait(lambda: not reference.processes(), 20)
         print(f"undisturbed: {reference.step()} steps", flush=True)
         mounted = stack.enter_context(small_disk(folder / "faulty"))
         possible = [fault for fault in FAULTS if mounted or fault != "fill_disk"]
@@ -315,8 +299,8 @@ def main() -> None:
             if result is not None:
                 faults.append(result)
                 print(len(faults), result, flush=True)
-        run.finish()
-        _wait(lambda: not run.processes(), 5)
+        run.run_until(run.has_finished)
+        _wait(lambda: not run.processes(), 20)
         left = [p for p in run.path.rglob("*") if ".partial" in p.name or p.name == "PREEMPT"]
         corrupt = {Path(e["path"]).name for e in run.events() if e["event"] == "corrupt_image"}
         results = {
