@@ -1,19 +1,18 @@
-"""The DALI engine: decoding, crop, resize, flip, colours and mean in one pipeline on the GPU, a
-batch or more ahead of the training step. On CPUs DALI decodes the crops, and the rest is done as
-for raw pixels: torch resizes bytes there sooner than DALI.
+"""The DALI loader: decoding, crop, resize, flip and normalization in one graph on a GPU or on CPUs.
 
-DALI draws nothing: bytes, boxes, flips and means come from the plan through external sources. The
-samples' indices travel with them, so that what comes out says itself what it is.
+DALI makes nothing up: bytes, crop boxes, flips and means come from the plan through external
+sources. The samples' indices travel with them, so that a batch says itself what it is. Two
+pipelines take turns: one is fed, and parses its images, while the other decodes.
 """
 
 import functools
+import itertools
 import re
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from io import BytesIO
 from typing import Any, Literal
 
@@ -24,7 +23,6 @@ from PIL import Image
 
 from alexnet_dist.data import corrupt_images
 from alexnet_dist.data.corrupt_images import Batch, CorruptImagePolicy, OnCorruptImage
-from alexnet_dist.data.finishing import Finishing, Threads
 from alexnet_dist.data.formats import DECODE_ERROR, SIZE_MISMATCH, parse_jpeg_size
 from alexnet_dist.data.plan import SampleParams
 from alexnet_dist.data.sources import ImageDataset
@@ -32,23 +30,19 @@ from alexnet_dist.data.transforms import Normalization
 from alexnet_dist.errors import UserError
 
 Decoder = Literal["roi", "full", "cpu", "none"]
+"""Decode the crop box, or the full image and crop it, on the device; the crop box on the CPU; or
+nothing, as the images are pixels."""
 
-HARDWARE_SHARE = 0.65
-"""Part of the images that a GPU's own JPEG engine decodes, where there is one."""
+HW_DECODER_LOAD = 0.65
+"""Fraction of the images that a GPU's JPEG engine decodes, where there is one."""
 
-_READ_TOGETHER = 16
-"""Files that a thread reads in a row: handing over one at a time costs more than reading it."""
-
-_AT_ONCE = {"cpu": 2, "cuda": 1}
-"""Batches under way, each in a pipeline of its own. On CPUs the threads of one have nothing to do
-while it is fed and its last images are decoded, which is an eighth of the time."""
-
-_Answers = Callable[[], list[NDArray[np.uint8] | OSError]]
-"""Waits for what was read of a batch's images."""
+PIPELINES = 2
+READ_CHUNK = 16
+"""Files that a thread reads at a time: handing over a single one costs more than reading it."""
 
 
 def available() -> bool:
-    """Whether DALI is installed here."""
+    """Whether DALI is installed."""
     try:
         import nvidia.dali  # noqa: F401
     except ImportError:
@@ -57,20 +51,20 @@ def available() -> bool:
 
 
 def build_pipeline(
+    normalization: Normalization,
     *,
-    max_batch_size: int,
-    threads: int,
     device: torch.device,
     decoder: Decoder,
     resize: bool,
-    pixels: Normalization,
-    hw_decoder_load: float = HARDWARE_SHARE,
+    max_batch_size: int,
+    threads: int,
 ) -> Any:
-    """A pipeline that is fed by name: encoded, start, shape; index; on a GPU mirror, mean, std.
-    Where there is nothing to decode, cut pixels [h, w, 3] take the place of the first three.
+    """A pipeline for ``feed_batch``.
 
-    Outputs: images, on a GPU finished ones [b, side, side, 3], float32, on a CPU the crops as they
-    are stored, uint8 [h, w, 3]; and the samples' indices, int64.
+    Args:
+        resize: whether any crop box has another side than ``normalization.size``.
+
+    Its outputs: images [b, size, size, 3], float32, on ``device``; and their indices [b], int64.
     """
     from nvidia.dali import Pipeline, fn, types
 
@@ -82,55 +76,44 @@ def build_pipeline(
         prefetch_queue_depth=1,
         exec_dynamic=True,
     )
+    source = functools.partial(fn.external_source, batch=True)
     with pipeline:
-
-        def feed(name: str, dtype: Any, ndim: int, **options: Any) -> Any:
-            return fn.external_source(name=name, dtype=dtype, ndim=ndim, batch=True, **options)
-
-        index = feed("index", types.INT64, 0)
         if decoder == "none":
-            images = feed("pixels", types.UINT8, 3, layout="HWC", no_copy=True)
+            images = source(name="pixels", dtype=types.UINT8, ndim=3, layout="HWC", no_copy=True)
             images = images.gpu() if gpu else images
         else:
-            encoded = feed("encoded", types.UINT8, 1, no_copy=True)
-            start = feed("start", types.INT32, 1)
-            shape = feed("shape", types.INT32, 1)
-            images = decode_and_crop(encoded, start, shape, decoder, gpu, hw_decoder_load)
-        if gpu:
-            if resize:
-                images = fn.resize(images, size=[pixels.size, pixels.size], antialias=True)
-            images = fn.crop_mirror_normalize(
-                images,
-                mean=feed("mean", types.FLOAT, 1),
-                std=feed("std", types.FLOAT, 1),
-                mirror=feed("mirror", types.INT32, 0),
-                dtype=types.FLOAT,
-                output_layout="HWC",
-            )
-        pipeline.set_outputs(images, index)
+            encoded = source(name="encoded", dtype=types.UINT8, ndim=1, no_copy=True)
+            start = source(name="start", dtype=types.INT32, ndim=1)
+            shape = source(name="shape", dtype=types.INT32, ndim=1)
+            images = decode_and_crop(encoded, start, shape, decoder, gpu)
+        if resize:
+            size = [normalization.size] * 2
+            images = fn.resize(images, size=size, interp_type=types.INTERP_LINEAR, antialias=True)
+        images = fn.crop_mirror_normalize(
+            images,
+            mean=source(name="mean", dtype=types.FLOAT, ndim=1),
+            std=source(name="std", dtype=types.FLOAT, ndim=1),
+            mirror=source(name="mirror", dtype=types.INT32, ndim=0),
+            dtype=types.FLOAT,
+            output_layout="HWC",
+        )
+        pipeline.set_outputs(images, source(name="index", dtype=types.INT64, ndim=0))
     pipeline.build()
     return pipeline
 
 
-def decode_and_crop(
-    encoded: Any,
-    start: Any,
-    shape: Any,
-    decoder: Decoder,
-    gpu: bool,
-    hw_decoder_load: float = HARDWARE_SHARE,
-) -> Any:
-    """The boxes of encoded images, as part of a pipeline."""
+def decode_and_crop(encoded: Any, start: Any, shape: Any, decoder: Decoder, gpu: bool) -> Any:
+    """Part of a pipeline: the boxes at ``start`` of ``shape`` (height, width) of encoded images."""
     from nvidia.dali import fn, types
 
     mixed = gpu and decoder != "cpu"
     options: dict[str, Any] = {
         "device": "mixed" if mixed else "cpu",
         "output_type": types.RGB,
-        "adjust_orientation": False,  # the index and the boxes know the stored orientation
+        "adjust_orientation": False,  # index and boxes know the stored orientation
     }
     if mixed:
-        options |= {"jpeg_fancy_upsampling": True, "hw_decoder_load": hw_decoder_load}
+        options |= {"jpeg_fancy_upsampling": True, "hw_decoder_load": HW_DECODER_LOAD}
     if decoder == "full":
         images = fn.decoders.image(encoded, **options)
         return fn.slice(images, start=start, shape=shape, axis_names="HW")
@@ -138,26 +121,25 @@ def decode_and_crop(
     return images.gpu() if gpu and not mixed else images
 
 
-def feed(
+def feed_batch(
     pipeline: Any,
-    encoded: list[NDArray[np.uint8]],
-    draws: SampleParams,
-    pixels: Normalization,
-    device: torch.device,
+    images: list[NDArray[np.uint8]],
+    samples: SampleParams,
+    normalization: Normalization,
 ) -> None:
-    """Feed one batch to a pipeline of ``build_pipeline``: ``encoded`` bytes, or cut pixels."""
-    if encoded[0].ndim == 3:
-        pipeline.feed_input("pixels", encoded)
+    """Feed ``images`` [b] to a pipeline: their encoded bytes, or the pixels [h, w, 3] in their crop
+    boxes. They must not be freed before it has run."""
+    if images[0].ndim == 3:
+        pipeline.feed_input("pixels", images)
     else:
-        pipeline.feed_input("encoded", encoded)
-        pipeline.feed_input("start", draws.crop_boxes[:, :2].astype(np.int32))
-        pipeline.feed_input("shape", draws.crop_boxes[:, 2:].astype(np.int32))
-    pipeline.feed_input("index", np.ascontiguousarray(draws.indices))
-    if device.type == "cuda":
-        pipeline.feed_input("mirror", draws.flips.astype(np.int32))
-        pipeline.feed_input("mean", pixels.means(draws))
-        stds = pixels.stds(draws.pca_noise_std)
-        pipeline.feed_input("std", np.ascontiguousarray(np.broadcast_to(stds, (len(encoded), 3))))
+        pipeline.feed_input("encoded", images)
+        pipeline.feed_input("start", samples.crop_boxes[:, :2].astype(np.int32))
+        pipeline.feed_input("shape", samples.crop_boxes[:, 2:].astype(np.int32))
+    pipeline.feed_input("mean", normalization.means(samples))
+    stds = normalization.stds(samples.pca_noise_std)
+    pipeline.feed_input("std", np.tile(stds, (len(images), 1)))
+    pipeline.feed_input("mirror", samples.flips.astype(np.int32))
+    pipeline.feed_input("index", np.ascontiguousarray(samples.indices))
 
 
 @functools.cache
@@ -169,8 +151,8 @@ def probe_decoder(device: torch.device) -> Decoder:
     """
     if device.type != "cuda":
         return "roi"
-    options: tuple[Decoder, ...] = ("roi", "full")
-    for decoder in options:
+    candidates: tuple[Decoder, ...] = ("roi", "full")
+    for decoder in candidates:
         command = [sys.executable, "-m", "alexnet_dist.data.dali", decoder, str(device.index or 0)]
         try:
             if subprocess.run(command, capture_output=True, timeout=120).returncode == 0:
@@ -181,8 +163,8 @@ def probe_decoder(device: torch.device) -> Decoder:
 
 
 def _probe(decoder: Decoder, device: torch.device) -> None:
-    """Decode a few images of several kinds as the engine would; for ``probe_decoder``."""
-    pixels = Normalization(np.zeros(3), np.ones(3), np.zeros((3, 3)), 224)
+    """Decode JPEGs of several kinds as the loader would; for ``probe_decoder``."""
+    normalization = Normalization(np.zeros(3), np.ones(3), np.zeros((3, 3)), 224)
     noise = np.random.default_rng(0).integers(0, 255, (300, 400, 3), np.uint8)
     encoded = []
     for mode, options in (("RGB", {}), ("RGB", {"progressive": True}), ("L", {})):
@@ -192,246 +174,205 @@ def _probe(decoder: Decoder, device: torch.device) -> None:
     encoded = encoded * 8
     count = len(encoded)
     boxes = np.tile([20, 30, 224, 224], (count, 1))
-    draws = SampleParams(
-        np.arange(count), boxes, np.zeros(count, bool), np.zeros((count, 3)), lambda n: boxes
+    samples = SampleParams(
+        np.arange(count), boxes, np.zeros(count, bool), np.zeros((count, 3)), lambda _: boxes
     )
     pipeline = build_pipeline(
-        max_batch_size=count, threads=2, device=device, decoder=decoder, resize=True, pixels=pixels
+        normalization, device=device, decoder=decoder, resize=True, max_batch_size=count, threads=2
     )
     for _ in range(4):
-        feed(pipeline, encoded, draws, pixels, device)
+        feed_batch(pipeline, encoded, samples, normalization)
         images = torch.from_dlpack(pipeline.run()[0].as_tensor())
         if not bool(torch.isfinite(images).all()):
             raise RuntimeError("the decoded images are not finite")
 
 
 class DaliLoader:
-    """Carries out draws with DALI, in threads that stay ahead of the training step.
+    """Loads samples with DALI.
 
     Args:
-        max_batch: the most images that draws may have.
-        decoder: as ``probe_decoder`` gives it; "none" where the source is raw.
-        resize: whether any box may have another size than the finished image; for a GPU.
-        threads: of DALI's own for each batch under way, and as many that finish batches.
-        ahead: finished batches that may wait.
+        decoder: as ``probe_decoder`` returns it; "none" where the dataset holds pixels.
+        resize: whether any crop box has another side than ``normalization.size``.
+        max_batch_size: the most samples in a batch of this process.
+        threads: of each pipeline.
+        prefetch: batches that may wait to be taken.
     """
 
     def __init__(
         self,
-        source: ImageDataset,
-        pixels: Normalization,
+        dataset: ImageDataset,
+        normalization: Normalization,
         *,
-        max_batch_size: int,
         device: torch.device,
         decoder: Decoder,
         resize: bool,
+        max_batch_size: int,
         threads: int,
         prefetch: int = 2,
         on_corrupt: OnCorruptImage = "stop",
     ) -> None:
         from nvidia.nvimgcodec import CodeStream
 
-        self.source, self.pixels, self.device = source, pixels, device
-        self.corrupt = CorruptImagePolicy(source, on_corrupt)
-        self._parse = CodeStream
-        self.ahead = prefetch
+        self.dataset, self.normalization, self.device = dataset, normalization, device
+        self.corrupt = CorruptImagePolicy(dataset, on_corrupt)
+        self._prefetch = prefetch
+        self._parse_header = CodeStream
+        self._labels = torch.from_numpy(dataset.index.labels)
         self._build = functools.partial(
             build_pipeline,
-            max_batch_size=max_batch_size,
-            threads=threads,
+            normalization,
             device=device,
             decoder=decoder,
             resize=resize,
-            pixels=pixels,
+            max_batch_size=max_batch_size,
+            threads=threads,
         )
-        self._at_once = _AT_ONCE[device.type]
-        self._idle = [self._build() for _ in range(self._at_once)]
-        self._workers = ThreadPoolExecutor(self._at_once, thread_name_prefix="decode")
-        self._threads = Threads(threads)
-        self._finishing = Finishing(pixels, max_batch=max_batch_size, threads=self._threads)
-        self._readers = ThreadPoolExecutor(max(threads, 8), thread_name_prefix="read")
-        self._labels = torch.from_numpy(source.index.labels)
+        self._idle = [self._build() for _ in range(PIPELINES)]
+        self._workers = ThreadPoolExecutor(
+            PIPELINES, "dali", initializer=corrupt_images.use_device, initargs=(device,)
+        )
+        self._readers = ThreadPoolExecutor(max(threads, 8), "read")
         does = {
             "roi": "decoding the region",
-            "full": "decoding the whole image",
+            "full": "decoding the full image",
             "cpu": "decoding the region on the CPU",
             "none": "of raw pixels",
         }
         self.description = f"DALI on {device.type}, {does[decoder]}, {threads} threads"
 
-    def batches(self, draws: Iterable[SampleParams]) -> Generator[Batch, None, None]:
-        """One finished batch for each of ``draws``, in order.
+    def batches(self, samples: Iterable[SampleParams]) -> Generator[Batch, None, None]:
+        """One batch for each of ``samples``, in order.
 
         Raises:
-            Failure: an image cannot be decoded and the policy is to stop.
+            UserError: an image cannot be decoded and the policy is to stop.
         """
-        return corrupt_images.prefetch(self._in_order(draws), self.ahead, self.device)
+        return corrupt_images.prefetch(self._in_order(samples), self._prefetch, self.device)
 
     def close(self) -> None:
+        """End the threads."""
         self._workers.shutdown(cancel_futures=True)
         self._readers.shutdown(cancel_futures=True)
-        self._threads.close()
 
-    def _in_order(self, draws: Iterable[SampleParams]) -> Iterator[Batch]:
-        under_way: deque[tuple[SampleParams, Future[Batch]]] = deque()
+    def _in_order(self, samples: Iterable[SampleParams]) -> Iterator[Batch]:
+        pending: deque[tuple[SampleParams, Future[Batch]]] = deque()
 
         def oldest() -> Batch:
-            planned, future = under_way.popleft()
+            planned, future = pending.popleft()
             batch = future.result()
             self.corrupt.log_substitutions(planned)
             return batch
 
-        for planned, answers in self._read_ahead(draws):
-            under_way.append((planned, self._workers.submit(self._finish, planned, answers)))
-            if len(under_way) == self._at_once:
+        for planned in samples:
+            pending.append((planned, self._workers.submit(self._load, planned)))
+            if len(pending) == PIPELINES:
                 yield oldest()
-        while under_way:
+        while pending:
             yield oldest()
 
-    def _read_all(
-        self, draws: SampleParams, rows: slice = slice(None)
-    ) -> list[NDArray[np.uint8] | OSError]:
-        indices, boxes = draws.indices[rows].tolist(), draws.crop_boxes[rows].tolist()
-        return [self._read(index, box) for index, box in zip(indices, boxes, strict=True)]
+    def _load(self, planned: SampleParams) -> Batch:
+        while True:
+            samples = self.corrupt.substitute(planned)
+            images = self._read(samples)
+            if images is None:
+                continue
+            try:
+                return self._run(samples, images)
+            except Exception as error:
+                self._find_corrupt_images(samples, images, error)
 
-    def _read(self, index: int, box: list[int]) -> NDArray[np.uint8] | OSError:
-        """The bytes of an image, or the pixels in the box, or why DALI is not to have them.
+    def _read(self, samples: SampleParams) -> list[NDArray[np.uint8]] | None:
+        """What ``feed_batch`` takes, or None where an image has turned out to be corrupt."""
+        wanted = list(zip(samples.indices.tolist(), samples.crop_boxes.tolist(), strict=True))
+
+        def read_chunk(first: int) -> list[NDArray[np.uint8] | OSError]:
+            return [self._read_one(*one) for one in wanted[first : first + READ_CHUNK]]
+
+        chunks = self._readers.map(read_chunk, range(0, len(wanted), READ_CHUNK))
+        images = []
+        for (index, _), image in zip(wanted, itertools.chain.from_iterable(chunks), strict=True):
+            if isinstance(image, OSError):
+                self.corrupt.mark_corrupt(index, image.strerror or str(image))
+            else:
+                images.append(image)
+        return images if len(images) == len(wanted) else None
+
+    def _read_one(self, index: int, box: list[int]) -> NDArray[np.uint8] | OSError:
+        """An image's bytes, or the pixels in its crop box; or why DALI is not to have them.
 
         DALI 2.4 may end in a segmentation fault where a header cannot be read, has pixels of no
-        known type, or makes an image that the box does not fit into: it leaves the function whose
+        known type, or gives a size that the box does not fit into: it leaves the function whose
         threads still parse the rest of the batch. So every header is read before, by DALI's own
         parser unless it is as plain as nearly all are.
         """
-        if self.source.is_decoded:
-            top, left, height, width = box  # cut here: DALI's own slice takes three times as long
-            pixels = self.source.read(index)[top : top + height, left : left + width]
-            return np.ascontiguousarray(pixels)
         try:
-            encoded = self.source.read(index)
+            image = self.dataset.read(index)
         except OSError as error:
             return error
-        size = parse_jpeg_size(encoded) or self._parsed_size(encoded)
+        if self.dataset.is_decoded:
+            top, left, height, width = box  # cropped here: DALI's slice takes three times as long
+            return np.ascontiguousarray(image[top : top + height, left : left + width])
+        size = parse_jpeg_size(image) or self._parse_size(image)
         if size is None:
             return OSError(DECODE_ERROR)
-        if size != self.source.index.sizes[index].tolist():
+        if size != self.dataset.index.sizes[index].tolist():
             return OSError(SIZE_MISMATCH)
-        return encoded
+        return image
 
-    def _parsed_size(self, encoded: NDArray[np.uint8]) -> list[int] | None:
+    def _parse_size(self, encoded: NDArray[np.uint8]) -> list[int] | None:
         try:
-            header = self._parse(encoded)
+            header = self._parse_header(encoded)
             size, _ = [header.height, header.width], header.dtype
         except (RuntimeError, TypeError):
             return None
         return size
 
-    def _read_ahead(self, draws: Iterable[SampleParams]) -> Iterator[tuple[SampleParams, _Answers]]:
-        """Each of ``draws`` with its bytes, which are read while the one before is decoded."""
-
-        def ask(item: SampleParams) -> tuple[SampleParams, _Answers]:
-            parts = [
-                slice(at, at + _READ_TOGETHER) for at in range(0, len(item.indices), _READ_TOGETHER)
-            ]
-            answers = self._readers.map(lambda rows: self._read_all(item, rows), parts)
-            return item, lambda: [one for part in answers for one in part]
-
-        before = None
-        for item in draws:
-            asked = ask(item)
-            if before is not None:
-                yield before
-            before = asked
-        if before is not None:
-            yield before
-
-    def _finish(self, planned: SampleParams, answers: _Answers) -> Batch:
-        draws, read = planned, answers()
-        while True:
-            for index, answer in zip(draws.indices.tolist(), read, strict=True):
-                if index in self.corrupt.errors:
-                    continue
-                if isinstance(answer, OSError):
-                    self.corrupt.mark_corrupt(index, answer.strerror or str(answer))
-            if not any(n in self.corrupt.errors for n in draws.indices.tolist()):
-                encoded = [one for one in read if not isinstance(one, OSError)]  # all of them
-                try:
-                    return self._run(draws, encoded)
-                except Exception as error:
-                    self._find_bad(draws, encoded, error)
-            draws = self.corrupt.substitute(planned)
-            read = self._read_all(draws)
-
-    def _run(self, draws: SampleParams, encoded: list[NDArray[np.uint8]]) -> Batch:
-        side = self.pixels.size
-        if len(draws.indices) == 0:
-            images = torch.empty(0, 3, side, side, device=self.device)
-            return Batch(images, self._labels[:0].to(self.device), draws.indices)
-        with self._pipeline() as pipeline:
-            feed(pipeline, encoded, draws, self.pixels, self.device)
-            images, out = pipeline.run()
-        indices = torch.from_dlpack(out.as_tensor())
-        labels = self._labels[indices]
-        if self.device.type == "cuda":
-            labels = labels.pin_memory().to(self.device, non_blocking=True)
-            # DALI's own memory, seen as [b, 3, H, W]; it is given back when torch lets go of it
-            finished = torch.from_dlpack(images.as_tensor()).permute(0, 3, 1, 2)
-        else:
-            whole = draws.crop_boxes * np.array([0, 0, 1, 1])  # DALI has cut them
-            finished = self._finishing(_arrays(images), np.arange(len(images)), whole, draws)
-        return Batch(finished, labels, indices.numpy().copy())
-
-    @contextmanager
-    def _pipeline(self) -> Iterator[Any]:
-        """One that is idle. However it fails, it is not to be trusted with the order, and built
-        anew."""
+    def _run(self, samples: SampleParams, images: list[NDArray[np.uint8]]) -> Batch:
+        if not images:  # which DALI does not take
+            empty = torch.empty(0, 3, *[self.normalization.size] * 2, device=self.device)
+            return Batch(empty, self._labels[:0].to(self.device), samples.indices)
         pipeline = self._idle.pop()
         try:
-            yield pipeline
+            feed_batch(pipeline, images, samples, self.normalization)
+            normalized, out = pipeline.run()
         except Exception:
-            pipeline = self._build()
+            pipeline = self._build()  # one that has failed may mix up the order of its batches
             raise
         finally:
             self._idle.append(pipeline)
+        indices = np.array(out.as_tensor())
+        labels = corrupt_images.to_device(self._labels[indices], self.device)
+        # DALI's own memory, which it gets back when torch lets go of the tensor
+        return Batch(torch.from_dlpack(normalized.as_tensor()).permute(0, 3, 1, 2), labels, indices)
 
-    def _find_bad(
-        self, draws: SampleParams, encoded: list[NDArray[np.uint8]], error: Exception
+    def _find_corrupt_images(
+        self, samples: SampleParams, images: list[NDArray[np.uint8]], error: Exception
     ) -> None:
-        """Note which images made a batch fail: the one that DALI names, which need not fail alone
-        or on the CPU; else those that do, decoded one by one in a pipeline of one."""
+        """Mark the images that made a batch fail: the one that DALI names, though it may decode
+        alone or on the CPU; else all that fail there one by one."""
         cause = str(error).rpartition("encountered:")[2].strip()
         named = re.search(r"Failed to decode sample #(\d+)", cause)
         if named:
-            self.corrupt.mark_corrupt(int(draws.indices[int(named[1])]), DECODE_ERROR)
+            self.corrupt.mark_corrupt(int(samples.indices[int(named[1])]), DECODE_ERROR)
             return
-        cpu = torch.device("cpu")
-        alone: Any = None
-        any_bad = False
-        for row, index in enumerate(draws.indices.tolist()):
-            alone = alone or build_pipeline(
-                max_batch_size=1,
-                threads=1,
-                device=cpu,
-                decoder="none" if self.source.is_decoded else "roi",
-                resize=True,
-                pixels=self.pixels,
-            )
-            one = draws.select(np.arange(len(encoded)) == row)
-            feed(alone, [encoded[row]], one, self.pixels, cpu)
+        build = functools.partial(
+            self._build,
+            device=torch.device("cpu"),
+            decoder="none" if self.dataset.is_decoded else "roi",
+            max_batch_size=1,
+            threads=1,
+        )
+        pipeline, failed = build(), False
+        for row, index in enumerate(samples.indices.tolist()):
+            one = samples.select(np.arange(len(images)) == row)
             try:
-                alone.run()
+                feed_batch(pipeline, [images[row]], one, self.normalization)
+                pipeline.run()
             except Exception:
-                alone, any_bad = None, True
+                pipeline, failed = build(), True
                 self.corrupt.mark_corrupt(index, DECODE_ERROR)
-        if not any_bad:
+        if not failed:
             first = cause.partition("\n")[0] or type(error).__name__
             raise UserError(f"DALI failed on a batch whose images decode one by one: {first}")
-
-
-def _arrays(images: Any) -> NDArray[np.uint8] | list[NDArray[np.uint8]]:
-    """DALI's own memory: as one array [b, h, w, 3] where the images are of one size."""
-    if images.is_dense_tensor():
-        return np.asarray(images.as_tensor())
-    return [np.asarray(image) for image in images]
 
 
 if __name__ == "__main__":

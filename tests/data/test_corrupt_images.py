@@ -99,7 +99,9 @@ def test_odd_images_are_decoded_alike(
     (dali,), (plain,) = (run(name, source, plan, draws)[0] for name in ENGINES)
     for kind, path in paths.items():
         (row,) = np.flatnonzero(draws.indices == source.index.names.index(f"all/{path.name}"))
-        assert torch.equal(dali.images[row], plain.images[row]), kind
+        difference = (dali.images[row] - plain.images[row]).abs()
+        resized = draws.crop_boxes[row, 2:].tolist() != [SIDE, SIDE]
+        assert difference.mean() < 1 if resized else not difference.any(), kind
         assert kind == "JPEG, 1 pixel" or dali.images[row].std() > 4, kind
 
 
