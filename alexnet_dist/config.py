@@ -1,8 +1,7 @@
 """Every option with its default and meaning, and the one parser of all commands.
 
-Options are given as YAML (--config FILE) and as dotted words on the command line (--optim.lr 0.02).
-A command's own options (--checkpoint RUN) stand beside them. jsonargparse holds values to the types
-and bounds below.
+Options are given as YAML (--config FILE) and as dotted words on the command line (--optim.lr 0.02);
+a command's own options (--checkpoint RUN) stand beside them. jsonargparse checks types and bounds.
 """
 
 import argparse
@@ -10,7 +9,6 @@ import dataclasses
 import difflib
 import json
 import re
-import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
@@ -20,6 +18,7 @@ from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin, get_
 import yaml
 from annotated_types import Ge, Gt, Lt
 from jsonargparse import ArgumentParser, get_loader, set_parsing_settings
+from pydantic import StringConstraints
 
 from alexnet_dist.errors import UserError
 
@@ -27,8 +26,10 @@ PositiveInt = Annotated[int, Ge(1)]
 NonNegativeInt = Annotated[int, Ge(0)]
 PositiveFloat = Annotated[float, Gt(0)]
 NonNegativeFloat = Annotated[float, Ge(0)]
-Pixels = Annotated[int, Ge(16)]
 BelowOne = Annotated[float, Ge(0), Lt(1)]
+Pixels = Annotated[int, Ge(16)]
+Duration = Annotated[str, StringConstraints(pattern=r"^((\d+-)?\d+:\d+:\d+|\d+:\d+|\d+)(\.\d+)?$")]
+Signal = Literal["SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGALRM"]
 MilestoneList = list[tuple[float, float]]
 Milestones = dict[str, MilestoneList]
 
@@ -40,46 +41,42 @@ class DataConfig:
     """The images."""
 
     root: str | None = None
-    """A folder with train/ and val/ (or test/), each with a folder per class; or a folder that
-    `python -m alexnet_dist.prepare` wrote; or CIFAR-10's own files; "digits" is the embedded set.
-    Without --config and --data.root the run is configs/quickstart.yaml."""
+    """Folder with train/ and val/, or one that prepare wrote, or CIFAR-10's; or "digits"."""
     cache_dir: str = "~/.cache/alexnet_dist"
-    """For the digits, and for the index of a data folder that is read-only."""
+    """For the digits, and for the indices of data folders that are read-only."""
     batch_size: PositiveInt = 128
-    """Global batch size: images per step, over all processes (the paper, section 5)."""
+    """Images per step over all processes (the paper, section 5)."""
     eval_batch_size: PositiveInt = 256
-    """Global batch size of an evaluation; counts crops where an image has ten."""
+    """Crops per step of an evaluation over all processes."""
     loader: Literal["auto", "dali", "torch", "gpu_cache"] = "auto"
-    """What makes batches. gpu_cache keeps a folder of raw pixels in the GPU's memory; auto takes
-    it for such a folder, else DALI where it is installed."""
+    """gpu_cache: raw pixels in the GPU's memory; auto: that for raw pixels, else DALI if it is
+    installed."""
     dali_decoder: Literal["auto", "roi", "full", "cpu"] = "auto"
-    """What DALI decodes on a GPU: only the crop, the full image, or the crop on the CPU; auto takes
-    the first of these that works."""
+    """DALI on a GPU decodes only the crop, the full image, or on the CPU; auto: the first that
+    works."""
     image_size: Pixels = 224
     """Width and height of the network's input, in pixels."""
     resize_size: Pixels = 256
-    """Shorter side that image_size refers to: a crop covers image_size / resize_size of the shorter
-    side of the stored image (the paper, section 2)."""
+    """A crop is image_size / resize_size of an image's shorter side (the paper, section 2)."""
     train_crop: Literal["paper", "chunked", "random_resized"] = "paper"
-    """Training crop: a square of fixed size somewhere in the central square (the paper, section
-    4.1); chunked: the same place and flip for 32 images in a row (the authors' program); or a box
-    of random area and aspect ratio, as torchvision's RandomResizedCrop."""
+    """paper: a square of fixed size in the central square (section 4.1); chunked: the same one for
+    32 images in a row (the authors' program); random_resized: as torchvision's."""
     scale: tuple[float, float] = (0.08, 1.0)
-    """random_resized: bounds of the crop's area, as a fraction of the image's."""
+    """random_resized: bounds of the crop's fraction of the image's area."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """random_resized: bounds of the crop's width over its height."""
+    """random_resized: bounds of the crop's aspect ratio."""
     hflip: bool = True
     """Flip training images horizontally with probability 0.5."""
     pca_noise: Literal["none", "source", "paper"] = "none"
     """PCA lighting noise, as in the authors' program or as printed in the paper."""
     pca_noise_std: NonNegativeFloat = 0.1
-    """Standard deviation of the PCA noise's coefficients."""
+    """Standard deviation of its coefficients."""
     pca_noise_schedule: MilestoneList = field(default_factory=list)
-    """Epochs done and the pca_noise_std from there on: [[0, 0.1], [66, 0]]; empty: constant."""
+    """[epochs done, pca_noise_std from there on]: [[0, 0.1], [66, 0]]."""
     on_corrupt_image: Literal["stop", "skip"] = "stop"
-    """An image that cannot be decoded: stop, or use the next one in its place and log it."""
+    """skip: use the next image in its place, and log it."""
     threads: NonNegativeInt = 0
-    """Decoding threads per process; 0: as many as the process has CPUs."""
+    """Decoding threads per process; 0: as many as it has CPUs."""
     prefetch: PositiveInt = 2
     """Batches prepared ahead of the training step."""
 
@@ -89,17 +86,15 @@ class ModelConfig:
     """The network."""
 
     arch: str = "paper"
-    """A network of the table that `python -m alexnet_dist.summary` lists."""
+    """A network that `python -m alexnet_dist.summary` lists."""
     init: Literal["source", "paper", "torch"] | None = None
-    """Initial weights: the authors' program's, the paper's (std 0.01 everywhere) or torch's; null:
-    the network's own."""
+    """Initial weights: the authors' program's, the paper's or torch's; null: the network's own."""
     dropout: BelowOne = 0.5
     """Probability with which fc6 and fc7 (in torchvision's network: their inputs) drop a unit."""
     num_classes: PositiveInt | None = None
     """Outputs; null: as many as the data has classes."""
     pretrained: str | None = None
-    """Start from the weights of this run, checkpoint or exported .safetensors, or of torchvision's
-    AlexNet in a .pth; a last layer for other classes is initialized from scratch."""
+    """Start from a run, a checkpoint, an exported .safetensors, or torchvision's AlexNet (.pth)."""
 
 
 @dataclass
@@ -107,9 +102,8 @@ class ScheduleConfig:
     """The learning rate's schedule. Epochs are real numbers."""
 
     name: Literal["constant", "plateau", "one_cycle", "polynomial", "piecewise"] = "plateau"
-    """plateau: divide by ten when the validation error stops improving, as the paper did;
-    polynomial: times the square of the fraction of the run that is left; piecewise: constant
-    between milestones."""
+    """plateau: divide by ten when the validation error stops improving (the paper); polynomial:
+    quadratic to zero."""
     warmup_epochs: NonNegativeFloat = 0.0
     """Epochs over which the lr rises from zero, before any other schedule."""
     patience: NonNegativeInt = 3
@@ -117,10 +111,9 @@ class ScheduleConfig:
     max_drops: NonNegativeInt = 3
     """plateau: how often the lr is divided by ten."""
     pct_start: float = 0.3
-    """one_cycle: fraction of the run in which the lr rises; optim.lr is the peak."""
+    """one_cycle: fraction of the run in which the lr rises to optim.lr."""
     milestones: Milestones = field(default_factory=dict)
-    """piecewise: for "weights" and "biases" (or a parameter's name) the epochs done and the lr from
-    there on: {weights: [[0, 0.01], [24, 0.001]]}."""
+    """piecewise: {weights: [[epochs done, lr from there on], ...], biases: ..., conv1.bias: ...}"""
 
 
 @dataclass
@@ -128,21 +121,19 @@ class OptimConfig:
     """The optimizer."""
 
     name: Literal["sgd2012", "sgd", "lars"] = "sgd2012"
-    """The paper's update, with the lr inside the velocity; torch's SGD; or LARS: the paper's with a
-    local lr for each weight tensor (You, Gitman, Ginsburg 2017)."""
+    """The paper's SGD (lr inside the velocity), torch's, or LARS (You, Gitman, Ginsburg 2017)."""
     lr: NonNegativeFloat = 0.01
     """Learning rate."""
     bias_lr_mult: NonNegativeFloat = 1.0
-    """Learning rate of biases, as a multiple of lr (2 in the authors' program)."""
+    """The biases' lr as a multiple of lr (2 in the authors' program; small with LARS)."""
     lr_mults: dict[str, float] = field(default_factory=dict)
-    """Multiples of the scheduled lr, for parameters by name: {conv1.weight: 0.1}."""
+    """Multiples of the scheduled lr by parameter: {conv1.weight: 0.1}."""
     momentum: BelowOne = 0.9
     """Momentum."""
     weight_decay: NonNegativeFloat = 0.0005
     """Weight decay; never on biases."""
     trust_coefficient: PositiveFloat = 0.001
-    """lars: a step is at most lr * trust_coefficient of a tensor's norm, before momentum; biases
-    have the plain lr, so give a small bias_lr_mult."""
+    """lars: a step is at most lr * trust_coefficient of a tensor's norm, before momentum."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
 
 
@@ -153,27 +144,25 @@ class TrainConfig:
     epochs: PositiveFloat = 90
     """Epochs (the paper: roughly 90)."""
     epochs_scale: PositiveFloat = 1.0
-    """Stretch or shrink the run: multiplies epochs, optim.schedule and data.pca_noise_schedule."""
+    """Multiplies epochs and the epochs in optim.schedule and data.pca_noise_schedule."""
     max_steps: PositiveInt | None = None
-    """Stop early, after so many steps; schedules keep to train.epochs, and the run can resume."""
+    """Stop early; schedules keep to train.epochs, and the run can resume."""
     grad_accum_steps: PositiveInt = 1
-    """Microbatches per step, where memory does not hold a process's images at once; gradients are
-    summed, and all-reduced once. Batch normalization uses the statistics of a microbatch."""
+    """Microbatches per step and process; batch norm has the statistics of a microbatch."""
     log_interval: PositiveInt = 20
     """Steps between two log records."""
     seed: NonNegativeInt = 2012
     """Of weights, order, crops and dropout."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """A loss or gradient that is not finite: stop, or skip that update (which checks every
-    gradient)."""
+    """skip: leave out an update with a nonfinite loss or gradient (which checks every gradient)."""
 
 
 @dataclass
 class CheckpointConfig:
-    """Checkpoints."""
+    """Checkpoints, besides those at the end of each epoch."""
 
     interval_steps: PositiveInt | None = 1000
-    """Steps between checkpoints, besides those at the end of each epoch."""
+    """Steps between checkpoints."""
     keep_last: PositiveInt = 2
     """Newest ones kept, besides the best; if the last is corrupt, the one before it is used."""
     keep_every: PositiveInt | None = None
@@ -189,19 +178,16 @@ class RunConfig:
     output_dir: str = "runs"
     """Where run folders are."""
     name: str | None = None
-    """The folder's name; null: the config file's, with -2, -3 once a run of that name is
-    finished."""
+    """The folder's name; null: the config file's (with -2, -3 once such a run is finished)."""
     resume: str = "auto"
-    """auto: resume an unfinished run of this name; never; or a run's folder."""
-    time_limit: str | None = None
-    """Save and exit, to be restarted, before this process is so old: seconds, M:S, H:M:S or
-    D-H:M:S. The end of a SLURM job is known anyway."""
-    preempt_signals: list[str] = field(default_factory=lambda: ["SIGUSR2"])
-    """Signals on which to save and exit, besides SIGTERM and Ctrl-C (NCCL uses SIGUSR1). A file
-    PREEMPT in the run's folder does the same."""
+    """auto: an unfinished run of this name; never; or a run's folder."""
+    time_limit: Duration | None = None
+    """Save and exit before this process is so old: seconds, M:S, H:M:S or D-H:M:S. The limit of a
+    SLURM job is known."""
+    preempt_signals: list[Signal] = field(default_factory=lambda: ["SIGUSR2"])
+    """Save and exit on these, on SIGTERM, on Ctrl-C, and on a file PREEMPT in the run's folder."""
     sigterm_grace: PositiveFloat = 20.0
-    """Seconds after SIGTERM when a process exits even if it could not save; torchrun kills it after
-    30."""
+    """Seconds after SIGTERM until a process exits in any case; torchrun kills it after 30."""
 
 
 @dataclass
@@ -209,17 +195,17 @@ class ParallelConfig:
     """How the network is laid out on the processes; never what it computes."""
 
     towers: Literal[1, 2] = 1
-    """2: model parallel as the paper's two GPUs: two neighboring ranks hold a tower each."""
+    """2: model parallel as on the paper's two GPUs: two neighboring ranks hold a tower each."""
     fc: Literal["replicated", "sharded"] = "replicated"
     """sharded: the fully connected layers are split over all ranks ("One weird trick")."""
     fc_schedule: Literal["whole", "pipelined"] = "whole"
-    """sharded: the global batch at once, or in turns, one's transfer under the other's product."""
+    """sharded: the global batch at once, or in turns."""
     grad_compression: Literal["none", "bf16", "fp16", "powersgd"] = "none"
     """Compression of the gradients' all-reduce."""
     powersgd_rank: PositiveInt = 4
-    """powersgd: rank of the matrices that approximate a gradient."""
+    """Rank of the matrices that approximate a gradient."""
     powersgd_start: NonNegativeInt = 1000
-    """powersgd: uncompressed steps before it begins, at each start of a run."""
+    """Steps without compression at each start of a run."""
 
 
 @dataclass
@@ -239,8 +225,7 @@ class RuntimeConfig:
     threads: NonNegativeInt = 0
     """Computing threads per process; 0: as many as it has CPUs."""
     hang_timeout: PositiveFloat = 600.0
-    """Seconds without a step, or a batch of an evaluation, after which the run ends and names the
-    process that all wait for."""
+    """Seconds without a step after which the run ends, and names the process that hangs."""
 
 
 @dataclass
@@ -271,53 +256,50 @@ class Config:
 
 
 IMMUTABLE_ON_RESUME = (
-    "data.batch_size",
-    "data.image_size",
-    "data.resize_size",
-    "data.train_crop",
-    "data.scale",
-    "data.ratio",
-    "data.hflip",
-    "data.pca_noise",
-    "data.pca_noise_std",
-    "model",
-    "optim.name",
-    "train.seed",
+    *("data.batch_size", "data.image_size", "data.resize_size", "data.train_crop", "data.scale"),
+    *("data.ratio", "data.hflip", "data.pca_noise", "data.pca_noise_std"),
+    *("model", "optim.name", "train.seed"),
 )
 """Options that cannot change when a run resumes."""
 
 NOT_PERSISTED = ("train.max_steps", "run.resume", "run.output_dir", "run.name", "run.time_limit")
 """Options of one start of a run, which do not carry over when it resumes."""
 
-OLD_NAMES: dict[str, str] = dict(
-    re.findall(
-        r"(\S+)->(\S*)",
-        """
-    model.variant->model.arch model.weights->model.pretrained
-    data.engine->data.loader data.decoder->data.dali_decoder data.resize->data.resize_size
-    data.crop->data.train_crop data.flip->data.hflip data.on_bad_image->data.on_corrupt_image
-    data.colour->data.pca_noise data.colour_strength->data.pca_noise_std
-    data.colour_table->data.pca_noise_schedule data.ahead->data.prefetch data.cache->data.cache_dir
-    optim.bias_lr->optim.bias_lr_mult optim.factors->optim.lr_mults
-    optim.trust->optim.trust_coefficient optim.schedule.table->optim.schedule.milestones
-    optim.schedule.warmup->optim.schedule.warmup_epochs
-    optim.schedule.rise->optim.schedule.pct_start optim.schedule.drops->optim.schedule.max_drops
-    train.accumulate->train.grad_accum_steps train.log_every->train.log_interval
-    train.on_nan->train.on_nonfinite train.stretch->train.epochs_scale
-    checkpoint.every_steps->checkpoint.interval_steps checkpoint.keep->checkpoint.keep_last
-    checkpoint.asynchronous->checkpoint.async_save
-    run.root->run.output_dir run.signals->run.preempt_signals run.grace->run.sigterm_grace
-    parallel.compress->parallel.grad_compression parallel.fc_schedule->
-    runtime.timeout->runtime.hang_timeout runtime.lrn-> runtime.stem-> runtime.pool_first->
-    runtime.update-> runtime.weight_copies->
-    track.wandb->wandb.mode track.project->wandb.project track.images->wandb.log_images
-    data.loader=dataloader->torch data.loader=resident->gpu_cache data.dali_decoder=region->roi
-    optim.name=paper->sgd2012 optim.schedule.name=table->piecewise train.on_nonfinite=rollback->
-    views->ten_crop picture->save_image
-    """,
-    )
-)
-"""Earlier names of options, and of values (option=value); nothing: no longer there."""
+_OLD_NAMES = """
+data.engine>data.loader data.decoder>data.dali_decoder data.resize>data.resize_size
+data.crop>data.train_crop data.flip>data.hflip data.on_bad_image>data.on_corrupt_image
+data.colour>data.pca_noise data.colour_strength>data.pca_noise_std data.ahead>data.prefetch
+data.colour_table>data.pca_noise_schedule data.cache>data.cache_dir
+data.loader=dataloader>torch data.loader=resident>gpu_cache data.dali_decoder=region>roi
+model.variant>model.arch model.weights>model.pretrained
+optim.bias_lr>optim.bias_lr_mult optim.factors>optim.lr_mults optim.name=paper>sgd2012
+optim.trust>optim.trust_coefficient optim.schedule.table>optim.schedule.milestones
+optim.schedule.warmup>optim.schedule.warmup_epochs optim.schedule.rise>optim.schedule.pct_start
+optim.schedule.drops>optim.schedule.max_drops optim.schedule.name=table>piecewise
+train.accumulate>train.grad_accum_steps train.log_every>train.log_interval
+train.on_nan>train.on_nonfinite train.on_nonfinite=rollback> train.stretch>train.epochs_scale
+checkpoint.every_steps>checkpoint.interval_steps checkpoint.keep>checkpoint.keep_last
+checkpoint.asynchronous>checkpoint.async_save
+run.root>run.output_dir run.signals>run.preempt_signals run.grace>run.sigterm_grace
+parallel.compress>parallel.grad_compression parallel.fc_schedule> runtime.lrn> runtime.stem>
+runtime.timeout>runtime.hang_timeout runtime.pool_first> runtime.update> runtime.weight_copies>
+track.wandb>wandb.mode track.project>wandb.project track.images>wandb.log_images
+views>ten_crop picture>save_image
+"""
+OLD_NAMES: dict[str, str] = dict(re.findall(r"(\S+)>(\S*)", _OLD_NAMES))
+"""New names of options, and of values (option=value), of alexnet_dist 0.1.0; "" if it is gone."""
+
+
+def _option_types(section: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, hint in get_type_hints(section, include_extras=True).items():
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+            yield from _option_types(hint, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", hint
+
+
+OPTIONS: dict[str, Any] = dict(_option_types(Config))
+"""The type of each option by its dotted name."""
 
 
 @dataclass(frozen=True)
@@ -326,7 +308,7 @@ class ParsedArgs:
 
     Attributes:
         config: all options of the trainer.
-        explicit_options: dotted options of the command line, with their words.
+        explicit_options: dotted options of the command line and their words.
         config_name: the config file's name without its ending, the default of run.name.
         args: the command's own options.
     """
@@ -389,7 +371,6 @@ class CommandParser(argparse.ArgumentParser):
         record = {name: value for name, value in kept.items() if name not in NOT_PERSISTED}
         record |= _read_config_file(path) if path else {}
         config = _build(record, path, dotted)
-        _check(config)
         if args.print_config:
             print(yaml.safe_dump(to_dict(config), sort_keys=False), end="")
             raise SystemExit(0)
@@ -399,30 +380,29 @@ class CommandParser(argparse.ArgumentParser):
         """The command's own words, and the values of dotted options."""
         own_words: list[str] = []
         dotted: dict[str, str] = {}
+        own_names = [name.removeprefix("--") for name in self._option_string_actions]
         words = iter(arguments)
         for word in words:
             name, has_value, value = word.removeprefix("--").partition("=")
-            if not word.startswith("--") or f"--{name}" in self._option_string_actions:
+            if not word.startswith("--") or name in own_names:
                 own_words.append(word)
                 continue
-            own_names = [option.removeprefix("--") for option in self._option_string_actions]
-            _check_name(name, own_names + [*OPTIONS] * self.trainer_options, "option ", "--")
-            given = value if has_value else next(words, "--")
-            if not has_value and given.startswith("--"):
-                raise UserError(f"option {name} needs a value", on_all_ranks=True)
-            dotted[name] = given
+            _check_name(name, own_names + [*OPTIONS] * self.trainer_options, "--", "")
+            dotted[name] = value if has_value else next(words, "--")
+            if dotted[name].startswith("--"):
+                raise _error(f"option {name} needs a value")
         return own_words, dotted
 
     def format_help(self) -> str:
         """The command's own options, and for train all others."""
-        text = super().format_help()
-        if self.prog.endswith(".train"):
-            return text + "\n" + _trainer_parser().format_help()
         more = "\nalso: the trainer's options; python -m alexnet_dist.train --help lists them\n"
-        return text + more * self.trainer_options
+        if self.prog.endswith(".train"):
+            more = "\n" + _trainer_parser().format_help()
+        return super().format_help() + more * self.trainer_options
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; --help lists all options", on_all_ranks=True)
+        """Raise a UserError, where argparse would exit."""
+        raise _error(f"{message}; --help lists all options")
 
 
 def parse(
@@ -443,13 +423,9 @@ def from_dict(record: dict[str, Any], where: str = "the run's config.yaml") -> C
     """
     flat = flatten(record)
     if any(name not in OPTIONS and name in OLD_NAMES for name in flat):
-        raise UserError(
-            f"{where} was written by alexnet_dist 0.1.0, whose options have other names: use it "
-            "with that version",
-            on_all_ranks=True,
-        )
+        raise _error(f"{where} was written by alexnet_dist 0.1.0: use it with that version")
     for name in flat:
-        _check_name(name, [*OPTIONS], f"option in {where} named ")
+        _check_name(name, [*OPTIONS], "", f" in {where}")
     return _build(flat, where, {})
 
 
@@ -497,11 +473,8 @@ def check_resume_compatible(before: dict[str, Any], now: dict[str, Any], otherwi
     """
     for name, (old, new) in diff_configs(before, now).items():
         if any(f"{name}.".startswith(f"{fixed}.") for fixed in IMMUTABLE_ON_RESUME):
-            raise UserError(
-                f"{name} cannot change from {old} to {new}: give --{name} {old} to resume; "
-                f"{otherwise}",
-                on_all_ranks=True,
-            )
+            fix = f"give --{name} {old} to resume; {otherwise}"
+            raise _error(f"{name} cannot change from {old} to {new}: {fix}")
 
 
 def config_dir() -> Path:
@@ -511,30 +484,14 @@ def config_dir() -> Path:
 
 
 def time_limit(run: RunConfig) -> float | None:
-    """run.time_limit in seconds.
-
-    Raises:
-        ValueError: it is no duration.
-    """
+    """run.time_limit in seconds."""
     if run.time_limit is None:
         return None
-    form = re.fullmatch(r"(?:(\d+)-)?(?:(?:(\d+):)?(\d+):)?(\d+(?:\.\d+)?)", run.time_limit.strip())
-    if form is None:
-        raise ValueError(run.time_limit)
-    days, hours, minutes, seconds = (float(part or 0) for part in form.groups())
-    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
-
-
-def _option_types(section: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, hint in get_type_hints(section, include_extras=True).items():
-        if dataclasses.is_dataclass(hint):
-            yield from _option_types(hint, f"{prefix}{name}.")  # type: ignore[arg-type]
-        else:
-            yield f"{prefix}{name}", hint
-
-
-OPTIONS: dict[str, Any] = dict(_option_types(Config))
-"""The type of each option, by its dotted name."""
+    days, _, clock = run.time_limit.rpartition("-")
+    seconds = 0.0
+    for part in clock.split(":"):
+        seconds = 60 * seconds + float(part)
+    return 86400 * int(days or 0) + seconds
 
 
 @cache
@@ -550,46 +507,24 @@ def _read_config_file(path: str) -> dict[str, Any]:
     """The options in a YAML file, by dotted name."""
     if not Path(path).is_file():
         names = ", ".join(sorted(file.stem for file in config_dir().glob("*.yaml")))
-        raise UserError(
-            f"there is no config {path}; the package brings {names} in {config_dir()}",
-            on_all_ranks=True,
-        )
+        raise _error(f"there is no config {path}; the package brings {names} in {config_dir()}")
     try:
         content = get_loader("yaml")(Path(path).read_text())  # unlike YAML, reads 1e-3 as a number
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path} is not YAML ({reason}): fix it", on_all_ranks=True) from None
+        raise _error(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content or {}, dict):
-        raise UserError(
-            f"{path} holds no options: it needs lines like 'optim: {{lr: 0.01}}'",
-            on_all_ranks=True,
-        )
+        raise _error(f"{path} holds no options: it needs lines like 'optim: {{lr: 0.01}}'")
     sections = get_type_hints(Config)
     flat = flatten(content or {})
-    flat = {
-        name: value for name, value in flat.items() if value is not None or name not in sections
-    }
+    flat = {name: flat[name] for name in flat if flat[name] is not None or name not in sections}
     for name, value in flat.items():
-        _check_name(name, [*OPTIONS], f"option in {path} named ")
-        kinds = (OPTIONS[name], *get_args(OPTIONS[name]))
-        if str in kinds and isinstance(value, (int, float)):
+        _check_name(name, [*OPTIONS], "", f" in {path}")
+        kinds = {OPTIONS[name], *get_args(OPTIONS[name])}
+        if kinds & {str, Duration} and isinstance(value, (int, float)):
             flat[name] = str(value)  # a run named 150, or 1:30:00, which YAML reads as 5400
         elif "off" in kinds and value is False:
             flat[name] = "off"  # which YAML reads as false
     return flat
-
-
-def _check_name(name: str, known: list[str], what: str, dashes: str = "") -> None:
-    """Refuse an unknown option, with its new name or the nearest one."""
-    if name in known:
-        return
-    if name in OLD_NAMES and OLD_NAMES[name] in ("", *known):
-        new = f"is now {dashes}{OLD_NAMES[name]}" if OLD_NAMES[name] else "is gone: leave it out"
-        raise UserError(f"{what}{dashes}{name} {new}", on_all_ranks=True)
-    same_end = [option for option in known if option.split(".")[-1] == name.split(".")[-1]]
-    near = difflib.get_close_matches(name, same_end or known, 1, 0.0 if same_end else 0.5)
-    fix = f"; did you mean {dashes}{near[0]}?" if near else "; --help lists all options"
-    raise UserError(f"there is no {what}{dashes}{name}{fix}", on_all_ranks=True)
 
 
 def _build(record: dict[str, Any], where: str | None, dotted: dict[str, str]) -> Config:
@@ -600,7 +535,7 @@ def _build(record: dict[str, Any], where: str | None, dotted: dict[str, str]) ->
     """
     for name, value in record.items():
         if value is None and type(None) not in get_args(OPTIONS[name]):  # jsonargparse allows it
-            raise UserError(_wrong_value(name, "null", where), on_all_ranks=True)
+            raise _value_error(name, "null", where)
     parser, given = _trainer_parser(), record
     try:
         values = parser.parse_object(nest(record))
@@ -608,21 +543,21 @@ def _build(record: dict[str, Any], where: str | None, dotted: dict[str, str]) ->
         values = parser.parse_args([f"--{n}={v}" for n, v in dotted.items()], namespace=values)
         sections = parser.instantiate(values)
     except (argparse.ArgumentError, TypeError, ValueError, KeyError) as error:
-        key = re.search(r'"([\w.]+)"', str(error))
-        name = key.group(1) if key else ""
-        if name not in OPTIONS:
-            raise UserError(" ".join(str(error).split()), on_all_ranks=True) from None
-        message = _wrong_value(name, str(given.get(name)), where)
-        raise UserError(message, on_all_ranks=True) from None
+        name = (re.findall(r'"([\w.]+)"', str(error)) or [""])[0]
+        if name in OPTIONS:
+            raise _value_error(name, given.get(name), where) from None
+        raise _error(" ".join(str(error).split())) from None
     config = Config(**{f.name: sections[f.name] for f in dataclasses.fields(Config)})
+    data, schedule = config.data, config.optim.schedule
+    if data.image_size > data.resize_size:
+        raise _error(
+            f"data.image_size {data.image_size} is more than data.resize_size {data.resize_size}, "
+            "the size it is cropped from: raise data.resize_size"
+        )
+    if schedule.name == "piecewise" and "weights" not in schedule.milestones:
+        fix = "give optim.schedule.milestones {weights: [[0, 0.01], ...]}"
+        raise _error(f"optim.schedule.name is piecewise, but there is no lr of weights: {fix}")
     return config
-
-
-def _wrong_value(name: str, value: str, where: str | None) -> str:
-    old = OLD_NAMES.get(f"{name}={value}")
-    hint = "" if old is None else f" (now {old})" if old else " (which is gone)"
-    place = f"{where}: " if where else ""
-    return f"{place}option {name} must be {_expected(OPTIONS[name])}, not {value}{hint}"
 
 
 _EXPECTED: dict[Any, str] = {
@@ -635,8 +570,9 @@ _EXPECTED: dict[Any, str] = {
     PositiveFloat: "a number above 0",
     NonNegativeFloat: "a number of at least 0",
     BelowOne: "a number from 0 up to, but not, 1",
+    Duration: "seconds, M:S, H:M:S or D-H:M:S",
     tuple[float, float]: "two numbers, as [0.1, 1]",
-    list[str]: "a list, as [SIGUSR2]",
+    list[Signal]: f"a list of {', '.join(get_args(Signal))}",
     MilestoneList: "a list of [epochs, value], as [[0, 0.1], [66, 0]]",
     Milestones: "lists of [epochs, lr] by name, as {weights: [[0, 0.01], [24, 0.001]]}",
     dict[str, float]: "numbers by name, as {conv1.weight: 0.1}",
@@ -651,57 +587,25 @@ def _expected(hint: Any) -> str:
     return " or ".join(_expected(kind) for kind in get_args(hint) if kind is not type(None))
 
 
-def _check(config: Config) -> None:
-    """Refuse options that do not fit each other.
-
-    Raises:
-        UserError: they do not.
-    """
-
-    def refuse(message: str) -> NoReturn:
-        raise UserError(message, on_all_ranks=True)
-
-    data, run, schedule = config.data, config.run, config.optim.schedule
-    if data.image_size > data.resize_size:
-        refuse(
-            f"data.image_size {data.image_size} is more than data.resize_size {data.resize_size}, "
-            "the size it is cropped from: raise data.resize_size"
-        )
-    try:
-        time_limit(run)
-    except ValueError:
-        refuse(
-            f"run.time_limit {run.time_limit} is no duration: give seconds, M:S, H:M:S or D-H:M:S, "
-            "such as 23:50:00"
-        )
-    for name in run.preempt_signals:
-        if name not in signal.Signals.__members__ or name in ("SIGKILL", "SIGSTOP"):
-            refuse(
-                f"run.preempt_signals has {name}, which is no signal that a process can handle: "
-                "give names such as SIGUSR2"
-            )
-    if schedule.name == "piecewise" and "weights" not in schedule.milestones:
-        refuse(
-            "optim.schedule.name is piecewise, but optim.schedule.milestones has no row 'weights': "
-            "give {weights: [[0, 0.01], ...]}"
-        )
+def _error(message: str) -> UserError:
+    return UserError(message, on_all_ranks=True)
 
 
-def pop_option(arguments: list[str], name: str) -> tuple[list[str], list[str]]:
-    """The values of an option of a command's own, which end with the next option, and the other
-    words."""
-    values: list[str] = []
-    rest: list[str] = []
-    taking = False
-    for word in arguments:
-        option, _, value = word.partition("=")
-        begins = word.startswith("-")
-        if begins:
-            taking = option == f"--{name}"
-        if not taking:
-            rest.append(word)
-        elif not begins:
-            values.append(word)
-        elif value:
-            values.append(value)
-    return values, rest
+def _value_error(name: str, value: Any, where: str | None) -> UserError:
+    new = OLD_NAMES.get(f"{name}={value}")
+    hint = "" if new is None else f" (now {new})" if new else " (which is gone)"
+    place = f"{where}: " if where else ""
+    return _error(f"{place}option {name} must be {_expected(OPTIONS[name])}, not {value}{hint}")
+
+
+def _check_name(name: str, known: list[str], dashes: str, where: str) -> None:
+    """Refuse an unknown option, with its new name or the nearest one."""
+    if name in known:
+        return
+    if name in OLD_NAMES and OLD_NAMES[name] in ("", *known):
+        new = f"now {dashes}{OLD_NAMES[name]}" if OLD_NAMES[name] else "gone: leave it out"
+        raise _error(f"option {dashes}{name}{where} is {new}")
+    same_end = [option for option in known if option.split(".")[-1] == name.split(".")[-1]]
+    near = difflib.get_close_matches(name, same_end or known, 1, 0.0 if same_end else 0.5)
+    fix = f"did you mean {dashes}{near[0]}?" if near else "--help lists all options"
+    raise _error(f"there is no option {dashes}{name}{where}; {fix}")

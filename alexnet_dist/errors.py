@@ -1,4 +1,4 @@
-"""Failures that people can mend, and how a command ends on one."""
+"""Errors that users can fix, and how a command ends on one."""
 
 import os
 import signal
@@ -10,80 +10,64 @@ from typing import NoReturn
 
 
 class UserError(Exception):
-    """Something the user can mend: one sentence that names the thing and the mend.
+    """Something the user can fix: one message that names the thing and the fix.
 
-    ``everywhere`` tells that each process of the run raises the same, so that one may speak for
-    all of them.
+    With ``on_all_ranks`` every process of the run raises the same, and rank 0 alone prints it.
     """
 
-    def __init__(self, sentence: str, *, on_all_ranks: bool = False) -> None:
-        super().__init__(sentence)
+    def __init__(self, message: str, *, on_all_ranks: bool = False) -> None:
+        super().__init__(message)
         self.on_all_ranks = on_all_ranks
 
     def __reduce__(self) -> tuple[type["UserError"], tuple[str]]:
         return UserError, (str(self),)
 
 
-def stderr(sentence: str) -> None:
-    """One line to people."""
-    print(f"alexnet_dist: {sentence}", file=sys.stderr, flush=True)
+def print_error(message: str) -> None:
+    """Print one line to stderr."""
+    print(f"alexnet_dist: {message}", file=sys.stderr, flush=True)
 
 
 def run_command(main: Callable[[list[str]], None]) -> NoReturn:
-    """Run a command; a Failure ends it with its sentence, exit code 1 and no traceback."""
-    arguments = sys.argv[1:]
-    first = os.environ.get("RANK", "0") == "0"
+    """Run a command; a UserError ends it with its message, exit code 1 and no traceback."""
+    rank, code = os.environ.get("RANK", "0"), 1
     try:
-        main(arguments)
-    except UserError as failure:
-        if "--debug" in arguments:
+        main(sys.argv[1:])
+        sys.exit(0)
+    except UserError as error:
+        if "--debug" in sys.argv:
             traceback.print_exc()
-        if first or not failure.on_all_ranks:
-            stderr(str(failure))
+        if rank == "0" or not error.on_all_ranks:
+            print_error(str(error))
         else:
-            time.sleep(2)  # torchrun ends the others once one has ended: let the first one speak
-        _start_no_more()
-        _end(1)
+            time.sleep(2)  # torchrun kills the others once one has exited: let rank 0 print first
+        _stop_elastic_restarts()
     except KeyboardInterrupt:
-        if first:
-            stderr("interrupted; the same command goes on from the last checkpoint")
-        _end(130)
-    except BrokenPipeError:  # whoever read along has heard enough: "... | head"
+        if rank == "0":
+            print_error("interrupted; the same command resumes from the last checkpoint")
+        code = 130
+    except BrokenPipeError:  # "... | head" has read enough
         os._exit(1)
-    except RuntimeError as error:
-        if "--debug" not in arguments and _lost_peer(error):
-            time.sleep(1)
-            stderr(
-                f"process {os.environ.get('RANK', '0')} lost another process of this run, and "
-                "ends; the message of the one that ended first says why"
-            )
-            _end(1)
-        traceback.print_exc()
-        _end(1)
-    except Exception:
-        traceback.print_exc()
-        _end(1)
-    sys.exit(0)
-
-
-def _start_no_more() -> None:
-    """Have torchrun end, where it would start this process again (--max-restarts): what a person
-    has to mend would only be said again."""
-    starts_left = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) - int(
-        os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
-    )
-    if starts_left > 0 and "RANK" in os.environ:
-        os.kill(os.getppid(), signal.SIGTERM)
-        time.sleep(1)
-
-
-def _lost_peer(error: RuntimeError) -> bool:
-    words = ("closed by peer", "reset by peer", "Broken pipe", "NCCL", "Connection refused")
-    return any(word in str(error) for word in words)
-
-
-def _end(code: int) -> NoReturn:
-    """Leave at once: a normal exit would wait for threads, and for processes that are gone."""
+    except Exception as error:
+        if "--debug" in sys.argv or not _is_lost_peer_error(error):
+            traceback.print_exc()
+        else:
+            time.sleep(1)  # the one that exited first says why
+            print_error(f"process {rank} exits, since it lost another process of this run")
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)
+    os._exit(code)  # a normal exit would wait for threads, and for processes that are gone
+
+
+def _is_lost_peer_error(error: Exception) -> bool:
+    words = ("closed by peer", "reset by peer", "Broken pipe", "NCCL", "Connection refused")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
+def _stop_elastic_restarts() -> None:
+    """Have torchrun exit instead of restarting (--max-restarts) what a person has to fix."""
+    names = ("TORCHELASTIC_MAX_RESTARTS", "TORCHELASTIC_RESTART_COUNT")
+    allowed, done = (int(os.environ.get(name, 0)) for name in names)
+    if allowed > done and "RANK" in os.environ:
+        os.kill(os.getppid(), signal.SIGTERM)
+        time.sleep(1)

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from alexnet_dist.assembly.trained import LoadedModel, read
 from alexnet_dist.config import CommandParser
 from alexnet_dist.data.photographs import Viewed, finish, look, paths
-from alexnet_dist.errors import UserError, run_command, stderr
+from alexnet_dist.errors import UserError, print_error, run_command
 from alexnet_dist.parallel.ddp import DDPLayout
 from alexnet_dist.parallel.mesh import Mesh, init_distributed
 from alexnet_dist.parallel.precision import configure_backends, resolve_precision
@@ -61,7 +61,7 @@ def main(arguments: list[str]) -> None:
             network, mesh, files, 10 if words.ten_crop else 1, words.top, words.batch
         ):
             if isinstance(one, Viewed):
-                stderr(f"{one.path} cannot be read ({one.reason}): it is left out")
+                print_error(f"{one.path} cannot be read ({one.reason}): it is left out")
                 bad += 1
                 continue
             good += 1

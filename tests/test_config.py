@@ -11,12 +11,14 @@ from alexnet_dist.config import (
     OPTIONS,
     CommandParser,
     Config,
+    RunConfig,
     check_resume_compatible,
     config_dir,
     flatten,
     from_dict,
     nest,
     parse,
+    time_limit,
     to_dict,
 )
 from alexnet_dist.errors import UserError
@@ -87,9 +89,12 @@ def test_config_of_a_resumed_run_is_below_file_and_command_line() -> None:
         (["--optim.schedule.milestones={weights: 3}"], "must be lists of [epochs, lr] by name"),
         (["--config=nowhere.yaml"], "there is no config nowhere.yaml; the package brings cifar10"),
         (["--data.image_size=300"], "raise data.resize_size"),
-        (["--optim.schedule.name=piecewise"], "no row 'weights'"),
-        (["--run.time_limit=soon"], "run.time_limit soon is no duration"),
-        (["--run.preempt_signals=[SIGKILL]"], "run.preempt_signals has SIGKILL, which is no"),
+        (["--optim.schedule.name=piecewise"], "there is no lr of weights: give optim"),
+        (
+            ["--run.time_limit=soon"],
+            "must be seconds, M:S, H:M:S or D-H:M:S, not soon",
+        ),
+        (["--run.preempt_signals=[SIGKILL]"], "must be a list of SIGHUP, SIGQUIT, SIGUSR1"),
     ],
 )
 def test_config_errors_name_the_option_and_the_fix(words: list[str], message: str) -> None:
@@ -99,18 +104,18 @@ def test_config_errors_name_the_option_and_the_fix(words: list[str], message: st
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("optim: {learning_rate: 1}", "mine.yaml named optim.learning_rate; did you mean optim."),
-        ("optm: {lr: 1}", "mine.yaml named optm.lr; did you mean optim.lr?"),
-        ("optim: 3", "there is no option in"),
+        ("optim: {learning_rate: 1}", "no option optim.learning_rate in"),
+        ("optm: {lr: 1}", "mine.yaml; did you mean optim.lr?"),
+        ("optim: 3", "there is no option optim in"),
         ("optim: [lr", "is not YAML"),
         ("[optim]", "holds no options: it needs lines like 'optim: {lr: 0.01}'"),
         ("data: {train_crop: square}", "data.train_crop must be one of paper, chunked, random_res"),
         ("optim: {lr: fast}", "optim.lr must be a number of at least 0, not fast"),
         ("optim: {lr: null}", "optim.lr must be a number of at least 0, not null"),
         ("data: {batch_size: many}", "data.batch_size must be a whole number of at least 1"),
-        ("data: {engine: dali}", "named data.engine is now data.loader"),
+        ("data: {engine: dali}", "mine.yaml is now data.loader"),
         ("data: {loader: dataloader}", "dali, torch, gpu_cache, not dataloader (now torch)"),
-        ("runtime: {weight_copies: true}", "named runtime.weight_copies is gone: leave it out"),
+        ("runtime: {weight_copies: true}", "mine.yaml is gone: leave it out"),
     ],
 )
 def test_config_files_are_held_to_the_same_rules(text: str, message: str, tmp_path: Path) -> None:
@@ -145,7 +150,7 @@ def test_config_old_names_are_refused_with_the_new_ones() -> None:
 def test_config_kept_by_an_earlier_version_is_refused() -> None:
     with pytest.raises(UserError, match=r"^RUN was written by alexnet_dist 0\.1\.0"):
         from_dict({"data": {"engine": "dali"}}, "RUN")
-    with pytest.raises(UserError, match=r"option in RUN named data\.loder; did you mean"):
+    with pytest.raises(UserError, match=r"no option data\.loder in RUN; did you mean"):
         from_dict({"data": {"loder": "dali"}}, "RUN")
 
 
@@ -156,6 +161,12 @@ def test_config_lists_and_dicts() -> None:
     assert parse(["--optim.lr_mults={conv1.weight: 2}"]).config.optim.lr_mults == {
         "conv1.weight": 2
     }
+
+
+def test_config_durations() -> None:
+    for text, seconds in {"90": 90, "1:30": 90, "1:00:30.5": 3630.5, "2-01:00:00": 176400}.items():
+        assert time_limit(parse([f"--run.time_limit={text}"]).config.run) == seconds
+    assert time_limit(RunConfig()) is None
 
 
 def test_config_flat_and_nested_are_the_same() -> None:
@@ -191,7 +202,7 @@ def test_config_help_says_what_options_mean(capsys: pytest.CaptureFixture[str]) 
     with pytest.raises(SystemExit):
         parse(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "Global batch size: images per step, over all processes" in text
+    assert "Images per step over all processes" in text
     for option in OPTIONS:
         assert f"--{option} " in text
 

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from torch.distributed.distributed_c10d import _get_default_store
 
-from alexnet_dist.errors import stderr
+from alexnet_dist.errors import print_error
 from alexnet_dist.parallel.mesh import Mesh
 
 
@@ -101,7 +101,7 @@ class HangDetector:
     ) -> NoReturn:
         others = [rank for rank in range(self._world) if rank not in behind]
         if self._rank == (others[0] if others else 0):
-            stderr(
+            print_error(
                 f"{what}: the run ends, and the same command goes on from its last checkpoint "
                 "(slow storage wants a higher --runtime.hang_timeout)"
             )

@@ -10,7 +10,7 @@ from pathlib import Path
 from queue import Queue
 from typing import Any, Literal
 
-from alexnet_dist.errors import stderr
+from alexnet_dist.errors import print_error
 from alexnet_dist.tracking import Event
 
 Mode = Literal["auto", "online", "offline", "off"]
@@ -95,7 +95,7 @@ class WandbSink:
         config: dict[str, Any],
         mode: Mode,
         project: str,
-        warn: Callable[[str], None] = stderr,
+        warn: Callable[[str], None] = print_error,
     ) -> None:
         options = {"config": config, "name": folder.name, "project": project, "resume": "allow"}
         self._init_run = partial(init_run, folder, run_id, **options)

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from alexnet_dist.errors import stderr
+from alexnet_dist.errors import print_error
 
 FILE = "PREEMPT"
 
@@ -169,7 +169,7 @@ class PreemptionHandler:
 
     def _time_is_up(self) -> None:
         self._leave()
-        stderr(
+        print_error(
             f"process {self._rank} could not save within {self._grace:g} s of SIGTERM, and "
             "ends; the checkpoint before is intact"
         )
