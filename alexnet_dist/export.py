@@ -1,377 +1,192 @@
-"""A trained network as files for other programs, each held to the network before it is kept.
+"""Export a trained network to files for other programs; each is tried before it is kept.
 
 python -m alexnet_dist.export --checkpoint RUN --out FOLDER [--format safetensors onnx ...]
-safetensors   the weights under our names, all that is known of them in the header; predict and
-              evaluate take it as --checkpoint, and training as --model.pretrained
-onnx          for onnxruntime and others, any batch
-torch_export  torch.export's .pt2, any batch
-torchvision   a state_dict for torchvision.models.alexnet, of variant torchvision only
---preprocess puts the pixels' way into onnx and torch_export: their input is then uint8 [batch,
-height, width, 3] of any size, of which the central view is cut, resized and normalised as in
-evaluation. Images whose shorter side is data.resize_size are not resized, and give the same pixels;
-in others a value of 0..255 may differ by 1.
-A folder gets a MODEL_CARD.md, too. --out may be a file, of one format.
+safetensors   model.safetensors: the weights, and in the header all that is known of them; predict
+              and evaluate take the file as --checkpoint, training as --model.pretrained
+onnx          model.onnx: for onnxruntime and others, any batch size
+torchvision   torchvision.pth: a state_dict of torchvision.models.alexnet, from model.arch
+              torchvision only
+Beside them goes a MODEL_CARD.md of facts.
 """
 
-import contextlib
 import importlib.util
 import json
 import logging
 import os
 import warnings
-from argparse import Namespace
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torchvision
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from alexnet_dist.assembly.trained import LoadedModel, read
 from alexnet_dist.config import CommandParser
-from alexnet_dist.data.photographs import finish
 from alexnet_dist.errors import UserError, run_command
 from alexnet_dist.model import MODEL_REGISTRY
-from alexnet_dist.model.preprocessing import Preprocessed
 from alexnet_dist.parallel.mesh import init_distributed
-from alexnet_dist.tracking.card import Exported, card
 from alexnet_dist.training import weights
 
-OPSET = 18
-BATCHES = (2, 1, 5)
+FILES = {"safetensors": "model.safetensors", "onnx": "model.onnx", "torchvision": "torchvision.pth"}
+BATCH_SIZES = (2, 1, 5)
 """Of the random images that a file is tried on."""
 TOLERANCE = 1e-3
-"""How far a graph's scores may be from the network's, as a part of the largest: other programs add
-in other orders."""
-KNOWN = ("step", "best", "run", "classes", "unnamed", "statistics", "fingerprint", "images")
-"""What of a checkpoint's state goes along, besides its options and versions."""
-
-Answers = Callable[[Tensor], NDArray[np.float32]]
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What is exported: a network, on the CPU in float32.
-
-    Attributes:
-        ready: takes what the graphs take; ``model`` itself, or with the pixels' way before it.
-    """
-
-    trained: LoadedModel
-    model: nn.Module
-    ready: nn.Module
-    preprocess: bool
-    opset: int
-
-    def images(self, batch: int) -> Tensor:
-        """Random images, as stored: uint8 [batch, H, W, 3]."""
-        data = self.trained.config.data
-        short = data.resize_size if self.preprocess else data.image_size
-        long = short + 9 if self.preprocess else short
-        generator = torch.Generator().manual_seed(batch)
-        return torch.randint(0, 256, (batch, short, long, 3), generator=generator).to(torch.uint8)
-
-    def finished(self, images: Tensor) -> Tensor:
-        """The input that the network wants for them: their central view, which is not resized."""
-        side = self.trained.config.data.image_size
-        top, left = ((length - side) // 2 for length in images.shape[1:3])
-        central = images[:, top : top + side, left : left + side].permute(0, 3, 1, 2)
-        return finish(central, self.trained.pixels, torch.device("cpu")).contiguous()
-
-    def takes(self, images: Tensor) -> Tensor:
-        """The input that the graphs want for them."""
-        return images if self.preprocess else self.finished(images)
-
-    def sizes(self) -> dict[int, Any]:
-        """The dimensions of what the graphs take that may be of any length."""
-        names = ("batch", "height", "width") if self.preprocess else ("batch",)
-        return {at: torch.export.Dim(name) for at, name in enumerate(names)}
-
-
-@dataclass(frozen=True)
-class Format:
-    """A kind of file: its name, how it is written, and how it is read back to answer."""
-
-    file: str
-    write: Callable[[Subject, Path], None]
-    read: Callable[[Subject, Path], Answers]
-    packages: tuple[str, ...] = ()
+"""Error of logits, relative to the largest: other programs add in another order."""
+PUBLIC_STATE = ("step", "best", "run", "classes", "unnamed", "statistics", "dataset_hash", "images")
+"""What of a checkpoint's state goes into a file, besides its options and versions."""
 
 
 def main(arguments: list[str]) -> None:
     """Export as the command line says."""
-    words = _understand(arguments)
-    places = _places(words)
-    trained = read(words.checkpoint)
-    _refuse(words, trained)
+    parser = CommandParser("export", __doc__, trainer_options=False)
+    parser.add_argument("--checkpoint", metavar="RUN", required=True, help="what predict takes")
+    parser.add_argument("--out", metavar="FOLDER", required=True)
+    parser.add_argument("--format", nargs="+", choices=FILES, default=["safetensors"])
+    args = parser.parse(arguments).args
+    trained, out = read(args.checkpoint), Path(args.out)
+    _check_formats(args.format, trained.config.model.arch)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be made ({error.strerror}): give another") from None
     init_distributed("cpu")
-    subject = _subject(trained, words)
-    far = {}
-    for name, place in places.items():
-        far[name] = _export(FORMATS[name], subject, place)
-        size = place.stat().st_size / 1e6
-        print(f"{place}: {size:.1f} MB, {_agreement(far[name])}", flush=True)
-    if not _is_file(words.out):
-        page = Path(words.out, "MODEL_CARD.md")
-        text = card(shared(trained), _described(subject, places, far))
-        page.write_text(text, encoding="utf-8")
-        print(page, flush=True)
+    model, facts = _model(trained), []
+    for name in args.format:
+        file = out / FILES[name]
+        off = _export(name, trained, model, file)
+        facts.append(f"{file.name}: {file.stat().st_size / 1e6:.1f} MB, logits off by {off:.1g}")
+        print(f"{out}/{facts[-1]}", flush=True)
+    (out / "MODEL_CARD.md").write_text(model_card(trained, model, facts), encoding="utf-8")
 
 
-def shared(trained: LoadedModel) -> dict[str, Any]:
-    """What is known of a network, less the paths of the machine that it was trained on."""
-    state = trained.state
-    config = {part: dict(options) for part, options in state["config"].items()}
-    for name in ("root", "cache"):
-        config.get("data", {}).pop(name, None)
-    for part in ("run", "track"):
-        config.pop(part, None)
-    if config["model"].get("weights"):
-        config["model"]["weights"] = Path(config["model"]["weights"]).name
-    known = {name: state[name] for name in KNOWN if name in state}
-    return known | {
-        "variant": trained.config.model.arch,
-        "config": config,
-        "versions": state.get("versions", {}),
-    }
-
-
-def _described(subject: Subject, places: dict[str, Path], far: dict[str, float]) -> Exported:
-    trained, pixels = subject.trained, subject.trained.pixels
-    return Exported(
-        source=MODEL_REGISTRY[trained.config.model.arch].source,
-        outputs=trained.outputs,
-        side=trained.config.data.image_size,
-        resize=trained.config.data.resize_size,
-        mean=pixels.mean.tolist(),
-        std=pixels.std.tolist(),
-        dropout=trained.config.model.dropout,
-        preprocess=subject.preprocess,
-        files={name: (place.name, _agreement(far[name])) for name, place in places.items()},
-    )
-
-
-def _export(kind: Format, subject: Subject, place: Path) -> float:
-    """Write a file, and try it: how far from the network its scores are at most, as a part of the
-    largest."""
-    partial = place.with_name(f".partial-{place.name}")
-    try:
-        with _quiet():
-            kind.write(subject, partial)
-        far = _distance(subject, kind.read(subject, partial))
-        if not far <= TOLERANCE:
-            raise UserError(
-                f"{place.name} would not compute what the network does (its scores are off by "
-                f"{far:.2g} of the largest), and is not kept: try another version of torch or onnx"
-            )
-        os.replace(partial, place)
-        return far
-    except (OSError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or "the disk takes no more"
-        if isinstance(error, RuntimeError) and "inline_container" not in str(error):
-            raise  # else it is torch's writer of archives, which does not say why it stopped
+def _check_formats(names: list[str], arch: str) -> None:
+    """Refuse what cannot be exported, before anything is."""
+    needed = ("onnx", "onnxscript", "onnxruntime") if "onnx" in names else ()
+    missing = [package for package in needed if importlib.util.find_spec(package) is None]
+    if missing:
         raise UserError(
-            f"{place} cannot be written ({reason}): make room, or give another --out"
-        ) from None
-    finally:
-        partial.unlink(missing_ok=True)
+            f"--format onnx needs {', '.join(missing)}: pip install 'alexnet-dist[export]'"
+        )
+    if "torchvision" in names and arch != "torchvision":
+        raise UserError(
+            f"torchvision's class is another network than {arch}, and cannot take its weights: "
+            "leave out --format torchvision, or train --model.arch torchvision"
+        )
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what torch and onnx say of their internals."""
-    logging.disable(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(logging.NOTSET)
+def public_state(trained: LoadedModel) -> dict[str, Any]:
+    """What is known of a network, without the paths of the machine that trained it."""
+    config = {section: dict(options) for section, options in trained.state["config"].items()}
+    for option in ("root", "cache_dir"):
+        config.get("data", {}).pop(option, None)
+    for section in ("run", "wandb"):
+        config.pop(section, None)
+    if pretrained := config["model"].get("pretrained"):
+        config["model"]["pretrained"] = Path(pretrained).name
+    state = {name: trained.state[name] for name in PUBLIC_STATE if name in trained.state}
+    versions = trained.state.get("versions", {})
+    return state | {"arch": trained.config.model.arch, "config": config, "versions": versions}
+
+
+def model_card(trained: LoadedModel, model: nn.Module, files: list[str]) -> str:
+    """A page of facts, in Markdown."""
+    state, data, pixels = trained.state, trained.config.data, trained.pixels
+    best, arch = state.get("best") or {}, trained.config.model.arch
+    evaluation = ", ".join(f"{name} {value}" for name, value in best.items()) or "not known"
+    classes = ", ".join(trained.labels[:10]) + (", ..." if trained.outputs > 10 else "")
+    return f"""# AlexNet, model.arch {arch}
+
+- architecture: {MODEL_REGISTRY[arch].source} (P: the paper of 2012, S: its authors' source code)
+- parameters: {sum(p.numel() for p in model.parameters() if p.requires_grad):,}
+- run: {state.get("run", "not known")}, step {state.get("step", "not known")}
+- best evaluation: {evaluation}
+- input: RGB, float32 [B, 3, {data.image_size}, {data.image_size}], (pixel of 0..255 - mean) / std
+- mean {pixels.mean.tolist()}, std {pixels.std.tolist()}
+- crop: the center of an image whose shorter side is {data.resize_size}
+- output: logits [B, {trained.outputs}] of the classes {classes}
+""" + "".join(f"- {file}\n" for file in files)
 
 
 @torch.no_grad()
-def _distance(subject: Subject, answers: Answers) -> float:
-    far = []
-    for batch in BATCHES:
-        images = subject.images(batch)
-        right = subject.model(subject.finished(images)).numpy()
-        far.append(np.abs(answers(images) - right).max() / max(np.abs(right).max(), 1e-30))
-    return float(np.max(far))
-
-
-def _subject(trained: LoadedModel, words: Namespace) -> Subject:
-    model = _plain(trained)
-    data, pixels = trained.config.data, trained.pixels
-    ready: nn.Module = model
-    if words.preprocess:
-        mean, std = torch.from_numpy(pixels.mean), torch.from_numpy(pixels.std)
-        ready = Preprocessed(model, mean, std, side=data.image_size, fraction=trained.fraction)
-    subject = Subject(trained, model, ready.eval(), words.preprocess, words.opset)
-    with torch.no_grad():  # layers make their constants when they first compute
-        subject.ready(subject.takes(subject.images(1)))
-    return subject
-
-
-def _plain(trained: LoadedModel) -> nn.Module:
-    """The network with its weights in the order that their files have."""
-    return trained.model(torch.device("cpu")).to(memory_format=torch.contiguous_format)
-
-
-# the formats
-
-
-def _write_safetensors(subject: Subject, path: Path) -> None:
-    weights.write(path, subject.model.state_dict(), shared(subject.trained))
-
-
-def _read_safetensors(subject: Subject, path: Path) -> Answers:
-    model = _plain(read(str(path)))
-    return lambda images: model(subject.finished(images)).numpy()
-
-
-def _write_onnx(subject: Subject, path: Path) -> None:
-    program = torch.onnx.export(
-        subject.ready,
-        (subject.takes(subject.images(2)),),
-        dynamo=True,
-        dynamic_shapes=(subject.sizes(),),
-        opset_version=subject.opset,
-        input_names=["images"],
-        output_names=["scores"],
-        external_data=False,
-        verbose=False,
-    )
-    assert program is not None
-    if program.model.opset_imports[""] != subject.opset:  # it says so in a log, and goes on
+def _export(name: str, trained: LoadedModel, model: nn.Module, file: Path) -> float:
+    """Write a file and try it; the largest error of its logits, relative to the largest logit."""
+    partial, errors = file.with_name(f".partial-{file.name}"), []
+    try:
+        _write(name, trained, model, partial)
+        infer = _read(name, trained, partial)
+        for batch in BATCH_SIZES:
+            images = _random_images(trained, batch)
+            exact = model(images).numpy()
+            errors.append(np.abs(np.asarray(infer(images)) - exact).max() / np.abs(exact).max())
+        if not np.max(errors) <= TOLERANCE:  # NaN is an error, too
+            raise UserError(
+                f"{file.name} would not compute what the network does (its logits are off by "
+                f"{np.max(errors):.2g} of the largest), and is not kept: try another version of "
+                "torch or onnx"
+            )
+        os.replace(partial, file)
+    except OSError as problem:
         raise UserError(
-            f"--opset {subject.opset} cannot be written by the torch and onnx that are installed: "
-            f"leave it out, for {OPSET}"
-        )
-    program.model.metadata_props["classes"] = json.dumps(subject.trained.labels)
-    program.save(path, external_data=False)
+            f"{file} cannot be written ({problem.strerror}): make room, or give another --out"
+        ) from None
+    finally:
+        partial.unlink(missing_ok=True)
+    return float(np.max(errors))
 
 
-def _read_onnx(subject: Subject, path: Path) -> Answers:
+def _write(name: str, trained: LoadedModel, model: nn.Module, path: Path) -> None:
+    if name == "safetensors":
+        weights.write(path, model.state_dict(), public_state(trained))
+    elif name == "torchvision":
+        torch.save({key: tensor.clone() for key, tensor in model.state_dict().items()}, path)
+    else:
+        images = _random_images(trained, 2)
+        model(images)  # LRN makes its window in its first forward
+        logging.disable(logging.ERROR)  # what torch and onnx log of their internals
+        with warnings.catch_warnings(action="ignore"):
+            program = torch.onnx.export(
+                model,
+                (images,),
+                dynamo=True,
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                input_names=["images"],
+                output_names=["logits"],
+                verbose=False,
+            )
+        logging.disable(logging.NOTSET)
+        assert program is not None
+        program.model.metadata_props["classes"] = json.dumps(trained.labels)
+        program.save(path, external_data=False)
+
+
+def _read(name: str, trained: LoadedModel, path: Path) -> Callable[[Tensor], Any]:
+    """The network of a file: images [B, 3, H, W] to logits [B, classes]."""
+    if name == "safetensors":
+        return _model(read(str(path)))
+    if name == "torchvision":
+        model = torchvision.models.alexnet(num_classes=trained.outputs).eval()
+        model.load_state_dict(torch.load(path, weights_only=True))
+        return model
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    return lambda images: session.run(None, {"images": subject.takes(images).numpy()})[0]
+    return lambda images: session.run(None, {"images": images.numpy()})[0]
 
 
-def _write_graph(subject: Subject, path: Path) -> None:
-    images = subject.takes(subject.images(2))
-    program = torch.export.export(subject.ready, (images,), dynamic_shapes=(subject.sizes(),))
-    names = json.dumps(subject.trained.labels)
-    torch.export.save(program, path, extra_files={"classes.json": names})
+def _model(trained: LoadedModel) -> nn.Module:
+    """The network on the CPU in float32, its weights contiguous as files have them."""
+    return trained.model(torch.device("cpu")).to(memory_format=torch.contiguous_format)
 
 
-def _read_graph(subject: Subject, path: Path) -> Answers:
-    program = torch.export.load(path).module()
-    return lambda images: program(subject.takes(images)).numpy()
-
-
-def _write_torchvision(subject: Subject, path: Path) -> None:
-    state = {name: tensor.clone() for name, tensor in subject.model.state_dict().items()}
-    torch.save(state, path)
-
-
-def _read_torchvision(subject: Subject, path: Path) -> Answers:
-    model = torchvision.models.alexnet(num_classes=subject.trained.outputs).eval()
-    model.load_state_dict(torch.load(path, weights_only=True))
-    return lambda images: model(subject.finished(images)).numpy()
-
-
-FORMATS = {
-    "safetensors": Format("model.safetensors", _write_safetensors, _read_safetensors),
-    "onnx": Format("model.onnx", _write_onnx, _read_onnx, ("onnx", "onnxscript", "onnxruntime")),
-    "torch_export": Format("model.pt2", _write_graph, _read_graph),
-    "torchvision": Format("torchvision.pth", _write_torchvision, _read_torchvision),
-}
-_GRAPHS = ("onnx", "torch_export")
-
-
-# the command line
-
-
-def _understand(arguments: list[str]) -> Namespace:
-    options = CommandParser("export", __doc__, trainer_options=False)
-    add = options.add_argument
-    add("--checkpoint", metavar="RUN", help="a run, a checkpoint, an export, torchvision's weights")
-    add("--out", metavar="FOLDER", help="a folder, or a file of one format")
-    add("--format", nargs="+", default=[], metavar="FORMAT", help=f"{', '.join(FORMATS)}")
-    add("--preprocess", action="store_true", help="take images as they are stored")
-    add("--opset", type=int, default=OPSET, help=f"of onnx ({OPSET})")
-    words = options.parse(arguments).args
-    if words.checkpoint is None:
-        raise UserError(
-            "there is no network: give --checkpoint a run's folder, or an exported file"
-        )
-    if words.out is None:
-        raise UserError("there is no place to write to: give --out a folder, or a file")
-    unknown = [name for name in words.format if name not in FORMATS]
-    if unknown:
-        raise UserError(f"there is no format {unknown[0]}; there are {', '.join(FORMATS)}")
-    return words
-
-
-def _is_file(out: str) -> bool:
-    endings = {Path(kind.file).suffix for kind in FORMATS.values()}
-    return Path(out).suffix in endings and not Path(out).is_dir()
-
-
-def _places(words: Namespace) -> dict[str, Path]:
-    """Where each format goes, in a folder that is made if it is not there."""
-    out = Path(words.out)
-    folder = out.parent if _is_file(words.out) else out
-    if _is_file(words.out):
-        by_ending = [name for name, kind in FORMATS.items() if Path(kind.file).suffix == out.suffix]
-        if words.format not in ([], by_ending):
-            raise UserError(
-                f"--out {out} is a file of format {by_ending[0]}, not {' '.join(words.format)}: "
-                "give --out a folder"
-            )
-        places = {by_ending[0]: out}
-    else:
-        places = {name: out / FORMATS[name].file for name in words.format or ["safetensors"]}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {folder} cannot be made ({error.strerror}): give another") from None
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"--out {folder} cannot be written: give another folder")
-    words.format = list(places)
-    return places
-
-
-def _refuse(words: Namespace, trained: LoadedModel) -> None:
-    """Refuse what cannot be exported, before anything is."""
-    for name in words.format:
-        missing = [one for one in FORMATS[name].packages if importlib.util.find_spec(one) is None]
-        if missing:
-            raise UserError(
-                f"--format {name} needs {', '.join(missing)}: pip install 'alexnet-dist[export]'"
-            )
-    variant = trained.config.model.arch
-    if "torchvision" in words.format and variant != "torchvision":
-        raise UserError(
-            f"torchvision's class is another network than {variant}, and cannot take its weights: "
-            "leave out --format torchvision, or train --model.arch torchvision"
-        )
-    if words.preprocess and not set(_GRAPHS) & set(words.format):
-        raise UserError(
-            f"--preprocess is for --format {' and '.join(_GRAPHS)}: weights hold no graph"
-        )
-
-
-def _agreement(far: float) -> str:
-    """How far a file was found to be from the network, for people."""
-    if far == 0:
-        return "gives the network's scores to the bit"
-    return f"gives the network's scores to {far:.1g} of the largest"
+def _random_images(trained: LoadedModel, batch: int) -> Tensor:
+    """Random pixels, normalized: float32 [batch, 3, H, W]."""
+    shape = batch, 3, *[trained.config.data.image_size] * 2
+    pixels = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(batch))
+    mean, std = torch.from_numpy(trained.pixels.mean), torch.from_numpy(trained.pixels.std)
+    return ((pixels - mean[:, None, None]) / std[:, None, None]).float()
 
 
 if __name__ == "__main__":
