@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 from torch.nn.functional import interpolate
 
-from alexnet_dist.prepare.images import OutputFormat, RunningMoments, resize_image
+from alexnet_dist.prepare.images import OutputFormat, compute_moments, resize_image
 from benchmarks.common import machine_info
 
 SIDE, QUALITY = 256, 95
@@ -49,7 +49,7 @@ def plain(encoded: bytes, way: Image.Resampling) -> bytes:
 
 
 def ours(encoded: bytes) -> np.ndarray:
-    return resize_image(np.frombuffer(encoded, np.uint8), FORM).pixels
+    return resize_image(np.frombuffer(encoded, np.uint8), FORM)[0]
 
 
 def apart(first: np.ndarray, second: np.ndarray) -> tuple[float, int]:
@@ -97,12 +97,11 @@ def main() -> None:
 
     torch.set_num_threads(1)
     files = [path.read_bytes() for path in sorted(words.data.rglob("*.JPEG"))]
-    moments = RunningMoments()
     ways: dict[str, Callable[[bytes], Any]] = {
         "Pillow, lanczos": lambda encoded: plain(encoded, FILTERS["lanczos"]),
         "Pillow, bicubic": lambda encoded: plain(encoded, FILTERS["bicubic"]),
         "ours": ours,
-        "ours with statistics": lambda encoded: moments.add(ours(encoded)),
+        "ours with statistics": lambda encoded: compute_moments(ours(encoded)),
     }
     speeds: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(words.rounds + 1):

@@ -1,12 +1,11 @@
 """Prepare ImageNet for training: 256-pixel JPEGs in tar shards, or raw pixels.
 
 python -m alexnet_dist.prepare IMAGENET --out DIR
-python -m alexnet_dist.prepare ILSVRC2012_img_train.tar --val ILSVRC2012_img_val.tar --out DIR
 
-IMAGENET is recognized by its content: the official tars beside the devkit; class folders in train/
-and val/; Kaggle's ILSVRC/Data/CLS-LOC with LOC_val_solution.csv; Hugging Face's parquet files;
-webdataset tars. It is only read. Parquet files are copied into DIR/.partial first, which takes as
-much room until the end.
+IMAGENET is a folder, recognized by its content: the official tars and the devkit; class folders in
+train/ and val/; Kaggle's ILSVRC/Data/CLS-LOC with LOC_val_solution.csv; Hugging Face's parquet
+files; webdataset tars. It is only read. Parquet files are copied into DIR/.partial first, which
+takes as much room until the end.
 
 Images become RGB JPEGs with --size pixels on the shorter side; smaller ones keep their bytes. DIR
 has the same bytes for any number of workers; after a kill, the same command resumes. Train on it
@@ -17,9 +16,10 @@ import argparse
 import contextlib
 import fcntl
 import functools
+import hashlib
 import json
 import os
-import sys
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,8 +29,8 @@ from alexnet_dist.config import CommandParser
 from alexnet_dist.data.prepared import PREPARED
 from alexnet_dist.errors import UserError, run_command
 from alexnet_dist.prepare import shards
-from alexnet_dist.prepare.files import check_free_space, write_json
 from alexnet_dist.prepare.images import OutputFormat
+from alexnet_dist.prepare.listing import write_json
 from alexnet_dist.prepare.sources import discover_dataset
 from alexnet_dist.prepare.workers import run_jobs
 from alexnet_dist.tracking.console import ProgressReporter
@@ -41,18 +41,13 @@ def main(arguments: list[str]) -> None:
     args = parse_args(arguments)
     out: Path = args.out.absolute()
     form = OutputFormat(args.format, args.size, args.crop, args.quality)
-    request = {
-        "input": str(args.input.absolute()),
-        "val": str(args.val.absolute()) if args.val else None,
-        "shard_mb": args.shard_mb,
-        "seed": args.seed,
-        **vars(form),
-    }
+    source = str(args.input.absolute())
+    request = {"input": source, "shard_mb": args.shard_mb, **vars(form)}
     if (out / PREPARED).is_file():
-        check_same_request(out, out / PREPARED, request)
+        check_same_request(out, json.loads((out / PREPARED).read_text()), request)
         print(f"{out} is already prepared with these options; remove it to start from scratch")
         return
-    check_output_dir(out, [args.input, *([args.val] if args.val else [])])
+    check_output_dir(out, args.input)
     try:
         with exclusive_lock(out):
             start = time.perf_counter()
@@ -70,21 +65,23 @@ def prepare(
 ) -> dict[str, Any]:
     """Write, verify and index all shards, less what is done already; prepared.json's content."""
     with ProgressReporter() as progress:
-        listing = discover_dataset(args.input, args.val, out / shards.PARTIAL, progress)
-        request |= {"image_list_hash": listing.hash()}
+        listing = discover_dataset(args.input, out / shards.PARTIAL, progress)
+        total = len(listing.entries)
+        names = repr([entry[:3] for entry in listing.entries])
+        request |= {"image list": hashlib.sha256(names.encode()).hexdigest()[:16]}
         plan = out / shards.PARTIAL / "plan.json"
-        if plan.exists():
-            check_same_request(out, plan, request)
-        else:
-            image_bytes = shards.estimate_image_bytes(listing, form, args.seed)
-            check_free_space(out, image_bytes * len(listing.entries), "the prepared folder")
+        if not plan.exists():
+            image_bytes = shards.estimate_image_bytes(listing, form)
+            size, free = image_bytes * total / 1e9, shutil.disk_usage(out).free / 1e9
+            if size > free:
+                raise UserError(f"about {size:.1f} GB are needed and {free:.1f} GB free: make room")
             images_per_shard = max(round(args.shard_mb * 1e6 / image_bytes), 1)
             write_json(plan, request | {"images_per_shard": images_per_shard})
-        images_per_shard = json.loads(plan.read_text())["images_per_shard"]
-        jobs = list(shards.plan_jobs(out, listing, form, images_per_shard, args.seed))
+        planned = json.loads(plan.read_text())
+        check_same_request(out, planned, request)
+        jobs = list(shards.plan_jobs(out, listing, form, planned["images_per_shard"]))
         missing = [job for job in jobs if not job.record.exists()]
         write = functools.partial(shards.write_shard, args.on_corrupt_image)
-        total = len(listing.entries)
         for description, function, todo in (
             ("preparing", write, missing),
             ("verifying", shards.verify_shard, jobs),
@@ -97,23 +94,20 @@ def prepare(
         return shards.finalize(out, listing, jobs, request)
 
 
-def check_same_request(out: Path, path: Path, request: dict[str, Any]) -> None:
-    """Raise UserError if what is recorded at a path was asked for with other options."""
-    before = json.loads(path.read_text())
+def check_same_request(out: Path, before: dict[str, Any], request: dict[str, Any]) -> None:
+    """Refuse to resume with other options or images."""
     for name, value in request.items():
         if before.get(name) != value:
-            option = {"kind": "format"}.get(name, name)
             raise UserError(
-                f"{out} was made with {option} {before.get(name)}, not {value}: give another "
-                "--out, or remove it"
+                f"{out} was made with {name} {before.get(name)}, not {value}: give another --out, "
+                "or remove it"
             )
 
 
-def check_output_dir(out: Path, inputs: list[Path]) -> None:
+def check_output_dir(out: Path, source: Path) -> None:
     """Refuse to write into the source, or among other files."""
-    for path in inputs:
-        if path.is_dir() and out.resolve().is_relative_to(path.resolve()):
-            raise UserError(f"--out {out} is in the source, which is only read: give another --out")
+    if out.resolve().is_relative_to(source.resolve()):
+        raise UserError(f"--out {out} is in the source, which is only read: give another --out")
     if out.is_dir() and any(out.iterdir()) and not (out / shards.PARTIAL).is_dir():
         raise UserError(f"--out {out} has other files in it: give a new folder")
 
@@ -136,8 +130,6 @@ def summarize(out: Path, prepared: dict[str, Any], seconds: float) -> str:
     for split, made in prepared["splits"].items():
         size = sum(file["bytes"] for file in made["files"])
         lines.append(f"{split}: {made['images']:,} images, {size / 1e6:,.1f} MB")
-    if "val" not in prepared["splits"]:
-        lines.append("there are no validation images, which training needs: give them by --val")
     if count := prepared["num_corrupt"]:
         lines.append(f"skipped: {count:,} corrupt images, listed in {out / shards.CORRUPT_IMAGES}")
     lines.append(
@@ -157,9 +149,8 @@ def parse_args(arguments: list[str]) -> argparse.Namespace:
     parser = CommandParser("prepare", __doc__, trainer_options=False)
     add = parser.add_argument
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    add("input", type=Path, metavar="IMAGENET", help="folder or tar with the images")
+    add("input", type=Path, metavar="IMAGENET", help="folder with the images")
     add("--out", type=Path, required=True, metavar="DIR", help="folder to make")
-    add("--val", type=Path, metavar="VAL", help="validation images, where IMAGENET has none")
     add("--size", type=int, default=256, help="pixels on the shorter side (256)")
     crop_help = "center: the central square of that size, as in the paper (none)"
     add("--crop", choices=("none", "center"), default="none", help=crop_help)
@@ -168,7 +159,6 @@ def parse_args(arguments: list[str]) -> argparse.Namespace:
     add("--format", choices=("shards", "pixels"), default="shards", help=format_help)
     add("--shard_mb", type=float, default=256, help="megabytes of a shard, about (256)")
     add("--workers", type=int, default=cpus, help="processes (one a CPU)")
-    add("--seed", type=int, default=0, help="of the order in the shards (0)")
     corrupt_help = "skip: list it in DIR/corrupt-images.jsonl (skip)"
     add("--on_corrupt_image", choices=("skip", "stop"), default="skip", help=corrupt_help)
     args = parser.parse(arguments).args
@@ -181,5 +171,4 @@ def parse_args(arguments: list[str]) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     run_command(main)

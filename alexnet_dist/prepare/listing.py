@@ -1,20 +1,16 @@
 """The images of a data set: where the bytes of each are, its class and its name."""
 
-import hashlib
-import re
+import json
+import os
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from alexnet_dist.errors import UserError
-
-WNID = re.compile(r"n\d{8}")
-"""The WordNet ID of an ImageNet class."""
-
-SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
 
 class ImageEntry(NamedTuple):
@@ -27,9 +23,6 @@ class ImageEntry(NamedTuple):
     file: str
     offset: int = 0
     length: int = -1
-
-    def __str__(self) -> str:
-        return self.file if self.length < 0 else f"{self.label}/{self.name} in {self.file}"
 
     def read(self) -> NDArray[np.uint8]:
         """The encoded bytes, uint8 [length].
@@ -76,27 +69,6 @@ class DatasetListing:
             found.setdefault(entry.split, []).append(entry)
         return found
 
-    def hash(self) -> str:
-        """A checksum of which images there are, wherever their files are."""
-        digest = hashlib.sha256()
-        for entry in self.entries:
-            digest.update(repr(entry._replace(file="")).encode())
-        return digest.hexdigest()
-
-
-def assign_splits(paths: list[Path]) -> dict[Path, str]:
-    """The paths of training and validation images, by the words in their names or their folders'.
-
-    "test" is for validation where nothing else is: ImageNet's test images have no labels.
-    """
-    splits = {}
-    for path in paths:
-        words = [word for word in re.split(r"[^a-z]+", path.name.lower()) if word in SPLITS]
-        splits[path] = SPLITS[words[0] if words else SPLITS.get(path.parent.name, "train")]
-    if "val" in splits.values():
-        return {path: split for path, split in splits.items() if split != "test"}
-    return {path: split.replace("test", "val") for path, split in splits.items()}
-
 
 def sanitize_names(entries: list[ImageEntry]) -> list[ImageEntry]:
     """The entries, sorted, with unique names that fit any file system and webdataset, where the
@@ -105,20 +77,16 @@ def sanitize_names(entries: list[ImageEntry]) -> list[ImageEntry]:
     Raises:
         UserError: two classes would have one name.
     """
-    labels: dict[str, str] = {}
-    for label in sorted({entry.label for entry in entries}):
-        name = labels[label] = sanitize_name(label)
-        if len(set(labels.values())) < len(labels):
-            raise UserError(f"class {label!r} and another would both be called {name!r}: rename it")
-    taken: dict[tuple[str, str, str], int] = {}
+    labels = {label: sanitize_name(label) for label in {entry.label for entry in entries}}
+    if len(set(labels.values())) < len(labels):
+        raise UserError(f"two classes would have one name: {', '.join(sorted(labels.values()))}")
+    seen: Counter[str] = Counter()
     result = []
     for entry in sorted(entries):
         label, stem = labels[entry.label], sanitize_name(Path(entry.name).stem).replace(".", "_")
-        name = stem
-        while (entry.split, label, name) in taken:
-            taken[entry.split, label, stem] += 1
-            name = f"{stem}_{taken[entry.split, label, stem]}"
-        taken[entry.split, label, name] = 1
+        seen[f"{entry.split}/{label}/{stem}"] += 1
+        count = seen[f"{entry.split}/{label}/{stem}"]
+        name = stem if count == 1 else f"{stem}_{count}"
         result.append(entry._replace(label=label, name=name))
     return sorted(result)
 
@@ -127,3 +95,13 @@ def sanitize_name(name: str) -> str:
     """A name as one component of a path, whatever an archive has in its place."""
     kept = "".join(c if c.isprintable() and c not in '/\\:*?"<>|' else "_" for c in name)
     return kept[:120].strip(" .") or "_"
+
+
+def write_json(path: Path, value: Any, indent: int | None = None) -> None:
+    """Write a value as JSON into a file that is complete or absent, whenever this is killed."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w") as file:
+        file.write(json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

@@ -1,34 +1,33 @@
 """Write the shards of a packed folder, verify them, and make the index of all.
 
-Which images go into which shard is decided before any is written, by the seed. A shard is the job
+Which images go into which shard is decided before any is written. A shard is the job
 of one process; when it is complete, its record is put into DIR/.partial, and it is not done again.
 Index and statistics are made from the records in their order, so that every byte is the same for
 any number of processes, killed or not. DIR/prepared.json comes last.
 """
 
+import contextlib
+import hashlib
 import json
 import os
 import shutil
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
-from alexnet_dist.data.formats import decode, validate_bytes
 from alexnet_dist.data.prepared import FORMAT, PREPARED
 from alexnet_dist.data.statistics import stats_from_moments
 from alexnet_dist.errors import UserError
-from alexnet_dist.prepare.files import sha256, write_file, write_json
-from alexnet_dist.prepare.images import OutputFormat, RunningMoments, resize_image
-from alexnet_dist.prepare.listing import DatasetListing, ImageEntry
+from alexnet_dist.prepare.images import OutputFormat, compute_moments, resize_image
+from alexnet_dist.prepare.listing import DatasetListing, ImageEntry, write_json
 
 PARTIAL = ".partial"
 CORRUPT_IMAGES = "corrupt-images.jsonl"
-
+SEED = 0  # of the order of images in shards
 _NUM_SAMPLED_IMAGES = 64  # by which the size of all is estimated
 
 
@@ -37,64 +36,47 @@ class ShardJob:
     """The work on one shard.
 
     Attributes:
-        out: the packed folder.
-        number: of the shard in its split.
-        first_row: of its images, where a split is one array of pixels.
-        entries: its images.
-        labels: indices of their classes.
+        path, start: the file that its images are written to, and where in it, in bytes.
+        record: the file that is there when the shard is complete.
+        entries, labels: its images, and the indices of their classes.
     """
 
-    out: Path
-    form: OutputFormat
     split: str
-    number: int
-    first_row: int
+    form: OutputFormat
+    path: Path
+    start: int
+    record: Path
     entries: list[ImageEntry]
     labels: list[int]
 
-    @property
-    def record(self) -> Path:
-        """Where the record of the finished shard is."""
-        return self.out / PARTIAL / f"{self.split}-{self.number:05d}.json"
 
-    @property
-    def path(self) -> Path:
-        """The file that its images are in."""
-        if self.form.kind == "pixels":
-            return self.out / f"{self.split}.pixels"
-        return self.out / f"{self.split}-{self.number:05d}.tar"
-
-    @property
-    def start(self) -> int:
-        """Where in the file they begin, in bytes."""
-        return self.first_row * self.form.size**2 * 3 if self.form.kind == "pixels" else 0
-
-
-def estimate_image_bytes(listing: DatasetListing, form: OutputFormat, seed: int) -> float:
+def estimate_image_bytes(listing: DatasetListing, form: OutputFormat) -> float:
     """How many bytes an image takes on average, estimated from some of them."""
     train = listing.splits["train"]
-    chosen = np.random.Generator(np.random.Philox(seed)).permutation(len(train))
+    chosen = np.random.Generator(np.random.Philox(SEED)).permutation(len(train))
     sizes = []
     for index in chosen[:_NUM_SAMPLED_IMAGES].tolist():
-        try:
-            image = resize_image(train[index].read(), form)
-        except OSError:
-            continue
-        sizes.append(len(image.encoded) + 1024 if form.kind == "shards" else image.pixels.size)
+        with contextlib.suppress(OSError):
+            pixels, encoded, _ = resize_image(train[index].read(), form)
+            sizes.append(len(encoded) + 1024 if form.kind == "shards" else pixels.size)
     return sum(sizes) / len(sizes) if sizes else 1e5
 
 
 def plan_jobs(
-    out: Path, listing: DatasetListing, form: OutputFormat, images_per_shard: int, seed: int
+    out: Path, listing: DatasetListing, form: OutputFormat, images_per_shard: int
 ) -> Iterator[ShardJob]:
-    """The jobs, split by split; the seed shuffles the images of a split over its shards."""
+    """The jobs, split by split; the images of a split are shuffled over its shards."""
     labels = {label: index for index, label in enumerate(listing.classes)}
     for key, (split, entries) in enumerate(listing.splits.items()):
-        order = np.random.Generator(np.random.Philox([seed, key])).permutation(len(entries))
+        order = np.random.Generator(np.random.Philox([SEED, key])).permutation(len(entries))
         for number, first in enumerate(range(0, len(entries), images_per_shard)):
+            path, start = out / f"{split}-{number:05d}.tar", 0
+            record = out / PARTIAL / f"{split}-{number:05d}.json"
+            if form.kind == "pixels":
+                path, start = out / f"{split}.pixels", first * form.size**2 * 3
             chosen = [entries[index] for index in order[first : first + images_per_shard].tolist()]
             indices = [labels[entry.label] for entry in chosen]
-            yield ShardJob(out, form, split, number, first, chosen, indices)
+            yield ShardJob(split, form, path, start, record, chosen, indices)
 
 
 def write_shard(on_corrupt_image: Literal["skip", "stop"], job: ShardJob) -> None:
@@ -104,7 +86,7 @@ def write_shard(on_corrupt_image: Literal["skip", "stop"], job: ShardJob) -> Non
         UserError: an image is corrupt, and the command is to stop; or the source cannot be read.
         OSError: the folder cannot be written.
     """
-    moments = RunningMoments()
+    count, first, second = 0, np.zeros(3), np.zeros((3, 3))
     images: list[tuple[str, int, int, int, int, int]] = []
     corrupt: list[dict[str, str]] = []
     job.path.touch()
@@ -115,25 +97,26 @@ def write_shard(on_corrupt_image: Literal["skip", "stop"], job: ShardJob) -> Non
         for entry, label in zip(job.entries, job.labels, strict=True):
             name = f"{entry.label}/{entry.name}"
             try:
-                image = resize_image(entry.read(), job.form)
+                pixels, encoded, extension = resize_image(entry.read(), job.form)
             except OSError as error:
                 reason = error.strerror or str(error)
                 if on_corrupt_image == "stop":
                     raise UserError(
-                        f"{entry} cannot be decoded ({reason}): fix or remove it, or skip it by "
-                        "--on_corrupt_image skip"
+                        f"{name} in {entry.file} cannot be decoded ({reason}): fix or remove it, "
+                        "or skip it by --on_corrupt_image skip"
                     ) from None
                 corrupt.append({"split": job.split, "name": name, "reason": reason})
                 continue
             if job.form.kind == "pixels":
-                offset, length = file.tell(), file.write(image.pixels.tobytes())
+                offset, length = file.tell(), file.write(pixels.tobytes())
             else:
-                offset, length = _add_member(file, f"{name}.{image.extension}", image.encoded)
+                offset, length = _add_member(file, f"{name}.{extension}", encoded)
                 _add_member(file, f"{name}.cls", str(label).encode())
-            height, width, _ = image.pixels.shape
-            images.append((f"{name}.{image.extension}", label, height, width, offset, length))
+            height, width, _ = pixels.shape
+            images.append((f"{name}.{extension}", label, height, width, offset, length))
             if job.split == "train":
-                moments.add(image.pixels)
+                mean, products = compute_moments(pixels)
+                count, first, second = count + 1, first + mean, second + products
         if job.form.kind == "shards":
             file.write(bytes(2 * tarfile.BLOCKSIZE))
         size = file.tell() - job.start
@@ -143,27 +126,22 @@ def write_shard(on_corrupt_image: Literal["skip", "stop"], job: ShardJob) -> Non
         "images": images,
         "corrupt": corrupt,
         "bytes": size,
-        "sha256": sha256(job.path, job.start, size),
-        "count": moments.count,
-        "first": moments.first.tolist(),
-        "second": moments.second.tolist(),
+        "sha256": _sha256(job.path, job.start, size),
+        "count": count,
+        "first": first.tolist(),
+        "second": second.tolist(),
     }
     write_json(job.record, record)
 
 
 def verify_shard(job: ShardJob) -> None:
-    """Read a shard back: its checksum, and whether the index leads to an image in it.
+    """Read a shard back and compare its checksum.
 
     Raises:
         UserError: it is not what was written. Its record is removed, so that it is written again.
     """
     record = json.loads(job.record.read_text())
-    same = sha256(job.path, job.start, record["bytes"]) == record["sha256"]
-    if same and job.form.kind == "shards" and record["images"]:
-        *_, height, width, offset, length = record["images"][len(record["images"]) // 2]
-        encoded = ImageEntry("", "", "", str(job.path), offset, length).read()
-        same = decode(validate_bytes(encoded)).size == (width, height)
-    if not same:
+    if _sha256(job.path, job.start, record["bytes"]) != record["sha256"]:
         job.record.unlink()
         raise UserError(
             f"{job.path} does not read back as it was written: check the disk; the same command "
@@ -174,8 +152,7 @@ def verify_shard(job: ShardJob) -> None:
 def finalize(
     out: Path, listing: DatasetListing, jobs: list[ShardJob], request: dict[str, Any]
 ) -> dict[str, Any]:
-    """Make index, statistics, the list of corrupt images, and prepared.json, whose content is
-    returned.
+    """Make index, statistics, the list of corrupt images, and prepared.json; its content.
 
     Raises:
         UserError: not one training image could be decoded.
@@ -187,20 +164,15 @@ def finalize(
         records = [json.loads(job.record.read_text()) for job in mine]
         corrupt += [image for record in records for image in record["corrupt"]]
         if split == "train":
-            _write_statistics(out, records)
-        if mine[0].form.kind == "pixels":
-            files = [{"name": mine[0].path.name, "bytes": mine[0].path.stat().st_size}]
-        else:
-            files = [
-                {"name": job.path.name, "bytes": record["bytes"], "sha256": record["sha256"]}
-                for job, record in zip(mine, records, strict=True)
-            ]
+            _write_statistics(out / "statistics.npz", records)
+        paths = dict.fromkeys(job.path for job in mine)
+        files = [{"name": path.name, "bytes": path.stat().st_size} for path in paths]
         num_images = _write_index(out / f"{split}.index.npz", records, mine[0].form)
         splits[split] = {"images": num_images, "files": files}
     if corrupt:
         corrupt.sort(key=lambda image: (image["split"], image["name"]))
         lines = [json.dumps(image, ensure_ascii=False) + "\n" for image in corrupt]
-        write_file(out / CORRUPT_IMAGES, "".join(lines).encode())
+        (out / CORRUPT_IMAGES).write_text("".join(lines))
     prepared = {
         "format": FORMAT,
         "source": listing.source,
@@ -226,37 +198,23 @@ def _write_index(path: Path, records: list[dict[str, Any]], form: OutputFormat) 
     names = "\n".join(f"{label}/{name}" for label, name, *_ in rows)
     columns = np.array([row[2:] for row in rows], np.int64).reshape(-1, 6)
     labels, _, _, offsets, lengths, shards = columns.T
-    arrays = {
-        "names": np.frombuffer(names.encode(), np.uint8),
-        "labels": labels,
-        "sizes": columns[:, 1:3],
-    }
-    if form.kind == "shards":
-        arrays |= {"shards": shards, "offsets": offsets, "lengths": lengths}
-    else:
-        arrays |= {"rows": offsets // (form.size**2 * 3)}
-    _write_arrays(path, arrays)
+    places = {"shards": shards, "offsets": offsets, "lengths": lengths}
+    if form.kind == "pixels":
+        places = {"rows": offsets // (form.size**2 * 3)}
+    name_bytes = np.frombuffer(names.encode(), np.uint8)
+    np.savez(path, names=name_bytes, labels=labels, sizes=columns[:, 1:3], **places)  # type: ignore[arg-type]
     return len(rows)
 
 
-def _write_statistics(out: Path, records: list[dict[str, Any]]) -> None:
+def _write_statistics(path: Path, records: list[dict[str, Any]]) -> None:
     count = sum(record["count"] for record in records)
     if count == 0:
         raise UserError(
-            f"not one training image could be decoded: fix the source, remove {out}, and run the "
-            "same command again"
+            f"not one training image could be decoded: fix the source, remove {path.parent}, and "
+            "run the same command again"
         )
-    first, second = np.zeros(3), np.zeros((3, 3))
-    for record in records:
-        first += record["first"]
-        second += record["second"]
-    _write_arrays(out / "statistics.npz", vars(stats_from_moments(first / count, second / count)))
-
-
-def _write_arrays(path: Path, arrays: dict[str, Any]) -> None:
-    buffer = BytesIO()
-    np.savez(buffer, **arrays)
-    write_file(path, buffer.getvalue())
+    first, second = (sum(np.array(r[key]) for r in records) for key in ("first", "second"))
+    np.savez(path, **vars(stats_from_moments(first / count, second / count)))
 
 
 def _add_member(file: BinaryIO, name: str, content: bytes) -> tuple[int, int]:
@@ -267,3 +225,13 @@ def _add_member(file: BinaryIO, name: str, content: bytes) -> tuple[int, int]:
     offset = file.tell()
     file.write(content + bytes(-len(content) % tarfile.BLOCKSIZE))
     return offset, len(content)
+
+
+def _sha256(path: Path, start: int, size: int) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        file.seek(start)
+        while block := file.read(min(1 << 22, size)):
+            digest.update(block)
+            size -= len(block)
+    return digest.hexdigest()

@@ -8,16 +8,16 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from typing import TypeVar
 
 import torch
 
 from alexnet_dist.errors import UserError
+from alexnet_dist.prepare.shards import ShardJob
 
-Job = TypeVar("Job")
 
-
-def run_jobs(num_workers: int, function: Callable[[Job], None], jobs: list[Job]) -> Iterator[Job]:
+def run_jobs(
+    num_workers: int, function: Callable[[ShardJob], None], jobs: list[ShardJob]
+) -> Iterator[ShardJob]:
     """Have processes call ``function`` for all jobs; the jobs, as they are done.
 
     Raises:

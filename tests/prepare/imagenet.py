@@ -53,18 +53,13 @@ def write_tar(path: Path, members: dict[str, bytes], mode: str = "w") -> Path:
     return path
 
 
-def class_folders(root: Path, val: str = "val") -> list[Path]:
+def class_folders(root: Path, val: str = "val") -> Path:
     for (split, wnid, name), content in IMAGES.items():
         write(root / (val if split == "val" else split) / wnid / name, content)
-    return [root]
+    return root
 
 
-def train_and_val_apart(root: Path) -> list[Path]:
-    class_folders(root)
-    return [root / "train", root / "val"]
-
-
-def kaggle(root: Path) -> list[Path]:
+def kaggle(root: Path) -> Path:
     rows = [["ImageId", "PredictionString"]]
     for (split, wnid, name), content in IMAGES.items():
         folder = root / "ILSVRC/Data/CLS-LOC" / split
@@ -75,10 +70,10 @@ def kaggle(root: Path) -> list[Path]:
         csv.writer(file).writerows(rows)
     lines = [f"{wnid} {words}" for wnid, words in CLASSES.items()]
     (root / "LOC_synset_mapping.txt").write_text("\n".join(lines))
-    return [root]
+    return root
 
 
-def official_tars(root: Path, *, unpacked_devkit: bool = False) -> list[Path]:
+def official_tars(root: Path, *, unpacked_devkit: bool = False) -> Path:
     from scipy.io import savemat
 
     train, val = ({k[1:]: v for k, v in IMAGES.items() if k[0] == s} for s in ("train", "val"))
@@ -101,13 +96,12 @@ def official_tars(root: Path, *, unpacked_devkit: bool = False) -> list[Path]:
     }
     if not unpacked_devkit:
         write_tar(root / f"{folder}.tar.gz", devkit, "w:gz")
-        return [root]
-    for path, content in devkit.items():
+    for path, content in devkit.items() if unpacked_devkit else ():
         write(root / path, content)
-    return [root / "ILSVRC2012_img_train.tar", root / "ILSVRC2012_img_val.tar"]
+    return root
 
 
-def parquet(root: Path, *, paths: bool = True) -> list[Path]:
+def parquet(root: Path, *, paths: bool = True) -> Path:
     import pyarrow
     from pyarrow.parquet import write_table
 
@@ -125,10 +119,10 @@ def parquet(root: Path, *, paths: bool = True) -> list[Path]:
         table = pyarrow.table({"image": images, "label": labels})
         table = table.replace_schema_metadata({b"huggingface": json.dumps(metadata).encode()})
         write_table(table, root / f"{name}-of-00002.parquet".replace("val", "validation"))
-    return [root]
+    return root
 
 
-def webdataset(root: Path) -> list[Path]:
+def webdataset(root: Path) -> Path:
     shards: dict[str, dict[str, bytes]] = {}
     for number, ((split, wnid, name), content) in enumerate(IMAGES.items()):
         name = name if split == "train" else f"{Path(name).stem}_{wnid}.JPEG"
@@ -142,18 +136,15 @@ def webdataset(root: Path) -> list[Path]:
         )
     for name, members in shards.items():
         write_tar(root / name, members)
-    return [root]
+    return root
 
 
-FORMS: dict[str, Callable[[Path], list[Path]]] = {
+FORMS: dict[str, Callable[[Path], Path]] = {
     "class folders": class_folders,
     "train and test": lambda root: class_folders(root, "test"),
-    "train and val apart": train_and_val_apart,
     "Kaggle": kaggle,
     "official tars": official_tars,
     "official tars, devkit unpacked": lambda root: official_tars(root, unpacked_devkit=True),
     "parquet": parquet,
     "webdataset": webdataset,
 }
-"""Writers of the forms, which return the paths of the images, or of the training images and of the
-validation images."""

@@ -14,11 +14,11 @@ from alexnet_dist.prepare.sources import discover_dataset
 def write_prepared(plain: Path, folder: Path, kind: str) -> Path:
     """The images of a folder of squares as they are, 16 a tar or as raw pixels."""
     (folder / shards.PARTIAL).mkdir(parents=True)
-    listing = discover_dataset(plain, None, folder, lambda *_: None)
+    listing = discover_dataset(plain, folder, lambda *_: None)
     listing.class_names = {name: f"the color {name}" for name in listing.classes}
     size = Image.open(listing.entries[0].file).height
     form = OutputFormat(kind, size, "center", 95)  # type: ignore[arg-type]
-    jobs = list(shards.plan_jobs(folder, listing, form, 16, seed=0))
+    jobs = list(shards.plan_jobs(folder, listing, form, 16))
     for job in jobs:
         shards.write_shard("stop", job)
     shards.finalize(folder, listing, jobs, vars(form))

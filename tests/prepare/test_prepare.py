@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -16,7 +17,7 @@ from PIL import Image
 
 from alexnet_dist.data.formats import decode, validate_bytes
 from alexnet_dist.errors import UserError
-from alexnet_dist.prepare import files, shards
+from alexnet_dist.prepare import shards
 from alexnet_dist.prepare.__main__ import exclusive_lock, main
 from alexnet_dist.prepare.images import OutputFormat, resize_image
 from alexnet_dist.prepare.sources import discover_dataset
@@ -82,10 +83,9 @@ def test_shards_are_read_by_tarfile_and_by_the_index(prepared: Path) -> None:
         for row, name in enumerate(names):
             start, length = index["offsets"][row], index["lengths"][row]
             shard = facts["splits"][split]["files"][index["shards"][row]]["name"]
-            image = resize_image(source_of(split, name), FORM)
-            assert (out / shard).read_bytes()[start : start + length] == image.encoded
-            assert members[name] == image.encoded
-            assert index["sizes"][row].tolist() == list(image.pixels.shape[:2])
+            pixels, encoded, _ = resize_image(source_of(split, name), FORM)
+            assert (out / shard).read_bytes()[start : start + length] == members[name] == encoded
+            assert index["sizes"][row].tolist() == list(pixels.shape[:2])
             label = int(members[f"{name.partition('.')[0]}.cls"])
             assert facts["classes"][label] == name.split("/")[0]
             assert index["labels"][row] == label
@@ -106,7 +106,7 @@ def test_statistics_against_numpy(prepared: Path) -> None:
     values, weights = [], []
     for (split, _, name), data in IMAGES.items():
         if split == "train" and Path(name).stem not in CORRUPT:
-            pixels = resize_image(np.frombuffer(data, np.uint8), FORM).pixels
+            pixels, *_ = resize_image(np.frombuffer(data, np.uint8), FORM)
             side = min(pixels.shape[:2])
             top, left = ((length - side) // 2 for length in pixels.shape[:2])
             values.append(pixels[top : top + side, left : left + side].reshape(-1, 3).astype(float))
@@ -121,22 +121,22 @@ def test_statistics_against_numpy(prepared: Path) -> None:
 def test_resized_images_are_pillows_to_rounding() -> None:
     image = photograph(400, 523)
     form = OutputFormat("shards", 256, "none", 95)
-    ours = resize_image(np.frombuffer(encode(image, "PNG"), np.uint8), form)
+    ours, encoded, _ = resize_image(np.frombuffer(encode(image, "PNG"), np.uint8), form)
     pillow = np.asarray(image.resize((335, 256), Image.Resampling.BICUBIC))
-    difference = np.abs(ours.pixels.astype(int) - pillow)
+    difference = np.abs(ours.astype(int) - pillow)
     assert difference.mean() < 0.02
     assert difference.max() <= 2
-    assert ours.encoded == encode(Image.fromarray(ours.pixels), "JPEG", quality=95)
+    assert encoded == encode(Image.fromarray(ours), "JPEG", quality=95)
 
 
 def test_odd_images_are_decoded_as_in_training_and_damaged_ones_refused() -> None:
     for kind, data in whole().items():
         encoded = np.frombuffer(data, np.uint8)
-        image, ours = decode(validate_bytes(encoded)), resize_image(encoded, FORM)
-        height, width, _ = ours.pixels.shape
+        image, (ours, kept, _) = decode(validate_bytes(encoded)), resize_image(encoded, FORM)
+        height, width, _ = ours.shape
         pillow = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
-        assert np.abs(ours.pixels.astype(int) - pillow).max() <= 2, kind
-        assert min(image.size) > 48 or ours.encoded == data, kind
+        assert np.abs(ours.astype(int) - pillow).max() <= 2, kind
+        assert min(image.size) > 48 or kept == data, kind
     for data in (data for data in damaged().values() if isinstance(data, bytes)):
         with pytest.raises(OSError, match=r"\w"):
             resize_image(np.frombuffer(data, np.uint8), FORM)
@@ -152,7 +152,7 @@ def test_pixels_are_one_array_with_a_row_for_each_image(prepared: Path) -> None:
         names, index = read_index(out, split)
         assert len(names) == len(set(index["rows"])) == count
         for name, row in zip(names, index["rows"], strict=True):
-            assert np.array_equal(array[row], resize_image(source_of(split, name), form).pixels)
+            assert np.array_equal(array[row], resize_image(source_of(split, name), form)[0])
 
 
 def test_a_finished_folder_is_kept(prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -166,9 +166,9 @@ def test_a_finished_folder_is_kept(prepared: Path, capsys: pytest.CaptureFixture
 
 
 def test_a_damaged_shard_is_found_when_read_back(tmp_path: Path) -> None:
-    listing = discover_dataset(class_folders(tmp_path / "in")[0], None, tmp_path, lambda *_: None)
+    listing = discover_dataset(class_folders(tmp_path / "in"), tmp_path, lambda *_: None)
     (tmp_path / "out/.partial").mkdir(parents=True)
-    job = next(shards.plan_jobs(tmp_path / "out", listing, FORM, 5, 0))
+    job = next(shards.plan_jobs(tmp_path / "out", listing, FORM, 5))
     shards.write_shard("skip", job)
     shards.verify_shard(job)
     data = bytearray(job.path.read_bytes())
@@ -189,28 +189,35 @@ def test_errors_name_the_fix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert "there is no option --sise; did you mean --size?" in message("x", "--sise", "3")
     assert "--size must be from 8 to 4096" in message("x", "--out", out, "--size", 4)
     assert "give --crop center" in message("x", "--out", out, "--format", "pixels")
-    assert "there is no nowhere" in message("nowhere", "--out", out)
-    folder.mkdir()
-    assert "holds no images in a known form" in message(folder, "--out", out)
+    assert "is no folder with a known form of ImageNet" in message("nowhere", "--out", out)
+    write(folder / "train/cat/a.JPEG", b"")
+    assert "has no validation images" in message(folder, "--out", out)
+    write(folder / "val/b.JPEG", b"")
+    assert "put Kaggle's LOC_val_solution.csv into" in message(folder, "--out", out)
+    (folder / "val/b.JPEG").unlink()
+    write(folder / "val/dog/a.JPEG", b"")
+    assert "classes without training images (dog)" in message(folder, "--out", out)
     class_folders(folder)
     assert "is in the source" in message(folder, "--out", folder / "out")
-    assert "has other files in it" in message(folder / "train", "--out", tmp_path)
+    assert "has other files in it" in message(folder, "--out", tmp_path)
     write(tmp_path / "file", b"")
     assert "cannot be written" in message(folder, "--out", tmp_path / "file/out")
     with exclusive_lock(tmp_path / "held"):
         assert "another command is preparing" in message(folder, "--out", tmp_path / "held")
+    (folder / "val/dog/a.JPEG").unlink()
+    (folder / "val/dog").rmdir()
     with monkeypatch.context() as patch:
-        patch.setattr(files.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 999}))
-        assert "GB left: make room" in message(folder, "--out", tmp_path / "full")
-    write(folder / "val/n09999999/a.JPEG", b"")
-    assert "classes without training images (n09999999)" in message(folder, "--out", out)
-    cut = official_tars(tmp_path / "official")[0] / "ILSVRC2012_img_train.tar"
+        patch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 9}))
+        assert "GB free: make room" in message(folder, "--out", tmp_path / "full")
+    official = official_tars(tmp_path / "official")
+    cut = official / "ILSVRC2012_img_train.tar"
     cut.write_bytes(cut.read_bytes()[:9000])
-    assert "corrupt or cut short" in message(cut, "--out", out)
-    write(tmp_path / "official/ILSVRC2012_devkit_t12.tar.gz", b"no tar")
-    val = cut.with_name("ILSVRC2012_img_val.tar")
-    assert "not ImageNet's devkit" in message(val, "--out", out)
-    tables = parquet(tmp_path / "tables")[0]
+    assert "corrupt or cut short" in message(official, "--out", out)
+    write(official / "ILSVRC2012_devkit_t12.tar.gz", b"no tar")
+    assert "not ImageNet's devkit" in message(official, "--out", out)
+    tables = parquet(tmp_path / "tables")
+    (tables / "train-00000-of-00002.parquet").write_bytes(b"no table")
+    assert "train-00000-of-00002.parquet is corrupt" in message(tables, "--out", out)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     assert "pip install 'alexnet-dist[prepare]'" in message(tables, "--out", out)
 
@@ -220,7 +227,8 @@ def many_images(root: Path) -> Path:
     for number in range(120):
         buffer = BytesIO()
         Image.fromarray(np.roll(noise, number, 0)).save(buffer, "PNG", compress_level=0)
-        write(root / f"train/{number % 2}/{number:03d}.png", buffer.getvalue())
+        split = "train" if number < 100 else "val"
+        write(root / f"{split}/{number % 2}/{number:03d}.png", buffer.getvalue())
     return root
 
 
