@@ -147,7 +147,9 @@ class Logger:
         [n, classes] as RUN/predictions.png."""
         captions, best = [names[n] for n in labels.tolist()], plots.top_labels(probs, names)
         self._plot(
-            "predictions", step, lambda path: plots.plot_predictions(path, images, captions, best)
+            "predictions",
+            step,
+            lambda path: plots.plot_predictions(path, images, captions, best, columns=8),
         )
 
     def log_kernels(self, step: int, weights: NDArray[np.float32], towers: int) -> None:

@@ -16,35 +16,27 @@ from tests.conftest import launch
 from tests.tracking.offline import read_back
 
 
-class Attempt:
-    """One attempt of a run, whose losses tell which attempt it was."""
+def record(run: Path, attempt: int, *events: tuple[str, int], truncated: str = "") -> None:
+    """Records of one attempt of a run: kinds of events, images by name, with their steps. Losses
+    and errors tell which attempt it was."""
+    path = run / "metrics.jsonl"
+    log = EventLog(JsonlSink(path))
+    for kind, step in events:
+        values: dict[str, Any] = {"step": step, "epoch": step / 4}
+        if kind in ("train", "eval", "best", "finished"):
+            values |= {"loss": attempt + step / 100, "top1_error": 50.0 - attempt}
+        if kind == "train":
+            values |= {"images_per_second": 10.0, "lrs": {"weights": 0.1}}
+        if kind in ("first_batch", "curves", "kernels"):  # wherever the run's folder lay then
+            values |= {"name": kind, "path": f"elsewhere/{kind}.png", "caption": "a"}
+        log.emit("image" if "name" in values else kind, **values)
+    log.close()
+    with path.open("a") as file:
+        file.write(truncated)
 
-    def __init__(self, run: Path, number: int, first_event: str, step: int) -> None:
-        self.path, self.number = run / "metrics.jsonl", number
-        self._log = EventLog(JsonlSink(self.path))
-        self.emit(first_event, step)
 
-    def emit(self, event: str, step: int, **values: Any) -> None:
-        self._log.emit(event, step=step, epoch=step / 4, **values)
-
-    def train(self, *steps: int) -> None:
-        for step in steps:
-            values = {"images_per_second": 10.0, "data_time_fraction": 0.1, "lrs": {"weights": 0.1}}
-            loss = self.number + step / 100
-            self.emit("train", step, loss=loss, top1_error=90.0 - step, **values)
-
-    def evaluate(self, step: int, event: str = "eval") -> None:
-        errors = {"top1_error": 50.0 - self.number, "top5_error": 5.0}
-        self.emit(event, step, loss=1.0, **errors)
-
-    def image(self, step: int, name: str) -> None:
-        """As the run's records name it, wherever the run lay then."""
-        self.emit("image", step, name=name, path=f"elsewhere/{name}.png", caption="a")
-
-    def end(self, truncated: str = "") -> None:
-        self._log.close()
-        with self.path.open("a") as file:
-            file.write(truncated)
+def steps(first: int, last: int) -> list[tuple[str, int]]:
+    return [("train", step) for step in range(first, last + 1)]
 
 
 @pytest.fixture
@@ -58,30 +50,13 @@ def run(tmp_path: Path) -> Path:
     run_dir.set_status("ended")
     for name in ("first_batch", "curves"):
         Image.new("RGB", (8, 8)).save(run / f"{name}.png")
-    attempt = Attempt(run, 1, "start", 0)
-    attempt.train(1, 2, 3)
-    attempt.end()
-    attempt = Attempt(run, 2, "start", 0)
-    attempt.image(0, "first_batch")
-    attempt.train(1, 2, 3, 4)
-    attempt.evaluate(4)
-    attempt.evaluate(4, "best")
-    attempt.image(4, "curves")
-    attempt.train(5, 6)
-    attempt.evaluate(6)
-    attempt.evaluate(6, "best")
-    attempt.end(truncated='{"event": "train", "step": 7, "lo')
-    attempt = Attempt(run, 3, "resume", 4)
-    attempt.train(5, 6, 7)
-    attempt.emit("preempted", 7, cause="SIGTERM")
-    attempt.end(truncated='{"event": "resu')
-    attempt = Attempt(run, 4, "resume", 6)
-    attempt.train(7, 8)
-    attempt.evaluate(8)
-    attempt.image(8, "curves")
-    attempt.image(8, "kernels")  # whose file is gone
-    attempt.evaluate(8, "finished")
-    attempt.end()
+    record(run, 1, ("start", 0), *steps(1, 3))
+    second = [("start", 0), ("first_batch", 0), *steps(1, 4), ("eval", 4), ("best", 4)]
+    second += [("curves", 4), *steps(5, 6), ("eval", 6), ("best", 6)]
+    record(run, 2, *second, truncated='{"event": "train", "step": 7, "lo')
+    record(run, 3, ("resume", 4), *steps(5, 7), ("preempted", 7), truncated='{"event": "resu')
+    fourth = [("resume", 6), *steps(7, 8), ("eval", 8), ("curves", 8), ("kernels", 8)]
+    record(run, 4, *fourth, ("finished", 8))  # the file of kernels is gone
     return run
 
 
@@ -103,8 +78,8 @@ def test_many_attempts_become_one_curve(run: Path) -> None:
     evaluated = {row["global_step"]: row for row in history if "eval/loss" in row}
     assert [float(row["eval/top1_error"]) for row in evaluated.values()] == [48.0, 46.0]
     assert list(evaluated) == ["4", "8"]
-    steps = [int(row["global_step"]) for row in history]
-    assert steps == sorted(steps)
+    order = [int(row["global_step"]) for row in history]
+    assert order == sorted(order)
     names = {key.split("/")[0] for row in history for key in row}
     assert {"first_batch", "curves"} <= names
     assert "kernels" not in names
@@ -142,7 +117,7 @@ def test_online_it_prints_the_address_or_what_was_refused(
 def test_nothing_to_replay(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there are no records at"):
         replay.main([str(tmp_path / "nowhere")])
-    Attempt(tmp_path, 1, "start", 0).end()
+    record(tmp_path, 1, ("start", 0))
     with pytest.raises(UserError, match="no step of training yet"):
         replay.main([str(tmp_path)])
     assert not (tmp_path / "replay").exists()

@@ -17,7 +17,7 @@ from tests.tracking.offline import read_back
 TINY_ONLINE = [*(o for o in TINY if "wandb" not in o), "--wandb.mode=online", "--train.epochs=1"]
 
 
-def test_an_offline_run_goes_on_as_one(images: Path, tmp_path: Path) -> None:
+def test_an_offline_run_resumes_as_one(images: Path, tmp_path: Path) -> None:
     options = ["--run.name=run", "--wandb.mode=offline", "--train.epochs=1"]
     train(2, images, tmp_path, *options, "--train.max_steps=2")
     train(2, images, tmp_path, *options)
@@ -27,36 +27,11 @@ def test_an_offline_run_goes_on_as_one(images: Path, tmp_path: Path) -> None:
     steps = [int(row["global_step"]) for row in history if "train/loss" in row]
     assert steps == [1, 2, 3, 4]
     assert [int(r["global_step"]) for r in history if "eval/top1_error" in r] == [2, 4]
-    pictures = {name for row in history for name in row if row[name].startswith('{"')}
-    pictures |= {name.split("/")[0] for row in history for name in row}
-    assert {"kernels", "predictions", "first_batch", "curves"} <= pictures
+    names = {name for row in history for name in row if row[name].startswith('{"')}
+    names |= {name.split("/")[0] for row in history for name in row}
+    assert {"kernels", "predictions", "first_batch", "curves"} <= names
     assert "best/top1_error" in summary
     assert "optim" in config
-
-    result = launch(0, str(run), "--wandb=offline", module="alexnet_dist.replay")
-    assert result.code == 0, result.err
-    again, summary_again, other, config_again = read_back(run / "replay")
-    assert not ids & other
-    assert _curves(again) == _curves(history)
-    assert config_again == config
-    assert _shown(summary_again) == _shown(summary)
-
-
-def _curves(history: list[dict]) -> list[dict]:
-    """The rows of numbers, without W&B's own clocks."""
-    rows = [row for row in history if "epoch" in row]
-    return [{name: row[name] for name in row if not name.startswith("_")} for row in rows]
-
-
-def _shown(summary: dict) -> dict:
-    """The summary's numbers."""
-    pictures = ("curves", "kernels", "predictions", "first_batch")
-    return {name: summary[name] for name in summary if not name.startswith(("_", *pictures))}
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return tmp_path
 
 
 def fake(monkeypatch: pytest.MonkeyPatch, init: object) -> None:
@@ -66,13 +41,13 @@ def fake(monkeypatch: pytest.MonkeyPatch, init: object) -> None:
     monkeypatch.setitem(sys.modules, "wandb", module)
 
 
-def test_one_that_fails_says_so_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_that_fails_warns_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def init(**_: object) -> None:
         raise RuntimeError("no such server")
 
     fake(monkeypatch, init)
     said: list[str] = []
-    run = tracking.WandbSink(folder, "x", {}, mode="offline", project="p", warn=said.append)
+    run = tracking.WandbSink(tmp_path, "x", {}, "offline", "p", said.append)
     for _ in range(5):
         run.log({"event": "train"})
     run.close()
@@ -81,7 +56,7 @@ def test_one_that_fails_says_so_once(folder: Path, monkeypatch: pytest.MonkeyPat
     assert "metrics.jsonl" in said[0]
 
 
-def test_one_that_hangs_does_not_hold_the_process(tmp_path: Path) -> None:
+def test_wandb_that_hangs_does_not_hold_the_process(tmp_path: Path) -> None:
     script = (
         "import atexit, sys, time, types; from pathlib import Path\n"
         "from alexnet_dist.tracking import wandb as tracking\n"
@@ -90,32 +65,19 @@ def test_one_that_hangs_does_not_hold_the_process(tmp_path: Path) -> None:
         "    time.sleep(600)\n"
         "sys.modules['wandb'] = types.SimpleNamespace(init=init, Settings=lambda **_: None)\n"
         "tracking.CLOSE_TIMEOUT = 0.5\n"
-        "options = {'mode': 'offline', 'project': 'p', 'warn': print}\n"
-        "run = tracking.WandbSink(Path(sys.argv[1]), 'x', {}, **options)\n"
+        "run = tracking.WandbSink(Path(sys.argv[1]), 'x', {}, 'offline', 'p', print)\n"
         "time.sleep(0.5); run.close(); print('written'); sys.exit(0)\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0
+    assert "does not answer" in done.stdout
     assert "written" in done.stdout
 
 
-def test_one_that_hangs_is_left_behind(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake(monkeypatch, lambda **_: time.sleep(60))
-    monkeypatch.setattr(tracking, "CLOSE_TIMEOUT", 0.3)
-    said: list[str] = []
-    run = tracking.WandbSink(folder, "x", {}, mode="offline", project="p", warn=said.append)
-    begin = time.monotonic()
-    run.log({"event": "train"})
-    run.close()
-    tracking.atexit.unregister(tracking.os._exit)  # of the process that runs the tests
-    assert time.monotonic() - begin < 5
-    assert "does not answer" in said[0]
-
-
-def test_without_a_network_it_goes_on_offline(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+def test_wandb_without_a_network_continues_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     modes: list[str] = []
 
@@ -129,7 +91,7 @@ def test_without_a_network_it_goes_on_offline(
 
     fake(monkeypatch, init)
     said: list[str] = []
-    tracking.WandbSink(folder, "x", {}, mode="online", project="p", warn=said.append).close()
+    tracking.WandbSink(tmp_path, "x", {}, "online", "p", said.append).close()
     assert modes == ["online", "offline"]
     assert "continues offline" in said[0]
 
@@ -144,7 +106,7 @@ def test_auto_is_online_only_with_a_key(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 
 @pytest.mark.slow
-def test_a_server_that_is_not_there_stops_nothing(images: Path, tmp_path: Path) -> None:
+def test_wandb_without_a_server_stops_nothing(images: Path, tmp_path: Path) -> None:
     result = launch(
         0,
         *TINY_ONLINE,
@@ -159,7 +121,7 @@ def test_a_server_that_is_not_there_stops_nothing(images: Path, tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_one_whose_service_is_killed_costs_a_warning(images: Path, tmp_path: Path) -> None:
+def test_wandb_whose_service_is_killed_costs_a_warning(images: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     options = [*TINY, f"--data.root={images}", f"--run.output_dir={tmp_path}", "--run.name=run"]
     with subprocess.Popen(
@@ -183,10 +145,10 @@ def test_one_whose_service_is_killed_costs_a_warning(images: Path, tmp_path: Pat
     assert "Weights & Biases failed" in said[0]
     assert "Traceback" not in err
     assert sorted(losses(run)) == list(range(1, 63))
-    assert killed_at < 50  # or nothing was left to go on with
+    assert killed_at < 50  # or nothing was left to train
     (end,) = events(run, "finished")
     assert end["step"] == 62
-    assert ended - end["time"] < tracking.CLOSE_TIMEOUT / 4
+    assert ended - end["time"] < tracking.CLOSE_TIMEOUT / 2
 
 
 def _descendants(process: int) -> list[int]:
