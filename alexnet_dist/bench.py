@@ -32,7 +32,7 @@ from alexnet_dist.data import build_loader, dali
 from alexnet_dist.data.corrupt_images import Batch, Loader
 from alexnet_dist.data.sources import open_datasets
 from alexnet_dist.errors import UserError, run_command
-from alexnet_dist.model.accounting import rows, training_operations
+from alexnet_dist.model.layer_stats import layer_stats, training_flops
 from alexnet_dist.parallel.mesh import Mesh, init_distributed
 from alexnet_dist.parallel.precision import device_name
 from alexnet_dist.parallel.waits import WAITS
@@ -154,7 +154,7 @@ class TrainBenchmark:
             "torch": torch.__version__,
             "dataset": self.data.catalogue.kind,
             "loader": self.data.engine.description,
-            "flops_per_image": training_operations(rows(config.model.arch, **size)),
+            "flops_per_image": training_flops(layer_stats(config.model.arch, **size)),
             "results": {name: result.summary() for name, result in results.items()},
             "data_time_fraction": waits[0],
             "comm_time_fraction": waits[1],

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from alexnet_dist.model import build_on_meta
-from alexnet_dist.model.accounting import rows
+from alexnet_dist.model.layer_stats import layer_stats
 
 LAYOUTS = ("ddp", "ddp+bf16", "ddp+powersgd", "sharded")
 BUCKET_BYTES = 32 * 2**20
@@ -58,7 +58,7 @@ class Layer:
 def paper_layers(classes: int = 1000, image_size: int = 224) -> list[Layer]:
     """The layers of ``paper`` that have weights."""
     shape = {"num_classes": classes, "image_size": image_size}
-    products = {row.name: row.multiply_adds for row in rows("paper", **shape)}
+    products = {row.name: row.multiply_adds for row in layer_stats("paper", **shape)}
     weights = {
         name.removesuffix(".weight"): weight
         for name, weight in build_on_meta("paper", **shape).named_parameters()

@@ -9,7 +9,7 @@ import pytest
 
 from alexnet_dist.bench import BenchCase, BenchResult, bottleneck, main, time_interleaved
 from alexnet_dist.errors import UserError
-from alexnet_dist.model.accounting import rows, training_operations
+from alexnet_dist.model.layer_stats import layer_stats, training_flops
 from tests.conftest import TINY, launch
 from tests.networks import command
 
@@ -70,10 +70,10 @@ def test_speedups_are_of_rounds_and_not_of_medians() -> None:
 
 
 def test_operations_of_a_training_step_are_those_of_its_products() -> None:
-    layers = rows("torchvision")
+    layers = layer_stats("torchvision")
     assert sum(row.multiply_adds for row in layers) == 714_188_480
     first = 64 * 55 * 55 * 3 * 11 * 11  # nothing is computed for the gradient of the image
-    assert training_operations(layers) == 6 * 714_188_480 - 2 * first
+    assert training_flops(layers) == 6 * 714_188_480 - 2 * first
 
 
 def _record(data: float, ranks: float, dataset: str = "folders") -> dict[str, Any]:

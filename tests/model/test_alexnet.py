@@ -5,7 +5,8 @@ import torch
 from torch.nn import functional as F
 
 from alexnet_dist.model import MODEL_REGISTRY, build_model, stem
-from alexnet_dist.summary import megabytes, rows, table
+from alexnet_dist.model.layer_stats import layer_stats
+from alexnet_dist.summary import memory_estimate, table
 
 
 @pytest.mark.parametrize(
@@ -21,12 +22,12 @@ from alexnet_dist.summary import megabytes, rows, table
     ],
 )
 def test_parameters(variant: str, classes: int, parameters: int) -> None:
-    assert sum(row.parameters for row in rows(variant, num_classes=classes)) == parameters
+    assert sum(row.parameters for row in layer_stats(variant, num_classes=classes)) == parameters
 
 
 @pytest.mark.parametrize(("variant", "giga"), [("paper", 0.724), ("one_column", 1.135)])
 def test_multiply_adds(variant: str, giga: float) -> None:
-    assert round(sum(row.multiply_adds for row in rows(variant)) / 1e9, 3) == giga
+    assert round(sum(row.multiply_adds for row in layer_stats(variant)) / 1e9, 3) == giga
 
 
 def test_the_table_of_the_review_line_by_line() -> None:
@@ -45,9 +46,9 @@ def test_the_table_of_the_review_line_by_line() -> None:
         ("Linear", (4096,), 16_781_312), ("ReLU", (4096,), 0), ("Dropout", (4096,), 0),
         ("Linear", (10,), 40_970),
     ]  # fmt: skip
-    layers = rows("one_column", num_classes=10, image_size=227)
+    layers = layer_stats("one_column", num_classes=10, image_size=227)
     assert [(row.kind, row.shape, row.parameters) for row in layers] == wanted
-    sizes = {name: round(value, 2) for name, value in megabytes(layers, 227).items()}
+    sizes = {name: round(value, 2) for name, value in memory_estimate(layers, 227).items()}
     assert list(sizes.values()) == [0.59, 14.49, 222.48, 237.56]
     text = table("one_column", num_classes=10, image_size=227)
     assert "58,322,314" in text
@@ -57,11 +58,11 @@ def test_the_table_of_the_review_line_by_line() -> None:
 @pytest.mark.parametrize("variant", MODEL_REGISTRY)
 @pytest.mark.parametrize("side", [224, 227])
 def test_every_variant_reads_both_sizes(variant: str, side: int) -> None:
-    assert rows(variant, num_classes=7, image_size=side)[-1].shape == (7,)
+    assert layer_stats(variant, num_classes=7, image_size=side)[-1].shape == (7,)
 
 
 def _shapes(variant: str) -> dict[str, tuple[int, ...]]:
-    return {row.name: row.shape for row in rows(variant)}
+    return {row.name: row.shape for row in layer_stats(variant)}
 
 
 def test_shapes_of_the_authors_nets() -> None:
@@ -174,7 +175,7 @@ def test_torchvision_is_its_own_class() -> None:
 
 @pytest.mark.parametrize("kind", ["relu", "tanh"])
 def test_the_four_layers_of_figure_1(kind: str) -> None:
-    layers = rows(f"figure1_{kind}", num_classes=10, image_size=32)
+    layers = layer_stats(f"figure1_{kind}", num_classes=10, image_size=32)
     assert sum(row.parameters for row in layers) == 89_578
     torch.manual_seed(0)
     model = build_model(f"figure1_{kind}", num_classes=10, image_size=32)
