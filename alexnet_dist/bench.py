@@ -38,7 +38,6 @@ from alexnet_dist.parallel.precision import device_name
 from alexnet_dist.parallel.waits import WAITS
 from alexnet_dist.training.checkpoint import CheckpointManager
 from alexnet_dist.training.cuda_graph import CAPTURE_WARMUP_STEPS
-from alexnet_dist.training.saver import Saver
 from alexnet_dist.training.step import StepThrottle, StepTimer
 
 LOADERS: tuple[Literal["dali", "torch", "gpu_cache"], ...] = ("dali", "torch", "gpu_cache")
@@ -170,7 +169,7 @@ class TrainBenchmark:
     def step(self, batch: Batch) -> float:
         """One training step; returns the images of the global batch."""
         self.state.take_step(batch, self.state.masks(next(self.steps)))
-        self.throttle.started(batch)
+        self.throttle.step_launched(batch)
         return float(self.batch_size)
 
     def training_case(self, batches: Iterator[Batch]) -> BenchCase:
@@ -179,16 +178,16 @@ class TrainBenchmark:
 
     def wait_fractions(self, batches: Iterator[Batch], speed: float) -> tuple[float, float]:
         """Fractions of the time for which training waits for data, and for other ranks."""
-        self.throttle.finish()
+        self.throttle.wait()
         timer = StepTimer()
         WAITS.take()
         for _ in range(max(math.ceil(self.seconds * speed / self.batch_size), 3)):
             batch = next(batches)
-            timer.waited()
+            timer.mark_data_ready()
             self.step(batch)
-            timer.stepped()
-        self.throttle.finish()
-        communication, (seconds, data) = WAITS.take(), timer.take()
+            timer.mark_step_done()
+        self.throttle.wait()
+        communication, (seconds, data, _) = WAITS.take(), timer.pop_times()
         return round(data / seconds, 3), round(communication / seconds, 3)
 
     def loading_case(self, loader: Loader) -> BenchCase:
@@ -269,27 +268,23 @@ class TrainBenchmark:
         manager = CheckpointManager(
             folder,
             self.mesh.checkpoint_group,
-            self.mesh.device,
-            keep=1,
-            asynchronous=self.config.checkpoint.async_save,
-        )
-        saver = Saver(
-            manager,
             self.state.layout,
             self.state.optimizer,
             lambda event, **values: events.append({"event": event, **values}),
+            keep_last=1,
+            async_save=self.config.checkpoint.async_save,
         )
         try:
             for step in (1, 2):  # the first allocates the memory that the second copies to
-                saver.save({"step": step, "evaluated": -1})
-                time.sleep(2 * saver.longest)  # training would continue meanwhile
-                saver.settle()
+                manager.save({"step": step, "last_eval_step": -1})
+                time.sleep(2 * manager.longest_save)  # training would continue meanwhile
+                manager.wait()
         finally:
             if self.mesh.rank == 0:
                 shutil.rmtree(folder, ignore_errors=True)
         if events[-1]["event"] != "checkpoint":
             raise UserError(str(events[-1]["message"]), on_all_ranks=True)
-        size = sum(tensor.nbytes for tensor in saver.tensors().values())
+        size = sum(tensor.nbytes for tensor in manager.state_tensors().values())
         stall, seconds = (round(events[-1][key], 4) for key in ("stall", "seconds"))
         return {"stall_seconds": stall, "seconds": seconds, "mib": round(size / 2**20)}
 

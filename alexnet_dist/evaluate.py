@@ -28,7 +28,7 @@ from alexnet_dist.parallel.precision import configure_backends, resolve_precisio
 from alexnet_dist.parallel.sharded_loss import ShardedClasses, to_counts
 from alexnet_dist.parallel.sharding import ShardSpec
 from alexnet_dist.tracking.console import ProgressReporter
-from alexnet_dist.training.step import EvalMetrics, check_count, evaluate
+from alexnet_dist.training.step import EvalMetrics, check_all_images_counted, evaluate
 
 
 def main(arguments: list[str]) -> None:
@@ -104,7 +104,7 @@ def evaluate_one(network: LoadedModel, mesh: Mesh, catalogue: DatasetInfo) -> di
     layout, engine, batches = lay_out(network, plan, mesh, catalogue)
     result = evaluate(layout, batches, mesh.device)
     left_out = sum(len(news) for news in mesh.all_gather_object(engine.corrupt.pop_events()))
-    check_count(result, left_out, len(catalogue.val))
+    check_all_images_counted(result, left_out, len(catalogue.val))
     engine.close()
     return result | ({"num_skipped": left_out} if left_out else {})
 
@@ -142,13 +142,13 @@ def evaluate_average(
 
     whole = added == len(networks)
     labels = torch.from_numpy(catalogue.val.labels[mine]).to(device)
-    classes, errors = ShardedClasses(ShardSpec(shape[1], 1, 0)), EvalMetrics().to(device)
+    classes, errors = ShardedClasses(ShardSpec(shape[1], 1, 0)), EvalMetrics(device)
     for some, right in zip(
         chances[whole].split(batch_size), labels[whole].split(batch_size), strict=True
     ):
         errors.update(to_counts(*classes.label_ranks(some, right)))
     result: dict[str, float] = errors.compute()
-    check_count(result, len(left_out), len(catalogue.val))
+    check_all_images_counted(result, len(left_out), len(catalogue.val))
     return result | ({"num_skipped": len(left_out)} if left_out else {})
 
 

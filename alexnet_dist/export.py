@@ -28,7 +28,7 @@ from alexnet_dist.config import CommandParser
 from alexnet_dist.errors import UserError, run_command
 from alexnet_dist.model import MODEL_REGISTRY
 from alexnet_dist.parallel.mesh import init_distributed
-from alexnet_dist.training import weights
+from alexnet_dist.training.checkpoint import write_safetensors
 
 FILES = {"safetensors": "model.safetensors", "onnx": "model.onnx", "torchvision": "torchvision.pth"}
 BATCH_SIZES = (2, 1, 5)
@@ -139,7 +139,7 @@ def _export(name: str, trained: LoadedModel, model: nn.Module, file: Path) -> fl
 
 def _write(name: str, trained: LoadedModel, model: nn.Module, path: Path) -> None:
     if name == "safetensors":
-        weights.write(path, model.state_dict(), public_state(trained))
+        write_safetensors(path, model.state_dict(), public_state(trained))
     elif name == "torchvision":
         torch.save({key: tensor.clone() for key, tensor in model.state_dict().items()}, path)
     else:

@@ -28,8 +28,13 @@ from alexnet_dist.tracking.run_dir import RunDir, read_config, resolve_run_dir
 from alexnet_dist.training.checkpoint import CheckpointManager
 from alexnet_dist.training.optim import momentum_buffers
 from alexnet_dist.training.preemption import INTERRUPT, Preempted, PreemptionHandler
-from alexnet_dist.training.saver import Saver
-from alexnet_dist.training.step import StepThrottle, StepTimer, TrainMetrics, check_count, evaluate
+from alexnet_dist.training.step import (
+    StepThrottle,
+    StepTimer,
+    TrainMetrics,
+    check_all_images_counted,
+    evaluate,
+)
 
 
 def main(arguments: list[str]) -> None:
@@ -67,18 +72,15 @@ class Run:
         self.learner = Learner(config, mesh, self.images)
         self.layout, self.optimizer = self.learner.layout, self.learner.optimizer
         keep = config.checkpoint
-        self.saver = Saver(
-            CheckpointManager(
-                path / "checkpoints",
-                mesh.checkpoint_group,
-                mesh.device,
-                keep=keep.keep_last,
-                keep_every=keep.keep_every,
-                asynchronous=keep.async_save,
-            ),
+        self.checkpoints = CheckpointManager(
+            path / "checkpoints",
+            mesh.checkpoint_group,
             self.layout,
             self.optimizer,
             lambda event, **values: self.report.emit(event, **values),
+            keep_last=keep.keep_last,
+            keep_every=keep.keep_every,
+            async_save=keep.async_save,
         )
         self.step = 0
         self.evaluated = -1  # the step of the last evaluation
@@ -126,7 +128,7 @@ class Run:
             signals=tuple(run.preempt_signals),
             time_limit=time_limit(run),
             grace=run.sigterm_grace,
-            leave=self.report.stop_progress_bar,
+            before_exit=self.report.stop_progress_bar,
         )
         try:
             self._agree()
@@ -136,7 +138,7 @@ class Run:
                     self.learner.warm_up()
             self._train(last)
         except Preempted as stop:
-            self._leave(stop.cause)
+            self._leave(stop.reason)
         except BaseException:
             self.report.stop_progress_bar()
             raise
@@ -151,7 +153,7 @@ class Run:
                 self._train_to(end)
             self._collect()
             result = self._end_epoch()
-        self.saver.settle()
+        self.checkpoints.wait()
         self.preemption.close()
         self.watch.close()
         self._finish(result)
@@ -170,10 +172,10 @@ class Run:
         self._record_epoch()
         self.evaluated = self.step
         if whole:
-            self.learner.schedule.observe(result["top1_error"])
+            self.learner.schedule.step_metric(result["top1_error"])
             self.meters.next_epoch()
-        self.saver.settle()
-        best = self.saver.best
+        self.checkpoints.wait()
+        best = self.checkpoints.best
         better = whole and (best is None or result["top1_error"] < best["top1_error"])
         self.save(best={**result, "step": self.step} if better else None)
         return result
@@ -193,23 +195,25 @@ class Run:
             while self.step < end:
                 self.watch.heartbeat(f"waiting for the images of step {self.step + 1}")
                 batch = next(batches)
-                self.clock.waited()
+                self.clock.mark_data_ready()
                 if self.step == 0:
                     telling.show_first(self.report, self.images, batch)
                 self.watch.heartbeat(f"computing step {self.step + 1}")
                 rates = self.learner.set_rates(self.passes)
                 masks = self.learner.masks(self.step)
                 result = self.learner.take_step(batch, masks)
-                self.pace.started(batch)
+                self.pace.step_launched(batch)
                 self.step += 1
                 self.meters.add(self.step, result, batch.indices)
-                self.clock.stepped()
+                self.clock.mark_step_done()
                 if self.step % config.train.log_interval == 0:
                     self._record(rates)
                 every = config.checkpoint.interval_steps
                 if every and self.step % every == 0 and self.step < end:
                     self.save()
-                self.preemption.check(2 * self.clock.longest + 2 * self.saver.longest)
+                self.preemption.check_stop(
+                    2 * self.clock.longest_step + 2 * self.checkpoints.longest_save
+                )
         finally:
             batches.close()
 
@@ -217,11 +221,11 @@ class Run:
         """A line of the records: the steps since the last one."""
         self._report_bad(self.images.engine)
         self._collect()
-        self.saver.settle(wait=False)
+        self.checkpoints.wait(block=False)
         steps = len(self.meters.losses)
-        loss, error = self.meters.take()
-        seconds, waited = self.clock.take()
-        timed = self.clock.steps_of_last * self.config.data.batch_size
+        loss, error = self.meters.pop_averages()
+        seconds, waited, timed_steps = self.clock.pop_times()
+        timed = timed_steps * self.config.data.batch_size
         self.report.emit(
             "train",
             step=self.step,
@@ -248,10 +252,11 @@ class Run:
             "epoch",
             step=self.step,
             epoch=self.passes,
-            images=self.meters.images,
-            sample_order_hash=self.meters.digest,
+            images=self.meters.epoch_images,
+            sample_order_hash=self.meters.sample_order_hash,
             loss=self.meters.epoch_loss / steps,
-            top1_error=100.0 * (1 - self.meters.epoch_hits / max(self.meters.images, 1)),
+            top1_error=100.0
+            * (1 - self.meters.epoch_num_correct / max(self.meters.epoch_images, 1)),
         )
 
     def evaluate(self) -> dict[str, float]:
@@ -263,7 +268,7 @@ class Run:
             nonlocal longest, last
             longest, last = max(longest, time.perf_counter() - last), time.perf_counter()
             self.watch.heartbeat(f"evaluating after step {self.step}")
-            self.preemption.check(2 * longest + 2 * self.saver.longest)
+            self.preemption.check_stop(2 * longest + 2 * self.checkpoints.longest_save)
 
         batches = self.images.val_engine.batches(
             self.images.evaluation.batches(self.mesh.batch_slice)
@@ -274,7 +279,7 @@ class Run:
         finally:
             batches.close()
         left_out = self._report_bad(self.images.val_engine)
-        check_count(result, left_out, len(self.images.catalogue.val))
+        check_all_images_counted(result, left_out, len(self.images.catalogue.val))
         if left_out:
             result["num_skipped"] = left_out
         seconds = time.perf_counter() - begin
@@ -295,36 +300,36 @@ class Run:
         """Begin to write a checkpoint of this step, of which ``best`` may be the evaluation."""
         self.watch.heartbeat(f"saving step {self.step}")
         self._collect()
-        if not self.saver.finite():
+        if not self.checkpoints.weights_finite():
             self._not_finite(self.step, "a weight is not finite")
         catalogue = self.images.catalogue
         standing = {
             "run": self.path.name,
             "step": self.step,
-            "evaluated": self.evaluated,
-            "schedule": self.learner.schedule.state(),
-            "meters": self.meters.state(),
+            "last_eval_step": self.evaluated,
+            "schedule": self.learner.schedule.state_dict(),
+            "metrics": self.meters.state_dict(),
             "scaler": self.layout.scaler.state_dict(),
             "config": to_dict(self.config),
             "classes": catalogue.train.classes,
             "statistics": catalogue.stats.to_json(),
-            "fingerprint": catalogue.dataset_hash,
+            "dataset_hash": catalogue.dataset_hash,
             "images": {"train": len(catalogue.train), "val": len(catalogue.val)},
             "wandb_id": self.report.wandb_id,
             "versions": telling.versions(),
         }
-        self.saver.save(standing, best)
+        self.checkpoints.save(standing, best)
         self.clock.start()
 
     def _restore(self) -> tuple[dict[str, Any] | None, list[str]]:
         """Go on from the run's newest checkpoint that is whole, or begin; the options of the life
         that wrote it, and a sentence for each that was damaged."""
-        state, damaged = self.saver.restore(self._refuse_other)
+        state, damaged = self.checkpoints.restore(self._refuse_other)
         if state is None:
             return None, damaged + self._begin()
-        self.step, self.evaluated = state["step"], state["evaluated"]
-        self.learner.schedule.load(state["schedule"])
-        self.meters.load(state["meters"])
+        self.step, self.evaluated = state["step"], state["last_eval_step"]
+        self.learner.schedule.load_state_dict(state["schedule"])
+        self.meters.load_state_dict(state["metrics"])
         if state["scaler"]:  # empty where the run was not in fp16 before
             self.layout.scaler.load_state_dict(state["scaler"])
         return state["config"], damaged
@@ -337,7 +342,7 @@ class Run:
         )
         check_resume_compatible(state["config"], to_dict(self.config), way_out)
         catalogue = self.images.catalogue
-        if state["fingerprint"] != catalogue.dataset_hash:
+        if state["dataset_hash"] != catalogue.dataset_hash:
             raise UserError(
                 f"the images below {catalogue.train.folder} are others than before: {way_out}",
                 on_all_ranks=True,
@@ -349,23 +354,25 @@ class Run:
         self.learner.draw()
         for velocity in momentum_buffers(self.optimizer, self.layout.parameters).values():
             velocity.zero_()
-        self.step, self.evaluated, self.saver.best = 0, -1, None
+        self.step, self.evaluated, self.checkpoints.best = 0, -1, None
         self.meters = TrainMetrics(self.config.data.batch_size, self.mesh.dp_size)
         path = self.config.model.pretrained
-        anew = self.saver.start_from(path) if path else []
+        anew = self.checkpoints.load_pretrained(path) if path else []
         return [f"{path} has no {', '.join(anew)} for this network: drawn anew"] if anew else []
 
     def _leave(self, cause: str) -> None:
         """Save, and end before the run does, to go on another time."""
         here = (self.step, self.evaluated)
-        self.saver.settle()
-        if self.saver.saved != here:
+        self.checkpoints.wait()
+        if self.checkpoints.last_saved != here:
             self.save()
-            self.saver.settle()
+            self.checkpoints.wait()
         self.report.emit("preempted", step=self.step, epoch=self.passes, cause=cause)
         by_hand = cause == INTERRUPT
         self.report.close("stopped" if by_hand else "preempted", self.step, HASTE_SECONDS)
-        saved = "saved; the" if self.saver.saved == here else "NOT saved, as said above; the"
+        saved = (
+            "saved; the" if self.checkpoints.last_saved == here else "NOT saved, as said above; the"
+        )
         self.report.print(
             f"stopped by {cause} at step {here[0]} of {self.steps}, {saved} same command goes on"
         )
@@ -386,19 +393,19 @@ class Run:
         Raises:
             Failure: unless train.on_nonfinite is skip, and not too many steps in a row were bad.
         """
-        bad = self.meters.collect()
+        bad = self.meters.reduce()
         if not bad:
             return
         guarded = self.layout.scaler.skip_nonfinite
         for one in bad if guarded else bad[:1]:  # without a guard the others follow from it
             paths = [
-                self.images.engine.corrupt.dataset.path(number) for number in one.numbers.tolist()
+                self.images.engine.corrupt.dataset.path(number) for number in one.indices.tolist()
             ]
             self.report.emit(
-                "nonfinite", step=one.step, what=one.what, skipped=guarded, paths=paths
+                "nonfinite", step=one.step, what=one.description, skipped=guarded, paths=paths
             )
-        if not guarded or self.meters.bad_in_a_row >= BAD_STEPS_IN_A_ROW:
-            self._not_finite(bad[0].step, bad[0].what)
+        if not guarded or self.meters.consecutive_nonfinite >= BAD_STEPS_IN_A_ROW:
+            self._not_finite(bad[0].step, bad[0].description)
 
     def _not_finite(self, step: int, what: str) -> NoReturn:
         raise UserError(
@@ -441,7 +448,7 @@ class Run:
         ended = self.step >= self.steps
         telling.show_predictions(self.report, self.images, self.learner, self.mesh, self.step)
         self.report.plot_curves(self.step)
-        tensors = self.saver.tensors()
+        tensors = self.checkpoints.state_tensors()
         telling.show_kernels(self.report, self.config, tensors, self.step)
         self.report.emit(
             "finished",
@@ -449,7 +456,7 @@ class Run:
             epoch=self.passes,
             ended=ended,
             **result,
-            best=self.saver.best,
+            best=self.checkpoints.best,
         )
         self.report.close("ended" if ended else "stopped", self.step)
         self.images.close()

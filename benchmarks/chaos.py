@@ -231,7 +231,7 @@ def inject(run: Run, fault: str, rng: random.Random) -> dict[str, Any] | None:
     before = takewhile(lambda event: not is_restart(event), events)
     reached = max([step, *(event["step"] for event in before if event["event"] == "train")])
     resumed = [event["step"] for event in events if is_restart(event)]
-    for quarantined in (run.path / "checkpoints").glob("damaged-*"):
+    for quarantined in (run.path / "checkpoints").glob("corrupt-*"):
         shutil.rmtree(quarantined)  # the log names it, and the small disk needs its room
     return {
         "fault": fault,

@@ -1,10 +1,13 @@
 """Small trained networks, made in this process: a checkpoint, and its commands."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 
 from alexnet_dist.config import Config, to_dict
 from alexnet_dist.model import Network, build_model
@@ -58,16 +61,36 @@ def save_network(folder: Path, variant: str, *, more_outputs: int = 0) -> tuple[
         "best": {"top1_error": 12.5, "top5_error": 0.0, "loss": 0.5, "images": 13, "step": 12},
     }
     alone()
-    group = dist.new_group(backend="gloo")
-    assert isinstance(group, dist.ProcessGroup)
-    checkpoints = CheckpointManager(folder / "checkpoints", group, CPU)
-    tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
-    checkpoints.begin(state, tensors, best=True)
-    saved = checkpoints.settle()
+    save_weights(folder / "checkpoints", state, dict(model.named_parameters()))
     mesh.destroy_distributed()
-    assert saved is not None
-    assert saved.failure == ""
     return folder, model
+
+
+def weights_manager(
+    folder: Path, parameters: Mapping[str, Tensor], **options: Any
+) -> tuple[CheckpointManager, list[dict[str, Any]]]:
+    """A manager whose checkpoints hold these parameters alone, and the events that it emits."""
+    events: list[dict[str, Any]] = []
+    frozen = {name: nn.Parameter(p.detach(), requires_grad=False) for name, p in parameters.items()}
+    sharding = SimpleNamespace(to_dtensor=lambda _, tensor: tensor)
+    manager = CheckpointManager(
+        folder,
+        dist.new_group(backend="gloo"),  # type: ignore[arg-type]
+        SimpleNamespace(parameters=frozen, sharding=sharding),
+        None,  # type: ignore[arg-type]
+        lambda event, **values: events.append({"event": event, **values}),
+        **options,
+    )
+    return manager, events
+
+
+def save_weights(folder: Path, state: dict[str, Any], parameters: Mapping[str, Tensor]) -> None:
+    """Write a checkpoint of ``parameters``, the best one."""
+    manager, events = weights_manager(folder, parameters)
+    best = state.get("best", {"top1_error": 12.5})
+    manager.save({"last_eval_step": -1, **state}, best)
+    manager.wait()
+    assert [event["event"] for event in events] == ["checkpoint", "best"]
 
 
 @torch.no_grad()

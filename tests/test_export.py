@@ -19,8 +19,8 @@ from alexnet_dist.errors import UserError
 from alexnet_dist.export import main
 from alexnet_dist.model import Network, build_model
 from alexnet_dist.parallel import mesh
+from alexnet_dist.training.checkpoint import CheckpointManager
 from alexnet_dist.training.optim import build_optimizer
-from alexnet_dist.training.saver import Saver
 from tests.conftest import train, write_images
 from tests.networks import CLASSES, alone, command, save_network
 
@@ -105,8 +105,8 @@ def test_a_run_starts_from_safetensors(paper: Saved, weights: Path) -> None:
         layout = SimpleNamespace(
             parameters=parameters, sharding=SimpleNamespace(to_dtensor=lambda _, tensor: tensor)
         )
-        saver = Saver(None, layout, optimizer, print)  # type: ignore[arg-type]
-        assert saver.start_from(str(weights)) == anew
+        manager = CheckpointManager(Path(), None, layout, optimizer, print)  # type: ignore[arg-type]
+        assert manager.load_pretrained(str(weights)) == anew
         theirs = dict(paper[1].named_parameters())
         for name, parameter in mine.named_parameters():
             assert torch.equal(parameter, drawn[name] if name in anew else theirs[name]), name
@@ -197,15 +197,15 @@ def test_what_cannot_be_read(weights: Path, tmp_path: Path) -> None:
     torch.save([1, 2], tmp_path / "list.pth")
     torch.save({"features.0.weight": torch.zeros(3)}, tmp_path / "other.pth")
     (tmp_path / "later.safetensors").write_bytes(
-        content.replace(b'"alexnet_dist":"1"', b'"alexnet_dist":"9"', 1)
+        content.replace(b'"alexnet_dist":"3"', b'"alexnet_dist":"9"', 1)
     )
     for name, sentence in {
-        "cut.safetensors": "cannot be read as weights .*: it is damaged",
-        "text.safetensors": "cannot be read as weights .*: it is damaged",
-        "harm.pth": "cannot be read as weights .*: it is damaged",
+        "cut.safetensors": "is corrupt, or cannot be read",
+        "text.safetensors": "is corrupt, or cannot be read",
+        "harm.pth": "is corrupt, or cannot be read",
         "list.pth": "holds something else than tensors by name",
         "other.pth": "neither an export of this package nor torchvision's AlexNet",
-        "later.safetensors": "is of format 9, this version reads 1",
+        "later.safetensors": "was written by a newer alexnet_dist",
     }.items():
         with pytest.raises(UserError, match=sentence) as failure:
             read(str(tmp_path / name))

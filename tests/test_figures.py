@@ -22,8 +22,8 @@ from alexnet_dist.model import build_model
 from alexnet_dist.parallel.mesh import Mesh
 from alexnet_dist.tracking import plots
 from alexnet_dist.tracking.logger import EventLog, JsonlSink
-from alexnet_dist.training.checkpoint import CheckpointManager
 from tests.conftest import write_images
+from tests.networks import save_weights
 
 SIZE = 67
 CPU = torch.device("cpu")
@@ -143,10 +143,8 @@ def test_figures_3_and_4_show_a_checkpoint(
         shutil.copy(file, root / "train" / file.parent.name / f"copy-{file.name}")
     torch.manual_seed(1)
     model = build_model("paper", num_classes=4, image_size=SIZE).eval()
-    weights = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
-    checkpoints = CheckpointManager(tmp_path / "run" / "checkpoints", mesh.checkpoint_group, CPU)
-    checkpoints.begin(checkpoint_state(root), weights, best=True)
-    assert checkpoints.settle().failure == ""  # type: ignore[union-attr]
+    parameters = dict(model.named_parameters())
+    save_weights(tmp_path / "run/checkpoints", checkpoint_state(root), parameters)
     (tmp_path / "names").write_text("blue azure, sky\nred  a long name for what is merely red\n")
     monkeypatch.setattr(figures, "init_distributed", lambda *_: mesh)
     shown: dict[str, Any] = {}

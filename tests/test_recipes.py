@@ -10,7 +10,7 @@ from alexnet_dist.config import Config, config_dir, parse
 from alexnet_dist.model import build_on_meta
 from alexnet_dist.training.optim import build_optimizer
 from alexnet_dist.training.schedules import Schedule, piecewise_value
-from alexnet_dist.training.step import set_rates
+from alexnet_dist.training.step import set_lr
 from tests.conftest import TINY, events, launch
 
 NAMES = sorted(path.stem for path in config_dir().glob("*.yaml"))
@@ -46,7 +46,7 @@ def rates(config: Config) -> tuple[Schedule, torch.optim.SGD]:
 def test_a_recipe_resolves(name: str) -> None:
     config = resolve(name)
     schedule, optimizer = rates(config)
-    assert set_rates(optimizer, schedule, 0.5)["weights"] > 0
+    assert set_lr(optimizer, schedule, 0.5)["weights"] > 0
 
 
 PARAMETERS = [
@@ -135,7 +135,7 @@ def test_a_life_changes_in_the_passes_its_authors_noted(name: str) -> None:
     begins = [0.0, *(last for last, _ in LIVES[name])]
     for (first, last), (_, wanted) in zip(itertools.pairwise(begins), LIVES[name], strict=True):
         for passes in (first, last - 1e-4):
-            set_rates(optimizer, schedule, passes)
+            set_lr(optimizer, schedule, passes)
             found = [groups.get(name, groups[kind])["lr"] for name, kind in PARAMETERS]
             strength = config.data.pca_noise_std
             if config.data.pca_noise_schedule:
@@ -161,7 +161,7 @@ def test_a_life_at_a_smaller_scale_has_all_its_changes(images: Path, tmp_path: P
     schedule, _ = rates(resolve("original145"))
     for record in records:
         passes = (record["step"] - 1) / steps / 0.05
-        wanted = {name: schedule.rate(name, passes) for name in schedule.table}
+        wanted = {name: schedule.lr_at(name, passes) for name in schedule.table}
         assert record["lrs"] == pytest.approx(wanted)
         assert record["pca_noise_std"] == (0.1 if passes < 66 else 0)
     assert len({tuple(record["lrs"].values()) for record in records}) == 6

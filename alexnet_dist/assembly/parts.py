@@ -29,7 +29,7 @@ from alexnet_dist.tracking.console import ProgressReporter
 from alexnet_dist.training.cuda_graph import CudaGraphStep, why_not_capturable
 from alexnet_dist.training.optim import build_optimizer
 from alexnet_dist.training.schedules import Schedule, piecewise_value
-from alexnet_dist.training.step import Batch, set_rates, train_step
+from alexnet_dist.training.step import Batch, set_lr, train_step
 
 
 class Images:
@@ -152,7 +152,7 @@ class Learner:
             epochs=config.train.epochs,
             **vars(optim.schedule),
         )
-        self._schedule_at_first = self.schedule.state()
+        self._schedule_at_first = self.schedule.state_dict()
         self.optimizer = build_optimizer(
             optim.name,
             self.layout.parameters,
@@ -173,11 +173,11 @@ class Learner:
         """Draw the initial weights, and have the schedule stand at its beginning."""
         _, weights = self._outline()
         self.layout.sharding.load_full_weights(self.layout.parameters, weights)
-        self.schedule.load(self._schedule_at_first)
+        self.schedule.load_state_dict(self._schedule_at_first)
 
     def set_rates(self, passes: float) -> dict[str, float]:
         """Give the optimizer its rates for the step that begins after ``passes``; by group."""
-        return set_rates(self.optimizer, self.schedule, passes / self.config.train.epochs_scale)
+        return set_lr(self.optimizer, self.schedule, passes / self.config.train.epochs_scale)
 
     def masks(self, step: int) -> tuple[Tensor, ...]:
         """The dropout masks of a step."""

@@ -12,7 +12,7 @@ from alexnet_dist.data.statistics import ChannelStats
 from alexnet_dist.data.transforms import Normalization, build_normalization
 from alexnet_dist.errors import UserError
 from alexnet_dist.model import MODEL_REGISTRY, Network, build_on_meta
-from alexnet_dist.training import weights
+from alexnet_dist.training.checkpoint import find_checkpoint, load_tensors, read_state
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class LoadedModel:
             Failure: they are of another network, or damaged.
         """
         tensors = {f"model.{name}": p.detach() for name, p in parameters.items()}
-        weights.load(self.path, tensors)
+        load_tensors(self.path, tensors)
 
     def model(self, device: torch.device) -> Network:
         """The network with its weights, on one device; after ``init_distributed``."""
@@ -95,8 +95,8 @@ def read(path: str, options: Callable[[dict[str, Any]], Config] = from_dict) -> 
         Failure: there is none.
     """
     try:
-        found = weights.find(path)
-        state = weights.read_state(found)
+        found = find_checkpoint(path)
+        state = read_state(found)
     except UserError as failure:
         raise UserError(str(failure), on_all_ranks=True) from None
     return LoadedModel(found, state, options(state["config"]))

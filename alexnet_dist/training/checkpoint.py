@@ -1,19 +1,21 @@
-"""Checkpoints: written beside training, whole or not at all, checked when read, and never run.
+"""Checkpoints: written asynchronously, complete or absent, verified when read, never unpickled.
 
 A checkpoint is a folder: tensors as safetensors files, written by all processes through
-torch.distributed.checkpoint, all else in state.json, and the digests of these files in
-manifest.json. It is written under another name, synced to the disk and then renamed, so that a
-folder of that name is a whole checkpoint; the digests tell what has happened to it since.
+torch.distributed.checkpoint (DCP), all else in state.json, and the SHA-256 of these files in
+manifest.json. It is written under another name, synced to disk and then renamed, so that a folder
+of that name is complete; the checksums tell what has happened to it since.
 
     RUN/checkpoints/step-00001234/          manifest.json, state.json, *.safetensors
     RUN/checkpoints/last, best              links to two of them
-    RUN/checkpoints/damaged-step-00001000/  one that has changed since it was written
+    RUN/checkpoints/corrupt-step-00001000/  quarantined: it has changed since it was written
 
-Training waits only while the tensors are copied. The rest happens in a thread, whose processes
-speak in a group of their own.
+Training waits only while the tensors are copied. A thread does the rest; its collectives have a
+process group of their own.
+
+Weights alone are also read from one file: what export writes (safetensors, with the checkpoint's
+state as JSON in its header), or the state_dict() of torchvision's AlexNet.
 """
 
-import dataclasses
 import hashlib
 import json
 import logging
@@ -21,150 +23,226 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from alexnet_dist.errors import UserError
+from alexnet_dist.training.optim import momentum_buffers
+from alexnet_dist.training.step import Layout
 
-FORMAT = 2
+FORMAT = 3
+"""Of checkpoints and exported files. Those of alexnet_dist 0.1.0, whose options have other names,
+do not have it in their state."""
+
 _MANIFEST, _STATE = "manifest.json", "state.json"
-_PARTIAL, _DAMAGED = ".partial-", "damaged-"
+_PARTIAL, _CORRUPT = ".partial-", "corrupt-"
+_FILES = (".safetensors", ".pth", ".pt")
 
 warnings.filterwarnings("ignore", module=r"torch\.distributed\.checkpoint")  # of its own internals
 for _name in ("torch.distributed.checkpoint", "torch.distributed._dist_checkpoint", "dcp_logger"):
     logging.getLogger(_name).setLevel(logging.CRITICAL)
 
 
-@dataclass(frozen=True)
-class Saved:
-    """How a save has ended, the same on all processes.
-
-    Attributes:
-        failure: what went wrong, or "".
-        seconds: from its beginning until it was on the disk.
-    """
-
-    step: int
-    path: Path
-    best: bool
-    failure: str
-    seconds: float
-
-
 class CheckpointManager:
-    """The checkpoints of one run; all processes call each method together.
+    """Saves and restores one run; all processes call each method together.
 
     Args:
-        group: the processes of the run, for the thread that writes, and for nothing else.
-        keep: how many of the newest are kept, besides the best.
-        keep_every: those of every so many steps are kept for good.
-        asynchronous: whether training goes on while a checkpoint is written.
+        folder: of the run's checkpoints.
+        group: the processes of the run, for the writing thread and nothing else.
+        layout, optimizer: whose parameters and momentum buffers a checkpoint holds.
+        emit: takes events: "checkpoint", "checkpoint_failed", "best".
+        keep_last: how many of the newest are kept, besides the best.
+        keep_every: checkpoints of every so many steps are kept for good.
+        async_save: whether training continues while a checkpoint is written.
+
+    Attributes:
+        best: the best evaluation so far. Its checkpoint can be loaded, or is being written.
+        last_saved: (step, last_eval_step) of the last checkpoint that this process has written.
+        longest_save: seconds from the start of a save until it was on disk, the longest so far.
     """
 
     def __init__(
         self,
         folder: Path,
-        group: dist.ProcessGroup,
-        device: torch.device,
+        group: dist.ProcessGroup | None,
+        layout: Layout,
+        optimizer: torch.optim.SGD,
+        emit: Callable[..., None],
         *,
-        keep: int = 2,
+        keep_last: int = 2,
         keep_every: int | None = None,
-        asynchronous: bool = True,
+        async_save: bool = True,
     ) -> None:
-        self.folder, self.keep, self.keep_every = folder, keep, keep_every
-        self.asynchronous = asynchronous
-        self._group = group
-        gpu = device.type == "cuda"
-        options = StagingOptions(
-            use_pinned_memory=gpu,
-            use_shared_memory=False,
-            use_async_staging=False,  # the next update would race with it
-            use_non_blocking_copy=gpu,
-        )
-        self._stager = DefaultStager(options)
-        self._under_way: _UnderWay | None = None
-        if dist.get_rank() == 0:
-            for partial in folder.glob(f"{_PARTIAL}*"):  # of a life that was cut off
-                shutil.rmtree(partial, ignore_errors=True)
+        self.folder, self.keep_last, self.keep_every = folder, keep_last, keep_every
+        self.best: dict[str, Any] | None = None
+        self.last_saved: tuple[int, int] | None = None
+        self.longest_save = 0.0
+        self._group, self._layout, self._optimizer = group, layout, optimizer
+        self._emit, self._async_save = emit, async_save
+        self._device = next(iter(layout.parameters.values())).device
+        self._pending: _Writer | None = None
 
-    def begin(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor], *, best: bool) -> None:
-        """Copy the tensors, and begin to write them; after ``settle``.
+    def state_tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint holds: parameters and momentum buffers, which are DTensors where a
+        process has only a shard of them."""
+        to_dtensor, parameters = self._layout.sharding.to_dtensor, self._layout.parameters
+        buffers = momentum_buffers(self._optimizer, parameters)
+        return {f"model.{name}": to_dtensor(name, p.detach()) for name, p in parameters.items()} | {
+            f"velocity.{name}": to_dtensor(name, buffer) for name, buffer in buffers.items()
+        }
+
+    def weights_finite(self) -> bool:
+        """Whether all weights are: the last losses were, but maybe not the update after them."""
+        with torch.no_grad():
+            sums = torch.stack([p.sum().float() for p in self._layout.parameters.values()])
+            total = sums.sum()
+        dist.all_reduce(total)  # processes may hold different weights, and stop together
+        return bool(total.isfinite())
+
+    def save(self, state: Mapping[str, Any], best: dict[str, Any] | None = None) -> None:
+        """Copy the tensors and start to write a checkpoint, after the one before is written.
 
         Args:
-            state: anything else, as JSON knows it; its "step" is the checkpoint's number.
-            tensors: the same on all processes, or DTensors of which each holds a part.
-            best: let the link "best" point to it.
+            state: all else, as JSON knows it, with "step" and "last_eval_step".
+            best: the evaluation of this very step, where it is the best one so far.
         """
-        assert self._under_way is None, "one save at a time"
-        started, step = time.perf_counter(), state["step"]
-        final = self.folder / f"step-{step:08d}"
-        writer = _Writer(self, final, state, tensors, best)
-        mine = _share(tensors, dist.get_rank(), dist.get_world_size())
+        begun = time.perf_counter()
+        self.wait()
+        tensors = self.state_tensors()
+        shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
+        state = {**state, "format": FORMAT, "best": best or self.best, "tensors": shapes}
+        writer = _Writer(self, state, best)
+        on_gpu = self._device.type == "cuda"
+        # a new one for each save: one that is kept raises KeyError at its second save in torch 2.11
+        stager = DefaultStager(
+            StagingOptions(
+                use_pinned_memory=on_gpu,
+                use_shared_memory=False,
+                use_async_staging=False,  # the next update would race with it
+                use_non_blocking_copy=on_gpu,
+            )
+        )
+        mine = _balance_replicated(tensors, dist.get_rank(), dist.get_world_size())
         future = dcp.async_save(
-            {name: _packed(tensor) for name, tensor in mine.items()},
+            # row-major, as safetensors requires, and channels-last convolutions are not
+            {
+                name: t.clone(memory_format=torch.contiguous_format) if t.dim() == 4 else t
+                for name, t in mine.items()
+            },
             storage_writer=writer,
             process_group=self._group,
-            async_stager=self._stager,
+            async_stager=stager,
         )
+        stager.close()  # the copies live until they are written
         assert isinstance(future, Future)
-        self._under_way = _UnderWay(step, final, best, future, started)
-        future.add_done_callback(self._under_way.ended)
+        writer.future, writer.stall = future, time.perf_counter() - begun
+        self._pending, self.best = writer, best or self.best
+        if not self._async_save:
+            self.wait()
 
-    def settle(self, *, wait: bool = True) -> Saved | None:
-        """How the save under way has ended; None where there is none, or it still is and ``wait``
-        is False."""
-        save = self._under_way
-        if save is None or not (wait or save.future.done()):
-            return None
-        failure = ""
+    def wait(self, *, block: bool = True) -> None:
+        """Log how the pending save has ended, if it has; a failed one does not end the run.
+
+        Args:
+            block: wait for its end.
+        """
+        save = self._pending
+        if save is None or not (block or save.future.done()):
+            return
+        begun, self._pending = time.perf_counter(), None
+        step, path = save.steps[0], save.final
         try:
             save.future.result()
         except (Exception, CheckpointException) as error:  # a full disk has many names
-            failure = _cause(error) or type(error).__name__
             if dist.get_rank() == 0:
-                shutil.rmtree(save.partial, ignore_errors=True)
-        self._under_way = None
-        return Saved(save.step, save.path, save.best, failure, save.took)
+                shutil.rmtree(save.path, ignore_errors=True)
+            if save.best:
+                self.best = save.previous_best
+            message = (
+                f"the checkpoint of step {step} could not be written ({_cause(error)}); training "
+                f"continues, the one before it is intact: make room below {path.parent}"
+            )
+            self._emit("checkpoint_failed", step=step, message=message)
+            return
+        self.last_saved = save.steps
+        seconds = save.finished - save.started
+        self.longest_save = max(self.longest_save, seconds)
+        stall = save.stall + time.perf_counter() - begun
+        self._emit("checkpoint", step=step, path=path.name, seconds=seconds, stall=stall)
+        if save.best:
+            self._emit("best", **save.best)
 
-    def newest(self) -> tuple[Path | None, list[str]]:
-        """The newest checkpoint that is whole, and what was found on the way: damaged ones, which
-        are set aside under another name."""
-        found: list[str] = []
-        while True:
-            names: list[str | None] = [None]
-            if dist.get_rank() == 0:
-                names = [path.name for path in _oldest_first(self.folder)[-1:]] or [None]
-            dist.broadcast_object_list(names)
-            if names[0] is None:
-                return None, found
-            checkpoint = self.folder / names[0]
-            damage = find_damage(checkpoint)
-            if not damage:
-                return checkpoint, found
-            found.append(
-                f"the checkpoint {checkpoint} is damaged ({damage}): it is set aside as "
-                f"{_DAMAGED}{checkpoint.name}, and the one before it is used"
+    def restore(self, check: Callable[[dict[str, Any]], None]) -> tuple[Any, list[str]]:
+        """Read the newest intact checkpoint.
+
+        Args:
+            check: takes its state before any tensor is touched, and may raise.
+
+        Returns:
+            Its state, None where there is none; and a warning for each corrupt one.
+        """
+        if dist.get_rank() == 0:
+            for partial in self.folder.glob(f"{_PARTIAL}*"):  # of a process that was killed
+                shutil.rmtree(partial, ignore_errors=True)
+        corrupt: list[str] = []
+        while checkpoint := self._find_latest():
+            problem = verify_checksums(checkpoint)
+            if not problem:
+                state = read_state(checkpoint)
+                check(state)
+                load_tensors(checkpoint, self.state_tensors())
+                self.best = state["best"]
+                return state, corrupt
+            corrupt.append(
+                f"the checkpoint {checkpoint} is corrupt ({problem}): it is quarantined as "
+                f"{_CORRUPT}{checkpoint.name}, and the one before it is used"
             )
             if dist.get_rank() == 0:
-                self._set_aside(checkpoint)
+                self._quarantine(checkpoint)
             dist.barrier()
+        return None, corrupt
 
-    def _set_aside(self, checkpoint: Path) -> None:
-        aside = self.folder / f"{_DAMAGED}{checkpoint.name}"
-        shutil.rmtree(aside, ignore_errors=True)
-        checkpoint.rename(aside)
+    def load_pretrained(self, path: str) -> list[str]:
+        """Read the weights of another run, or of a file.
+
+        A last layer for other classes keeps its initial weights, and so do layers that the other
+        network does not have: net 146 began with those of net 145.
+
+        Returns:
+            The parameters that keep their initial weights.
+        """
+        found = find_checkpoint(path)
+        shapes = read_state(found)["tensors"]
+        mine = {n: t for n, t in self.state_tensors().items() if n.startswith("model.")}
+        final = list(mine)[-2:]
+        missing = [n for n in final if n in shapes and shapes[n] != list(mine[n].shape)]
+        if set(shapes) & (set(mine) - set(final)):
+            missing += [n for n in mine if n not in shapes]
+        load_tensors(found, {n: t for n, t in mine.items() if n not in missing})
+        return [name.removeprefix("model.") for name in missing]
+
+    def _find_latest(self) -> Path | None:
+        names: list[Any] = [path.name for path in _oldest_first(self.folder)[-1:]] or [None]
+        dist.broadcast_object_list(names)  # as the first process sees the folder
+        return None if names[0] is None else self.folder / names[0]
+
+    def _quarantine(self, checkpoint: Path) -> None:
+        quarantined = self.folder / f"{_CORRUPT}{checkpoint.name}"
+        shutil.rmtree(quarantined, ignore_errors=True)
+        checkpoint.rename(quarantined)
         for name in ("last", "best"):
             if not (self.folder / name).exists():
                 (self.folder / name).unlink(missing_ok=True)
@@ -173,69 +251,57 @@ class CheckpointManager:
 
     def _remove_old(self) -> None:
         linked = {os.path.realpath(self.folder / name) for name in ("last", "best")}
-        for old in _oldest_first(self.folder)[: -self.keep]:
-            for_good = self.keep_every and _step(old) % self.keep_every == 0
+        for old in _oldest_first(self.folder)[: -self.keep_last]:
+            for_good = self.keep_every and int(old.name[5:]) % self.keep_every == 0
             if not for_good and os.path.realpath(old) not in linked:
                 shutil.rmtree(old, ignore_errors=True)
 
 
-class _UnderWay:
-    """A save that a thread is at."""
-
-    def __init__(
-        self, step: int, path: Path, best: bool, future: "Future[Any]", started: float
-    ) -> None:
-        self.step, self.path, self.best, self.future = step, path, best, future
-        self.started, self.took = started, 0.0
-
-    @property
-    def partial(self) -> Path:
-        return _partial(self.path)
-
-    def ended(self, _: "Future[Any]") -> None:
-        self.took = time.perf_counter() - self.started
-
-
 class _Writer(HuggingFaceStorageWriter):
-    """Writes each process's file, syncs and digests it there, and lets the first process make a
-    checkpoint of them once all have done so."""
+    """A save in flight: writes, syncs and hashes each process's file; the first process then
+    renames the folder.
+
+    Attributes:
+        started, finished: when the save began, and (on the first process) was on disk.
+        stall: seconds that training has waited for it.
+    """
+
+    future: "Future[Any]"
 
     def __init__(
-        self,
-        checkpoints: CheckpointManager,
-        final: Path,
-        state: Mapping[str, Any],
-        tensors: Mapping[str, Tensor],
-        best: bool,
+        self, manager: CheckpointManager, state: dict[str, Any], best: dict[str, Any] | None
     ) -> None:
-        super().__init__(str(_partial(final)), save_distributed=True)
-        self.checkpoints, self.final, self.best = checkpoints, final, best
-        shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
-        self.state = json.dumps({**state, "tensors": shapes})  # as it is now
+        self.manager, self.state, self.best = manager, json.dumps(state), best
+        self.previous_best = manager.best
+        self.steps = (state["step"], state["last_eval_step"])
+        self.final = manager.folder / f"step-{state['step']:08d}"
+        self.started, self.finished, self.stall = time.perf_counter(), 0.0, 0.0
+        partial = manager.folder / f"{_PARTIAL}{self.final.name}"
+        super().__init__(str(partial), save_distributed=True)
+
+    def reset(self, checkpoint_id: Any = None) -> None:
+        """The first call in the writing thread."""
+        super().reset(checkpoint_id)
+        if self.manager._device.type == "cuda":  # threads begin on device 0
+            torch.cuda.set_device(self.manager._device)
 
     def write_data(self, plan: Any, planner: Any) -> Any:
         written = super().write_data(plan, planner).value()
-        digests = {}
+        checksums = []
         for name in {result.storage_data.relative_path for result in written}:
             _sync(Path(self.path) / name)
-            digests[name] = _digest(Path(self.path) / name)
+            checksums.append((name, _sha256(Path(self.path) / name)))
         done: torch.futures.Future[list[Any]] = torch.futures.Future()
-        done.set_result(
-            [
-                dataclasses.replace(result, storage_data=(name, digests[name]))
-                for result in written
-                for name in [result.storage_data.relative_path]
-            ]
-        )
+        done.set_result(checksums)
         return done
 
     def finish(self, metadata: Any, results: list[list[Any]]) -> None:
-        partial, folder = Path(self.path), self.checkpoints.folder
+        """On the first process, once all have written: make it a checkpoint."""
+        partial, folder = Path(self.path), self.manager.folder
         (partial / _STATE).write_text(self.state)
-        files = dict(result.storage_data for each in results for result in each)
-        files[_STATE] = _digest(partial / _STATE)
-        manifest = {"format": FORMAT, "files": dict(sorted(files.items()))}
-        (partial / _MANIFEST).write_text(json.dumps(manifest, indent=1))
+        files = dict(checksum for each in results for checksum in each)
+        files[_STATE] = _sha256(partial / _STATE)
+        (partial / _MANIFEST).write_text(json.dumps({"files": files}, indent=1, sort_keys=True))
         for name in (_STATE, _MANIFEST):
             _sync(partial / name)
         _sync(partial)
@@ -248,161 +314,198 @@ class _Writer(HuggingFaceStorageWriter):
         if self.best:
             _link(folder / "best", self.final.name)
         _sync(folder)
-        self.checkpoints._remove_old()
+        self.finished = time.perf_counter()
+        self.manager._remove_old()
 
 
-def find(path: str, prefer: str = "best") -> Path:
-    """The checkpoint that ``path`` means: one, or a run's folder, whose ``prefer`` it is.
+def find_checkpoint(path: str) -> Path:
+    """The checkpoint or file of weights that ``path`` names; of a run, its best checkpoint.
 
     Raises:
-        Failure: there is none.
+        UserError: there is none.
     """
-    folder = Path(path)
-    if (folder / _MANIFEST).is_file():
-        return folder
-    for name in (prefer, "last"):
-        if (folder / "checkpoints" / name / _MANIFEST).is_file():
-            return (folder / "checkpoints" / name).resolve()
+    given = Path(path)
+    if given.is_file() or (given / _MANIFEST).is_file():
+        return given
+    for name in ("best", "last"):
+        if (given / "checkpoints" / name / _MANIFEST).is_file():
+            return (given / "checkpoints" / name).resolve()
     raise UserError(
         f"there is no checkpoint at {path}: give a run's folder, or one of its checkpoints"
     )
 
 
-def find_damage(checkpoint: Path) -> str:
-    """What is wrong with a checkpoint's files, or ""; all processes call it together, and each
-    reads a part of them.
+def read_state(found: Path) -> dict[str, Any]:
+    """All that a checkpoint, or a file of weights, holds besides tensors; "tensors" are their
+    shapes, by name.
 
     Raises:
-        Failure: another version of this package wrote it.
+        UserError: it cannot be read, or another version has written it.
     """
-    rank, world = dist.get_rank(), dist.get_world_size()
-    damages: list[str | None] = [None] * world
-    dist.all_gather_object(damages, _damage(checkpoint, rank, world))
-    return next((damage for damage in damages if damage), "")
-
-
-def _damage(checkpoint: Path, rank: int, world: int) -> str:
-    try:
-        manifest = json.loads((checkpoint / _MANIFEST).read_text())
-        files = sorted(manifest["files"].items())
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        return f"{_MANIFEST}: {_cause(error)}"
-    if manifest.get("format") != FORMAT:
+    if found.is_file():
+        state = _read_file(found)[1]
+    else:
+        try:
+            state = json.loads((found / _STATE).read_text())
+        except (OSError, ValueError) as error:
+            raise _unreadable(found, _cause(error)) from None
+    format_ = state.get("format", 0)
+    if format_ != FORMAT:
+        version = "alexnet_dist 0.1.0" if format_ < FORMAT else "a newer alexnet_dist"
         raise UserError(
-            f"the checkpoint {checkpoint} is of format {manifest.get('format')}, this version "
-            f"reads {FORMAT}: take the version of alexnet_dist that wrote it",
+            f"{found} was written by {version}, whose options have other names: use it with that "
+            "version",
             on_all_ranks=True,
         )
-    for name, digest in files[rank::world]:
+    return state
+
+
+def load_tensors(found: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Read tensors by name into those given, which may be DTensors; all processes call it together.
+
+    Raises:
+        UserError: they are of another network, or corrupt.
+    """
+    problem = "" if found.is_file() else verify_checksums(found)
+    if problem:
+        raise _unreadable(found, problem)
+    shapes = read_state(found)["tensors"]
+    for name, tensor in tensors.items():
+        shape = shapes.get(name)
+        if shape != list(tensor.shape):
+            has = "no such tensor" if shape is None else f"one of {shape}"
+            raise UserError(
+                f"the checkpoint {found} is of another network: {name} should be "
+                f"{list(tensor.shape)}, and it has {has}; give the model options it was trained "
+                "with, or start from its weights alone by --model.pretrained",
+                on_all_ranks=True,
+            )
+    if found.is_file():
+        _load_file(found, tensors)
+        return
+    try:
+        with torch.no_grad():
+            dcp.load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(found)))
+    except (Exception, CheckpointException) as error:  # torch wraps what went wrong anywhere
+        if any(isinstance(cause, KeyboardInterrupt) for cause in _causes(error)):
+            raise KeyboardInterrupt from error
+        raise _unreadable(found, _cause(error)) from None
+
+
+def verify_checksums(checkpoint: Path) -> str:
+    """What is wrong with a checkpoint's files, or ""; all processes call it together, and each
+    reads some of them."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    problems: list[str] = [""] * world_size
+    dist.all_gather_object(problems, _find_corrupt_file(checkpoint, rank, world_size))
+    return next(filter(None, problems), "")
+
+
+def _find_corrupt_file(checkpoint: Path, rank: int, world_size: int) -> str:
+    try:
+        files = sorted(json.loads((checkpoint / _MANIFEST).read_text())["files"].items())
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        return f"{_MANIFEST}: {_cause(error)}"
+    for name, checksum in files[rank::world_size]:
         try:
-            if _digest(checkpoint / name) != digest:
+            if _sha256(checkpoint / name) != checksum:
                 return f"{name} has changed since it was written"
         except OSError as error:
             return f"{name}: {error.strerror}"
     return ""
 
 
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    """A checkpoint's state, without its tensors.
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+    """Write ``tensors`` under their names into one file, and ``state`` into its header."""
+    header = {name: json.dumps(value) for name, value in state.items()}
+    header |= {"format": "pt", "alexnet_dist": str(FORMAT)}
+    save_file({name: t.contiguous() for name, t in tensors.items()}, path, header)
 
-    Raises:
-        Failure: it cannot be read.
-    """
-    try:
-        state: dict[str, Any] = json.loads((checkpoint / _STATE).read_text())
-        return state
-    except (OSError, ValueError) as error:
+
+def _load_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    full, _ = _read_file(path)
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            if isinstance(tensor, DTensor):
+                sharded = distribute_tensor(
+                    full[name], tensor.device_mesh, tensor.placements, src_data_rank=None
+                )
+                tensor.to_local().copy_(sharded.to_local())
+            else:
+                tensor.copy_(full[name])
+
+
+def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors in a file of weights, under a checkpoint's names, and its state; nothing in it
+    is executed."""
+    if path.suffix not in _FILES:
         raise UserError(
-            f"the checkpoint {checkpoint} cannot be read ({error}): take another one"
-        ) from None
-
-
-def load(checkpoint: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Read tensors by name into those given; all processes call it together.
-
-    Raises:
-        Failure: the checkpoint has others, or it is damaged.
-    """
-    damage = find_damage(checkpoint)
-    if damage:
-        raise UserError(
-            f"the checkpoint {checkpoint} is damaged ({damage}): take another one",
+            f"{path} holds no weights that can be read: give a run's folder, a checkpoint, or a "
+            f"file that ends in {', '.join(_FILES)}",
             on_all_ranks=True,
         )
-    check_shapes(checkpoint, read_state(checkpoint)["tensors"], tensors)
+    state: dict[str, Any] | None = None
     try:
-        with torch.no_grad():
-            dcp.load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(checkpoint)))
-    except (Exception, CheckpointException) as error:  # torch wraps what went wrong anywhere
-        _stop_if_interrupted(error)
+        if path.suffix == ".safetensors":
+            found = load_file(path)
+            with safe_open(path, "pt") as file:
+                header = file.metadata() or {}
+            if "alexnet_dist" in header:
+                state = {name: json.loads(header[name]) for name in header if name != "format"}
+                state["format"] = state.pop("alexnet_dist")
+        else:
+            found = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(found, dict) or not all(isinstance(t, Tensor) for t in found.values()):
+            raise ValueError("it holds something else than tensors by name")
+    except Exception as error:  # a corrupt or forbidden pickle raises anything
+        raise _unreadable(path, _cause(error)) from None
+    tensors = {f"model.{name}": tensor for name, tensor in found.items()}
+    shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    return tensors, {**(state or _torchvision_state(path, shapes)), "tensors": shapes}
+
+
+def _torchvision_state(path: Path, shapes: dict[str, list[int]]) -> dict[str, Any]:
+    """All that is known of bare tensors, if they are those of torchvision's AlexNet: its classes
+    have no names, but indices."""
+    last = shapes.get("model.classifier.6.weight")
+    if last is None or shapes.get("model.features.0.weight") != [64, 3, 11, 11]:
         raise UserError(
-            f"the checkpoint {checkpoint} cannot be read ({_cause(error)}): take another one",
+            f"{path} is neither an export of this package nor torchvision's AlexNet: give a run's "
+            "folder, an exported .safetensors, or the state_dict() of torchvision.models.alexnet",
             on_all_ranks=True,
-        ) from None
+        )
+    # unused by a network that normalizes with ImageNet's own statistics
+    statistics = {"mean": [0.0] * 3, "eigenvalues": [0.0] * 3, "eigenvectors": [[0.0] * 3] * 3}
+    return {
+        "format": FORMAT,
+        "config": {"model": {"arch": "torchvision"}},
+        "classes": [str(index) for index in range(last[0])],
+        "unnamed": True,
+        "statistics": statistics,
+    }
 
 
-def check_shapes(
-    where: Path, shapes: Mapping[str, list[int]], tensors: Mapping[str, Tensor]
-) -> None:
-    """Hold what is asked for to the ``shapes`` that there are.
-
-    Raises:
-        Failure: they are of another network.
-    """
-    for name, tensor in tensors.items():
-        shape = shapes.get(name)
-        if shape != list(tensor.shape):
-            has = "no such tensor" if shape is None else f"one of {shape}"
-            raise UserError(
-                f"the checkpoint {where} is of another network: {name} should be "
-                f"{list(tensor.shape)}, and it has {has}; give the model options it was trained "
-                "with, or start from its weights alone by --model.pretrained",
-                on_all_ranks=True,
-            )
-
-
-def _share(tensors: Mapping[str, Tensor], rank: int, world: int) -> dict[str, Tensor]:
-    """What a process copies and writes: its parts of what is split, and its share, by bytes, of
-    what all have."""
-    whole = {name: tensor for name, tensor in tensors.items() if not isinstance(tensor, DTensor)}
-    mine = {name: tensor for name, tensor in tensors.items() if name not in whole}
-    loads = [0] * world
-    for name in sorted(whole, key=lambda name: (-whole[name].nbytes, name)):
+def _balance_replicated(
+    tensors: Mapping[str, Tensor], rank: int, world_size: int
+) -> dict[str, Tensor]:
+    """What a process copies and writes: its shards of what is sharded, and of the replicated
+    tensors as many as balance the bytes over processes."""
+    replicated = {n: tensor for n, tensor in tensors.items() if not isinstance(tensor, DTensor)}
+    mine = {name: tensor for name, tensor in tensors.items() if name not in replicated}
+    loads = [0] * world_size
+    for name in sorted(replicated, key=lambda name: (-replicated[name].nbytes, name)):
         least = loads.index(min(loads))
-        loads[least] += whole[name].nbytes
+        loads[least] += replicated[name].nbytes
         if least == rank:
-            mine[name] = whole[name]
+            mine[name] = replicated[name]
     return mine
 
 
-def _packed(tensor: Tensor) -> Tensor:
-    """With rows packed as they are numbered, as safetensors wants them and channels-last kernels
-    are not."""
-    if not isinstance(tensor, DTensor):
-        return tensor.contiguous()
-    return DTensor.from_local(
-        tensor.to_local().contiguous(),
-        tensor.device_mesh,
-        tensor.placements,
-        run_check=False,
-        shape=tensor.shape,
-        stride=tensor.stride(),
-    )
-
-
 def _oldest_first(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step-*"), key=_step)
+    return sorted(folder.glob("step-*"))
 
 
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("step-"))
-
-
-def _partial(final: Path) -> Path:
-    return final.with_name(f"{_PARTIAL}{final.name}")
-
-
-def _digest(path: Path) -> str:
+def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -416,24 +519,28 @@ def _sync(path: Path) -> None:
 
 
 def _link(link: Path, target: str) -> None:
+    """Point a symbolic link to ``target``, atomically."""
     partial = link.with_name(f"{_PARTIAL}{link.name}")
     partial.unlink(missing_ok=True)
     partial.symlink_to(target)
     os.replace(partial, link)
 
 
-def _stop_if_interrupted(error: BaseException) -> None:
-    """Ctrl-C in the middle of a load comes out of torch as one more thing that went wrong."""
-    causes = [wrapped[0] for wrapped in getattr(error, "failures", {}).values()]
-    if any(isinstance(cause, KeyboardInterrupt) for cause in causes):
-        raise KeyboardInterrupt from error
+def _unreadable(found: Path, problem: str) -> UserError:
+    return UserError(
+        f"{found} is corrupt, or cannot be read ({problem}): use another checkpoint or file",
+        on_all_ranks=True,
+    )
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    """What went wrong on each process, which DCP wraps."""
+    return [failure[0] for failure in getattr(error, "failures", {}).values()] or [error]
 
 
 def _cause(error: BaseException) -> str:
     """The innermost reason, in a line."""
-    failures = getattr(error, "failures", None)
-    if failures:
-        error = next(iter(failures.values()))[0]
+    error = _causes(error)[0]
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

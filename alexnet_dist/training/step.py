@@ -1,9 +1,9 @@
-"""A step, and an evaluation: tensors and meters, no files."""
+"""A training step and an evaluation: tensors, metrics and timers; no files."""
 
 import hashlib
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -12,34 +12,21 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torchmetrics import Metric
 
 from alexnet_dist.errors import UserError
 from alexnet_dist.training.schedules import Schedule
 
 
-class SyncedGradScaler(Protocol):
-    """A gradient scaler that can leave steps out; see parallel/arithmetic.py."""
-
-    skip_nonfinite: bool
-
-    @property
-    def skipped(self) -> Tensor: ...
-
-    def unscale_(self, optimizer: torch.optim.Optimizer) -> None: ...
-
-    def step(self, optimizer: torch.optim.Optimizer) -> float | None: ...
-
-    def update(self) -> None: ...
-
-
 class Layout(Protocol):
-    """What a layout gives the loop; see parallel/ddp.py for the meaning of each."""
+    """What training needs of a layout; see parallel/ddp.py for the meaning of each."""
 
     parameters: dict[str, nn.Parameter]
 
     @property
-    def scaler(self) -> SyncedGradScaler: ...
+    def scaler(self) -> Any: ...
+
+    @property
+    def sharding(self) -> Any: ...
 
     def forward_backward(
         self, images: Tensor, labels: Tensor, masks: Iterable[Tensor] = ()
@@ -49,7 +36,7 @@ class Layout(Protocol):
 
 
 class Batch(Protocol):
-    """What a step needs of an engine's batch."""
+    """images [B, 3, H, W] and labels [B] of this process, on its device."""
 
     @property
     def images(self) -> Tensor: ...
@@ -58,15 +45,12 @@ class Batch(Protocol):
     def labels(self) -> Tensor: ...
 
 
-def set_rates(
-    optimizer: torch.optim.Optimizer, schedule: Schedule, passes: float
-) -> dict[str, float]:
-    """Give each group its rate for the step that begins after ``passes``; the rates by group."""
-    rates = {"weights": schedule.rate("weights", passes)}
+def set_lr(optimizer: torch.optim.Optimizer, schedule: Schedule, epoch: float) -> dict[str, float]:
+    """Set each group's lr for the step that begins at ``epoch``; returns them by group."""
+    lrs = {"weights": schedule.lr_at("weights", epoch)}
     for group in optimizer.param_groups:
-        group["lr"] = schedule.rate(group["name"], passes, bias=group["bias"])
-        rates[group["name"]] = group["lr"]
-    return rates
+        group["lr"] = lrs[group["name"]] = schedule.lr_at(group["name"], epoch, bias=group["bias"])
+    return lrs
 
 
 def train_step(
@@ -75,8 +59,9 @@ def train_step(
     """One update of the parameters.
 
     Returns:
-        What ``layout.forward_backward`` does, and, while the scaler guards, whether it left the
-        update out, since a gradient was not finite.
+        float64 [2]: summed loss and number of correct predictions, see
+        ``layout.forward_backward``; [3] where the scaler skips steps with a gradient that is not
+        finite: and whether it has skipped this one.
     """
     result = layout.forward_backward(batch.images, batch.labels, masks)
     layout.scaler.unscale_(optimizer)  # here, where processes with different gradients can agree
@@ -90,266 +75,230 @@ def train_step(
 
 @dataclass(frozen=True)
 class NonFiniteStep:
-    """A step whose loss or gradient was not finite.
-
-    Attributes:
-        loss: of the global batch.
-        numbers: its samples, in their global order.
-    """
+    """A step whose loss (of the global batch) or gradient was not finite, and the indices of its
+    samples in their global order."""
 
     step: int
     loss: float
-    numbers: NDArray[np.int64]
+    indices: NDArray[np.int64]
 
     @property
-    def what(self) -> str:
+    def description(self) -> str:
         finite = self.loss - self.loss == 0
         return "a gradient is not finite" if finite else f"the loss is {self.loss}"
 
 
 @dataclass
 class TrainMetrics:
-    """What training has done so far: losses and hits by step, and the order of the images.
+    """Losses and correct predictions by step, and the order of the samples.
 
-    Steps add tensors of the device and are not waited for; ``collect`` reads them, over all
-    replicas. What it leaves behind is the same on every process, and plain numbers, so that a
-    checkpoint can keep it, and its sums do not depend on when it was called: shares are float64,
-    which sums a few float32 without rounding.
+    Steps add tensors that stay on the device; ``reduce`` reads them, over all replicas. The
+    attributes are then the same on every process, and plain numbers that a checkpoint can hold.
+    They do not depend on how often ``reduce`` was called: float64 sums of a few float32 are exact.
 
     Attributes:
-        losses, hits: of the steps since the last record, the global batch's; bad steps left out.
-        epoch_loss: summed over the epoch's steps, of which ``epoch_steps`` were good.
-        epoch_hits, images: of the epoch so far.
-        digest: of the samples' numbers of the epoch so far, in their global order.
-        bad_in_a_row: steps since the last one that was good.
+        losses, num_correct: of each finite step since the last ``pop_averages``, global batch.
+        epoch_loss, epoch_num_correct: sums over the ``epoch_steps`` finite steps of the epoch.
+        epoch_images: of all steps of the epoch.
+        sample_order_hash: of the samples' indices of the epoch so far, in their global order.
+        consecutive_nonfinite: steps since the last finite one.
     """
 
-    batch: int
-    replicas: int
+    batch_size: int
+    dp_size: int
     losses: list[float] = field(default_factory=list)
-    hits: list[float] = field(default_factory=list)
+    num_correct: list[float] = field(default_factory=list)
     epoch_loss: float = 0.0
     epoch_steps: int = 0
-    epoch_hits: int = 0
-    images: int = 0
-    digest: str = ""
-    bad_in_a_row: int = 0
-    _steps: list[int] = field(default_factory=list)
-    _results: list[Tensor] = field(default_factory=list)
-    _numbers: list[NDArray[np.int64]] = field(default_factory=list)
+    epoch_num_correct: int = 0
+    epoch_images: int = 0
+    sample_order_hash: str = ""
+    consecutive_nonfinite: int = 0
+    _added: list[tuple[int, Tensor, NDArray[np.int64]]] = field(default_factory=list)
 
-    def add(self, step: int, result: Tensor, numbers: NDArray[np.int64]) -> None:
-        """Note a step: what ``train_step`` gave, and the samples that this replica had in it."""
-        self._steps.append(step)
-        self._results.append(result)
-        self._numbers.append(numbers)
+    def add(self, step: int, result: Tensor, indices: NDArray[np.int64]) -> None:
+        """Add a step: what ``train_step`` returned, and this process's samples [B]."""
+        self._added.append((step, result, indices))
 
-    def collect(self) -> list[NonFiniteStep]:
-        """Read what was added, and tell the bad steps; all processes call it together."""
-        if not self._results:
+    def reduce(self) -> list[NonFiniteStep]:
+        """Read what was added, and return the steps that were not finite; a collective call."""
+        if not self._added:
             return []
-        results = torch.stack(self._results)
+        results = torch.stack([result for _, result, _ in self._added])
         dist.all_reduce(results)
-        bad = []
-        rows = zip(self._steps, results.tolist(), self._in_global_order(), strict=True)
-        for step, (total, hits, *left_out), numbers in rows:
-            loss = total / self.batch
-            self.digest = chain(self.digest, numbers)
-            self.images += len(numbers)
-            if any(left_out) or loss - loss != 0:
-                bad.append(NonFiniteStep(step, loss, numbers))
-                self.bad_in_a_row += 1
+        nonfinite = []
+        for (step, _, _), (total, correct, *skipped), indices in zip(
+            self._added, results.tolist(), self._gather_indices(), strict=True
+        ):
+            loss = total / self.batch_size
+            link = (
+                bytes.fromhex(self.sample_order_hash)
+                + np.ascontiguousarray(indices, "<i8").tobytes()
+            )
+            self.sample_order_hash = hashlib.sha256(link).hexdigest()
+            self.epoch_images += len(indices)
+            if any(skipped) or loss - loss != 0:
+                nonfinite.append(NonFiniteStep(step, loss, indices))
+                self.consecutive_nonfinite += 1
                 continue
-            self.bad_in_a_row = 0
+            self.consecutive_nonfinite = 0
             self.losses.append(loss)
-            self.hits.append(hits)
+            self.num_correct.append(correct)
             self.epoch_loss += loss
-            self.epoch_hits += int(hits)
+            self.epoch_num_correct += int(correct)
             self.epoch_steps += 1
-        self._steps, self._results, self._numbers = [], [], []
-        return bad
+        self._added = []
+        return nonfinite
 
-    def _in_global_order(self) -> Iterable[NDArray[np.int64]]:
-        """Position p of a batch is image p // R of replica p mod R."""
-        most = -(-self.batch // self.replicas)
-        mine = torch.full((len(self._numbers), most), -1, dtype=torch.int64)
-        for row, numbers in enumerate(self._numbers):
-            mine[row, : len(numbers)] = torch.from_numpy(numbers)
-        everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-        dist.all_gather(everyone, mine)
-        of_each = everyone[
-            :: len(everyone) // self.replicas
-        ]  # processes of a replica have the same
-        together = torch.stack(of_each, 2).flatten(1).numpy()
-        return (row[row >= 0] for row in together)
+    def _gather_indices(self) -> Iterator[NDArray[np.int64]]:
+        """Of each step those of the global batch, whose position p is sample p // R of replica
+        p mod R."""
+        most = -(-self.batch_size // self.dp_size)
+        mine = torch.full((len(self._added), most), -1, dtype=torch.int64)
+        for row, (_, _, indices) in enumerate(self._added):
+            mine[row, : len(indices)] = torch.from_numpy(indices)
+        gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+        dist.all_gather(gathered, mine)
+        by_replica = gathered[:: len(gathered) // self.dp_size]  # its processes have the same
+        for row in torch.stack(by_replica, 2).flatten(1).numpy():
+            yield row[row >= 0]
 
-    def take(self) -> tuple[float | None, float | None]:
-        """Mean loss and top-1 error in percent since the last call, None where all steps were
-        bad; after ``collect``."""
+    def pop_averages(self) -> tuple[float | None, float | None]:
+        """Mean loss and top-1 error in percent since the last call; None if no step was finite."""
         steps = len(self.losses)
         loss = sum(self.losses) / steps if steps else None
-        error = 100.0 * (1.0 - sum(self.hits) / (steps * self.batch)) if steps else None
-        self.losses, self.hits = [], []
+        error = 100.0 * (1.0 - sum(self.num_correct) / (steps * self.batch_size)) if steps else None
+        self.losses, self.num_correct = [], []
         return loss, error
 
     def next_epoch(self) -> None:
-        """Begin the counts of an epoch."""
-        self.epoch_loss, self.epoch_steps, self.epoch_hits = 0.0, 0, 0
-        self.images, self.digest = 0, ""
+        self.epoch_loss, self.epoch_steps, self.epoch_num_correct = 0.0, 0, 0
+        self.epoch_images, self.sample_order_hash = 0, ""
 
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps; after ``collect``."""
-        return {k: v for k, v in vars(self).items() if not k.startswith("_") and k != "replicas"}
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds; after ``reduce``."""
+        hidden = ("batch_size", "dp_size", "_added")
+        return {name: value for name, value in vars(self).items() if name not in hidden}
 
-    def load(self, state: Mapping[str, Any]) -> None:
-        for name, value in state.items():
-            setattr(self, name, value)
-
-
-def chain(digest: str, numbers: NDArray[np.int64]) -> str:
-    """The digest of an order of samples, one more batch long."""
-    link = bytes.fromhex(digest) + np.ascontiguousarray(numbers, "<i8").tobytes()
-    return hashlib.sha256(link).hexdigest()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        vars(self).update(state)
 
 
-class EvalMetrics(Metric):
-    """Loss and classification errors over a data set, counted exactly.
+class EvalMetrics:
+    """Loss and errors over a data set, counted exactly: sums of ``layout.eval_counts``, float64
+    [4]; no padding, no mean of means."""
 
-    Whole numbers, summed over processes: no padding, no mean of means.
-    """
+    def __init__(self, device: torch.device) -> None:
+        self._counts = torch.zeros(4, dtype=torch.float64, device=device)
 
-    full_state_update = False
-    loss: Tensor
-    top1: Tensor
-    top5: Tensor
-    images: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.set_dtype(torch.float64)
-        zero = torch.zeros((), dtype=torch.int64)
-        self.add_state("loss", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        for name in ("top1", "top5", "images"):
-            self.add_state(name, zero.clone(), dist_reduce_fx="sum")
-
-    def update(self, hits: Tensor) -> None:
-        """``hits``: what ``layout.eval_counts`` gives."""
-        self.loss += hits[0]
-        self.top1 += hits[1].long()
-        self.top5 += hits[2].long()
-        self.images += hits[3].long()
+    def update(self, counts: Tensor) -> None:
+        self._counts += counts
 
     def compute(self) -> dict[str, float]:
-        """Errors in percent, mean loss, and images, over all processes."""
-        images = int(self.images)
+        """Errors in percent, mean loss, and images, over all processes; a collective call."""
+        gathered = [torch.empty_like(self._counts) for _ in range(dist.get_world_size())]
+        dist.all_gather(gathered, self._counts)
+        loss, top1, top5, count = torch.stack(gathered).sum(0).tolist()
+        images = int(count)
         return {
-            "top1_error": 100.0 * (images - int(self.top1)) / max(images, 1),
-            "top5_error": 100.0 * (images - int(self.top5)) / max(images, 1),
-            "loss": float(self.loss) / max(images, 1),
+            "top1_error": 100.0 * (images - int(top1)) / max(images, 1),
+            "top5_error": 100.0 * (images - int(top5)) / max(images, 1),
+            "loss": loss / max(images, 1),
             "images": images,
         }
-
-
-def check_count(result: Mapping[str, float], left_out: int, images: int) -> None:
-    """See that an evaluation has counted every image once.
-
-    Raises:
-        Failure: it has not.
-    """
-    if result["images"] + left_out != images:
-        raise UserError(
-            f"evaluation counted {result['images']} images and left out {left_out}, but there are "
-            f"{images}: this is a defect, please report it",
-            on_all_ranks=True,
-        )
 
 
 def evaluate(
     layout: Layout,
     batches: Iterable[Batch],
     device: torch.device,
-    between: Callable[[], None] = lambda: None,
+    after_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """Errors over all batches of all processes, each of which may have another number of images.
+    """Errors over all batches of all processes, which may have different numbers of images.
 
-    ``between`` is called after each batch; what it raises ends the evaluation.
+    ``after_batch`` is called after each; what it raises ends the evaluation.
     """
-    errors = EvalMetrics().to(device)
+    metrics = EvalMetrics(device)
     for batch in batches:
-        errors.update(layout.eval_counts(batch.images, batch.labels))
-        between()
-    result: dict[str, float] = errors.compute()
-    return result
+        metrics.update(layout.eval_counts(batch.images, batch.labels))
+        after_batch()
+    return metrics.compute()
+
+
+def check_all_images_counted(
+    result: Mapping[str, float], num_skipped: int, num_images: int
+) -> None:
+    """Raise a UserError unless an evaluation has counted every image once."""
+    if result["images"] + num_skipped != num_images:
+        raise UserError(
+            f"evaluation counted {result['images']} images and skipped {num_skipped}, but there "
+            f"are {num_images}: this is a defect, please report it",
+            on_all_ranks=True,
+        )
 
 
 class StepThrottle:
-    """Keeps the process at most ``AHEAD`` steps ahead of its device, and batches alive until their
-    steps are done.
+    """Keeps the host at most ``MAX_STEPS_AHEAD`` steps ahead of its GPU, and batches alive until
+    their steps are done.
 
-    A process that only launches work would take batch after batch: memory would fill with those
-    that wait for their step, and a wait for the device would look like one for images.
+    Else memory would fill with batches that wait for their step, and waiting for the GPU would
+    look like waiting for data.
     """
 
-    AHEAD = 2
+    MAX_STEPS_AHEAD = 2
 
     def __init__(self, device: torch.device) -> None:
-        self._under_way: deque[tuple[torch.cuda.Event, Batch]] | None = (
-            deque() if device.type == "cuda" else None
-        )
+        self._on_gpu = device.type == "cuda"
+        self._in_flight: deque[tuple[torch.cuda.Event, Batch]] = deque()
 
-    def started(self, batch: Batch) -> None:
-        """The device has been given all of a step on ``batch``: wait until another may begin."""
-        if self._under_way is None:
-            return
-        done = torch.cuda.Event()
-        done.record()
-        self._under_way.append((done, batch))
-        while len(self._under_way) > self.AHEAD:
-            self._under_way.popleft()[0].synchronize()
+    def step_launched(self, batch: Batch) -> None:
+        """Wait until another step may be launched."""
+        if self._on_gpu:
+            done = torch.cuda.Event()
+            done.record()
+            self._in_flight.append((done, batch))
+            self.wait(self.MAX_STEPS_AHEAD)
 
-    def finish(self) -> None:
-        """Wait for all of them."""
-        while self._under_way:
-            self._under_way.popleft()[0].synchronize()
+    def wait(self, in_flight: int = 0) -> None:
+        """Wait until at most so many steps are in flight."""
+        while len(self._in_flight) > in_flight:
+            self._in_flight.popleft()[0].synchronize()
 
 
 class StepTimer:
-    """Where the time between two records went; evaluations and checkpoints do not count.
+    """Where the time between two log records went; evaluations and checkpoints do not count.
 
     Attributes:
-        longest: seconds of the longest step of this life.
+        longest_step: seconds of the longest step so far.
     """
 
     def __init__(self) -> None:
-        self.seconds = self.wait = 0.0
-        self.steps = self.steps_of_last = 0
-        self.longest = self._waited = 0.0
-        self._mark = time.perf_counter()
+        self.longest_step = self._seconds = self._data_seconds = self._last_data_seconds = 0.0
+        self._steps = 0
+        self.start()
 
     def start(self) -> None:
-        """Begin to count here; what lies between is left out."""
+        """Count from here; what lies before does not count."""
         self._mark = time.perf_counter()
 
-    def waited(self) -> None:
-        """The wait for images has ended."""
-        self._waited = self._lap()
-        self.wait += self._waited
+    def mark_data_ready(self) -> None:
+        """The wait for a batch has ended."""
+        self._last_data_seconds = self._lap()
+        self._data_seconds += self._last_data_seconds
 
-    def stepped(self) -> None:
-        """A step has ended."""
-        self.longest = max(self.longest, self._waited + self._lap())
-        self.steps += 1
+    def mark_step_done(self) -> None:
+        self.longest_step = max(self.longest_step, self._last_data_seconds + self._lap())
+        self._steps += 1
 
-    def take(self) -> tuple[float, float]:
-        """Seconds, and those spent waiting for images, since the last call."""
+    def pop_times(self) -> tuple[float, float, int]:
+        """Seconds, those spent waiting for data, and steps, since the last call."""
         self._lap()
-        taken = self.seconds, self.wait
-        self.steps_of_last, self.steps = self.steps, 0
-        self.seconds = self.wait = 0.0
-        return taken
+        times = self._seconds, self._data_seconds, self._steps
+        self._seconds, self._data_seconds, self._steps = 0.0, 0.0, 0
+        return times
 
     def _lap(self) -> float:
         now = time.perf_counter()
         lap, self._mark = now - self._mark, now
-        self.seconds += lap
+        self._seconds += lap
         return lap

@@ -26,7 +26,7 @@ def networks(images: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     runs = tmp_path_factory.mktemp("networks")
     train(0, images, runs, "--run.name=a", "--train.epochs=3")
     train(0, images, runs, "--run.name=b", "--optim.lr=0.003", *OTHER)
-    file = checkpoint.find(str(runs / "b")) / "state.json"
+    file = checkpoint.find_checkpoint(str(runs / "b")) / "state.json"
     state = json.loads(file.read_text())
     state["statistics"]["mean"] = [120.0, 85.0, 115.0]
     file.write_text(json.dumps(state))
@@ -88,7 +88,7 @@ def test_ten_views_on_any_number_of_processes(networks: tuple[Path, Path]) -> No
 
 def _chances(run: Path, files: list[Path]) -> torch.Tensor:
     """What the run's best network makes of the images' centres, float64 [images, classes]."""
-    found = checkpoint.find(str(run))
+    found = checkpoint.find_checkpoint(str(run))
     state = checkpoint.read_state(found)
     side = state["config"]["data"]["image_size"]
     model = build_on_meta(state["config"]["model"]["arch"], num_classes=3, image_size=side)

@@ -257,10 +257,10 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
     content[len(content) // 2] ^= 4
     file.write_bytes(content)
     result = train(2, images, tmp_path, "--run.name=run", FEW)
-    sentence = f"the checkpoint {last} is damaged ({file.name} has changed since it was written)"
+    sentence = f"the checkpoint {last} is corrupt ({file.name} has changed since it was written)"
     assert sentence in result.out
     assert [e["step"] for e in events(run, "resume")] == [12]
-    assert (run / "checkpoints" / f"damaged-{last.name}").is_dir()
+    assert (run / "checkpoints" / f"corrupt-{last.name}").is_dir()
     same(run, calm)
 
 

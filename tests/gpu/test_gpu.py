@@ -25,12 +25,12 @@ from alexnet_dist.model.lrn import LocalResponseNorm, lrn_triton
 from alexnet_dist.parallel.precision import SyncedGradScaler, resolve_precision
 from alexnet_dist.parallel.waits import Waits
 from alexnet_dist.training import checkpoint
-from alexnet_dist.training.checkpoint import CheckpointManager
 from alexnet_dist.training.optim import KrizhevskySGD, sgd2012_update
 from alexnet_dist.training.step import StepThrottle
 from tests.conftest import TINY, events, launch, losses, train, write_images
 from tests.data.corrupt_images import damaged, encode, photograph, put, whole, write_folder
 from tests.distributed.groups import running, tensors, workers
+from tests.networks import weights_manager
 from tests.prepare.packed_folder import write_prepared
 
 pytestmark = pytest.mark.gpu
@@ -366,10 +366,10 @@ def test_a_process_keeps_near_its_device() -> None:
     for batch in batches:
         begun = time.perf_counter()
         torch.cuda._sleep(100_000_000)
-        pace.started(Batch(batch, batch, np.zeros(1, np.int64)))
+        pace.step_launched(Batch(batch, batch, np.zeros(1, np.int64)))
         alive.append(time.perf_counter() - begun)
-    assert max(alive[: StepThrottle.AHEAD]) < min(alive[StepThrottle.AHEAD :])
-    pace.finish()
+    assert max(alive[: StepThrottle.MAX_STEPS_AHEAD]) < min(alive[StepThrottle.MAX_STEPS_AHEAD :])
+    pace.wait()
     assert torch.cuda.current_stream().query()
 
 
@@ -427,21 +427,18 @@ def test_precision_is_bf16_where_the_gpu_has_it() -> None:
 def test_a_save_holds_what_was_there_when_it_began(tmp_path: Path) -> None:
     dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        group = dist.new_group(backend="gloo")
-        assert isinstance(group, dist.ProcessGroup)
-        live = {"model.a": torch.randn(4096, 4096, device=GPU)}
+        live = {"a": torch.randn(4096, 4096, device=GPU)}
         kernel = torch.randn(96, 3, 11, 11, device=GPU)
-        live["model.b"] = kernel.to(memory_format=torch.channels_last)
+        live["b"] = kernel.to(memory_format=torch.channels_last)
         before = {name: tensor.clone() for name, tensor in live.items()}
-        checkpoints = CheckpointManager(tmp_path, group, GPU)
-        for step in (1, 2):  # the second into memory that is kept
-            checkpoints.begin({"step": step}, live, best=False)
+        manager, emitted = weights_manager(tmp_path, live)
+        for step in (1, 2):
+            manager.save({"step": step, "last_eval_step": -1})
             for tensor in live.values():  # training goes on
                 tensor.mul_(2)
-            saved = checkpoints.settle()
-            assert saved is not None
-            assert saved.failure == ""
-            checkpoint.load(saved.path, live)
+            manager.wait()
+            assert emitted[-1]["event"] == "checkpoint"
+            checkpoint.load_tensors(tmp_path / emitted[-1]["path"], manager.state_tensors())
             assert all(torch.equal(live[name], before[name]) for name in live)
     finally:
         dist.destroy_process_group()

@@ -40,9 +40,8 @@ from alexnet_dist.parallel.ddp import PLAIN, DDPLayout, GradCompression
 from alexnet_dist.parallel.mesh import Mesh, init_distributed
 from alexnet_dist.parallel.precision import Precision
 from alexnet_dist.parallel.sharded_fc import ShardedFCLayout
-from alexnet_dist.training import checkpoint
+from alexnet_dist.training.checkpoint import CheckpointManager, find_checkpoint, load_tensors
 from alexnet_dist.training.optim import build_optimizer, momentum_buffers
-from alexnet_dist.training.saver import Saver
 from alexnet_dist.training.step import train_step
 
 SIDE = 67
@@ -228,7 +227,7 @@ class Normalised:
         return losses
 
     def tensors(self) -> dict[str, Tensor]:
-        return Saver(None, self.layout, self.optimizer, print).tensors()  # type: ignore[arg-type]
+        return manager(self.layout, self.optimizer).state_tensors()
 
 
 def normalised(mesh: Mesh, name: str, count: int, batch: int) -> dict:
@@ -248,19 +247,14 @@ def normalised(mesh: Mesh, name: str, count: int, batch: int) -> dict:
 
 
 def resumed(mesh: Mesh, name: str, folder: str) -> dict:
-    checkpoints = checkpoint.CheckpointManager(Path(folder), mesh.checkpoint_group, mesh.device)
     calm, stopped = Normalised(mesh, name, 7), Normalised(mesh, name, 7)
 
     def save(step: int) -> Path:
-        checkpoints.begin({"step": step}, calm.tensors(), best=False)
-        saved = checkpoints.settle()
-        assert saved is not None
-        assert not saved.failure, saved.failure
-        return saved.path
+        return save_checkpoint(manager(calm.layout, calm.optimizer, folder), step)
 
     calm.warm_up()
     calm.train(0, 2)
-    checkpoint.load(save(2), stopped.tensors())
+    load_tensors(save(2), stopped.tensors())
     stopped.warm_up()
     last = [one.train(2, 4) for one in (calm, stopped)]
     pairs = zip(calm.tensors().values(), stopped.tensors().values(), strict=True)
@@ -268,7 +262,7 @@ def resumed(mesh: Mesh, name: str, folder: str) -> dict:
 
     alone = build_model("alexnet_bn", num_classes=10, image_size=SIDE).eval().to(DEVICE)
     mine = {f"model.{key}": p.detach() for key, p in alone.named_parameters()}
-    checkpoint.load(save(4), mine)
+    load_tensors(save(4), mine)
     images, labels = batch_of(8, 10, 9)
     hits = calm.layout.eval_counts(images[mesh.batch_slice], labels[mesh.batch_slice])
     dist.all_reduce(hits)
@@ -357,19 +351,33 @@ def held(mesh: Mesh, name: str) -> dict:
 
 def write(mesh: Mesh, name: str, folder: str) -> dict:
     layout = lay_out(name, mesh, 8, num_classes=4)
-    checkpoints = checkpoint.CheckpointManager(Path(folder), mesh.checkpoint_group, mesh.device)
-    checkpoints.begin({"step": 1}, _known(layout, values=True), best=False)
-    saved = checkpoints.settle()
-    assert saved is not None
-    assert not saved.failure, saved.failure
-    made = saved.path
+    optimizer = build_optimizer("sgd", layout.parameters, lr=0.1, momentum=0.9, weight_decay=0)
+    checkpoints, values = manager(layout, optimizer, folder), _known(layout, values=True)
+    for key, tensor in checkpoints.state_tensors().items():
+        _local(tensor).copy_(_local(values[key]))
+    made = save_checkpoint(checkpoints, 1)
     return {"files": len(list(made.glob("*.safetensors")))}
+
+
+def manager(
+    layout: DDPLayout | ShardedFCLayout, optimizer: torch.optim.SGD, folder: str = ""
+) -> CheckpointManager:
+    return CheckpointManager(
+        Path(folder), layout.mesh.checkpoint_group, layout, optimizer, lambda *_, **__: None
+    )
+
+
+def save_checkpoint(checkpoints: CheckpointManager, step: int) -> Path:
+    checkpoints.save({"step": step, "last_eval_step": -1})
+    checkpoints.wait()
+    assert checkpoints.last_saved == (step, -1)
+    return checkpoints.folder / f"step-{step:08d}"
 
 
 def read(mesh: Mesh, name: str, folder: str) -> dict:
     layout = lay_out(name, mesh, 8, num_classes=4)
     wanted, got = _known(layout, values=True), _known(layout, values=False)
-    checkpoint.load(checkpoint.find(f"{folder}/step-00000001"), got)
+    load_tensors(find_checkpoint(f"{folder}/step-00000001"), got)
     pairs = [(_local(got[key]), _local(wanted[key])) for key in wanted]
     equal = [bool(torch.equal(*pair)) for pair in pairs]
     answers = mesh.all_gather_object((sum(equal), len(equal)))

@@ -1,43 +1,121 @@
-"""Checkpoints: beside training, whole or not at all, and checked when read."""
+"""Checkpoints: asynchronous, complete or absent, and verified when read."""
 
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 
 from alexnet_dist.errors import UserError
 from alexnet_dist.training import checkpoint
-from alexnet_dist.training.checkpoint import CheckpointManager, Saved
+from alexnet_dist.training.checkpoint import CheckpointManager, load_tensors, read_state
+from tests.networks import weights_manager
 
-CPU = torch.device("cpu")
+Tensors = dict[str, torch.Tensor]
 
 
 @pytest.fixture(autouse=True)
-def _alone() -> Iterator[None]:
+def _process_group() -> Iterator[None]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
 
 
-def checkpoints(folder: Path, **options: object) -> CheckpointManager:
-    group = dist.new_group(backend="gloo")
-    assert isinstance(group, dist.ProcessGroup)
-    return CheckpointManager(folder, group, CPU, **options)  # type: ignore[arg-type]
-
-
-def tensors() -> dict[str, torch.Tensor]:
+def weights() -> Tensors:
     kernel = torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last)
-    return {"model.conv1.weight": kernel, "model.fc8.bias": torch.randn(5)}
+    return {"conv1.weight": kernel, "fc8.bias": torch.randn(5)}
 
 
-def save(to: CheckpointManager, step: int, *, best: bool = False, **state: object) -> Saved:
-    to.begin({"step": step, **state}, tensors(), best=best)
-    saved = to.settle()
-    assert saved is not None
-    return saved
+def save(manager: CheckpointManager, step: int, *, best: Any = None, **state: Any) -> Path:
+    manager.save({"step": step, "last_eval_step": -1, **state}, best)
+    manager.wait()
+    return manager.folder / f"step-{step:08d}"
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_checkpoint_holds_what_was_there_when_the_save_began(tmp_path: Path) -> None:
+    """Twice, to the bit, whatever training does meanwhile."""
+    live = weights()
+    manager, events = weights_manager(tmp_path, live)
+    for step in (12, 13):
+        saved = {name: tensor.clone() for name, tensor in live.items()}
+        manager.save({"step": step, "last_eval_step": 7, "loss": 0.1 + 0.2}, {"loss": 0.5})
+        for tensor in live.values():
+            tensor.mul_(-2)
+        manager.wait()
+        path = tmp_path / f"step-{step:08d}"
+        assert (tmp_path / "last").resolve() == (tmp_path / "best").resolve() == path
+        found, warnings = manager.restore(lambda state: None)
+        assert all(torch.equal(live[name], saved[name]) for name in saved)
+        assert (found["loss"], found["best"], warnings) == (0.1 + 0.2, {"loss": 0.5}, [])
+        assert manager.last_saved == (step, 7)
+        assert {file.suffix for file in path.iterdir()} == {".json", ".safetensors"}  # no pickles
+    assert [event["event"] for event in events] == ["checkpoint", "best"] * 2
+    assert names(tmp_path) == ["best", "last", "step-00000012", "step-00000013"]
+
+
+def test_checkpoint_saves_asynchronously(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = checkpoint._Writer.write_data
+
+    def slow(*arguments: Any) -> Any:
+        time.sleep(1)
+        return write(*arguments)
+
+    monkeypatch.setattr(checkpoint._Writer, "write_data", slow)
+    manager, events = weights_manager(tmp_path, weights())
+    begun = time.monotonic()
+    manager.save({"step": 1, "last_eval_step": -1})
+    manager.wait(block=False)
+    assert time.monotonic() - begun < 0.5
+    assert not events
+    manager.wait()
+    assert events[0]["seconds"] == manager.longest_save >= 1
+    manager, events = weights_manager(tmp_path, weights(), async_save=False)
+    manager.save({"step": 2, "last_eval_step": -1})
+    assert events[0]["stall"] >= 1
+
+
+def test_checkpoint_retention(tmp_path: Path) -> None:
+    """The newest, the best, and some for good."""
+    manager, _ = weights_manager(tmp_path, weights(), keep_last=2, keep_every=3)
+    for step in range(1, 8):
+        save(manager, step, best={"loss": 1.0} if step == 2 else None)
+    assert names(tmp_path)[2:] == [f"step-{step:08d}" for step in (2, 3, 6, 7)]
+    assert (tmp_path / "best").resolve().name == "step-00000002"
+
+
+def test_checkpoint_survives_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manager, events = weights_manager(tmp_path, weights())
+    first = save(manager, 1, best={"loss": 2.0})
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint._Writer, "write_data", full)
+        save(manager, 2, best={"loss": 1.0})
+    assert events[-1]["event"] == "checkpoint_failed"
+    assert "(No space left on device); training continues" in events[-1]["message"]
+    assert (manager.best, manager.last_saved) == ({"loss": 2.0}, (1, -1))
+    assert (tmp_path / "last").resolve() == first
+    assert names(tmp_path) == ["best", "last", "step-00000001"]
+    save(manager, 3)
+    assert events[-1]["event"] == "checkpoint"
+
+
+def test_checkpoint_of_the_same_step_replaces_the_one_before(tmp_path: Path) -> None:
+    manager, _ = weights_manager(tmp_path, weights())
+    save(manager, 1, loss=0)
+    assert read_state(save(manager, 1, loss=1))["loss"] == 1
+    assert names(tmp_path) == ["last", "step-00000001"]
 
 
 def flip(file: Path, at: int) -> None:
@@ -46,132 +124,58 @@ def flip(file: Path, at: int) -> None:
     file.write_bytes(content)
 
 
-def test_what_is_read_is_what_was_there_when_it_began(tmp_path: Path) -> None:
-    mine = checkpoints(tmp_path)
-    live = tensors()
-    written = {name: tensor.clone() for name, tensor in live.items()}
-    mine.begin({"step": 12, "loss": 0.1 + 0.2}, live, best=True)
-    for tensor in live.values():  # training goes on
-        tensor.zero_()
-    saved = mine.settle()
-    assert saved is not None
-    assert saved.failure == ""
-    read = {name: torch.zeros_like(tensor) for name, tensor in written.items()}
-    checkpoint.load(saved.path, read)
-    assert all(torch.equal(read[name], written[name]) for name in written)
-    assert checkpoint.read_state(saved.path)["loss"] == 0.1 + 0.2
-    assert (tmp_path / "last").resolve() == (tmp_path / "best").resolve() == saved.path
-    assert not list(tmp_path.glob(".partial*"))
-
-
-def test_training_does_not_wait_for_the_disk(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write = checkpoint._Writer.write_data
-
-    def slowly(*arguments: object) -> object:
-        time.sleep(1)
-        return write(*arguments)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(checkpoint._Writer, "write_data", slowly)
-    mine = checkpoints(tmp_path)
-    began = time.monotonic()
-    mine.begin({"step": 1}, tensors(), best=False)
-    assert mine.settle(wait=False) is None
-    assert time.monotonic() - began < 0.5
-    saved = mine.settle()
-    assert saved is not None
-    assert saved.seconds >= 1
-    assert mine.settle() is None
-
-
-def test_no_file_in_it_is_a_pickle(tmp_path: Path) -> None:
-    made = save(checkpoints(tmp_path), 1).path
-    assert {file.suffix for file in made.iterdir()} == {".json", ".safetensors"}
-
-
-def test_the_newest_the_best_and_some_for_good_are_kept(tmp_path: Path) -> None:
-    mine = checkpoints(tmp_path, keep=2, keep_every=3)
-    for step in range(1, 8):
-        save(mine, step, best=step == 2)
-    kept = sorted(path.name for path in tmp_path.glob("step-*"))
-    assert kept == [f"step-{step:08d}" for step in (2, 3, 6, 7)]
-    assert (tmp_path / "best").resolve().name == "step-00000002"
-
-
-def test_a_save_that_fails_leaves_the_one_before(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    mine = checkpoints(tmp_path)
-    first = save(mine, 1).path
-
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint._Writer, "write_data", full)
-        assert save(mine, 2).failure == "No space left on device"
-    assert (tmp_path / "last").resolve() == first
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["last", "step-00000001"]
-    assert save(mine, 3).failure == ""
-
-
-def test_the_same_step_again_takes_its_place(tmp_path: Path) -> None:
-    mine = checkpoints(tmp_path)
-    save(mine, 1, evaluated=0)
-    made = save(mine, 1, evaluated=1).path
-    assert checkpoint.read_state(made)["evaluated"] == 1
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["last", "step-00000001"]
-
-
-DAMAGES = {
-    "a flipped bit in a tensor": lambda made: flip(next(made.glob("*.safetensors")), -1),
-    "a cut file": lambda made: next(made.glob("*.safetensors")).write_bytes(b"short"),
-    "a flipped bit in the state": lambda made: flip(made / "state.json", 12),
-    "a missing file": lambda made: (made / "state.json").unlink(),
-    "no manifest": lambda made: (made / "manifest.json").unlink(),
-    "a manifest of zeros": lambda made: (made / "manifest.json").write_bytes(bytes(100)),
+CORRUPTIONS = {
+    "a flipped bit in a tensor": lambda path: flip(next(path.glob("*.safetensors")), -1),
+    "a truncated file": lambda path: next(path.glob("*.safetensors")).write_bytes(b"short"),
+    "a flipped bit in the state": lambda path: flip(path / "state.json", 12),
+    "a missing file": lambda path: (path / "state.json").unlink(),
+    "no manifest": lambda path: (path / "manifest.json").unlink(),
+    "a manifest of zeros": lambda path: (path / "manifest.json").write_bytes(bytes(100)),
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_one_is_set_aside_and_the_one_before_it_used(damage: str, tmp_path: Path) -> None:
-    mine = checkpoints(tmp_path)
-    first, second = save(mine, 9).path, save(mine, 10, best=True).path
-    DAMAGES[damage](second)
-    with pytest.raises(UserError, match="is damaged"):
-        checkpoint.load(second, tensors())
-    found, sentences = mine.newest()
-    assert found == first
-    assert len(sentences) == 1
-    assert f"the checkpoint {second} is damaged" in sentences[0]
-    assert (tmp_path / "last").resolve() == first
-    assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "damaged-step-00000010",
-        "last",
-        "step-00000009",
-    ]
+@pytest.mark.parametrize("corruption", CORRUPTIONS)
+def test_checkpoint_that_is_corrupt_is_quarantined(corruption: str, tmp_path: Path) -> None:
+    manager, _ = weights_manager(tmp_path, weights())
+    save(manager, 9)
+    second = save(manager, 10, best={"loss": 1.0})
+    CORRUPTIONS[corruption](second)
+    with pytest.raises(UserError, match="is corrupt"):
+        load_tensors(second, manager.state_tensors())
+    state, warnings = manager.restore(lambda state: None)
+    assert state["step"] == 9
+    assert len(warnings) == 1
+    assert f"the checkpoint {second} is corrupt" in warnings[0]
+    assert (tmp_path / "last").resolve().name == "step-00000009"
+    assert names(tmp_path) == ["corrupt-step-00000010", "last", "step-00000009"]
 
 
-def test_what_a_cut_life_left_behind_is_removed(tmp_path: Path) -> None:
+def test_checkpoint_removes_what_a_killed_process_left(tmp_path: Path) -> None:
     (tmp_path / ".partial-step-00000003").mkdir()
-    assert checkpoints(tmp_path).newest() == (None, [])
+    assert weights_manager(tmp_path, weights())[0].restore(lambda state: None) == (None, [])
     assert not list(tmp_path.iterdir())
 
 
-def test_another_network_and_another_version_are_named(tmp_path: Path) -> None:
-    made = save(checkpoints(tmp_path), 1).path
+def test_checkpoint_of_another_network_or_version_is_refused(tmp_path: Path) -> None:
+    path = save(weights_manager(tmp_path, weights())[0], 1)
     with pytest.raises(UserError, match=r"another network: model\.fc8\.bias should be \[7\]"):
-        checkpoint.load(made, {"model.fc8.bias": torch.zeros(7)})
-    (made / "manifest.json").write_text('{"format": 99, "files": {}}')
-    with pytest.raises(UserError, match="format 99"):
-        checkpoint.find_damage(made)
+        load_tensors(path, {"model.fc8.bias": torch.zeros(7)})
+    state = json.loads((path / "state.json").read_text())
+    for format_, version in ((None, r"alexnet_dist 0\.1\.0"), (99, "a newer alexnet_dist")):
+        state |= {"format": format_}
+        kept = {name: value for name, value in state.items() if value is not None}
+        (path / "state.json").write_text(json.dumps(kept))
+        with pytest.raises(UserError, match=f"was written by {version}"):
+            read_state(path)
+    old = tmp_path / "old.safetensors"
+    save_file({"a": torch.zeros(1)}, old, {"alexnet_dist": "1", "classes": "[]"})
+    with pytest.raises(UserError, match=r"was written by alexnet_dist 0\.1\.0"):
+        read_state(old)
     with pytest.raises(UserError, match="there is no checkpoint at"):
-        checkpoint.find(str(tmp_path / "nowhere"))
+        checkpoint.find_checkpoint(str(tmp_path / "nowhere"))
 
 
-def test_processes_share_out_what_all_have() -> None:
-    sizes = {"a": 100, "b": 60, "c": 50, "d": 10}
-    whole = {name: torch.zeros(size) for name, size in sizes.items()}
-    shares = [set(checkpoint._share(whole, rank, 3)) for rank in range(3)]
+def test_checkpoint_balances_replicated_tensors_over_processes() -> None:
+    tensors = {n: torch.zeros(size) for n, size in {"a": 100, "b": 60, "c": 50, "d": 10}.items()}
+    shares = [set(checkpoint._balance_replicated(tensors, rank, 3)) for rank in range(3)]
     assert shares == [{"a"}, {"b"}, {"c", "d"}]

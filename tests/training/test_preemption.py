@@ -12,7 +12,7 @@ import pytest
 import torch.distributed as dist
 
 from alexnet_dist.training import preemption
-from alexnet_dist.training.preemption import Preempted, PreemptionHandler, end_of_life
+from alexnet_dist.training.preemption import Preempted, PreemptionHandler, deadline
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def hearing(
     run: Path, group: dist.ProcessGroup, time_limit: float | None = None
 ) -> PreemptionHandler:
     return PreemptionHandler(
-        run, group, signals=("SIGUSR2",), time_limit=time_limit, grace=60, leave=lambda: None
+        run, group, signals=("SIGUSR2",), time_limit=time_limit, grace=60, before_exit=lambda: None
     )
 
 
@@ -36,9 +36,9 @@ def cause(of: PreemptionHandler, need: float = 0.0) -> str:
     until = time.monotonic() + 2
     while time.monotonic() < until:
         try:
-            of.check(need)
+            of.check_stop(need)
         except Preempted as stop:
-            return stop.cause
+            return stop.reason
         time.sleep(0.05)
     return ""
 
@@ -48,7 +48,7 @@ def test_a_file_is_obeyed_once(tmp_path: Path, group: dist.ProcessGroup) -> None
     os.utime(tmp_path / "PREEMPT", (1, 1))  # meant for a life that is over
     told = hearing(tmp_path, group)
     try:
-        told.check()
+        told.check_stop()
         (tmp_path / "PREEMPT").touch()
         assert cause(told) == "a file PREEMPT"
         assert not (tmp_path / "PREEMPT").exists()
@@ -80,7 +80,7 @@ def test_a_child_does_not_speak_for_its_parent(tmp_path: Path, group: dist.Proce
         os.kill(child, signal.SIGTERM)
         assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGTERM
         time.sleep(0.2)
-        told.check()
+        told.check_stop()
     finally:
         told.close()
 
@@ -92,7 +92,7 @@ def test_only_its_own_signals_count(tmp_path: Path, group: dist.ProcessGroup) ->
     try:
         os.kill(os.getpid(), signal.SIGCHLD)
         time.sleep(0.3)
-        told.check()
+        told.check_stop()
     finally:
         told.close()
         signal.signal(signal.SIGCHLD, before)
@@ -101,10 +101,10 @@ def test_only_its_own_signals_count(tmp_path: Path, group: dist.ProcessGroup) ->
 def test_time_is_kept_for_a_last_step_and_a_save(
     tmp_path: Path, group: dist.ProcessGroup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preemption, "_BORN", time.time())
+    monkeypatch.setattr(preemption, "_PROCESS_START", time.time())
     told = hearing(tmp_path, group, time_limit=60)
     try:
-        told.check(need=45)
+        told.check_stop(need=45)
         assert cause(told, need=55) == "time that runs out"
     finally:
         told.close()
@@ -112,12 +112,12 @@ def test_time_is_kept_for_a_last_step_and_a_save(
 
 def test_the_end_of_a_life(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SLURM_JOB_END_TIME", raising=False)
-    assert end_of_life(None) is None
-    assert end_of_life(60) == preemption._BORN + 60
+    assert deadline(None) is None
+    assert deadline(60) == preemption._PROCESS_START + 60
     monkeypatch.setenv("SLURM_JOB_END_TIME", "1000")
-    assert end_of_life(60) == end_of_life(None) == 1000
+    assert deadline(60) == deadline(None) == 1000
     monkeypatch.setenv("SLURM_JOB_END_TIME", "Unknown")
-    assert end_of_life(None) is None
+    assert deadline(None) is None
 
 
 STUCK = """
@@ -127,7 +127,7 @@ import torch.distributed as dist
 from alexnet_dist.training.preemption import PreemptionHandler
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 PreemptionHandler(Path(sys.argv[1]), dist.group.WORLD, signals=(), time_limit=None, grace=1.0,
-           leave=lambda: None)
+           before_exit=lambda: None)
 print("waiting", flush=True)
 store = dist.TCPStore("127.0.0.1", 0, None, True)
 store.wait(["what nobody sends"], datetime.timedelta(seconds=300))
