@@ -55,7 +55,7 @@ def save_network(folder: Path, variant: str, *, more_outputs: int = 0) -> tuple[
             "eigenvalues": [3.0, 2.0, 1.0],
             "eigenvectors": torch.eye(3).tolist(),
         },
-        "fingerprint": "0123456789abcdef",
+        "dataset_hash": "0123456789abcdef",
         "images": {"train": 31, "val": 13},
         "versions": {"alexnet_dist": "0.1.0", "torch": torch.__version__},
         "best": {"top1_error": 12.5, "top5_error": 0.0, "loss": 0.5, "images": 13, "step": 12},
