@@ -30,7 +30,7 @@ from alexnet_dist.assembly.parts import Images, Learner, check_network
 from alexnet_dist.config import CommandParser, Config
 from alexnet_dist.data import build_loader, dali
 from alexnet_dist.data.corrupt_images import Batch, Loader
-from alexnet_dist.data.sources import open_datasets
+from alexnet_dist.data.datasets import open_datasets
 from alexnet_dist.errors import UserError, run_command
 from alexnet_dist.model.layer_stats import layer_stats, training_flops
 from alexnet_dist.parallel.mesh import Mesh, init_distributed

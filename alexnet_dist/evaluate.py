@@ -19,8 +19,8 @@ from alexnet_dist.assembly.trained import LoadedModel, read
 from alexnet_dist.config import CommandParser, Config
 from alexnet_dist.data import build_loader
 from alexnet_dist.data.corrupt_images import Batch, Loader
+from alexnet_dist.data.datasets import DatasetInfo, open_datasets, scan_dataset
 from alexnet_dist.data.plan import EvalPlan, NumCrops
-from alexnet_dist.data.sources import DatasetInfo, open_datasets, scan_dataset
 from alexnet_dist.errors import UserError, run_command
 from alexnet_dist.parallel.ddp import DDPLayout
 from alexnet_dist.parallel.mesh import Mesh, init_distributed

@@ -26,8 +26,8 @@ from alexnet_dist.assembly.trained import read as load_model
 from alexnet_dist.config import CommandParser
 from alexnet_dist.data import build_loader
 from alexnet_dist.data.corrupt_images import Batch
+from alexnet_dist.data.datasets import ImageDataset, SplitIndex, open_datasets, scan_dataset
 from alexnet_dist.data.plan import EvalPlan
-from alexnet_dist.data.sources import ImageDataset, SplitIndex, open_datasets, scan_dataset
 from alexnet_dist.errors import UserError, run_command
 from alexnet_dist.model import MODEL_REGISTRY, Network
 from alexnet_dist.parallel.mesh import Mesh, init_distributed

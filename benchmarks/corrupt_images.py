@@ -23,9 +23,9 @@ import torch
 
 from alexnet_dist.data.corrupt_images import Loader
 from alexnet_dist.data.dali import DaliLoader, probe_decoder
+from alexnet_dist.data.datasets import ImageDataset, open_datasets, scan_dataset
 from alexnet_dist.data.formats import parse_jpeg_size, validate_bytes
 from alexnet_dist.data.plan import SamplePlan
-from alexnet_dist.data.sources import ImageDataset, open_datasets, scan_dataset
 from alexnet_dist.data.torch_loader import TorchLoader
 from alexnet_dist.data.transforms import Normalization
 from benchmarks.common import machine_info

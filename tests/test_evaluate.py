@@ -14,7 +14,7 @@ from PIL import Image
 from alexnet_dist import evaluate
 from alexnet_dist.assembly.trained import LoadedModel
 from alexnet_dist.config import Config, to_dict
-from alexnet_dist.data.sources import SplitIndex, scan_dataset
+from alexnet_dist.data.datasets import SplitIndex, scan_dataset
 from alexnet_dist.errors import UserError
 from alexnet_dist.model import build_model
 from alexnet_dist.parallel.mesh import Mesh

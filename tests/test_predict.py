@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from alexnet_dist.assembly.trained import read
+from alexnet_dist.data.datasets import FolderDataset, SplitIndex
 from alexnet_dist.data.plan import EvalPlan
-from alexnet_dist.data.sources import FolderDataset, SplitIndex
 from alexnet_dist.data.torch_loader import TorchLoader
 from alexnet_dist.errors import UserError
 from alexnet_dist.model import Network

@@ -10,8 +10,8 @@ from torch import Tensor
 from alexnet_dist.config import Config
 from alexnet_dist.data import build_loader
 from alexnet_dist.data.corrupt_images import Loader
+from alexnet_dist.data.datasets import DatasetInfo, open_datasets, scan_dataset
 from alexnet_dist.data.plan import EvalPlan, SamplePlan
-from alexnet_dist.data.sources import DatasetInfo, open_datasets, scan_dataset
 from alexnet_dist.data.transforms import build_normalization
 from alexnet_dist.errors import UserError
 from alexnet_dist.model import (

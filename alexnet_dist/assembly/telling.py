@@ -13,7 +13,7 @@ from alexnet_dist import __version__
 from alexnet_dist.assembly.parts import Images, Learner
 from alexnet_dist.config import Config
 from alexnet_dist.data.corrupt_images import Batch
-from alexnet_dist.data.sources import DIGITS
+from alexnet_dist.data.datasets import DIGITS
 from alexnet_dist.model import MODEL_REGISTRY
 from alexnet_dist.parallel.mesh import Mesh
 from alexnet_dist.parallel.precision import device_name

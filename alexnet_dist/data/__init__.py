@@ -6,10 +6,9 @@ import torch
 
 from alexnet_dist.data import dali
 from alexnet_dist.data.corrupt_images import Loader, OnCorruptImage
+from alexnet_dist.data.datasets import ImageDataset, RawDataset
 from alexnet_dist.data.gpu_cache import GpuCacheLoader, fits_in_gpu_memory
 from alexnet_dist.data.plan import EvalPlan, SamplePlan
-from alexnet_dist.data.prepared import RawDataset
-from alexnet_dist.data.sources import ImageDataset
 from alexnet_dist.data.torch_loader import TorchLoader
 from alexnet_dist.data.transforms import Normalization
 from alexnet_dist.errors import UserError

@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from alexnet_dist.data.datasets import ImageDataset
 from alexnet_dist.data.plan import SampleParams
-from alexnet_dist.data.sources import ImageDataset
 from alexnet_dist.errors import UserError
 
 OnCorruptImage = Literal["stop", "substitute", "skip"]

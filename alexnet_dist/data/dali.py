@@ -23,9 +23,9 @@ from PIL import Image
 
 from alexnet_dist.data import corrupt_images
 from alexnet_dist.data.corrupt_images import Batch, CorruptImagePolicy, OnCorruptImage
+from alexnet_dist.data.datasets import ImageDataset
 from alexnet_dist.data.formats import DECODE_ERROR, SIZE_MISMATCH, parse_jpeg_size
 from alexnet_dist.data.plan import SampleParams
-from alexnet_dist.data.sources import ImageDataset
 from alexnet_dist.data.transforms import Normalization
 from alexnet_dist.errors import UserError
 

@@ -16,9 +16,8 @@ from torch import Tensor
 
 from alexnet_dist.data import corrupt_images
 from alexnet_dist.data.corrupt_images import Batch, CorruptImagePolicy, OnCorruptImage, to_device
+from alexnet_dist.data.datasets import ImageDataset, RawDataset
 from alexnet_dist.data.plan import SampleParams
-from alexnet_dist.data.prepared import RawDataset
-from alexnet_dist.data.sources import ImageDataset
 from alexnet_dist.data.transforms import Normalization
 from alexnet_dist.errors import UserError
 

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from alexnet_dist.data.datasets import IMAGE_SUFFIXES
 from alexnet_dist.data.formats import decode, validate_bytes
 from alexnet_dist.data.plan import Ints, center_crop_boxes, five_crop_boxes
-from alexnet_dist.data.sources import IMAGES
 from alexnet_dist.data.transforms import Normalization, crop_resize_flip, normalize
 
 AHEAD = 2
@@ -28,7 +28,7 @@ def paths(words: Iterable[str]) -> Iterator[str]:
     for word in words:
         place = Path(word)
         if place.is_dir():
-            within = (path for path in place.rglob("*") if path.suffix.lower() in IMAGES)
+            within = (path for path in place.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
             found = sorted(str(path) for path in within if path.is_file())
         elif not place.exists() and glob.has_magic(word):
             found = sorted(path for path in glob.glob(word, recursive=True) if Path(path).is_file())

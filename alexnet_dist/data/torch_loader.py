@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from alexnet_dist.data.corrupt_images import Batch, CorruptImagePolicy, OnCorruptImage, to_device
+from alexnet_dist.data.datasets import ImageDataset
 from alexnet_dist.data.formats import SIZE_MISMATCH, decode
 from alexnet_dist.data.plan import SampleParams
-from alexnet_dist.data.sources import ImageDataset
 from alexnet_dist.data.transforms import Normalization, crop_resize_flip, normalize
 
 Params = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from alexnet_dist.config import CommandParser
-from alexnet_dist.data.prepared import PREPARED
+from alexnet_dist.data.datasets import PREPARED
 from alexnet_dist.errors import UserError, run_command
 from alexnet_dist.prepare import shards
 from alexnet_dist.prepare.images import OutputFormat

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from alexnet_dist.data.sources import IMAGES, Progress, is_image_name
+from alexnet_dist.data.datasets import IMAGE_SUFFIXES, Progress, is_image_name
 from alexnet_dist.errors import UserError
 from alexnet_dist.prepare.listing import DatasetListing, ImageEntry, write_json
 
@@ -116,7 +116,7 @@ def _read_webdataset(path: Path, split: str, listing: DatasetListing) -> None:
         part = ImageEntry(split, "", stem, str(path), member.offset_data, member.size)
         samples.setdefault(f"{folder}{slash}{stem}", {})[extension.lower()] = part
     for key, sample in samples.items():
-        image = next((part for e, part in sample.items() if f".{e}" in IMAGES), None)
+        image = next((part for e, part in sample.items() if f".{e}" in IMAGE_SUFFIXES), None)
         if image is None:
             continue
         label = sample["cls"].read().tobytes().strip() if "cls" in sample else b""

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
-from alexnet_dist.data.prepared import FORMAT, PREPARED
+from alexnet_dist.data.datasets import PACKED_FORMAT, PREPARED
 from alexnet_dist.data.statistics import stats_from_moments
 from alexnet_dist.errors import UserError
 from alexnet_dist.prepare.images import OutputFormat, compute_moments, resize_image
@@ -174,7 +174,7 @@ def finalize(
         lines = [json.dumps(image, ensure_ascii=False) + "\n" for image in corrupt]
         (out / CORRUPT_IMAGES).write_text("".join(lines))
     prepared = {
-        "format": FORMAT,
+        "format": PACKED_FORMAT,
         "source": listing.source,
         "classes": listing.classes,
         "class_names": listing.class_names,

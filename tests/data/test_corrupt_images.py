@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from alexnet_dist.data import build_loader, sources
+from alexnet_dist.data import build_loader, datasets
 from alexnet_dist.data.corrupt_images import Batch, Loader, OnCorruptImage
 from alexnet_dist.data.dali import DaliLoader
+from alexnet_dist.data.datasets import ImageDataset, open_datasets, scan_dataset
 from alexnet_dist.data.formats import decode, parse_jpeg_size, validate_bytes
 from alexnet_dist.data.plan import SampleParams, SamplePlan
-from alexnet_dist.data.sources import ImageDataset, open_datasets, scan_dataset
 from alexnet_dist.data.transforms import Normalization
 from alexnet_dist.errors import UserError
 from tests.data.corrupt_images import (
@@ -285,7 +285,7 @@ def test_an_index_takes_note_of_what_was_mended(
     assert open_folder(tmp_path).index.corrupt_indices() == [0]
     paths["it"].write_bytes(encode(photograph(), "JPEG"))  # in place
     assert not open_folder(tmp_path).index.corrupt_indices()
-    monkeypatch.setattr(sources, "_scan", None)
+    monkeypatch.setattr(datasets, "_scan", None)
     assert not open_folder(tmp_path).index.corrupt_indices()
 
 

@@ -14,9 +14,9 @@ import torch.distributed as dist
 
 from alexnet_dist.data import build_loader, dali
 from alexnet_dist.data.corrupt_images import Batch
+from alexnet_dist.data.datasets import ImageDataset, open_datasets, scan_dataset
 from alexnet_dist.data.gpu_cache import GpuCacheLoader
 from alexnet_dist.data.plan import SamplePlan
-from alexnet_dist.data.sources import ImageDataset, open_datasets, scan_dataset
 from alexnet_dist.data.torch_loader import TorchLoader
 from alexnet_dist.data.transforms import Normalization, build_normalization
 from alexnet_dist.model import make_dropout_masks

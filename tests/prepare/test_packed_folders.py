@@ -14,8 +14,8 @@ from PIL import Image
 
 from alexnet_dist.data import build_loader
 from alexnet_dist.data.corrupt_images import Batch
+from alexnet_dist.data.datasets import DatasetInfo, open_datasets, scan_dataset
 from alexnet_dist.data.plan import EvalPlan, SamplePlan
-from alexnet_dist.data.sources import DatasetInfo, open_datasets, scan_dataset
 from alexnet_dist.data.transforms import build_normalization
 from alexnet_dist.errors import UserError
 from tests.conftest import losses, train, write_images
@@ -170,7 +170,7 @@ def test_what_is_wrong_with_a_prepared_folder_is_said(
     future = sentence("shards", lambda folder: changed(folder, format=2))
     assert "is of format 2, this version reads 1: take the version" in future
     for file in ("prepared.json", "train.index.npz", "statistics.npz"):
-        assert f"{file} is damaged" in sentence("pixels", cut(file))
+        assert f"{file} is corrupt" in sentence("pixels", cut(file))
     other = sentence(
         "pixels", lambda folder: (folder / "val.index.npz").replace(folder / "train.index.npz")
     )

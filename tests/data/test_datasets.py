@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alexnet_dist.data import sources, statistics
+from alexnet_dist.data import datasets, statistics
 from alexnet_dist.data.corrupt_images import CorruptImagePolicy
-from alexnet_dist.data.sources import FolderDataset, open_datasets, scan_dataset
+from alexnet_dist.data.datasets import DatasetInfo, FolderDataset, open_datasets, scan_dataset
 from alexnet_dist.errors import UserError
 from tests.conftest import write_images
 
@@ -18,7 +18,7 @@ def quiet(*_: object) -> None:
     pass
 
 
-def catalogue(root: Path, cache: Path) -> sources.DatasetInfo:
+def catalogue(root: Path, cache: Path) -> DatasetInfo:
     return scan_dataset(str(root), str(cache), quiet)
 
 
@@ -39,8 +39,8 @@ def test_the_index_is_made_once_and_anew_when_the_folder_changes(
     root = write_images(tmp_path / "i")
     first = catalogue(root, tmp_path)
     scans: list[Path] = []
-    scan = sources._scan
-    monkeypatch.setattr(sources, "_scan", lambda s, *a: scans.append(s) or scan(s, *a))
+    scan = datasets._scan
+    monkeypatch.setattr(datasets, "_scan", lambda s, *a: scans.append(s) or scan(s, *a))
     assert catalogue(root, tmp_path).dataset_hash == first.dataset_hash
     assert not scans
     (root / "train/red/002.jpg").unlink()
@@ -73,7 +73,7 @@ def test_the_index_of_a_read_only_folder_lies_in_the_cache(
     assert not (root / ".alexnet_dist").exists()
     kept = sorted(p.name for p in (tmp_path / "cache").rglob("*.npz"))
     assert kept == ["statistics.npz", "train.npz", "val.npz"]
-    monkeypatch.setattr(sources, "_scan", None)
+    monkeypatch.setattr(datasets, "_scan", None)
     assert len(catalogue(root, tmp_path / "cache").train) == 31
 
 
