@@ -35,7 +35,6 @@ from alexnet_dist.errors import UserError, run_command
 from alexnet_dist.model.layer_stats import layer_stats, training_flops
 from alexnet_dist.parallel.mesh import Mesh, init_distributed
 from alexnet_dist.parallel.precision import device_name
-from alexnet_dist.parallel.waits import WAITS
 from alexnet_dist.training.checkpoint import CheckpointManager
 from alexnet_dist.training.cuda_graph import CAPTURE_WARMUP_STEPS
 from alexnet_dist.training.step import StepThrottle, StepTimer
@@ -180,14 +179,15 @@ class TrainBenchmark:
         """Fractions of the time for which training waits for data, and for other ranks."""
         self.throttle.wait()
         timer = StepTimer()
-        WAITS.take()
+        comm_timer = self.state.layout.comm_timer
+        comm_timer.pop_seconds()
         for _ in range(max(math.ceil(self.seconds * speed / self.batch_size), 3)):
             batch = next(batches)
             timer.mark_data_ready()
             self.step(batch)
             timer.mark_step_done()
         self.throttle.wait()
-        communication, (seconds, data, _) = WAITS.take(), timer.pop_times()
+        communication, (seconds, data, _) = comm_timer.pop_seconds(), timer.pop_times()
         return round(data / seconds, 3), round(communication / seconds, 3)
 
     def loading_case(self, loader: Loader) -> BenchCase:

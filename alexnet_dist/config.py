@@ -198,8 +198,6 @@ class ParallelConfig:
     """2: model parallel as on the paper's two GPUs: two neighboring ranks hold a tower each."""
     fc: Literal["replicated", "sharded"] = "replicated"
     """sharded: the fully connected layers are split over all ranks ("One weird trick")."""
-    fc_schedule: Literal["whole", "pipelined"] = "whole"
-    """sharded: the global batch at once, or in turns."""
     grad_compression: Literal["none", "bf16", "fp16", "powersgd"] = "none"
     """Compression of the gradients' all-reduce."""
     powersgd_rank: PositiveInt = 4

@@ -22,11 +22,10 @@ from alexnet_dist.data.corrupt_images import Batch, Loader
 from alexnet_dist.data.datasets import DatasetInfo, open_datasets, scan_dataset
 from alexnet_dist.data.plan import EvalPlan, NumCrops
 from alexnet_dist.errors import UserError, run_command
-from alexnet_dist.parallel.ddp import DDPLayout
+from alexnet_dist.parallel import Layout, LayoutConfig, parallelize
 from alexnet_dist.parallel.mesh import Mesh, init_distributed
 from alexnet_dist.parallel.precision import configure_backends, resolve_precision
 from alexnet_dist.parallel.sharded_loss import ShardedClasses, to_counts
-from alexnet_dist.parallel.sharding import ShardSpec
 from alexnet_dist.tracking.console import ProgressReporter
 from alexnet_dist.training.step import EvalMetrics, check_all_images_counted, evaluate
 
@@ -142,7 +141,7 @@ def evaluate_average(
 
     whole = added == len(networks)
     labels = torch.from_numpy(catalogue.val.labels[mine]).to(device)
-    classes, errors = ShardedClasses(ShardSpec(shape[1], 1, 0)), EvalMetrics(device)
+    classes, errors = ShardedClasses(shape[1]), EvalMetrics(device)
     for some, right in zip(
         chances[whole].split(batch_size), labels[whole].split(batch_size), strict=True
     ):
@@ -154,7 +153,7 @@ def evaluate_average(
 
 def lay_out(
     network: LoadedModel, plan: EvalPlan, mesh: Mesh, catalogue: DatasetInfo
-) -> tuple[DDPLayout, Loader, Iterable[Batch]]:
+) -> tuple[Layout, Loader, Iterable[Batch]]:
     """The network with its weights, and the engine with this process's images as it wants them, in
     the steps of the ``plan``."""
     config, data = network.config, network.config.data
@@ -173,7 +172,8 @@ def lay_out(
     )
     precision = resolve_precision(config.runtime.precision, mesh.device)
     configure_backends(precision, config.runtime.deterministic)
-    layout = DDPLayout(network.build_on_meta(), mesh, batch=plan.batch_size, precision=precision)
+    options = LayoutConfig(plan.batch_size, precision=precision)
+    layout = parallelize(network.build_on_meta(), mesh, options)
     network.fill(layout.parameters)
     return layout, engine, engine.batches(plan.batches(mesh.batch_slice))
 

@@ -23,7 +23,7 @@ from alexnet_dist.assembly.trained import LoadedModel, read
 from alexnet_dist.config import CommandParser
 from alexnet_dist.data.photographs import Viewed, finish, look, paths
 from alexnet_dist.errors import UserError, print_error, run_command
-from alexnet_dist.parallel.ddp import DDPLayout
+from alexnet_dist.parallel import LayoutConfig, parallelize
 from alexnet_dist.parallel.mesh import Mesh, init_distributed
 from alexnet_dist.parallel.precision import configure_backends, resolve_precision
 from alexnet_dist.tracking.plots import plot_predictions
@@ -92,7 +92,7 @@ def answers(
     config = network.config
     precision = resolve_precision(config.runtime.precision, mesh.device)
     configure_backends(precision, config.runtime.deterministic)
-    layout = DDPLayout(network.build_on_meta(), mesh, batch=batch, precision=precision)
+    layout = parallelize(network.build_on_meta(), mesh, LayoutConfig(batch, precision=precision))
     network.fill(layout.parameters)
     labels, top = network.labels, min(top, network.outputs)
     for some in look(

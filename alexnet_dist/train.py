@@ -22,7 +22,6 @@ from alexnet_dist.data.corrupt_images import Loader
 from alexnet_dist.errors import UserError, run_command
 from alexnet_dist.parallel.hang_detector import HangDetector
 from alexnet_dist.parallel.mesh import Mesh, init_distributed
-from alexnet_dist.parallel.waits import WAITS
 from alexnet_dist.tracking.logger import Logger, end_message, start_message
 from alexnet_dist.tracking.run_dir import RunDir, read_config, resolve_run_dir
 from alexnet_dist.training.checkpoint import CheckpointManager
@@ -85,7 +84,6 @@ class Run:
         self.step = 0
         self.evaluated = -1  # the step of the last evaluation
         self.meters = TrainMetrics(config.data.batch_size, mesh.dp_size)
-        self.layout.scaler.skip_nonfinite = config.train.on_nonfinite == "skip"
         self.before, self.damaged = self._restore()  # the options of the life before, if any
         self.clock, self.pace = StepTimer(), StepThrottle(mesh.device)
         self.report = Logger(
@@ -134,8 +132,7 @@ class Run:
             self._agree()
             self._announce()
             if mesh.world_size > 1:
-                with WAITS.paused():
-                    self.learner.warm_up()
+                self.learner.warm_up()
             self._train(last)
         except Preempted as stop:
             self._leave(stop.reason)
@@ -240,7 +237,7 @@ class Run:
             steps=steps,
             images_per_second=timed / max(seconds, 1e-9),
             data_time_fraction=waited / max(seconds, 1e-9),
-            comm_time_fraction=WAITS.take() / max(seconds, 1e-9),
+            comm_time_fraction=self.layout.comm_timer.pop_seconds() / max(seconds, 1e-9),
             seconds=seconds,
         )
 
@@ -274,7 +271,7 @@ class Run:
             self.images.evaluation.batches(self.mesh.batch_slice)
         )
         try:
-            with WAITS.paused():
+            with self.layout.comm_timer.paused():
                 result = evaluate(self.layout, batches, self.mesh.device, between)
         finally:
             batches.close()

@@ -31,7 +31,7 @@ from benchmarks.hosts import Hosts
 from benchmarks.steps import RANK, Steps
 
 COMPRESSED = ("", "+bf16", "+fp16", "+powersgd")
-LAYOUTS = [f"{kind}{how}" for kind in ("ddp", "towers", "whole", "pipelined") for how in COMPRESSED]
+LAYOUTS = [f"{kind}{how}" for kind in ("ddp", "towers", "sharded") for how in COMPRESSED]
 CLASSES = 1000
 MIB = 2**20
 
@@ -101,7 +101,7 @@ def formula(layout: str, ranks: int, batch: int, width: int) -> float:
         exchanged = 2 * local * (128 * 13 * 13 + 128 * 6 * 6 + 2048 + 2048) * width
         halves = [torch.Size((shape[0] // 2, *shape[1:])) for shape in shapes.values()]
         return exchanged + reduced(halves, ranks // 2) + local * 4 * 4
-    if kind in ("whole", "pipelined"):
+    if kind == "sharded":
         share = (ranks - 1) / ranks
         activations = 2 * batch * (9216 + 4096 + 4096) * width  # there and, as gradients, back
         loss = batch * (ranks * 4 * 4 + 8)  # four numbers an image from each process; labels

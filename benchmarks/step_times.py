@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from alexnet_dist.parallel.collectives import AsyncAllGather
+from alexnet_dist.parallel.collectives import CommTimer, TimedGroup, all_gather
 from alexnet_dist.parallel.mesh import Mesh, init_distributed, tune_malloc
 from benchmarks.step_model import LAYOUTS
 from benchmarks.steps import Steps
@@ -73,7 +73,7 @@ def _step_seconds(
     """Seconds of some steps, which all hosts begin together."""
     steps = Steps(name, mesh, batch, power_after=0, **shape)
     if name == "sharded" and dist.get_backend() == "fake":  # whose sums have no result for DDP
-        steps.layout._compute.register_comm_hook(None, _no_reduce)  # type: ignore[operator]
+        steps.layout._ddp.register_comm_hook(None, _no_reduce)  # type: ignore[operator]
     inputs, seconds = steps.inputs(batch), []
     for _ in range(WARMUP + 2 * name.endswith("powersgd") + STEPS):  # its first two are plain
         count = store.add("arrived", 1)  # a barrier that needs no group
@@ -139,7 +139,7 @@ def _collective(kind: str, size: int, n: int) -> Callable[[], Any]:
     received, group = torch.empty_like(x), dist.group.WORLD
     assert group is not None
     if kind == "all_gather":
-        return lambda: AsyncAllGather(x[0], group).wait()
+        return lambda: all_gather(x[0], TimedGroup(group, CommTimer(x.device)))
     if kind == "all_to_all":
         return lambda: dist.all_to_all_single(received, x)
     return lambda: dist.all_reduce(x)

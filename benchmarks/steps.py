@@ -6,8 +6,7 @@ from typing import Any
 import torch
 
 from alexnet_dist.model import build_on_meta, iter_initial_weights, make_dropout_masks
-from alexnet_dist.parallel import parallelize
-from alexnet_dist.parallel.ddp import GradCompression
+from alexnet_dist.parallel import LayoutConfig, parallelize
 from alexnet_dist.parallel.mesh import Mesh
 from alexnet_dist.parallel.precision import resolve_precision
 from alexnet_dist.training.optim import build_optimizer
@@ -16,8 +15,8 @@ RANK = 4  # of PowerSGD's matrices
 
 
 class Steps:
-    """``paper`` under a layout: "ddp", "towers" or "sharded" ("whole", "pipelined"), with "+bf16",
-    "+fp16" or "+powersgd" behind it where gradients are compressed.
+    """``paper`` under a layout: "ddp", "towers" or "sharded", with "+bf16", "+fp16" or
+     "+powersgd" behind it where gradients are compressed.
 
     Args:
         batch: images in a global batch.
@@ -43,12 +42,14 @@ class Steps:
         self.layout = parallelize(
             self.model,
             mesh,
-            batch=batch,
-            num_classes=classes,
-            precision=self.precision,
-            fc="sharded" if kind in ("sharded", "whole", "pipelined") else "replicated",
-            fc_schedule="pipelined" if kind == "pipelined" else "whole",
-            compression=GradCompression(compress or "none", RANK, power_after),  # type: ignore[arg-type]
+            LayoutConfig(
+                batch,
+                precision=self.precision,
+                fc="sharded" if kind == "sharded" else "replicated",
+                grad_compression=compress or "none",  # type: ignore[arg-type]
+                powersgd_rank=RANK,
+                powersgd_start=power_after,
+            ),
         )
         self.layout.sharding.load_full_weights(self.layout.parameters, iter(weights))
         self.optimizer = build_optimizer(
@@ -73,7 +74,7 @@ class Steps:
 
     def compute(self, inputs: tuple[Any, ...]) -> None:
         """The gradients."""
-        self.layout.batch, images, labels, masks = inputs
+        self.layout.batch_size, images, labels, masks = inputs
         self.layout.forward_backward(images, labels, masks)
 
     def update(self) -> None:

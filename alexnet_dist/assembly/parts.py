@@ -21,8 +21,7 @@ from alexnet_dist.model import (
     iter_initial_weights,
     make_dropout_masks,
 )
-from alexnet_dist.parallel import ddp_warmup, parallelize, validate_parallel_config
-from alexnet_dist.parallel.ddp import GradCompression
+from alexnet_dist.parallel import LayoutConfig, ddp_warmup, parallelize, validate_parallel_config
 from alexnet_dist.parallel.mesh import Mesh
 from alexnet_dist.parallel.precision import Precision, configure_backends, resolve_precision
 from alexnet_dist.tracking.console import ProgressReporter
@@ -134,16 +133,17 @@ class Learner:
         self.layout = parallelize(
             self.model,
             mesh,
-            batch=config.data.batch_size,
-            accumulate=config.train.grad_accum_steps,
-            num_classes=self.outputs,
-            precision=self.precision,
-            fc=parallel.fc,
-            fc_schedule=parallel.fc_schedule,
-            compression=GradCompression(
-                parallel.grad_compression, parallel.powersgd_rank, parallel.powersgd_start
+            LayoutConfig(
+                batch_size=config.data.batch_size,
+                grad_accum_steps=config.train.grad_accum_steps,
+                precision=self.precision,
+                fc=parallel.fc,
+                grad_compression=parallel.grad_compression,
+                powersgd_rank=parallel.powersgd_rank,
+                powersgd_start=parallel.powersgd_start,
+                compile=self.compiles,
+                skip_nonfinite=config.train.on_nonfinite == "skip",
             ),
-            compile_model=self.compiles,
         )
         self.schedule = Schedule(
             lr=optim.lr,
@@ -233,8 +233,7 @@ def check_network(config: Config, mesh: Mesh) -> None:
         mesh.world_size,
         towers=parallel.towers,
         fc=parallel.fc,
-        fc_schedule=parallel.fc_schedule,
-        compress=parallel.grad_compression,
+        grad_compression=parallel.grad_compression,
         precision=precision,
     )
     wants_graph(config, mesh, precision)

@@ -1,140 +1,77 @@
-"""Processes and layouts: how one network is computed by many.
+"""Processes and layouts: how one network is computed by many processes.
 
-A layout is what the training loop calls; its file says which tensors move, when, in which group,
-and how many bytes. The network knows none of it.
+A layout is what the training loop calls (layout.py); its file says which tensors are sent, when,
+in which group, and how many bytes. The network knows nothing of processes.
 
-    ddp.py       each replica computes the whole network on its rows
-    towers.py    a replica is two processes with a tower each
-    hybrid.py    convolutions as in ddp.py, fully connected layers split over the replicas
+    ddp.py          each replica computes the full network on its slice of the batch
+    towers.py       a replica is two processes with a tower each
+    sharded_fc.py   convolutions as in ddp.py, fully connected layers sharded over the replicas
 """
 
-import torch
-from torch import Tensor, nn
+import copy
 
 from alexnet_dist.errors import UserError
-from alexnet_dist.model.alexnet import AlexNet, ModelSpec, TorchvisionAlexNet
-from alexnet_dist.parallel.ddp import WARM_UP, DDPLayout, GradCompression
+from alexnet_dist.model.alexnet import ModelSpec, Network
+from alexnet_dist.parallel.ddp import DDPLayout, ddp_warmup
+from alexnet_dist.parallel.layout import Layout, LayoutConfig
 from alexnet_dist.parallel.mesh import Mesh
 from alexnet_dist.parallel.precision import Precision
 from alexnet_dist.parallel.sharded_fc import ShardedFCLayout
-from alexnet_dist.parallel.sharded_loss import ShardedClasses
-from alexnet_dist.parallel.sharding import Sharding, ShardSpec
-from alexnet_dist.parallel.towers import tower_of
 
-__all__ = ["ddp_warmup", "parallelize", "validate_parallel_config"]
+__all__ = [
+    "Layout",
+    "LayoutConfig",
+    "ddp_warmup",
+    "parallelize",
+    "validate_parallel_config",
+]
+
+
+def parallelize(model: Network, mesh: Mesh, config: LayoutConfig) -> Layout:
+    """Lay a copy of ``model``, which is on the meta device, out on the ``mesh``: in towers where
+    its ``split_size`` is 2.
+
+    The layout's parameters have no values yet; ``sharding.load_full_weights`` or a checkpoint sets
+    them. What ``validate_parallel_config`` refuses is not checked again.
+    """
+    kind = ShardedFCLayout if config.fc == "sharded" else DDPLayout
+    return kind(copy.deepcopy(model), mesh, config)
 
 
 def validate_parallel_config(
-    variant: ModelSpec,
+    spec: ModelSpec,
     processes: int,
     *,
     towers: int,
     fc: str,
-    fc_schedule: str = "whole",
-    compress: str,
+    grad_compression: str,
     precision: Precision,
 ) -> None:
-    """Refuse what cannot be laid out, before anything is begun.
+    """Refuse what cannot be laid out, before anything is built.
 
     Raises:
-        Failure: in one sentence.
+        UserError: the options do not fit each other, the network or the number of processes.
     """
-    refusal = ""
+    error = ""
     if towers > 1 and fc == "sharded":
-        refusal = (
+        error = (
             "parallel.towers 2 and parallel.fc sharded are two ways to split the same layers: take "
             "one of them, the other by --parallel.towers 1 or --parallel.fc replicated"
         )
-    elif towers > 1 and variant.towers != 2:
-        refusal = (
+    elif towers > 1 and spec.towers != 2:
+        error = (
             "parallel.towers 2 wants a network of two towers (paper, original145 and its kin), and "
             "model.arch has one: take --parallel.towers 1, or --parallel.fc sharded"
         )
     elif processes % towers:
-        refusal = (
+        error = (
             f"parallel.towers 2 wants pairs of processes, and there are {processes}: take "
             f"--nproc_per_node={processes + 1}, or --parallel.towers 1"
         )
-    elif (fc, fc_schedule) == ("sharded", "pipelined") and any(
-        not row.kernel and "bn" in row.post_ops for row in variant.layers
-    ):
-        refusal = (
-            "parallel.fc_schedule pipelined computes fully connected layers in turns, and their "
-            "batch normalisation wants the whole batch: take --parallel.fc_schedule whole"
-        )
-    elif compress == "powersgd" and precision == "fp16":
-        refusal = (
+    elif grad_compression == "powersgd" and precision == "fp16":
+        error = (
             "parallel.grad_compression powersgd keeps what an overflow of fp16 leaves behind: "
             "take another runtime.precision, or --parallel.grad_compression fp16"
         )
-    if refusal:
-        raise UserError(refusal, on_all_ranks=True)
-
-
-def parallelize(
-    model: AlexNet | TorchvisionAlexNet,
-    mesh: Mesh,
-    *,
-    batch: int,
-    accumulate: int = 1,
-    num_classes: int,
-    precision: Precision,
-    fc: str = "replicated",
-    fc_schedule: str = "whole",
-    compression: GradCompression,
-    compile_model: bool = False,
-    weight_copies: bool = False,
-) -> DDPLayout | ShardedFCLayout:
-    """Lay ``model``, as ``outline`` gives it, out on the ``mesh``, as it is arranged.
-
-    Its parameters have no values yet; ``sharding.fill`` or a checkpoint gives them. What
-    ``check_layout`` refuses is not asked again.
-    """
-    if fc == "sharded":
-        return ShardedFCLayout(
-            model,
-            mesh,
-            batch=batch,
-            accumulate=accumulate,
-            precision=precision,
-            schedule="pipelined" if fc_schedule == "pipelined" else "whole",
-            compile_model=compile_model,
-            compression=compression,
-        )
-    classes = sharding = None
-    network: nn.Module = model
-    if mesh.split_size > 1:
-        assert isinstance(model, AlexNet)
-        network = tower_of(model, mesh)
-        classes = ShardedClasses(
-            ShardSpec(num_classes, mesh.split_size, mesh.split_rank), mesh.group("mp")
-        )
-        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-        sharding = Sharding(mesh, shapes, "mp")
-    return DDPLayout(
-        network,
-        mesh,
-        batch=batch,
-        accumulate=accumulate,
-        precision=precision,
-        compile_model=compile_model,
-        compression=compression,
-        classes=classes,
-        sharding=sharding,
-        weight_copies=weight_copies,
-    )
-
-
-def ddp_warmup(
-    layout: DDPLayout | ShardedFCLayout, images: Tensor, labels: Tensor, masks: tuple[Tensor, ...]
-) -> None:
-    """The passes of WARM_UP, on any images; no parameter changes."""
-    averages = [p for p in layout.parameters.values() if not p.requires_grad]  # these move forward
-    before = [average.detach().clone() for average in averages]
-    for _ in range(WARM_UP):
-        layout.forward_backward(images, labels, masks)
-    with torch.no_grad():
-        for average, value in zip(averages, before, strict=True):
-            average.copy_(value)
-    for parameter in layout.parameters.values():
-        parameter.grad = None
+    if error:
+        raise UserError(error, on_all_ranks=True)

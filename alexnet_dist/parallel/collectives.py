@@ -1,91 +1,151 @@
-"""The transfers that layouts are made of, so that each says what it sends in one line."""
+"""The collectives that layouts are made of, and a timer of the waits for them."""
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from alexnet_dist.parallel.waits import WAITS
-
-# torch 2.14 gave both other names, and warns of the old ones
+# torch 2.14 gave it another name, and warns of the old one
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-class AsyncAllGather:
-    """``x`` of every process on its way to all; it has the same shape on each."""
+class CommTimer:
+    """Adds up how long this process waits for others: communication that nothing hides.
 
-    def __init__(self, x: Tensor, group: dist.ProcessGroup) -> None:
-        self._sent = x.contiguous().view(-1)  # lives until it has gone
-        self._shape = (group.size(), *x.shape)
-        self._everyone = x.new_empty(group.size() * x.numel())
-        self._work = _all_gather(self._everyone, self._sent, group=group, async_op=True)
+    On a GPU the stream waits, not the process: there the time lies between two CUDA events, which
+    are read by ``pop_seconds``, so that no step waits for its timer.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda, self._paused = device.type == "cuda", False
+        self._started: Any = None
+        self._waits: list[tuple[Any, Any]] = []  # seconds or events, at the start and at the end
+
+    def start(self) -> None:
+        """A wait starts; one that was started before, and has not stopped, starts only now."""
+        self._started = None if self._paused else self._now()
+
+    def stop(self) -> None:
+        """What was waited for has arrived."""
+        if self._started is not None:
+            self._waits.append((self._started, self._now()))
+        self._started = None
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Waits within are not counted: they are no part of a training step."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
+
+    def pop_seconds(self) -> float:
+        """Seconds waited since the last call."""
+        waits, self._waits = self._waits, []
+        if not self._cuda:
+            return float(sum(end - start for start, end in waits))
+        if waits:
+            waits[-1][1].synchronize()
+        return sum(start.elapsed_time(end) for start, end in waits) / 1000
+
+    def _now(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+@dataclass(frozen=True)
+class TimedGroup:
+    """A process group, and the timer of the waits for its collectives."""
+
+    group: dist.ProcessGroup
+    timer: CommTimer
+
+    @property
+    def size(self) -> int:
+        return self.group.size()
+
+    @property
+    def rank(self) -> int:
+        return self.group.rank()
+
+
+class AsyncAllGather:
+    """An all-gather of ``x``, which has the same shape on every process, in flight."""
+
+    def __init__(self, x: Tensor, group: TimedGroup) -> None:
+        self._timer = group.timer
+        self._input = x.contiguous().view(-1)  # kept alive until it has been sent
+        self._shape = (group.size, *x.shape)
+        self._output = x.new_empty(group.size * x.numel())
+        self._work = _all_gather(self._output, self._input, group=group.group, async_op=True)
 
     def output(self) -> Tensor:
-        """[processes, *x.shape], which holds what it should once ``wait`` has returned."""
-        return self._everyone.view(self._shape)
+        """[processes, *x.shape], which has its values only after ``wait``."""
+        return self._output.view(self._shape)
 
     def wait(self) -> Tensor:
-        WAITS.begin(self._sent.device)
+        self._timer.start()
         self._work.wait()
-        WAITS.end()
+        self._timer.stop()
         return self.output()
 
 
-class AsyncReduceScatter:
-    """Parts of sums on their way: block r of ``x`` [processes, ...] goes to process r.
-
-    A reduce-scatter made of an all-to-all and a sum in float32 (or more): the same bytes, one
-    rounding, and the same order of adding on every backend.
-    """
-
-    def __init__(self, x: Tensor, group: dist.ProcessGroup) -> None:
-        self._sent = x.contiguous()
-        self._received = torch.empty_like(self._sent)
-        self._work: Any = dist.all_to_all_single(
-            self._received, self._sent, group=group, async_op=True
-        )
-
-    def wait(self) -> Tensor:
-        WAITS.begin(self._sent.device)
-        self._work.wait()
-        WAITS.end()
-        return upcast_to_fp32(self._received).sum(0)
-
-
-def all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+def all_gather(x: Tensor, group: TimedGroup) -> Tensor:
     """``x`` of every process, [processes, *x.shape]."""
     return AsyncAllGather(x, group).wait()
 
 
+def reduce_scatter(x: Tensor, group: TimedGroup) -> Tensor:
+    """The sum over all processes of block r of ``x`` [processes, ...], on process r.
+
+    Made of an all-to-all and a sum in float32 (or wider): the bytes of a reduce-scatter, one
+    rounding, and the same order of addition on every backend.
+    """
+    sent = x.contiguous()
+    received = torch.empty_like(sent)
+    group.timer.start()
+    dist.all_to_all_single(received, sent, group=group.group)
+    group.timer.stop()
+    return upcast_to_fp32(received).sum(0)
+
+
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def all_reduce_autograd(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+def all_reduce_autograd(x: Tensor, group: TimedGroup) -> Tensor:
     """``x`` summed over the processes, the same bits on each; its gradient is summed as well."""
-    total: Tensor = _Sum.apply(x, group)
+    total: Tensor = _AllReduce.apply(x, group)
     return total
 
 
-class _Sum(torch.autograd.Function):
-    """What every process reads of a sum, its loss depends on: so backward is a sum again."""
+class _AllReduce(torch.autograd.Function):
+    """The loss of every process depends on the sum: so backward is an all-reduce again."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, group: TimedGroup) -> Tensor:
         ctx.group = group
-        return _all_reduced(x, group)
+        return _all_reduce(x, group)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        return _all_reduced(grads[0], ctx.group), None
+        return _all_reduce(grads[0], ctx.group), None
 
 
-def _all_reduced(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+def _all_reduce(x: Tensor, group: TimedGroup) -> Tensor:
     total = x.clone()
-    WAITS.begin(x.device)
-    dist.all_reduce(total, group=group)
-    WAITS.end()
+    group.timer.start()
+    dist.all_reduce(total, group=group.group)
+    group.timer.stop()
     return total
 
 
 def upcast_to_fp32(x: Tensor) -> Tensor:
-    """float32, unless it is more already."""
+    """``x`` in float32, unless it is float64."""
     return x if x.dtype == torch.float64 else x.float()

@@ -82,7 +82,10 @@ class Mesh:
         return replace(self, split_size=split_size, device_mesh=device_mesh)
 
     def group(self, dim: Literal["dp", "mp"]) -> dist.ProcessGroup:
-        """This process's group along a dimension of the mesh; after ``with_layout``."""
+        """This process's group along a dimension of the mesh; after ``with_layout``, but for "dp"
+        where each process is a replica."""
+        if dim == "dp" and self.split_size == 1 and dist.group.WORLD is not None:
+            return dist.group.WORLD
         assert self.device_mesh is not None
         return self.device_mesh.get_group(dim)
 

@@ -1,4 +1,4 @@
-"""How numbers are computed: precision, and what torch is told of it."""
+"""Numerical precision: which one, and how torch is told of it."""
 
 import os
 from contextlib import AbstractContextManager
@@ -18,10 +18,10 @@ _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 def resolve_precision(
     wanted: Literal["auto", "fp32", "tf32", "bf16", "fp16"], device: torch.device
 ) -> Precision:
-    """bf16 where the device is good at it, unless something is asked for.
+    """What "auto" stands for: bf16 where the device is fast at it, else fp16 on GPUs, fp32 on CPUs.
 
-    Intel's processors are where they have AMX: one with bf16's other instructions, which a virtual
-    machine left without AMX, took 1.45 times as long in it as in fp32.
+    Intel CPUs are fast where they have AMX: one without it, which had bf16's other instructions,
+    took 1.45 times as long in bf16 as in fp32.
     """
     if wanted != "auto":
         return wanted
@@ -36,8 +36,7 @@ def resolve_precision(
 
 
 def configure_backends(precision: str, deterministic: bool) -> None:
-    """How torch computes: TF32 only where asked for, and cuDNN's fastest kernels unless the bits
-    are to repeat."""
+    """TF32 only where asked for; cuDNN's fastest kernels unless ``deterministic``."""
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
     torch.backends.cudnn.benchmark = not deterministic
@@ -47,32 +46,37 @@ def configure_backends(precision: str, deterministic: bool) -> None:
 
 
 def device_name(device: torch.device) -> str:
-    """What to call the device when speaking to people."""
+    """The device's name for people."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"cpu ({torch.backends.cpu.get_cpu_capability()})"
 
 
 def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[None]:
-    """torch's own lowering to ``precision``; nothing in fp32 and tf32."""
+    """torch.autocast to ``precision``; disabled in fp32 and tf32."""
     dtype = _AUTOCAST.get(precision)
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
 class SyncedGradScaler(GradScaler):
-    """Leaves out updates whose gradients are not finite, without waiting to learn which: always in
-    fp16, whose losses it scales; in other precisions while ``skip_nonfinite``, at the cost
-    of a pass over the gradients, and to the same bits.
+    """Skips updates whose gradients are not finite, without waiting for the device to report it:
+    always in fp16, whose losses it scales; in other precisions with ``skip_nonfinite``, at the cost
+    of a pass over the gradients, and without changing the bits of other updates.
 
     Args:
-        group: processes whose gradients differ, and which leave a step out together; None where
-            all have the same.
+        group: processes whose gradients differ, and which skip a step together; None where all
+            have the same.
     """
 
     def __init__(
-        self, precision: Precision, device: torch.device, group: dist.ProcessGroup | None
+        self,
+        precision: Precision,
+        device: torch.device,
+        group: dist.ProcessGroup | None,
+        *,
+        skip_nonfinite: bool = False,
     ) -> None:
-        self.is_fp16, self.skip_nonfinite = precision == "fp16", False
+        self.is_fp16, self.skip_nonfinite = precision == "fp16", skip_nonfinite
         super().__init__(device.type, init_scale=2.0**16 if self.is_fp16 else 1.0)
         self._group, self._skipped = group, torch.zeros((), device=device)
 
@@ -82,8 +86,8 @@ class SyncedGradScaler(GradScaler):
 
     @property
     def skipped(self) -> Tensor:
-        """1 where the last step was skipped by ``skip_nonfinite``, else 0, on the device. An
-        overflow of fp16 does not count: it is how the scale is found."""
+        """1 on the device where ``skip_nonfinite`` skipped the last step, else 0. An overflow of
+        fp16 does not count: it is how the scale is found."""
         return self._skipped
 
     def scale(self, outputs: Any) -> Any:

@@ -1,9 +1,8 @@
-"""Loss and hits where each process has the scores of some of the classes only.
+"""Loss and evaluation where each process has the logits of a shard of the classes.
 
-What travels is four numbers an image, never the scores themselves.
+Four numbers an image are sent, never the logits themselves.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,102 +10,103 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from alexnet_dist.parallel.collectives import all_gather, upcast_to_fp32
+from alexnet_dist.parallel.collectives import TimedGroup, all_gather, upcast_to_fp32
 from alexnet_dist.parallel.sharding import ShardSpec
 
 TOP_K = 5
-"""Labels that an image may be given where the top-5 error is counted."""
+"""Of the top-5 error."""
 
 
-@dataclass(frozen=True)
 class ShardedClasses:
-    """The classes whose scores this process has, and the group that has the others."""
+    """The classes whose logits this process has, of ``num_classes``: its shard of them in
+    ``group``, or all of them where that is None."""
 
-    share: ShardSpec
-    group: dist.ProcessGroup | None = None
+    def __init__(self, num_classes: int, group: TimedGroup | None = None) -> None:
+        self.group = group
+        self.spec = ShardSpec(num_classes, *((group.size, group.rank) if group else (1, 0)))
 
-    def cross_entropy(self, scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Summed loss of images with ``scores`` [b, own classes] and ``labels`` [b], and each
-        one's best class [b]."""
-        scores = upcast_to_fp32(scores)
+    def cross_entropy(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Summed loss of images with ``logits`` [b, own classes] and ``labels`` [b], and the class
+        of each one's highest logit [b]."""
+        logits = upcast_to_fp32(logits)
         if self.group is None:
-            return F.cross_entropy(scores, labels, reduction="sum"), scores.argmax(1)
-        loss, best = _CrossEntropy.apply(scores, labels, self)
+            return F.cross_entropy(logits, labels, reduction="sum"), logits.argmax(1)
+        loss, best = _CrossEntropy.apply(logits, labels, self)
         return loss, best
 
-    def label_ranks(self, scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Summed loss, float64, and the place of each label among all scores [b], 0 the best.
+    def label_ranks(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Summed loss, float64, and the rank of each label among all classes [b], 0 the highest.
 
-        Of equal scores the lower class comes first, under any layout. Where any score is not a
-        number there is no order, and the label's place is behind the best five.
+        Of equal logits the lower class comes first, under any layout. Where any logit is NaN there
+        is no order, and the label is ranked behind the first five.
         """
-        loss, target, _, _ = _sharded_cross_entropy(scores.double(), labels, self)
-        number = torch.arange(self.share.slice.start, self.share.slice.stop, device=labels.device)
-        exact, own = target[:, None], labels[:, None]
-        lower = (scores < exact) | ((scores == exact) & (number >= own))
-        places = (~lower).sum(1) + TOP_K * scores.isnan().any(1)
+        loss, label_logits, _, _ = _sharded_cross_entropy(logits.double(), labels, self)
+        index = torch.arange(self.spec.slice.start, self.spec.slice.stop, device=labels.device)
+        target, label = label_logits[:, None], labels[:, None]
+        behind = (logits < target) | ((logits == target) & (index >= label))
+        ranks = (~behind).sum(1) + TOP_K * logits.isnan().any(1)
         if self.group is not None:
-            dist.all_reduce(places, group=self.group)
-        return loss.sum(), places
+            dist.all_reduce(ranks, group=self.group.group)
+        return loss.sum(), ranks
 
-    def gather_logits(self, scores: Tensor) -> Tensor:
-        """The scores of all classes, [b, classes]."""
+    def gather_logits(self, logits: Tensor) -> Tensor:
+        """The logits of all classes, [b, classes], of this process's [b, own classes]."""
         if self.group is None:
-            return scores
-        padded = scores.new_zeros(len(scores), self.share.max_shard_size)
-        padded[:, : scores.shape[1]] = scores
-        everyone = all_gather(padded, self.group)
-        return everyone.transpose(0, 1).flatten(1)[:, : self.share.full_size]
+            return logits
+        padded = F.pad(logits, (0, self.spec.max_shard_size - len(self.spec)))
+        gathered = all_gather(padded, self.group)
+        return gathered.transpose(0, 1).flatten(1)[:, : self.spec.full_size]
 
 
-def to_counts(loss: Tensor, places: Tensor) -> Tensor:
-    """What a layout's ``hits`` gives, of the summed loss and the places of the labels."""
-    first, five = (places < 1).sum(), (places < TOP_K).sum()
-    images = torch.full_like(loss, len(places))  # whatever the loss is
-    return torch.stack([loss, first.double(), five.double(), images])
+def to_counts(loss: Tensor, ranks: Tensor) -> Tensor:
+    """What a layout's ``eval_counts`` returns, float64 [4], of the summed loss and the ranks of the
+    labels [b]."""
+    top1, top5 = (ranks < 1).sum(), (ranks < TOP_K).sum()
+    images = torch.full_like(loss, len(ranks))  # also where the loss is not finite
+    return torch.stack([loss, top1.double(), top5.double(), images])
 
 
 def _sharded_cross_entropy(
-    scores: Tensor, labels: Tensor, classes: ShardedClasses
+    logits: Tensor, labels: Tensor, classes: ShardedClasses
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of each image: loss, score of its label, best class, and logarithm of the summed exp."""
-    share = classes.share
-    number = labels - share.slice.start
-    mine = (number >= 0) & (number < len(share))
-    if len(share):
-        high, best = scores.max(1)
-        target = scores.gather(1, number.clamp(0, len(share) - 1)[:, None])[:, 0] * mine
-        spread = (scores - high[:, None]).exp().sum(1)
-        best = best + share.slice.start
+    """Of each image [b]: loss, logit of its label, class of its highest logit, and logsumexp."""
+    spec = classes.spec
+    index = labels - spec.slice.start
+    is_local = (index >= 0) & (index < len(spec))
+    if len(spec):
+        high, best = logits.max(1)
+        target = logits.gather(1, index.clamp(0, len(spec) - 1)[:, None])[:, 0] * is_local
+        sum_exp = (logits - high[:, None]).exp().sum(1)
+        best = best + spec.slice.start
     else:  # more processes than classes
-        high = scores.new_full(labels.shape, -torch.inf)
-        best, target, spread = labels * 0, scores.new_zeros(labels.shape), high.exp()
+        high = logits.new_full(labels.shape, -torch.inf)
+        best, target, sum_exp = labels * 0, logits.new_zeros(labels.shape), high.exp()
     if classes.group is not None:
-        mine_of_four = torch.stack([high, best.to(scores.dtype), target, spread])
-        highs, bests, targets, spreads = all_gather(mine_of_four, classes.group).unbind(1)
+        local = torch.stack([high, best.to(logits.dtype), target, sum_exp])
+        highs, bests, targets, sums = all_gather(local, classes.group).unbind(1)
         high, holder = highs.max(0)
         best = bests.gather(0, holder[None])[0].long()
         target = targets.sum(0)
-        spread = (spreads * (highs - high).exp()).sum(0)
-    total = high + spread.log()
+        sum_exp = (sums * (highs - high).exp()).sum(0)
+    total = high + sum_exp.log()
     return total - target, target, best, total
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """The gradient of a score needs its own value and the sum over all classes, no other score."""
+    """The gradient of a logit needs its own value and the sum over all classes, no other logit."""
 
     @staticmethod
-    def forward(ctx: Any, scores: Tensor, labels: Tensor, classes: ShardedClasses) -> Any:
-        loss, _, best, total = _sharded_cross_entropy(scores, labels, classes)
-        ctx.save_for_backward(scores, labels, total)
-        ctx.share = classes.share
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, classes: ShardedClasses) -> Any:
+        loss, _, best, total = _sharded_cross_entropy(logits, labels, classes)
+        ctx.save_for_backward(logits, labels, total)
+        ctx.spec = classes.spec
         ctx.mark_non_differentiable(best)
         return loss.sum(), best
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        scores, labels, total = ctx.saved_tensors
-        chance = (scores - total[:, None]).exp()
-        span = ctx.share.slice
-        label = torch.arange(span.start, span.stop, device=labels.device) == labels[:, None]
-        return (chance - label.to(chance.dtype)) * grads[0], None, None
+        logits, labels, total = ctx.saved_tensors
+        prob = (logits - total[:, None]).exp()
+        own = torch.arange(ctx.spec.slice.start, ctx.spec.slice.stop, device=labels.device)
+        one_hot = (own == labels[:, None]).to(prob.dtype)
+        return (prob - one_hot) * grads[0], None, None

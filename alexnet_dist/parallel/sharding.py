@@ -1,4 +1,4 @@
-"""A tensor's first dimension dealt out to processes, and how a checkpoint is told of it."""
+"""How the first dimension of a tensor is sharded over processes, and how checkpoints see it."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -9,16 +9,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from alexnet_dist.model.dropout import Dropout, DropoutScaling
+from alexnet_dist.model.dropout import Dropout
 from alexnet_dist.parallel.mesh import Mesh
 
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """The outputs that one of ``num_shards`` processes has of a layer's ``full_size``.
+    """The outputs of a layer of ``full_size`` that one of ``num_shards`` processes holds.
 
-    Dealt as DTensor deals them: ceil(full_size / num_shards) to each while there are any, so that
-    the last ones get less, or none.
+    Sharded as DTensor does: ceil(full_size / num_shards) to each process while there are any left,
+    so that the last ones get fewer, or none.
     """
 
     full_size: int
@@ -27,16 +27,23 @@ class ShardSpec:
 
     @property
     def max_shard_size(self) -> int:
-        """The most that a process has."""
         return -(-self.full_size // self.num_shards)
 
     @property
     def slice(self) -> slice:
-        first = min(self.shard_rank * self.max_shard_size, self.full_size)
-        return slice(first, min(first + self.max_shard_size, self.full_size))
+        start = min(self.shard_rank * self.max_shard_size, self.full_size)
+        return slice(start, min(start + self.max_shard_size, self.full_size))
 
     def __len__(self) -> int:
         return self.slice.stop - self.slice.start
+
+
+def shard_parameters(layer: nn.Module, num_shards: int, shard_rank: int) -> nn.Module:
+    """``layer``, which is on the meta device, with a shard of each of its parameters."""
+    for name, parameter in layer.named_parameters():
+        shard = parameter.detach()[ShardSpec(len(parameter), num_shards, shard_rank).slice]
+        setattr(layer, name, nn.Parameter(shard, parameter.requires_grad))
+    return layer
 
 
 @dataclass(frozen=True)
@@ -44,44 +51,42 @@ class Sharding:
     """How the parameters of a layout lie on the mesh.
 
     Attributes:
-        shapes: of the parameters that are dealt out, whole, by name; all others are replicated.
-        mesh_dim: the dimension of the mesh that deals, "mp" (towers) or "dp" (replicas).
+        shapes: the full shapes of the parameters that are sharded, by name; all others are
+            replicated.
+        mesh_dim: the dimension of the mesh over which they are, "mp" (towers) or "dp" (replicas).
     """
 
     mesh: Mesh
-    shapes: dict[str, torch.Size]
+    shapes: Mapping[str, torch.Size]
     mesh_dim: Literal["dp", "mp"]
 
     def local_shard(self, name: str, full: Tensor) -> Tensor:
         """What this process holds of a ``full`` parameter, or of a tensor shaped like it."""
         if name not in self.shapes:
             return full
-        if self.mesh_dim == "mp":
-            spec = ShardSpec(len(full), self.mesh.split_size, self.mesh.split_rank)
-        else:
-            spec = ShardSpec(len(full), self.mesh.dp_size, self.mesh.dp_rank)
-        return full[spec.slice]
+        group = self.mesh.group(self.mesh_dim)
+        return full[ShardSpec(len(full), group.size(), group.rank()).slice]
 
     @torch.no_grad()
     def load_full_weights(
         self, parameters: Mapping[str, nn.Parameter], weights: Iterable[tuple[str, Tensor]]
     ) -> None:
-        """Take this process's part of each whole parameter in ``weights``, one after another."""
-        for name, whole in weights:
-            parameters[name].copy_(self.local_shard(name, whole))
+        """Copy this process's shard of each full parameter in ``weights``, one after another."""
+        for name, full in weights:
+            parameters[name].copy_(self.local_shard(name, full))
 
     def all_reduce_partial_sums(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Sums over this process's parts of parameters, by name and of one shape, as those over
-        the whole parameters: one all-reduce, of those that are dealt out."""
-        dealt = [name for name in sums if name in self.shapes]
-        if not dealt:
+        """Turn sums over local shards, by parameter name and all of one shape, into sums over full
+        parameters: one all-reduce, of those that are sharded."""
+        sharded = [name for name in sums if name in self.shapes]
+        if not sharded:
             return sums
-        total = torch.stack([sums[name] for name in dealt])
+        total = torch.stack([sums[name] for name in sharded])
         dist.all_reduce(total, group=self.mesh.group(self.mesh_dim))
-        return sums | dict(zip(dealt, total.unbind(), strict=True))
+        return sums | dict(zip(sharded, total.unbind(), strict=True))
 
     def to_dtensor(self, name: str, local: Tensor) -> Tensor:
-        """``local`` as a checkpoint knows it: a DTensor over the mesh where it is a part.
+        """``local`` as a checkpoint sees it: a DTensor over the mesh where it is a shard.
 
         It shares the memory of ``local``, so that reading a checkpoint into it fills that.
         """
@@ -101,12 +106,12 @@ class Sharding:
 
 
 class ShardedDropout(Dropout):
-    """Dropout of some of a layer's units: takes the whole layer's mask and uses its own columns,
-    so that the units dropped are those of one device."""
+    """Dropout of a shard of a layer's units: takes the mask [B, units] of the full layer and uses
+    its own columns, so that the same units are dropped as on one device."""
 
-    def __init__(self, share: ShardSpec, p: float, scaling: DropoutScaling) -> None:
-        super().__init__(len(share), p, scaling)
-        self.share = share
+    def __init__(self, spec: ShardSpec, full: Dropout) -> None:
+        super().__init__(len(spec), full.p, full.scaling)
+        self.spec = spec
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        return super().forward(x, None if mask is None else mask[:, self.share.slice])
+        return super().forward(x, None if mask is None else mask[:, self.spec.slice])

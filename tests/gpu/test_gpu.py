@@ -22,8 +22,8 @@ from alexnet_dist.data.transforms import Normalization, build_normalization
 from alexnet_dist.model import make_dropout_masks
 from alexnet_dist.model.dropout import Dropout
 from alexnet_dist.model.lrn import LocalResponseNorm, lrn_triton
+from alexnet_dist.parallel.collectives import CommTimer
 from alexnet_dist.parallel.precision import SyncedGradScaler, resolve_precision
-from alexnet_dist.parallel.waits import Waits
 from alexnet_dist.training import checkpoint
 from alexnet_dist.training.optim import KrizhevskySGD, sgd2012_update
 from alexnet_dist.training.step import StepThrottle
@@ -217,7 +217,7 @@ def test_memory_does_not_grow(opened: tuple[ImageDataset, Normalization]) -> Non
         [],
         ["--runtime.compile=true"],
         ["--parallel.fc=sharded"],
-        ["--parallel.fc=sharded", "--parallel.fc_schedule=pipelined", "--runtime.compile=true"],
+        ["--parallel.fc=sharded", "--runtime.compile=true"],
     ],
 )
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "tf32"])
@@ -347,18 +347,18 @@ def test_a_cuda_graph_step_is_the_eager_one(options: list[str], tmp_path: Path) 
 
 def test_waits_are_those_of_the_stream() -> None:
     """A process that has launched everything at once has still waited as long as its device."""
-    waits = Waits()
+    timer = CommTimer(GPU)
     for _ in range(2):
-        waits.begin(GPU)
-        waits.begin(GPU)  # more has come
+        timer.start()
+        timer.start()  # more has come
         torch.cuda._sleep(50_000_000)  # cycles
-        waits.end()
-    with waits.paused():
-        waits.begin(GPU)
+        timer.stop()
+    with timer.paused():
+        timer.start()
         torch.cuda._sleep(500_000_000)
-        waits.end()
-    assert 0.02 < waits.take() < 0.2  # of 1 to 2 GHz
-    assert waits.take() == 0
+        timer.stop()
+    assert 0.02 < timer.pop_seconds() < 0.2  # of 1 to 2 GHz
+    assert timer.pop_seconds() == 0
 
 
 def test_a_process_keeps_near_its_device() -> None:
@@ -460,18 +460,17 @@ def test_a_run_that_is_told_to_leave_goes_on_bit_for_bit(tmp_path: Path) -> None
 def test_an_update_that_is_not_finite_is_left_out() -> None:
     weight = torch.nn.Parameter(torch.ones(1000, device=GPU))
     optimizer = torch.optim.SGD([weight], lr=1.0, fused=True)
-    scaler = SyncedGradScaler("bf16", GPU, None)
-    for guarding, gradient, after in (
+    for skip, gradient, after in (
         (True, float("nan"), 1.0),
         (True, 0.5, 0.5),
         (False, 0.25, 0.25),
     ):
-        scaler.skip_nonfinite = guarding
+        scaler = SyncedGradScaler("bf16", GPU, None, skip_nonfinite=skip)
         scaler.scale((weight * gradient).sum()).backward()
         scaler.unscale_(optimizer)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
         assert weight.unique().tolist() == [after]
-        if guarding:
+        if skip:
             assert float(scaler.skipped) == (gradient != gradient)
