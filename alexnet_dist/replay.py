@@ -46,15 +46,12 @@ def main(arguments: list[str]) -> None:
         run.finish()
     except Exception as error:
         fix = "give --wandb offline" if mode == "online" else "fix that, and replay again"
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"Weights & Biases failed ({type(error).__name__}: {reason}): {fix}"
-        ) from None
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise UserError(f"Weights & Biases failed ({reason}): {fix}") from None
     kinds = [event["event"] for event in events]
     print(
         f"{kinds.count('train')} train events, {kinds.count('eval')} evaluations and "
-        f"{kinds.count('image')} images of {args.run}, as W&B run {args.id}:\n{where}",
-        flush=True,
+        f"{kinds.count('image')} images of {args.run}, as W&B run {args.id}:\n{where}"
     )
 
 
