@@ -1,9 +1,8 @@
 """A training step as one CUDA graph: a single launch in place of one for each operation.
 
-``train_step`` is captured as it is, between static buffers: a batch and its dropout masks are
+``train_step`` is captured as it is, between static tensors: a batch and its dropout masks are
 copied into them before each replay, and the result is copied out. Of the numbers that Python
-computes only the learning rates change from step to step; the update reads them from tensors
-(``sgd2012_update``).
+computes only the learning rates change from step to step; the update reads them from tensors.
 
 The first steps run eagerly, and count: cuDNN chooses its kernels then, Triton and torch.compile
 build theirs, none of which can happen during a capture.
@@ -11,6 +10,7 @@ build theirs, none of which can happen during a capture.
 
 from collections.abc import Callable, Iterable
 from functools import partial
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -29,51 +29,34 @@ class CudaGraphStep:
     def __init__(self, layout: Layout, optimizer: torch.optim.Optimizer) -> None:
         assert isinstance(optimizer, KrizhevskySGD)
         self._layout, self._optimizer = layout, optimizer
-        self._warmup_left = CAPTURE_WARMUP_STEPS
-        self._buffers: _StaticBatch | None = None
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._result: Tensor | None = None
+        self._eager_steps = 0
+        self._inputs: list[Tensor] = []
+        self._captured: tuple[torch.cuda.CUDAGraph, Tensor] | None = None
 
     def __call__(self, batch: Batch, masks: Iterable[Tensor]) -> Tensor:
-        """One update of the parameters.
-
-        Returns:
-            What ``train_step`` does.
+        """One update of the parameters; returns what ``train_step`` does.
 
         Raises:
             UserError: the step cannot be captured.
         """
-        if self._buffers is None:
-            self._buffers = _StaticBatch(batch, masks)
-        else:
-            self._buffers.copy_(batch, masks)
-        step = partial(
-            train_step, self._layout, self._optimizer, self._buffers, self._buffers.masks
-        )
-        if self._warmup_left:
-            self._warmup_left -= 1
+        inputs = [batch.images, batch.labels, *masks]
+        if not self._inputs:
+            self._inputs = [tensor.clone() for tensor in inputs]
+        for static, tensor in zip(self._inputs, inputs, strict=True):
+            assert static.shape == tensor.shape, "a graph is of one shape"
+            static.copy_(tensor)
+        images, labels, *static_masks = self._inputs
+        static_batch = SimpleNamespace(images=images, labels=labels)
+        step = partial(train_step, self._layout, self._optimizer, static_batch, static_masks)
+        if self._eager_steps < CAPTURE_WARMUP_STEPS:
+            self._eager_steps += 1
             return _run_on_side_stream(step).clone()
         self._optimizer.sync_lr()
-        if self._graph is None:
-            self._graph, self._result = _capture(step)
-        self._graph.replay()
-        assert self._result is not None
-        return self._result.clone()  # the next replay overwrites it
-
-
-class _StaticBatch:
-    """The tensors that a captured step reads: images [B, 3, H, W], labels [B], and the dropout
-    masks [B, units]."""
-
-    def __init__(self, batch: Batch, masks: Iterable[Tensor]) -> None:
-        self.images, self.labels = batch.images.clone(), batch.labels.clone()
-        self.masks = tuple(mask.clone() for mask in masks)
-
-    def copy_(self, batch: Batch, masks: Iterable[Tensor]) -> None:
-        buffers = (self.images, self.labels, *self.masks)
-        for buffer, new in zip(buffers, (batch.images, batch.labels, *masks), strict=True):
-            assert buffer.shape == new.shape, "a graph is of one shape"
-            buffer.copy_(new)
+        if self._captured is None:
+            self._captured = _capture(step)
+        graph, result = self._captured
+        graph.replay()
+        return result.clone()  # the next replay overwrites it
 
 
 def _run_on_side_stream(step: Callable[[], Tensor]) -> Tensor:
@@ -92,14 +75,13 @@ def _capture(step: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
     try:
         # of this thread only: the loaders' threads allocate and synchronize meanwhile
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            result = step()
+            return graph, step()
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise UserError(
             f"the step cannot be captured as a CUDA graph ({reason}): take "
             "--runtime.cuda_graph false"
         ) from error
-    return graph, result
 
 
 def why_not_capturable(
@@ -112,19 +94,17 @@ def why_not_capturable(
     on_nonfinite: str,
 ) -> str:
     """Why a step under these options cannot be captured, and the fix; "" if it can."""
-    if device.type != "cuda":
-        return "needs an NVIDIA GPU: leave it out"
-    if processes > 1:
-        return (
-            f"captures no sums over processes yet, and there are {processes}: leave it out, or "
-            "take one process"
-        )
-    if fc == "sharded":
-        return "captures no sharded layers: take --parallel.fc replicated"
-    if precision == "fp16":
-        return "cannot capture the scale of fp16: take --runtime.precision bf16"
-    if optimizer == "sgd":
-        return "needs an update that reads the lr from a tensor: take --optim.name sgd2012 or lars"
-    if on_nonfinite != "stop":
-        return f"cannot check gradients for train.on_nonfinite {on_nonfinite}: take stop"
-    return ""
+    obstacles = {
+        "needs an NVIDIA GPU: leave it out": device.type != "cuda",
+        f"cannot capture all-reduces yet, and there are {processes} processes: leave it out, or "
+        "take one": processes > 1,
+        "captures no sharded layers: take --parallel.fc replicated": fc == "sharded",
+        "cannot capture the scale of fp16: take --runtime.precision bf16": precision == "fp16",
+        "needs an update that reads the lr from a tensor: take --optim.name sgd2012 or lars": (
+            optimizer == "sgd"
+        ),
+        f"cannot check gradients for train.on_nonfinite {on_nonfinite}: take stop": (
+            on_nonfinite != "stop"
+        ),
+    }
+    return next((text for text, present in obstacles.items() if present), "")

@@ -13,30 +13,24 @@ TensorDict = dict[str, Tensor]
 
 
 def sgd2012_update(
-    weights: list[Tensor],
-    momentum_buffers: list[Tensor],
-    gradients: list[Tensor],
-    lrs: list[Tensor],
-    weight_decays: list[float],
+    parameters: list[tuple[Tensor, Tensor, Tensor, Tensor, float]],
     momentum: float,
-    found_inf: Tensor | None = None,
+    found_inf: Tensor | None,
 ) -> None:
-    """The paper's update of every parameter, in place. The learning rate sits inside the velocity:
+    """The paper's update, in place. The learning rate sits inside the velocity:
 
         v <- momentum * v - weight_decay * lr * w - lr * gradient
         w <- w + v
 
-    A buffer holds -v, as torch's SGD keeps it. Source: Krizhevsky et al. 2012, section 5;
-    weights.cu of the 2012 source.
+    Source: Krizhevsky et al. 2012, section 5; weights.cu of the 2012 source.
 
     Args:
-        weights, momentum_buffers, gradients: one of each per parameter, of the same shape.
-        lrs: a scalar tensor per parameter, so that a captured CUDA graph obeys a changed rate.
-        found_inf: scalar; where it is not 0 nothing changes. None where no scaler is active.
+        parameters: of each w, the momentum buffer and the gradient, of one shape; lr, a scalar
+            tensor, so that a captured CUDA graph obeys a changed one; and weight_decay. A buffer
+            holds -v, as torch's SGD keeps it.
+        found_inf: a gradient scaler's scalar; where it is not 0 nothing changes.
     """
-    for w, buffer, gradient, lr, weight_decay in zip(
-        weights, momentum_buffers, gradients, lrs, weight_decays, strict=True
-    ):
+    for w, buffer, gradient, lr, weight_decay in parameters:
         new_buffer = momentum * buffer + lr * (gradient + weight_decay * w)
         new_w = w - new_buffer
         if found_inf is not None:
@@ -47,39 +41,29 @@ def sgd2012_update(
 
 
 class KrizhevskySGD(torch.optim.SGD):
-    """The paper's update, see ``sgd2012_update``: that function under torch.compile on GPUs,
-    torch's fused kernel on CPUs.
+    """The paper's update: ``sgd2012_update`` under torch.compile on GPUs, torch's fused kernel on
+    CPUs.
 
-    A change of the learning rate leaves the old velocity as it is, where torch's SGD multiplies
-    the whole velocity by the new rate. torch's fused kernel computes
-    b <- momentum * b + (1 - dampening) * (g + weight_decay * w), then w <- w - lr * b: with an lr
-    of 1 and a dampening of 1 - lr its b is -v.
+    That kernel computes b <- momentum * b + (1 - dampening) * (g + weight_decay * w), then
+    w <- w - lr * b: with an lr of 1 and a dampening of 1 - lr its b is -v.
 
     Args:
         fused: torch's fused kernel rather than ``sgd2012_update``; by default on CPUs.
     """
 
     def __init__(
-        self,
-        params: Any,
-        lr: float,
-        momentum: float = 0.9,
-        *,
-        fused: bool | None = None,
-        **options: Any,
+        self, params: Any, lr: float, *, fused: bool | None = None, **options: Any
     ) -> None:
-        super().__init__(params, lr=lr, momentum=momentum, fused=True, **options)
-        for group in self.param_groups:
-            for parameter in group["params"]:  # torch's first step would ignore the dampening
-                self.state[parameter]["momentum_buffer"] = torch.zeros_like(
-                    parameter, memory_format=torch.preserve_format
-                )
-        first = self.param_groups[0]["params"][0]
-        self._fused = first.device.type == "cpu" if fused is None else fused
+        super().__init__(params, lr=lr, fused=True, **options)
+        everything = [p for group in self.param_groups for p in group["params"]]
+        for parameter in everything:  # torch's first step would ignore the dampening
+            self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        device = everything[0].device
+        self._fused = device.type == "cpu" if fused is None else fused
         self._update = sgd2012_update
-        if first.device.type == "cuda":
+        if device.type == "cuda":
             self._update = torch.compile(sgd2012_update, dynamic=False)
-        self._lrs = [first.new_zeros(()) for _ in self.param_groups]
+        self._lrs = [everything[0].new_zeros(()) for _ in self.param_groups]
         self._synced_lrs = [0.0] * len(self._lrs)
 
     def sync_lr(self) -> None:
@@ -93,27 +77,17 @@ class KrizhevskySGD(torch.optim.SGD):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update all parameters that have a gradient."""
-        if self._fused:
-            return self._fused_step(closure)
-        self.sync_lr()
-        grouped = [
-            (w, lr, group["weight_decay"])
-            for group, lr in zip(self.param_groups, self._lrs, strict=True)
-            for w in group["params"]
-            if w.grad is not None
-        ]
-        self._update(
-            [w for w, _, _ in grouped],
-            [self.state[w]["momentum_buffer"] for w, _, _ in grouped],
-            [w.grad for w, _, _ in grouped],
-            [lr for _, lr, _ in grouped],
-            [weight_decay for _, _, weight_decay in grouped],
-            self.defaults["momentum"],
-            getattr(self, "found_inf", None),  # a gradient scaler's, which has unscaled already
-        )
-        return None
-
-    def _fused_step(self, closure: Callable[[], float] | None) -> float | None:
+        if not self._fused:
+            self.sync_lr()
+            parameters = [
+                (w, self.state[w]["momentum_buffer"], w.grad, lr, group["weight_decay"])
+                for group, lr in zip(self.param_groups, self._lrs, strict=True)
+                for w in group["params"]
+                if w.grad is not None
+            ]
+            # a gradient scaler has unscaled already, and sets found_inf
+            self._update(parameters, self.defaults["momentum"], getattr(self, "found_inf", None))
+            return None
         lrs = [group["lr"] for group in self.param_groups]
         for group, lr in zip(self.param_groups, lrs, strict=True):
             if group["momentum"]:  # without momentum torch ignores the dampening
@@ -145,13 +119,12 @@ class Lars(KrizhevskySGD):
         self,
         params: Any,
         lr: float,
-        momentum: float = 0.9,
         *,
         trust: float = 0.001,
         all_reduce_norms: Callable[[TensorDict], TensorDict] = dict,
         **options: Any,
     ) -> None:
-        super().__init__(params, lr, momentum, **options)
+        super().__init__(params, lr, **options)
         self.trust, self._all_reduce_norms = trust, all_reduce_norms
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -161,11 +134,10 @@ class Lars(KrizhevskySGD):
         self._adapt(adapted)
         for group in adapted:
             group["weight_decay"] = 0.0  # it is in the gradients now
-        try:
-            return super().step(closure)
-        finally:
-            for group, decay in zip(adapted, decays, strict=True):
-                group["weight_decay"] = decay
+        result = super().step(closure)
+        for group, decay in zip(adapted, decays, strict=True):
+            group["weight_decay"] = decay
+        return result
 
     @torch.no_grad()
     def _adapt(self, groups: list[dict[str, Any]]) -> None:
@@ -256,12 +228,9 @@ def momentum_buffers(
 ) -> dict[str, torch.Tensor]:
     """The optimizer's momentum buffer of each trainable parameter, by name; created where there
     is none yet."""
-    found = {}
-    for name, parameter in trainable(parameters).items():
+    parameters = trainable(parameters)
+    for parameter in parameters.values():
         state = optimizer.state[parameter]
         if state.get("momentum_buffer") is None:
-            state["momentum_buffer"] = torch.zeros_like(
-                parameter, memory_format=torch.preserve_format
-            )
-        found[name] = state["momentum_buffer"]
-    return found
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+    return {name: optimizer.state[p]["momentum_buffer"] for name, p in parameters.items()}

@@ -25,7 +25,7 @@ def test_cuda_graph_of_one_process_in_bf16() -> None:
     ("option", "value", "message"),
     [
         ("device", torch.device("cpu"), "needs an NVIDIA GPU: leave it out"),
-        ("processes", 2, "no sums over processes yet, and there are 2"),
+        ("processes", 2, "cannot capture all-reduces yet, and there are 2 processes"),
         ("fc", "sharded", "take --parallel.fc replicated"),
         ("precision", "fp16", "take --runtime.precision bf16"),
         ("optimizer", "sgd", "take --optim.name sgd2012 or lars"),
