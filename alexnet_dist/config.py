@@ -445,18 +445,6 @@ def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def nest(flat: dict[str, Any]) -> dict[str, Any]:
-    """The inverse of ``flatten``."""
-    nested: dict[str, Any] = {}
-    for name, value in flat.items():
-        *path, last = name.split(".")
-        inner = nested
-        for key in path:
-            inner = inner.setdefault(key, {})
-        inner[last] = value
-    return nested
-
-
 def diff_configs(before: dict[str, Any], now: dict[str, Any]) -> dict[str, list[Any]]:
     """The options that differ between two resolved configs: {name: [before, now]}."""
     old, new = flatten(before), flatten(now)
@@ -536,7 +524,7 @@ def _build(record: dict[str, Any], where: str | None, dotted: dict[str, str]) ->
             raise _value_error(name, "null", where)
     parser, given = _trainer_parser(), record
     try:
-        values = parser.parse_object(nest(record))
+        values = parser.parse_object(record)
         given, where = dotted, None
         values = parser.parse_args([f"--{n}={v}" for n, v in dotted.items()], namespace=values)
         sections = parser.instantiate(values)

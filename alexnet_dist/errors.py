@@ -1,12 +1,15 @@
 """Errors that users can fix, and how a command ends on one."""
 
 import os
+import re
 import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable
 from typing import NoReturn
+
+LOST_PEER = "closed by peer|reset by peer|Broken pipe|NCCL|Connection refused"
 
 
 class UserError(Exception):
@@ -49,19 +52,15 @@ def run_command(main: Callable[[list[str]], None]) -> NoReturn:
     except BrokenPipeError:  # "... | head" has read enough
         os._exit(1)
     except Exception as error:
-        if "--debug" in sys.argv or not _is_lost_peer_error(error):
-            traceback.print_exc()
-        else:
+        lost_peer = isinstance(error, RuntimeError) and re.search(LOST_PEER, str(error))
+        if lost_peer and "--debug" not in sys.argv:
             time.sleep(1)  # the one that exited first says why
             print_error(f"process {rank} exits, since it lost another process of this run")
+        else:
+            traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # a normal exit would wait for threads, and for processes that are gone
-
-
-def _is_lost_peer_error(error: Exception) -> bool:
-    words = ("closed by peer", "reset by peer", "Broken pipe", "NCCL", "Connection refused")
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
 def _stop_elastic_restarts() -> None:
