@@ -8,7 +8,7 @@ both; a layer of two groups reads its own tower only.
 
 import copy
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -114,33 +114,25 @@ _145 = (  # S, layers-145.cfg
     LayerSpec("fc8",      0, std=0.01, bias=0),
 )
 _PAPER = _with(  # P puts ReLU first, and does not mention cnorm
-    _145,
-    conv1={"post_ops": "relu lrn pool"},
-    conv2={"post_ops": "relu lrn pool"},
+    _145, conv1={"post_ops": "relu lrn pool"}, conv2={"post_ops": "relu lrn pool"},
     conv5={"post_ops": "relu pool"},
 )
-_146 = (*_145[:5], LayerSpec("conv6", 256, 3, 1, 1, 1, std=0.03, bias=1, post_ops="relu"),
-        *_145[5:])
+_CONV6 = LayerSpec("conv6", 256, 3, 1, 1, 1, std=0.03, bias=1, post_ops="relu")
 _150 = _with(
-    _145,
-    conv2={"out_channels": 320}, conv3={"groups": 2},
+    _145, conv2={"out_channels": 320}, conv3={"groups": 2},
     fc6={"out_channels": 8192, "groups": 2}, fc7={"groups": 2},
 )
 _HALF = _with(
-    _ungrouped(_145),
-    conv1={"out_channels": 48}, conv2={"out_channels": 128},
+    _ungrouped(_145), conv1={"out_channels": 48}, conv2={"out_channels": 128},
     conv3={"out_channels": 192}, conv4={"out_channels": 192},
 )
-_ONE_COLUMN = _with(_ungrouped(_PAPER), conv5={"post_ops": "relu pool avgpool"})
 _OWT = (  # cuda-convnet2, layers-imagenet-1gpu.cfg
     LayerSpec("conv1",   64, 11, 4, 0, std=0.01, bias=0, post_ops="lrn pool relu"),
     LayerSpec("conv2",  192,  5, 1, 2, std=0.01, bias=1, post_ops="relu lrn pool"),
     LayerSpec("conv3",  384,  3, 1, 1, std=0.03, bias=0, post_ops="relu"),
     LayerSpec("conv4",  256,  3, 1, 1, std=0.03, bias=1, post_ops="relu"),
     LayerSpec("conv5",  256,  3, 1, 1, std=0.03, bias=1, post_ops="relu pool"),
-    LayerSpec("fc6",   4096, std=0.01, bias=1, post_ops="relu dropout"),
-    LayerSpec("fc7",   4096, std=0.01, bias=1, post_ops="relu dropout"),
-    LayerSpec("fc8",      0, std=0.01, bias=-7),
+    *_with(_145[5:], fc8={"bias": -7}),
 )
 _BN = (  # NVIDIA's Caffe, models/alexnet_bn/train_val.prototxt
     LayerSpec("conv1",   96, 11, 4, 0, 1, std=0.01,  bias=None, post_ops="bn relu pool"),
@@ -162,7 +154,8 @@ _FIGURE1 = (  # P gives four layers; these are cuda-convnet's, layers-80sec.cfg,
 MODEL_REGISTRY: dict[str, ModelSpec] = {
     "paper": ModelSpec("P, figure 2 and section 3", _PAPER, lrn_alpha=5e-4),
     "original145": ModelSpec("S, layers-145.cfg: the paper's '1 CNN'", _145),
-    "original146": ModelSpec("S, layers-146.cfg: conv6 behind pool5", _146),
+    "original146": ModelSpec("S, layers-146.cfg: conv6 behind pool5",
+                             (*_145[:5], _CONV6, *_145[5:])),
     "original147": ModelSpec("S, layers-147.cfg: pooling without overlap",
                              _with(_145, conv2={"padding": 1}), pool=(2, 2)),
     "original148": ModelSpec("S, layers-148.cfg: no normalization",
@@ -171,7 +164,8 @@ MODEL_REGISTRY: dict[str, ModelSpec] = {
     "half_column": ModelSpec("S, layers-145-half.cfg: one of the towers, conv5 as wide as both",
                              _HALF, towers=1),
     "one_column": ModelSpec("a review's single column, with adaptive average pooling to 6 x 6",
-                            _ONE_COLUMN, towers=1),
+                            _with(_ungrouped(_PAPER), conv5={"post_ops": "relu pool avgpool"}),
+                            towers=1),
     "owt": ModelSpec("Krizhevsky 2014; cuda-convnet2, layers-imagenet-1gpu.cfg", _OWT, towers=1),
     "alexnet_bn": ModelSpec("You, Gitman, Ginsburg 2017; NVIDIA's Caffe, models/alexnet_bn",
                             _BN, dropout="inverted"),
@@ -211,13 +205,8 @@ class GroupedLinear(nn.Module):
         nn.Linear.reset_parameters(self)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
-        slices = zip(
-            x.chunk(self.groups, 1),
-            self.weight.chunk(self.groups),
-            self.bias.chunk(self.groups),
-            strict=True,
-        )
-        return torch.cat([F.linear(*each) for each in slices], 1)
+        weights, biases = self.weight.chunk(self.groups), self.bias.chunk(self.groups)
+        return torch.cat(list(map(F.linear, x.chunk(self.groups, 1), weights, biases)), 1)
 
 
 def forward_layers(layers: Iterable[nn.Module], x: Tensor, masks: Iterable[Tensor]) -> Tensor:
@@ -377,24 +366,17 @@ def _out_size(size: int, kernel: int, stride: int) -> int:
 
 
 def _post_op(op: str, spec: ModelSpec, channels: int, dropout: float) -> nn.Module:
-    match op:
-        case "relu":
-            return nn.ReLU()
-        case "tanh":
-            return nn.Tanh()
-        case "lrn":
-            return LocalResponseNorm(5, spec.lrn_alpha, 0.75, 2.0, groups=spec.towers)
-        case "cnorm":
-            return WithinChannelLRN()
-        case "bn":
-            return BatchNorm(channels, eps=1e-4)
-        case "pool":
-            return nn.MaxPool2d(*spec.pool, ceil_mode=True)
-        case "avgpool":
-            return AdaptiveAvgPool(6)
-        case "dropout":
-            return Dropout(channels, dropout, spec.dropout)
-    raise ValueError(f"the table has an unknown operation '{op}'")
+    make: dict[str, Callable[[], nn.Module]] = {
+        "relu": nn.ReLU,
+        "tanh": nn.Tanh,
+        "lrn": lambda: LocalResponseNorm(5, spec.lrn_alpha, 0.75, 2.0, groups=spec.towers),
+        "cnorm": WithinChannelLRN,
+        "bn": lambda: BatchNorm(channels, eps=1e-4),
+        "pool": lambda: nn.MaxPool2d(*spec.pool, ceil_mode=True),
+        "avgpool": lambda: AdaptiveAvgPool(6),
+        "dropout": lambda: Dropout(channels, dropout, spec.dropout),
+    }
+    return make[op]()
 
 
 def iter_initial_weights(model: Network, init: Init | None = None) -> Iterator[tuple[str, Tensor]]:
@@ -412,28 +394,24 @@ def iter_initial_weights(model: Network, init: Init | None = None) -> Iterator[t
     init = init or model.spec.init
     if init != "torch" and not model.spec.layers:
         raise ValueError(f"torchvision's network has torch's initialization, not '{init}'")
+    rows = {row.name: row for row in model.spec.layers}
     layers = {
         name: copy.deepcopy(layer)  # now, while it has no memory and contiguous strides
         for name, layer in model.named_modules()
         if isinstance(layer, (nn.Conv2d, nn.Linear, GroupedLinear, BatchNorm))
     }
-    return _sample_weights(layers, init, {row.name: row for row in model.spec.layers})
 
+    def sample() -> Iterator[tuple[str, Tensor]]:
+        for name in list(layers):
+            layer = layers.pop(name).to_empty(device="cpu")  # one at a time has memory
+            if init == "torch" or isinstance(layer, BatchNorm):
+                layer.reset_parameters()
+            else:  # Gaussian weights and constant biases (P, section 5; S)
+                row = rows[name]
+                nn.init.normal_(layer.weight, std=row.std if init == "source" else 0.01)
+                if row.bias is not None:
+                    nn.init.constant_(layer.get_parameter("bias"), row.bias)
+            for inner, value in layer.named_parameters():
+                yield f"{name}.{inner}", value.detach()
 
-def _sample_weights(
-    layers: "dict[str, nn.Conv2d | nn.Linear | GroupedLinear | BatchNorm]",
-    init: Init,
-    rows: dict[str, LayerSpec],
-) -> Iterator[tuple[str, Tensor]]:
-    while layers:  # each is freed once its weights have been taken
-        name = next(iter(layers))
-        layer = layers.pop(name).to_empty(device="cpu")
-        if init == "torch" or isinstance(layer, BatchNorm):
-            layer.reset_parameters()
-        else:  # Gaussian weights and constant biases (P, section 5; S)
-            nn.init.normal_(layer.weight, std=rows[name].std if init == "source" else 0.01)
-            bias = rows[name].bias
-            if bias is not None:
-                nn.init.constant_(layer.get_parameter("bias"), bias)
-        for inner, value in layer.named_parameters():
-            yield f"{name}.{inner}", value.detach()
+    return sample()

@@ -11,6 +11,7 @@ is 5e-4 here.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -41,9 +42,6 @@ class LocalResponseNorm(nn.Module):
 
     Input and output: [B, C, H, W], C a multiple of ``groups``; the output has the input's dtype.
     Source: Krizhevsky et al. 2012, section 3.3.
-
-    Raises:
-        ValueError: an even ``size``.
     """
 
     def __init__(
@@ -55,7 +53,6 @@ class LocalResponseNorm(nn.Module):
         groups: int = 1,
     ) -> None:
         super().__init__()
-        _check_odd(size)
         self.size, self.alpha, self.beta, self.k, self.groups = size, alpha, beta, k, groups
         self._windows: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
 
@@ -104,16 +101,12 @@ class WithinChannelLRN(nn.Module):
 
     Input and output: [B, C, H, W]. Source: "cnorm2" in layers-145.cfg (type rnorm, scale 0.001
     divided by the size squared, power 0.75, minDiv 1); the paper does not mention it.
-
-    Raises:
-        ValueError: an even ``size``.
     """
 
     def __init__(
         self, size: int = 5, alpha: float = 1e-3, beta: float = 0.75, k: float = 1.0
     ) -> None:
         super().__init__()
-        _check_odd(size)
         self.size, self.alpha, self.beta, self.k = size, alpha, beta, k
 
     def forward(self, x: Tensor) -> Tensor:
@@ -124,11 +117,6 @@ class WithinChannelLRN(nn.Module):
 
     def extra_repr(self) -> str:
         return f"size={self.size}, alpha={self.alpha:g}, beta={self.beta:g}, k={self.k:g}"
-
-
-def _check_odd(size: int) -> None:
-    if size % 2 == 0:
-        raise ValueError(f"the window must be odd to have a middle, not {size}")
 
 
 class _ResponseNorm(torch.autograd.Function):
@@ -160,9 +148,8 @@ class _ResponseNorm(torch.autograd.Function):
 
 def _normalize(x: Tensor, mean: Mean, k: float, alpha: float, beta: float) -> Tensor:
     """In the dtype of ``x``, which autocast would lower inside."""
-    if not autocast_enabled(x.device):  # then an exported graph has no trace of autocast
-        plain: Tensor = _ResponseNorm.apply(x, mean, k, alpha, beta)
-        return plain
-    with torch.autocast(x.device.type, enabled=False):
+    # only where it is on: an exported graph is to have no trace of autocast
+    on = autocast_enabled(x.device)
+    with torch.autocast(x.device.type, enabled=False) if on else nullcontext():
         y: Tensor = _ResponseNorm.apply(x, mean, k, alpha, beta)
     return y

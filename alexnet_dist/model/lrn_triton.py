@@ -1,24 +1,16 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, assignment"
-"""Local response normalization on GPUs, by Triton: each way reads and writes memory once.
+"""Local response normalization on NVIDIA GPUs: each direction reads and writes memory once.
 
-    forward     y = x * s ** -0.75            s = k + scale * sum of x ** 2 over five kernels
+    forward     y = x * s ** -0.75            s = k + scale * sum of x ** 2 over five channels
     backward    grad * s ** -0.75 - 1.5 * scale * x * sum of (grad * x * s ** -1.75) over five
 
-Forward moves 4 bytes an activation in 16 bits, backward 6; only x is kept between them.
-
-What carries the sums from kernel to kernel decides whether memory is the limit. Per activation an
-H100 can issue about 40 instructions in the time that its memory takes forward, and 60 backward.
-Shifted loads alone would do forward, but backward wants s of the neighbours too, which want
-theirs: 14 loads of two bytes, and 10 roots where it has time for 7. A product with a 0/1 band
-keeps the precision only if squares are split in two bf16 numbers: at 128 kernels 1,024 operations
-an activation, half of the tensor cores' peak, between loads and stores that cannot overlap it.
-So here a thread holds eight neighbouring kernels of a pixel, one load of 16 bytes, sums them in
-registers, and loads the two or four beyond either side again, out of the cache. As
-compiled for an H100 in bf16, forward takes 17 instructions an activation, backward 35, 3 of them
-roots, and neither touches shared memory.
-
-Channels-last memory is a row of such eights, whatever pixels, groups and images they belong to:
-all that an eight must know is whether its group ends beside it.
+Forward moves 4 bytes an activation in 16 bits, backward 6; only x is kept between them. To stay
+within the instructions that an H100 can issue meanwhile (about 40 an activation forward, 60
+backward), a thread holds eight neighboring channels of a pixel, one load of 16 bytes, sums them in
+registers, and loads the two or four beyond either side again, from the cache: 17 instructions
+forward and 35 backward in bf16, no shared memory. Channels-last memory is a row of such eights,
+whatever pixels, groups and images they belong to: an eight must only know whether its group ends
+beside it.
 """
 
 from typing import Any
@@ -72,7 +64,7 @@ def _load(start, first, width: tl.constexpr, there):
 
 @triton.jit
 def _load_around(start, first, there, left, right, reach: tl.constexpr):
-    """Eights and the ``reach`` (2 or 4) kernels on either side, as columns."""
+    """Eights and the ``reach`` (2 or 4) channels on either side, as columns."""
     before = _load(start, first - reach, reach, left)
     after = _load(start, first + 8, reach, right)
     if start.dtype.element_ty == tl.float32:  # 16 bytes are four: eight would lie in two threads
@@ -88,7 +80,7 @@ def _load_around(start, first, there, left, right, reach: tl.constexpr):
 @triton.jit
 def _offsets(count, per_group: tl.constexpr, eights: tl.constexpr):
     """Of this program's eights: the first one, their beginnings from there, and whether they, and
-    neighbours on the left and on the right of the same group, are there."""
+    neighbors on the left and on the right of the same group, are there."""
     program = tl.program_id(0)
     local = tl.arange(0, eights)
     eight = program * eights + local
@@ -104,15 +96,7 @@ def _sum_of_five(values, at: tl.constexpr):
 
 
 @triton.jit
-def _forward(
-    x_pointer,
-    y_pointer,
-    count,
-    k,
-    scale,
-    per_group: tl.constexpr,
-    eights: tl.constexpr,
-):
+def _forward(x_pointer, y_pointer, count, k, scale, per_group: tl.constexpr, eights: tl.constexpr):
     start, first, there, left, right = _offsets(count, per_group, eights)
     x = _load_around(x_pointer + start, first, there, left, right, 2)
     squares = ()
@@ -143,7 +127,7 @@ def _backward(
     squares = ()
     for i in tl.static_range(16):
         squares += (x[i] * x[i],)
-    direct = ()  # grad * s ** -0.75, of two neighbours on either side too
+    direct = ()  # grad * s ** -0.75, of two neighbors on either side too
     terms = ()
     for i in tl.static_range(12):
         root = tl.rsqrt(k + scale * _sum_of_five(squares, i))
@@ -171,39 +155,30 @@ def is_supported(x: Tensor, groups: int) -> bool:
 
 @torch.library.custom_op("alexnet_dist::lrn", mutates_args=())
 def lrn(x: Tensor, k: float, scale: float, groups: int) -> Tensor:
-    """y = x * (k + scale * sum of x ** 2 over five kernels of a group) ** -0.75.
+    """y = x * (k + scale * sum of x ** 2 over five channels of a group) ** -0.75.
 
     Input and output: [B, C, H, W], which ``is_supported``, of one dtype; computed in float32.
     """
-    y = torch.empty_like(x)
-    count = x.numel() // 8
-    if count:
-        _forward[(triton.cdiv(count, BLOCK),)](
-            x, y, count, k, scale, x.shape[1] // groups // 8, BLOCK, num_warps=WARPS
-        )
-    return y
+    return _launch(_forward, (x,), k, scale, groups)
 
 
 @torch.library.custom_op("alexnet_dist::lrn_backward", mutates_args=())
 def lrn_backward(x: Tensor, grad: Tensor, k: float, scale: float, groups: int) -> Tensor:
     """The gradient of ``lrn`` for ``x``, from that for its output."""
     grad = grad.to(x.dtype).contiguous(memory_format=torch.channels_last)
-    out = torch.empty_like(x)
-    count = x.numel() // 8
+    return _launch(_backward, (x, grad), k, scale, groups)
+
+
+def _launch(kernel: Any, inputs: tuple[Tensor, ...], k: float, scale: float, groups: int) -> Tensor:
+    out = torch.empty_like(inputs[0])
+    count, per_group = out.numel() // 8, out.shape[1] // groups // 8
     if count:
-        _backward[(triton.cdiv(count, BLOCK),)](
-            x, grad, out, count, k, scale, x.shape[1] // groups // 8, BLOCK, num_warps=WARPS
-        )
+        grid = (triton.cdiv(count, BLOCK),)
+        kernel[grid](*inputs, out, count, k, scale, per_group, BLOCK, num_warps=WARPS)
     return out
 
 
-@lrn.register_fake
-def _(x: Tensor, k: float, scale: float, groups: int) -> Tensor:
-    return torch.empty_like(x)
-
-
-@lrn_backward.register_fake
-def _(x: Tensor, grad: Tensor, k: float, scale: float, groups: int) -> Tensor:
+def _empty_like(x: Tensor, *_: object) -> Tensor:
     return torch.empty_like(x)
 
 
@@ -217,4 +192,6 @@ def _backward_op(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
     return lrn_backward(x, grad, *ctx.constants), None, None, None
 
 
+lrn.register_fake(_empty_like)
+lrn_backward.register_fake(_empty_like)
 lrn.register_autograd(_backward_op, setup_context=_setup_context)
