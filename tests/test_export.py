@@ -2,9 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,10 +15,8 @@ from alexnet_dist import evaluate, export
 from alexnet_dist.assembly.trained import read
 from alexnet_dist.errors import UserError
 from alexnet_dist.export import main
-from alexnet_dist.model import Network, build_model
+from alexnet_dist.model import Network
 from alexnet_dist.parallel import mesh
-from alexnet_dist.training.checkpoint import CheckpointManager
-from alexnet_dist.training.optim import build_optimizer
 from tests.conftest import train, write_images
 from tests.networks import CLASSES, alone, command, save_network
 
@@ -44,18 +40,6 @@ def exported(paper: Saved, folder: Path) -> Path:
     formats = ["--format", "safetensors", "onnx"]
     command(main, "--checkpoint", paper[0], "--out", folder / "exported", *formats)
     return folder / "exported"
-
-
-@pytest.fixture(scope="module")
-def weights(exported: Path) -> Path:
-    return exported / "model.safetensors"
-
-
-@pytest.fixture
-def group() -> Iterator[None]:
-    alone()
-    yield
-    mesh.destroy_distributed()
 
 
 def images(count: int, size: int = 67) -> torch.Tensor:
@@ -89,29 +73,6 @@ def test_safetensors_are_read_back_to_the_bit(paper: Saved, exported: Path) -> N
     assert str(run.parent) not in json.dumps(header)
     assert json.loads(header["classes"]) == CLASSES
     assert json.loads(header["arch"]) == "paper"
-
-
-@pytest.mark.usefixtures("group")
-def test_a_run_starts_from_safetensors(paper: Saved, weights: Path) -> None:
-    for variant, outputs, anew in (
-        ("paper", 3, []),
-        ("paper", 7, ["fc8.weight", "fc8.bias"]),
-        ("original146", 3, ["conv6.weight", "conv6.bias"]),
-    ):
-        mine = build_model(variant, num_classes=outputs, image_size=67)
-        drawn = {name: value.clone() for name, value in mine.named_parameters()}
-        parameters = dict(mine.named_parameters())
-        optimizer = build_optimizer("sgd2012", parameters, lr=1, momentum=0, weight_decay=0)
-        layout = SimpleNamespace(
-            parameters=parameters, sharding=SimpleNamespace(to_dtensor=lambda _, tensor: tensor)
-        )
-        manager = CheckpointManager(Path(), None, layout, optimizer, print)  # type: ignore[arg-type]
-        assert manager.load_pretrained(str(weights)) == anew
-        theirs = dict(paper[1].named_parameters())
-        for name, parameter in mine.named_parameters():
-            assert torch.equal(parameter, drawn[name] if name in anew else theirs[name]), name
-    with pytest.raises(UserError, match=r"another network: model\.conv1\.weight should be \[64"):
-        read(str(weights)).fill(dict(build_model("owt", image_size=67).named_parameters()))
 
 
 def test_onnx_takes_any_batch(paper: Saved, exported: Path) -> None:
@@ -183,36 +144,6 @@ def test_an_exported_file_is_evaluated_and_trained_on_two_towers(
     mesh.destroy_distributed()
     for name, parameter in paper[1].named_parameters():
         torch.testing.assert_close(model.get_parameter(name), parameter, atol=1e-9, rtol=1e-6)
-
-
-def test_what_cannot_be_read(weights: Path, tmp_path: Path) -> None:
-    class Harm:
-        def __reduce__(self) -> tuple:
-            return os.mkdir, (str(tmp_path / "harm"),)
-
-    content = weights.read_bytes()
-    (tmp_path / "cut.safetensors").write_bytes(content[: len(content) // 2])
-    (tmp_path / "text.safetensors").write_text("weights")
-    torch.save({"a": Harm()}, tmp_path / "harm.pth")
-    torch.save([1, 2], tmp_path / "list.pth")
-    torch.save({"features.0.weight": torch.zeros(3)}, tmp_path / "other.pth")
-    (tmp_path / "later.safetensors").write_bytes(
-        content.replace(b'"alexnet_dist":"3"', b'"alexnet_dist":"9"', 1)
-    )
-    for name, sentence in {
-        "cut.safetensors": "is corrupt, or cannot be read",
-        "text.safetensors": "is corrupt, or cannot be read",
-        "harm.pth": "is corrupt, or cannot be read",
-        "list.pth": "holds something else than tensors by name",
-        "other.pth": "neither an export of this package nor torchvision's AlexNet",
-        "later.safetensors": "was written by a newer alexnet_dist",
-    }.items():
-        with pytest.raises(UserError, match=sentence) as failure:
-            read(str(tmp_path / name))
-        assert str(tmp_path / name) in str(failure.value)
-        assert "\n" not in str(failure.value)
-        assert failure.value.on_all_ranks
-    assert not (tmp_path / "harm").exists()
 
 
 def test_what_cannot_be_exported_is_refused(

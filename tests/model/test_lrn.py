@@ -1,4 +1,4 @@
-"""Response normalisation against its definition, in float64."""
+"""Local response normalization against its definition, in float64."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from alexnet_dist.model.lrn import LocalResponseNorm, WithinChannelLRN
 def by_definition(
     x: torch.Tensor, size: int, alpha: float, beta: float, k: float, groups: int
 ) -> torch.Tensor:
-    """Krizhevsky et al. 2012, section 3.3, kernel by kernel, alpha over the size as in torch."""
+    """Krizhevsky et al. 2012, section 3.3, channel by channel, alpha over the size as in torch."""
     channels = x.shape[1] // groups
     result = []
     for channel in range(x.shape[1]):
@@ -73,8 +73,3 @@ def test_an_exported_graph_has_no_autocast() -> None:
         graph = torch.export.export(layer, (x,))
         assert "autocast" not in str(graph)
         assert torch.equal(graph.module()(x), layer(x))
-
-
-def test_even_windows_are_refused() -> None:
-    with pytest.raises(ValueError, match="odd"):
-        LocalResponseNorm(4)

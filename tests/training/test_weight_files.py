@@ -1,0 +1,97 @@
+"""Weights in files: an export, torchvision's state_dict, and what is neither."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from alexnet_dist.assembly.trained import read
+from alexnet_dist.errors import UserError
+from alexnet_dist.export import main as export
+from alexnet_dist.model import Network, build_model
+from alexnet_dist.parallel import mesh
+from alexnet_dist.training.checkpoint import CheckpointManager
+from alexnet_dist.training.optim import build_optimizer
+from tests.networks import alone, command, save_network
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Network]:
+    return save_network(tmp_path_factory.mktemp("network") / "paper", "paper")
+
+
+@pytest.fixture(scope="module")
+def network(saved: tuple[Path, Network]) -> Network:
+    return saved[1]
+
+
+@pytest.fixture(scope="module")
+def weights(saved: tuple[Path, Network]) -> Path:
+    """The network as safetensors."""
+    command(export, "--checkpoint", saved[0], "--out", saved[0].parent)
+    return saved[0].parent / "model.safetensors"
+
+
+@pytest.fixture
+def group(weights: Path) -> Iterator[None]:
+    alone()
+    yield
+    mesh.destroy_distributed()
+
+
+@pytest.mark.usefixtures("group")
+def test_a_run_starts_from_safetensors(network: Network, weights: Path) -> None:
+    for arch, outputs, from_scratch in (
+        ("paper", 3, []),
+        ("paper", 7, ["fc8.weight", "fc8.bias"]),
+        ("original146", 3, ["conv6.weight", "conv6.bias"]),
+    ):
+        mine = build_model(arch, num_classes=outputs, image_size=67)
+        initial = {name: value.clone() for name, value in mine.named_parameters()}
+        parameters = dict(mine.named_parameters())
+        optimizer = build_optimizer("sgd2012", parameters, lr=1, momentum=0, weight_decay=0)
+        layout = SimpleNamespace(
+            parameters=parameters, sharding=SimpleNamespace(to_dtensor=lambda _, tensor: tensor)
+        )
+        manager = CheckpointManager(Path(), None, layout, optimizer, print)  # type: ignore[arg-type]
+        assert manager.load_pretrained(str(weights)) == from_scratch
+        theirs = dict(network.named_parameters())
+        for name, parameter in mine.named_parameters():
+            assert torch.equal(
+                parameter, initial[name] if name in from_scratch else theirs[name]
+            ), name
+    with pytest.raises(UserError, match=r"another network: model\.conv1\.weight should be \[64"):
+        read(str(weights)).fill(dict(build_model("owt", image_size=67).named_parameters()))
+
+
+def test_what_cannot_be_read(weights: Path, tmp_path: Path) -> None:
+    class Harm:
+        def __reduce__(self) -> tuple:
+            return os.mkdir, (str(tmp_path / "harm"),)
+
+    content = weights.read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(content[: len(content) // 2])
+    (tmp_path / "text.safetensors").write_text("weights")
+    torch.save({"a": Harm()}, tmp_path / "harm.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
+    torch.save({"features.0.weight": torch.zeros(3)}, tmp_path / "other.pth")
+    (tmp_path / "later.safetensors").write_bytes(
+        content.replace(b'"alexnet_dist":"3"', b'"alexnet_dist":"9"', 1)
+    )
+    for name, sentence in {
+        "cut.safetensors": "is corrupt, or cannot be read",
+        "text.safetensors": "is corrupt, or cannot be read",
+        "harm.pth": "is corrupt, or cannot be read",
+        "list.pth": "holds something else than tensors by name",
+        "other.pth": "neither an export of this package nor torchvision's AlexNet",
+        "later.safetensors": "was written by a newer alexnet_dist",
+    }.items():
+        with pytest.raises(UserError, match=sentence) as failure:
+            read(str(tmp_path / name))
+        assert str(tmp_path / name) in str(failure.value)
+        assert "\n" not in str(failure.value)
+        assert failure.value.on_all_ranks
+    assert not (tmp_path / "harm").exists()
