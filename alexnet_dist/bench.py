@@ -7,9 +7,9 @@ stall of a checkpoint, and peak memory. The last line names the bottleneck and t
 under torchrun, too. Dotted options are those of the trainer; the learning rate is 0.
 """
 
+import contextlib
 import itertools
 import json
-import math
 import os
 import resource
 import shutil
@@ -17,7 +17,6 @@ import statistics
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,6 +41,7 @@ from alexnet_dist.training.step import StepThrottle, StepTimer
 LOADERS: tuple[Literal["dali", "torch", "gpu_cache"], ...] = ("dali", "torch", "gpu_cache")
 MATMUL, COPY, DECODER = "limit: matrix product", "limit: memory copy", "limit: decoding alone"
 COMPUTE, TRAINING, EVALUATION = "computing alone", "training end to end", "evaluation"
+DATA_WAIT, RANK_WAIT = "  of it waiting for data", "  of it waiting for other ranks"
 UNITS = {MATMUL: "GFLOP/s", COPY: "GB/s"}  # of all others: images/s
 
 
@@ -52,10 +52,12 @@ class BenchCase:
     Attributes:
         run: does it once; returns how many units (say, images) all ranks together have done.
         warmup: how often it runs untimed at the beginning of each round.
+        on_start: called between the warmup and what is timed.
     """
 
     run: Callable[[], float]
     warmup: int = 1
+    on_start: Callable[[], object] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,7 @@ def time_interleaved(
             for _ in range(case.warmup):
                 case.run()
             _elapsed(0.0)
+            case.on_start()
             begin, units, repeats = time.perf_counter(), case.run(), 1
             while (passed := _elapsed(begin)) < seconds:
                 units += sum(case.run() for _ in range(repeats))
@@ -111,13 +114,12 @@ def _elapsed(begin: float) -> float:
 
 
 class TrainBenchmark:
-    """Data, model and optimizer of a config, ready to be timed as ``time_interleaved`` does."""
+    """Data, model and optimizer of a config, ready to be timed."""
 
-    def __init__(self, config: Config, mesh: Mesh, *, rounds: int, seconds: float) -> None:
+    def __init__(self, config: Config, mesh: Mesh) -> None:
         optim, parallel = replace(config.optim, lr=0.0), replace(config.parallel, powersgd_start=2)
         self.config = config = replace(config, optim=optim, parallel=parallel)
-        self.mesh, self.batch_size, self.seconds = mesh, config.data.batch_size, seconds
-        self.time = partial(time_interleaved, rounds=rounds, seconds=seconds)
+        self.mesh, self.batch_size = mesh, config.data.batch_size
         self.threads = config.data.threads or mesh.threads
         self.prefetched = config.data.prefetch * max(self.threads, 2) + 2  # more than any loader's
         self.data = Images(config, mesh)
@@ -126,38 +128,48 @@ class TrainBenchmark:
         self.state.draw()
         if mesh.world_size > 1:
             self.state.warm_up()
-        self.steps, self.throttle = itertools.count(), StepThrottle(mesh.device)
+        self.steps, self.timer = itertools.count(), StepTimer()
+        self.throttle = StepThrottle(mesh.device)
 
-    def run(self) -> dict[str, Any]:
+    def run(self, *, rounds: int, seconds: float) -> dict[str, Any]:
         """Measure everything; returns the record that --out writes."""
-        config, mesh, device = self.config, self.mesh, self.mesh.device
+        config, mesh, arch = self.config, self.mesh, self.config.model.arch
         batches = self.batches(self.data.engine)
-        compute = BenchCase(partial(self.step, next(batches)), CAPTURE_WARMUP_STEPS + 2)
-        results = self.time({COMPUTE: compute, TRAINING: self.training_case(batches)})
-        waits = self.wait_fractions(batches, results[TRAINING].median)
-        batches.close()
+        batch = next(batches)
+        for _ in range(CAPTURE_WARMUP_STEPS + 2):
+            self.step(batch)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        if device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated(device)
-        results |= self.time({MATMUL: self.matmul_case(), COPY: self.copy_case()})
-        if dali.available() and not self.train_set.is_decoded:
-            results |= self.time({DECODER: self.decoder_case()})
-        for name in LOADERS:
-            results |= self.time_loader(name)
-        results |= self.time({EVALUATION: self.evaluation_case()})
+        if mesh.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(mesh.device)
+        cases = self.limits()
+        cases |= {f"loading alone: {k}": self.loading_case(v) for k, v in self.loaders().items()}
+        cases |= {EVALUATION: self.evaluation_case(), COMPUTE: BenchCase(lambda: self.step(batch))}
+        cases[TRAINING] = self.training_case(batches)
+        timed = time_interleaved(cases, rounds=rounds, seconds=seconds)
+        total, data, _ = self.timer.pop_times()  # the last round's
+        ranks = self.state.layout.comm_timer.pop_seconds()
+        stall, save = self.save_checkpoint()
+        results: dict[str, dict[str, Any]] = {
+            name: {"unit": UNITS.get(name, "images/s"), **result.summary()}
+            for name, result in timed.items()
+        }
+        for name, unit, value in (
+            (DATA_WAIT, "%", 100 * data / total),
+            (RANK_WAIT, "%", 100 * ranks / total),
+            ("checkpoint: stall of training", "ms", 1000 * stall),
+            ("checkpoint: until it is complete", "ms", 1000 * save),
+            ("peak memory of training", "GiB", peak / 2**30),
+        ):
+            results[name] = {"unit": unit, "median": float(f"{value:.4g}")}
         size = {"num_classes": self.state.outputs, "image_size": config.data.image_size}
         return {
-            "config": f"{config.model.arch}, {self.state.precision}, batch {self.batch_size}",
-            "device": f"{mesh.world_size} x {device_name(device)}, {mesh.threads} threads",
+            "config": f"{arch}, {self.state.precision}, batch {self.batch_size}",
+            "device": f"{mesh.world_size} x {device_name(mesh.device)}, {mesh.threads} threads",
             "torch": torch.__version__,
             "dataset": self.data.catalogue.kind,
             "loader": self.data.engine.description,
-            "flops_per_image": training_flops(layer_stats(config.model.arch, **size)),
-            "results": {name: result.summary() for name, result in results.items()},
-            "data_time_fraction": waits[0],
-            "comm_time_fraction": waits[1],
-            "checkpoint": self.checkpoint(),
-            "peak_memory_gib": round(peak / 2**30, 2),
+            "flops_per_image": training_flops(layer_stats(arch, **size)),
+            "results": results,
         }
 
     def batches(self, loader: Loader) -> Generator[Batch, None, None]:
@@ -172,52 +184,45 @@ class TrainBenchmark:
         return float(self.batch_size)
 
     def training_case(self, batches: Iterator[Batch]) -> BenchCase:
-        """Training on the loader's batches."""
-        return BenchCase(lambda: self.step(next(batches)), self.prefetched)
+        """Training steps; the timers then know what the last round waited for."""
 
-    def wait_fractions(self, batches: Iterator[Batch], speed: float) -> tuple[float, float]:
-        """Fractions of the time for which training waits for data, and for other ranks."""
-        self.throttle.wait()
-        timer = StepTimer()
-        comm_timer = self.state.layout.comm_timer
-        comm_timer.pop_seconds()
-        for _ in range(max(math.ceil(self.seconds * speed / self.batch_size), 3)):
+        def run() -> float:
             batch = next(batches)
-            timer.mark_data_ready()
-            self.step(batch)
-            timer.mark_step_done()
-        self.throttle.wait()
-        communication, (seconds, data, _) = comm_timer.pop_seconds(), timer.pop_times()
-        return round(data / seconds, 3), round(communication / seconds, 3)
+            self.timer.mark_data_ready()
+            images = self.step(batch)
+            self.timer.mark_step_done()
+            return images
+
+        def on_start() -> None:
+            self.timer.pop_times()
+            self.state.layout.comm_timer.pop_seconds()
+
+        return BenchCase(run, self.prefetched, on_start)
 
     def loading_case(self, loader: Loader) -> BenchCase:
-        """A loader's batches alone."""
         batches = self.batches(loader)
         return BenchCase(lambda: self.batch_size * bool(next(batches)), self.prefetched)
 
-    def time_loader(self, name: Literal["dali", "torch", "gpu_cache"]) -> dict[str, BenchResult]:
-        """The loader of this name; nothing where it is not for this machine or these images."""
-        try:
-            loader = build_loader(
-                name,
-                self.train_set,
-                self.data.pixels,
-                self.data.plan,
-                device=self.mesh.device,
-                max_batch_size=self.mesh.local_batch(self.batch_size),
-                threads=self.threads,
-                prefetch=self.config.data.prefetch,
-                dali_decoder=self.config.data.dali_decoder,
-                on_corrupt="substitute",
-            )
-        except UserError:
-            return {}
-        found = self.time({f"loading alone: {name}": self.loading_case(loader)})
-        loader.close()
+    def loaders(self) -> dict[str, Loader]:
+        """Those that there are for this machine and these images, by name."""
+        found: dict[str, Loader] = {}
+        for name in LOADERS:
+            with contextlib.suppress(UserError):
+                found[name] = build_loader(
+                    name,
+                    self.train_set,
+                    self.data.pixels,
+                    self.data.plan,
+                    device=self.mesh.device,
+                    max_batch_size=self.mesh.local_batch(self.batch_size),
+                    threads=self.threads,
+                    prefetch=self.config.data.prefetch,
+                    dali_decoder=self.config.data.dali_decoder,
+                    on_corrupt="substitute",
+                )
         return found
 
     def evaluation_case(self) -> BenchCase:
-        """Evaluation on the validation images."""
         loader, plan = self.data.val_engine, self.data.evaluation
         epochs = (loader.batches(plan.batches(self.mesh.batch_slice)) for _ in itertools.count())
         batches = itertools.chain.from_iterable(epochs)
@@ -229,49 +234,50 @@ class TrainBenchmark:
 
         return BenchCase(run, self.prefetched)
 
-    def matmul_case(self) -> BenchCase:
-        """GFLOP of a large matrix product in training's precision."""
-        device, side = self.mesh.device, 8192 if self.mesh.device.type == "cuda" else 2048
+    def limits(self) -> dict[str, BenchCase]:
+        """A large matrix product in training's precision, a copy of more than caches hold (read and
+        written), and images that DALI decodes from memory; each doing nothing else."""
+        mesh, on_gpu = self.mesh, self.mesh.device.type == "cuda"
+        size, ranks = 8192 if on_gpu else 2048, mesh.world_size
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.state.precision)
-        a = torch.randn(side, side, device=device, dtype=dtype)
-        return BenchCase(lambda: 2e-9 * side**3 * self.mesh.world_size * bool((a @ a).numel()))
-
-    def copy_case(self) -> BenchCase:
-        """GB read and written by a copy of more than caches hold."""
-        source, target = torch.zeros(2, 2**26, device=self.mesh.device)
-        size = 2e-9 * source.nbytes * self.mesh.world_size
-        return BenchCase(lambda: size * bool(target.copy_(source).nbytes))
-
-    def decoder_case(self) -> BenchCase:
-        """Images that DALI decodes, from memory, doing nothing else."""
+        a = torch.randn(size, size, device=mesh.device, dtype=dtype)
+        source, target = torch.zeros(2, 2**26, device=mesh.device)
+        cases = {
+            MATMUL: BenchCase(lambda: 2e-9 * size**3 * ranks * bool((a @ a).numel())),
+            COPY: BenchCase(
+                lambda: 2e-9 * source.nbytes * ranks * bool(target.copy_(source).dim())
+            ),
+        }
+        if not dali.available() or self.train_set.is_decoded:
+            return cases
         from nvidia.dali import fn, pipeline_def
 
-        gpu = self.mesh.device.index if self.mesh.device.type == "cuda" else None
-        encoded = [self.train_set.read(i) for i in range(self.mesh.local_batch(self.batch_size))]
+        encoded = [self.train_set.read(i) for i in range(mesh.local_batch(self.batch_size))]
 
-        @pipeline_def(batch_size=len(encoded), num_threads=self.threads, device_id=gpu)  # type: ignore[untyped-decorator]
+        @pipeline_def(  # type: ignore[untyped-decorator]
+            batch_size=len(encoded),
+            num_threads=self.threads,
+            device_id=mesh.device.index if on_gpu else None,
+        )
         def decode() -> Any:
-            return fn.decoders.image(
-                fn.external_source(lambda: encoded, no_copy=True),
-                device="cpu" if gpu is None else "mixed",
-            )
+            files = fn.external_source(lambda: encoded, no_copy=True)
+            return fn.decoders.image(files, device="mixed" if on_gpu else "cpu")
 
         pipeline = decode()
         pipeline.build()
-        return BenchCase(lambda: float(self.mesh.world_size * len(pipeline.run()[0])), warmup=4)
+        decoder = BenchCase(lambda: float(ranks * len(pipeline.run()[0])), warmup=4)
+        return cases | {DECODER: decoder}
 
-    def checkpoint(self) -> dict[str, float]:
-        """Seconds for which a save stops training, and until it is complete; and its size."""
+    def save_checkpoint(self) -> tuple[float, float]:
+        """Seconds for which a save stops training, and until it is complete."""
         root, pid = self.config.run.output_dir, self.mesh.broadcast_from_rank0(os.getpid)
-        folder = Path(root, f".bench-{pid}")
-        events: list[dict[str, Any]] = []
+        folder, events = Path(root, f".bench-{pid}"), []
         manager = CheckpointManager(
             folder,
             self.mesh.checkpoint_group,
             self.state.layout,
             self.state.optimizer,
-            lambda event, **values: events.append({"event": event, **values}),
-            keep_last=1,
+            emit=lambda event, **values: events.append({"event": event, **values}),
             async_save=self.config.checkpoint.async_save,
         )
         try:
@@ -284,30 +290,28 @@ class TrainBenchmark:
                 shutil.rmtree(folder, ignore_errors=True)
         if events[-1]["event"] != "checkpoint":
             raise UserError(str(events[-1]["message"]), on_all_ranks=True)
-        size = sum(tensor.nbytes for tensor in manager.state_tensors().values())
-        stall, seconds = (round(events[-1][key], 4) for key in ("stall", "seconds"))
-        return {"stall_seconds": stall, "seconds": seconds, "mib": round(size / 2**20)}
+        return events[-1]["stall"], events[-1]["seconds"]
 
 
 def bottleneck(record: Mapping[str, Any]) -> str:
     """What takes the time, and what to do about it, in one line."""
-    data, ranks = record["data_time_fraction"], record["comm_time_fraction"]
-    if max(data, ranks) < 0.05:
-        limit = record["results"][MATMUL]["median"] * 1e9 / record["flops_per_image"]
-        share = record["results"][COMPUTE]["median"] / limit
+    results = {name: result["median"] for name, result in record["results"].items()}
+    data, ranks = results[DATA_WAIT], results[RANK_WAIT]
+    if max(data, ranks) < 5:
+        share = results[COMPUTE] * record["flops_per_image"] / (1e9 * results[MATMUL])
         return f"computing, at {share:.0%} of what matrix products alone would allow"
     if ranks > data:
         return (
-            f"waiting for other ranks, {ranks:.0%} of the time: take a larger data.batch_size, "
+            f"waiting for other ranks, {ranks:.0f}% of the time: take a larger data.batch_size, "
             "--parallel.fc sharded, or --parallel.grad_compression bf16"
         )
-    if record["loader"].startswith("DataLoader") and not dali.available():
+    if not dali.available():
         fix = "install DALI (pip install nvidia-dali-cuda130)"
     elif record["dataset"] != "pixels":
         fix = "prepare raw pixels (python -m alexnet_dist.prepare ... --format pixels)"
     else:
         fix = "take more --data.threads, or --data.loader gpu_cache"
-    return f"waiting for data, {data:.0%} of the time: {fix}"
+    return f"waiting for data, {data:.0f}% of the time: {fix}"
 
 
 def show(record: Mapping[str, Any]) -> None:
@@ -316,16 +320,11 @@ def show(record: Mapping[str, Any]) -> None:
     for title in ("", "median", "lowest", "highest", ""):
         table.add_column(title, justify="right" if title else "left")
     for name, result in record["results"].items():
-        table.add_row(name, *(f"{x:,.4g}" for x in result.values()), UNITS.get(name, "images/s"))
+        numbers = (f"{result[k]:,.4g}" if k in result else "" for k in ("median", "low", "high"))
+        table.add_row(name, *numbers, result["unit"])
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"{record['config']}; {record['device']}; {record['loader']}", table, sep="\n")
-    console.print(
-        f"training waits {record['data_time_fraction']:.1%} of the time for data, "
-        f"{record['comm_time_fraction']:.1%} for other ranks\n"
-        f"a checkpoint of {record['checkpoint']['mib']:,} MiB stalls training for "
-        f"{record['checkpoint']['stall_seconds']:.3f} s of {record['checkpoint']['seconds']:.3f}\n"
-        f"peak memory {record['peak_memory_gib']} GiB\nbottleneck: {record['bottleneck']}"
-    )
+    console.print(f"bottleneck: {record['bottleneck']}")
 
 
 def main(arguments: list[str]) -> None:
@@ -340,13 +339,11 @@ def main(arguments: list[str]) -> None:
         raise UserError(f"--rounds is {options.rounds}; it must be at least 1", on_all_ranks=True)
     if options.out and not options.out.absolute().parent.is_dir():
         raise UserError(f"there is no folder for --out {options.out}: make it", on_all_ranks=True)
-    mesh = init_distributed(
-        config.runtime.device, config.runtime.threads, config.runtime.hang_timeout
-    )
+    runtime = config.runtime
+    mesh = init_distributed(runtime.device, runtime.threads, runtime.hang_timeout)
     check_network(config, mesh)
     mesh = mesh.with_layout(config.parallel.towers)
-    benchmark = TrainBenchmark(config, mesh, rounds=options.rounds, seconds=options.seconds)
-    record = benchmark.run()
+    record = TrainBenchmark(config, mesh).run(rounds=options.rounds, seconds=options.seconds)
     record["bottleneck"] = bottleneck(record)
     if mesh.rank == 0:
         show(record)

@@ -130,7 +130,7 @@ def measure(case: str, data: Path, seconds: float, options: list[str]) -> float:
         bench_case = BenchCase(lambda: next(images), 2 * available_cpus() + 1)
     else:
         mesh = init_distributed(config.runtime.device, config.runtime.threads).with_layout(1)
-        benchmark = TrainBenchmark(config, mesh, rounds=1, seconds=seconds)
+        benchmark = TrainBenchmark(config, mesh)
         loader = benchmark.data.engine
         bench_case = (
             benchmark.training_case(benchmark.batches(loader))

@@ -14,15 +14,9 @@ from tests.conftest import TINY, launch
 from tests.networks import command
 
 SHORT = ["--rounds=1", "--seconds=0.1"]
-PARTS = {
-    "limit: matrix product",
-    "limit: memory copy",
-    "limit: decoding alone",
-    "computing alone",
-    "training end to end",
-    "loading alone: dali",
-    "loading alone: torch",
-    "evaluation",
+TIMED = {
+    *("limit: matrix product", "limit: memory copy", "limit: decoding alone", "computing alone"),
+    *("training end to end", "loading alone: dali", "loading alone: torch", "evaluation"),
 }
 
 
@@ -34,11 +28,12 @@ def test_bench_measures_every_part(processes: int, images: Path, tmp_path: Path)
     result = launch(processes, *SHORT, *options, module="alexnet_dist.bench")
     assert result.code == 0, result.err[-3000:]
     record = json.loads(out.read_text())
-    assert set(record["results"]) == PARTS
-    assert (record["comm_time_fraction"] > 0) == (processes == 2)
-    assert 0 <= record["data_time_fraction"] < 1
-    assert record["checkpoint"]["mib"] > 2 * 4 * 17_000_000 / 2**20  # parameters and momentum
-    assert record["checkpoint"]["stall_seconds"] < record["checkpoint"]["seconds"]
+    medians = {name: result["median"] for name, result in record["results"].items()}
+    assert {name for name, result in record["results"].items() if "low" in result} == TIMED
+    assert 0 <= medians["  of it waiting for data"] < 100
+    assert (medians["  of it waiting for other ranks"] > 0) == (processes == 2)
+    assert medians["checkpoint: stall of training"] < medians["checkpoint: until it is complete"]
+    assert 0.1 < medians["peak memory of training"] < 50
     assert result.out.splitlines()[-1] == f"bottleneck: {record['bottleneck']}"
     assert [path.name for path in tmp_path.iterdir()] == ["bench.json"]
 
@@ -78,23 +73,18 @@ def test_operations_of_a_training_step_are_those_of_its_products() -> None:
 
 def _record(data: float, ranks: float, dataset: str = "folders") -> dict[str, Any]:
     medians = {"limit: matrix product": 8e-6, "computing alone": 400.0}
-    return {
-        "results": {name: {"median": median} for name, median in medians.items()},
-        "flops_per_image": 10,
-        "data_time_fraction": data,
-        "comm_time_fraction": ranks,
-        "loader": "DALI on cpu, decoding the region, 2 threads",
-        "dataset": dataset,
-    }
+    medians |= {"  of it waiting for data": data, "  of it waiting for other ranks": ranks}
+    results = {name: {"median": median} for name, median in medians.items()}
+    return {"results": results, "flops_per_image": 10, "dataset": dataset}
 
 
 @pytest.mark.parametrize(
     ("record", "line"),
     [
-        (_record(0.01, 0.02), "computing, at 50% of what matrix products alone would allow"),
-        (_record(0.31, 0.02), "waiting for data, 31% of the time: prepare raw pixels"),
-        (_record(0.31, 0.02, "pixels"), "waiting for data, 31% of the time: take more --data.thr"),
-        (_record(0.31, 0.4), "waiting for other ranks, 40% of the time: take a larger data.batch"),
+        (_record(1, 2), "computing, at 50% of what matrix products alone would allow"),
+        (_record(31, 2), "waiting for data, 31% of the time: prepare raw pixels"),
+        (_record(31, 2, "pixels"), "waiting for data, 31% of the time: take more --data.thr"),
+        (_record(31, 40), "waiting for other ranks, 40% of the time: take a larger data.batch"),
     ],
 )
 def test_the_bottleneck_is_named_with_its_fix(record: dict[str, Any], line: str) -> None:
