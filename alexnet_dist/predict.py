@@ -21,7 +21,12 @@ from numpy.typing import NDArray
 
 from alexnet_dist.assembly.trained import LoadedModel, read
 from alexnet_dist.config import CommandParser
-from alexnet_dist.data.photographs import Viewed, finish, look, paths
+from alexnet_dist.data.photographs import (
+    LoadedImage,
+    expand_paths,
+    iter_batches,
+    normalize_crops,
+)
 from alexnet_dist.errors import UserError, print_error, run_command
 from alexnet_dist.parallel import LayoutConfig, parallelize
 from alexnet_dist.parallel.mesh import Mesh, init_distributed
@@ -52,7 +57,7 @@ def main(arguments: list[str]) -> None:
     mesh = init_distributed(runtime.device, runtime.threads)
     if mesh.world_size > 1:
         raise UserError("predict is one process: start it without torchrun", on_all_ranks=True)
-    files = paths(_lines(words.images))
+    files = expand_paths(_lines(words.images))
     pictured: list[Answer] = []
     good = bad = 0
     with contextlib.ExitStack() as stack:
@@ -60,8 +65,8 @@ def main(arguments: list[str]) -> None:
         for one in answers(
             network, mesh, files, 10 if words.ten_crop else 1, words.top, words.batch
         ):
-            if isinstance(one, Viewed):
-                print_error(f"{one.path} cannot be read ({one.reason}): it is left out")
+            if isinstance(one, LoadedImage):
+                print_error(f"{one.path} cannot be read ({one.error}): it is left out")
                 bad += 1
                 continue
             good += 1
@@ -82,7 +87,7 @@ def main(arguments: list[str]) -> None:
 
 def answers(
     network: LoadedModel, mesh: Mesh, files: Iterator[str], views: Any, top: int, batch: int
-) -> Iterator[Answer | Viewed]:
+) -> Iterator[Answer | LoadedImage]:
     """The answer for each file, in order; what cannot be read comes back as it is.
 
     Args:
@@ -95,26 +100,26 @@ def answers(
     layout = parallelize(network.build_on_meta(), mesh, LayoutConfig(batch, precision=precision))
     network.fill(layout.parameters)
     labels, top = network.labels, min(top, network.outputs)
-    for some in look(
+    for some in iter_batches(
         files,
-        fraction=network.fraction,
-        side=config.data.image_size,
-        views=views,
-        batch=max(batch // views, 1),
+        network.fraction,
+        config.data.image_size,
+        views,
+        batch_size=max(batch // views, 1),
         threads=config.data.threads or mesh.threads,
     ):
-        seen = [one.views for one in some if one.views is not None]
+        seen = [one.crops for one in some if one.crops is not None]
         if seen:
-            scores = layout.logits(finish(torch.cat(seen), network.pixels, mesh.device))
+            scores = layout.logits(normalize_crops(torch.cat(seen), network.pixels, mesh.device))
             chances = scores.double().softmax(1).reshape(len(seen), views, -1).mean(1)
             best = chances.topk(top)
             found = iter(zip(best.indices.tolist(), best.values.tolist(), strict=True))
         for one in some:
-            if one.views is None:
+            if one.crops is None:
                 yield one
                 continue
             numbers, values = next(found)
-            central = one.views[0].permute(1, 2, 0).numpy()
+            central = one.crops[(views - 1) // 2].permute(1, 2, 0).numpy()
             yield Answer(one.path, [labels[number] for number in numbers], values, central)
 
 

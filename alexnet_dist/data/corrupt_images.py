@@ -1,11 +1,11 @@
 """What all loaders share: the batch that they hand over, running ahead of training, and what they
 do when an image cannot be decoded."""
 
+from collections import deque
 from collections.abc import Generator, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from queue import Full, Queue
-from threading import Event, Thread
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar, cast
 
 import numpy as np
 import torch
@@ -138,36 +138,13 @@ def use_device(device: torch.device) -> None:
 
 
 def prefetch(items: Iterable[T], count: int, device: torch.device) -> Generator[T, None, None]:
-    """The ``items``, made in a thread, where up to ``count`` of them wait to be taken."""
-    ready: Queue[Any] = Queue(count)
-    stop, end = Event(), object()
-
-    def offer(item: Any) -> bool:
-        while not stop.is_set():
-            try:
-                ready.put(item, timeout=0.1)
-                return True
-            except Full:
-                continue
-        return False
-
-    def produce() -> None:
-        try:
-            use_device(device)
-            for item in items:
-                if not offer(item):
-                    return
-            offer(end)
-        except BaseException as error:  # raised again in the thread that trains
-            offer(error)
-
-    producer = Thread(target=produce, name="prefetch", daemon=True)
-    producer.start()
+    """The ``items``, made in a thread that stays ``count`` of them ahead."""
+    source, end = iter(items), object()
+    thread = ThreadPoolExecutor(1, "prefetch", initializer=use_device, initargs=(device,))
     try:
-        while (item := ready.get()) is not end:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
+        pending = deque(thread.submit(next, source, end) for _ in range(count + 1))
+        while (item := pending.popleft().result()) is not end:
+            pending.append(thread.submit(next, source, end))
+            yield cast(T, item)
     finally:
-        stop.set()
-        producer.join()
+        thread.shutdown(cancel_futures=True)

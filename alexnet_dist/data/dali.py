@@ -13,6 +13,7 @@ import sys
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from importlib.util import find_spec
 from io import BytesIO
 from typing import Any, Literal
 
@@ -25,7 +26,7 @@ from alexnet_dist.data import corrupt_images
 from alexnet_dist.data.corrupt_images import Batch, CorruptImagePolicy, OnCorruptImage
 from alexnet_dist.data.datasets import ImageDataset
 from alexnet_dist.data.formats import DECODE_ERROR, SIZE_MISMATCH, parse_jpeg_size
-from alexnet_dist.data.plan import SampleParams
+from alexnet_dist.data.plan import EvalPlan, SampleParams
 from alexnet_dist.data.transforms import Normalization
 from alexnet_dist.errors import UserError
 
@@ -43,11 +44,7 @@ READ_CHUNK = 16
 
 def available() -> bool:
     """Whether DALI is installed."""
-    try:
-        import nvidia.dali  # noqa: F401
-    except ImportError:
-        return False
-    return True
+    return bool(find_spec("nvidia") and find_spec("nvidia.dali"))
 
 
 def build_pipeline(
@@ -173,10 +170,7 @@ def _probe(decoder: Decoder, device: torch.device) -> None:
         encoded.append(np.frombuffer(buffer.getvalue(), np.uint8))
     encoded = encoded * 8
     count = len(encoded)
-    boxes = np.tile([20, 30, 224, 224], (count, 1))
-    samples = SampleParams(
-        np.arange(count), boxes, np.zeros(count, bool), np.zeros((count, 3)), lambda _: boxes
-    )
+    samples = EvalPlan(np.tile([300, 400], (count, 1)), count).samples(np.arange(count))
     pipeline = build_pipeline(
         normalization, device=device, decoder=decoder, resize=True, max_batch_size=count, threads=2
     )
@@ -232,13 +226,7 @@ class DaliLoader:
             PIPELINES, "dali", initializer=corrupt_images.use_device, initargs=(device,)
         )
         self._readers = ThreadPoolExecutor(max(threads, 8), "read")
-        does = {
-            "roi": "decoding the region",
-            "full": "decoding the full image",
-            "cpu": "decoding the region on the CPU",
-            "none": "of raw pixels",
-        }
-        self.description = f"DALI on {device.type}, {does[decoder]}, {threads} threads"
+        self.description = f"DALI on {device.type}, decoder {decoder}, {threads} threads"
 
     def batches(self, samples: Iterable[SampleParams]) -> Generator[Batch, None, None]:
         """One batch for each of ``samples``, in order.
@@ -311,20 +299,15 @@ class DaliLoader:
         if self.dataset.is_decoded:
             top, left, height, width = box  # cropped here: DALI's slice takes three times as long
             return np.ascontiguousarray(image[top : top + height, left : left + width])
-        size = parse_jpeg_size(image) or self._parse_size(image)
+        size = parse_jpeg_size(image)
         if size is None:
-            return OSError(DECODE_ERROR)
-        if size != self.dataset.index.sizes[index].tolist():
-            return OSError(SIZE_MISMATCH)
-        return image
-
-    def _parse_size(self, encoded: NDArray[np.uint8]) -> list[int] | None:
-        try:
-            header = self._parse_header(encoded)
-            size, _ = [header.height, header.width], header.dtype
-        except (RuntimeError, TypeError):
-            return None
-        return size
+            try:
+                header = self._parse_header(image)
+                size, _ = [header.height, header.width], header.dtype
+            except (RuntimeError, TypeError):
+                return OSError(DECODE_ERROR)
+        matches = size == self.dataset.index.sizes[index].tolist()
+        return image if matches else OSError(SIZE_MISMATCH)
 
     def _run(self, samples: SampleParams, images: list[NDArray[np.uint8]]) -> Batch:
         if not images:  # which DALI does not take
@@ -341,8 +324,9 @@ class DaliLoader:
             self._idle.append(pipeline)
         indices = np.array(out.as_tensor())
         labels = corrupt_images.to_device(self._labels[indices], self.device)
-        # DALI's own memory, which it gets back when torch lets go of the tensor
-        return Batch(torch.from_dlpack(normalized.as_tensor()).permute(0, 3, 1, 2), labels, indices)
+        # DALI's own memory, which it gets back when torch frees the tensor
+        tensor = torch.from_dlpack(normalized.as_tensor()).permute(0, 3, 1, 2)
+        return Batch(tensor, labels, indices)
 
     def _find_corrupt_images(
         self, samples: SampleParams, images: list[NDArray[np.uint8]], error: Exception
@@ -354,13 +338,9 @@ class DaliLoader:
         if named:
             self.corrupt.mark_corrupt(int(samples.indices[int(named[1])]), DECODE_ERROR)
             return
-        build = functools.partial(
-            self._build,
-            device=torch.device("cpu"),
-            decoder="none" if self.dataset.is_decoded else "roi",
-            max_batch_size=1,
-            threads=1,
-        )
+        decoder = "none" if self.dataset.is_decoded else "roi"
+        alone = {"device": torch.device("cpu"), "decoder": decoder, "max_batch_size": 1}
+        build = functools.partial(self._build, **alone, threads=1)
         pipeline, failed = build(), False
         for row, index in enumerate(samples.indices.tolist()):
             one = samples.select(np.arange(len(images)) == row)

@@ -7,7 +7,6 @@ that it can be tried there; DALI is faster on them.
 
 from collections.abc import Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -99,7 +98,7 @@ class GpuCacheLoader:
         prefetch: batches that may wait to be taken.
 
     Raises:
-        UserError: the dataset holds no raw pixels, or images of several sizes.
+        UserError: the dataset holds no raw pixels.
     """
 
     def __init__(
@@ -164,11 +163,8 @@ class GpuCacheLoader:
             if (samples.crop_boxes[:, 2:] != size).any():
                 chunks = zip(*(x.split(RESIZE_CHUNK) for x in (rows, boxes, flips)), strict=True)
                 images = torch.cat([resize_crops(images[n], b, f, size) for n, b, f in chunks])
-                rows, boxes, flips = (
-                    torch.arange(len(rows), device=self.device),
-                    0 * boxes,
-                    flips & False,
-                )
+                rows = torch.arange(len(rows), device=self.device)
+                boxes, flips = torch.zeros_like(boxes), torch.zeros_like(flips)
             crops = self._crop(images, rows, boxes, flips, means, scales, size)
             done = self._stream.record_event() if self._stream else None
         return Batch(crops.permute(0, 3, 1, 2), labels, samples.indices), done
@@ -188,31 +184,14 @@ class GpuCacheLoader:
 
 
 def _require_raw_pixels(dataset: ImageDataset) -> RawDataset:
-    index = dataset.index
-    if not isinstance(dataset, RawDataset):
-        folder = Path(index.folder).parent
-        holds = "shards" if index.files else "image files"
-        if dataset.is_decoded:
-            folder, holds = Path(index.folder.rpartition(":")[0]), "its own form of them"
-        raise UserError(
-            f"data.loader gpu_cache wants raw pixels, and {folder} holds {holds}: prepare them by "
-            "python -m alexnet_dist.prepare IN --out DIR --crop center --format pixels, or take "
-            "--data.loader auto",
-            on_all_ranks=True,
-        )
-    if len(index) and not 0 <= index.offsets.min() <= index.offsets.max() < len(dataset.pixels):
-        raise UserError(
-            f"the index of {index.folder} names images that its pixels do not have: copy it again "
-            "from where it was prepared, or prepare it from scratch",
-            on_all_ranks=True,
-        )
-    if (index.sizes != dataset.pixels.shape[1:3]).any():
-        raise UserError(
-            f"data.loader gpu_cache wants images of one size, and those of {index.folder} have "
-            "several: prepare them from scratch",
-            on_all_ranks=True,
-        )
-    return dataset
+    if isinstance(dataset, RawDataset):
+        return dataset
+    raise UserError(
+        f"data.loader gpu_cache wants raw pixels, and {dataset.index.folder} holds none: prepare "
+        "them by python -m alexnet_dist.prepare IN --out DIR --crop center --format pixels, or "
+        "take --data.loader auto",
+        on_all_ranks=True,
+    )
 
 
 def _upload(pixels: NDArray[np.uint8], device: torch.device) -> Tensor:

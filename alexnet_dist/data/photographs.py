@@ -1,101 +1,82 @@
-"""Photographs from anywhere: found, decoded in threads, and cut to the views that networks see."""
+"""Photographs from anywhere: found, decoded in threads, and cropped as an evaluation crops."""
 
 import glob
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from alexnet_dist.data.datasets import IMAGE_SUFFIXES
+from alexnet_dist.data.corrupt_images import prefetch, to_device
+from alexnet_dist.data.datasets import is_image_name
 from alexnet_dist.data.formats import decode, validate_bytes
-from alexnet_dist.data.plan import Ints, center_crop_boxes, five_crop_boxes
+from alexnet_dist.data.plan import EvalPlan, NumCrops
 from alexnet_dist.data.transforms import Normalization, crop_resize_flip, normalize
 
-AHEAD = 2
-"""Batches that are decoded while the network is at the one before."""
 
-
-def paths(words: Iterable[str]) -> Iterator[str]:
+def expand_paths(words: Iterable[str]) -> Iterator[str]:
     """The files that people mean: a file itself, the images anywhere below a folder, those that a
-    pattern fits. What is nothing of that stays as it is, to be missed when it is read."""
+    pattern matches. What is none of these stays as it is, and is missed when it is read."""
     for word in words:
-        place = Path(word)
-        if place.is_dir():
-            within = (path for path in place.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-            found = sorted(str(path) for path in within if path.is_file())
-        elif not place.exists() and glob.has_magic(word):
-            found = sorted(path for path in glob.glob(word, recursive=True) if Path(path).is_file())
-        else:
-            found = [word]
-        yield from found or [word]
+        path = Path(word)
+        found: list[Path] = []
+        if path.is_dir():
+            found = [file for file in path.rglob("*") if is_image_name(file.name)]
+        elif not path.exists() and glob.has_magic(word):
+            found = [Path(file) for file in glob.glob(word, recursive=True)]
+        yield from sorted(str(file) for file in found if file.is_file()) or [word]
 
 
 @dataclass(frozen=True)
-class Viewed:
-    """An image as it is looked at.
-
-    Attributes:
-        views: uint8 [v, 3, side, side], the central one first; None where it has none.
-        reason: why not.
-    """
+class LoadedImage:
+    """An image's crops, uint8 [n, 3, size, size], or why it has none."""
 
     path: str
-    views: Tensor | None
-    reason: str = ""
+    crops: Tensor | None
+    error: str = ""
 
 
-def boxes_and_flips(size: Ints, fraction: float, views: Literal[1, 10]) -> tuple[Ints, list[bool]]:
-    """Where the views lie in an image of ``size`` [2], boxes [v, 4], the centre first, and which
-    are reflected."""
-    if views == 1:
-        return center_crop_boxes(size[None], fraction), [False]
-    five = five_crop_boxes(size[None], fraction)[0][::-1]
-    return np.concatenate([five, five]), [False] * 5 + [True] * 5
-
-
-def view(path: str, fraction: float, side: int, views: Literal[1, 10]) -> Viewed:
-    """An image's views, with an evaluation's pixels."""
+def load_crops(path: str, crop_fraction: float, size: int, num_crops: NumCrops) -> LoadedImage:
+    """The crops of an image file, in the order of ``EvalPlan``."""
     try:
         if Path(path).is_dir():
-            return Viewed(path, None, "there is no image in this folder")
+            return LoadedImage(path, None, "there is no image in this folder")
         pixels = torch.from_numpy(np.array(decode(validate_bytes(np.fromfile(path, np.uint8)))))
     except OSError as error:
-        return Viewed(path, None, error.strerror or str(error))
-    image = pixels.permute(2, 0, 1)
-    boxes, flips = boxes_and_flips(np.array(image.shape[1:]), fraction, views)
-    cut = [crop_resize_flip(image, box, flip, side) for box, flip in zip(boxes, flips, strict=True)]
-    return Viewed(path, torch.stack(cut))
+        return LoadedImage(path, None, error.strerror or str(error))
+    plan = EvalPlan(np.array([pixels.shape[:2]]), 1, crop_fraction, num_crops)
+    samples, image = plan.samples(np.arange(1)), pixels.permute(2, 0, 1)
+    boxes = zip(samples.crop_boxes, samples.flips, strict=True)
+    crops = [crop_resize_flip(image, box, bool(flip), size) for box, flip in boxes]
+    return LoadedImage(path, torch.stack(crops))
 
 
-def look(
-    files: Iterable[str],
+def iter_batches(
+    paths: Iterable[str],
+    crop_fraction: float,
+    size: int,
+    num_crops: NumCrops,
     *,
-    fraction: float,
-    side: int,
-    views: Literal[1, 10],
-    batch: int,
+    batch_size: int,
     threads: int,
-) -> Iterator[list[Viewed]]:
-    """The files in order, ``batch`` by ``batch``, those ahead being decoded in ``threads``."""
-    remaining = iter(files)
-    under_way: deque[list[Future[Viewed]]] = deque()
+) -> Iterator[list[LoadedImage]]:
+    """The images at ``paths`` in order, ``batch_size`` at a time, decoded ahead in ``threads``."""
+    remaining = iter(paths)
+
+    def load(path: str) -> LoadedImage:
+        return load_crops(path, crop_fraction, size, num_crops)
+
     with ThreadPoolExecutor(threads) as pool:
-        while True:
-            while len(under_way) <= AHEAD and (some := list(islice(remaining, batch))):
-                under_way.append([pool.submit(view, one, fraction, side, views) for one in some])
-            if not under_way:
-                return
-            yield [future.result() for future in under_way.popleft()]
+        chunks = iter(lambda: list(islice(remaining, batch_size)), [])
+        yield from prefetch((list(pool.map(load, c)) for c in chunks), 1, torch.device("cpu"))
 
 
-def finish(views: Tensor, pixels: Normalization, device: torch.device) -> Tensor:
-    """Views uint8 [b, 3, side, side] as the network wants them, without colour noise."""
-    means = torch.from_numpy(pixels.mean).to(device, torch.float32).expand(len(views), 3)
-    return normalize(views.to(device), means, torch.from_numpy(pixels.stds(0)).to(device))
+def normalize_crops(crops: Tensor, normalization: Normalization, device: torch.device) -> Tensor:
+    """Crops uint8 [b, 3, size, size] as the network's input, float32, without PCA noise."""
+    means = np.tile(normalization.mean.astype(np.float32), (len(crops), 1))
+    stds = normalization.stds(0)
+    return normalize(*(to_device(each, device) for each in (crops, means, stds)))
