@@ -124,20 +124,14 @@ class Run:
 
     def processes(self) -> list[int]:
         """Everything that this run has started and that is alive."""
-        found = []
-        for entry in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):
-                if f"{MARK}={self.root}".encode() in (entry / "environ").read_bytes():
-                    found.append(int(entry.name))
-        return found
+        mark, pids = f"{MARK}={self.root}".encode(), [p for p in os.listdir("/proc") if p.isdigit()]
+        return [int(pid) for pid in pids if mark in _read(f"/proc/{pid}/environ")]
 
     def inject(self, fault: str, rng: random.Random) -> bool:
         """Returns whether the fault could be injected."""
         assert self.launcher is not None
-        pid, children = self.launcher.pid, ""
-        with contextlib.suppress(OSError):
-            children = Path(f"/proc/{pid}/task/{pid}/children").read_text()
-        ranks = [int(child) for child in children.split()]
+        pid = self.launcher.pid
+        ranks = [int(child) for child in _read(f"/proc/{pid}/task/{pid}/children").split()]
         rng.shuffle(ranks)
         match fault:
             case "kill_rank":
@@ -151,7 +145,8 @@ class Run:
             case "terminate":
                 return _signal([pid], signal.SIGTERM)
             case "kill_wandb":
-                wandb = [p for p in self.processes() if b"wandb-core" in _command_line(p)]
+                alive = self.processes()
+                wandb = [p for p in alive if b"wandb-core" in _read(f"/proc/{p}/cmdline")]
                 return _signal(wandb[:1], signal.SIGKILL)
             case "preempt":
                 (self.path / "PREEMPT").touch()
@@ -198,9 +193,10 @@ def _signal(pids: list[int], which: signal.Signals) -> bool:
     return False
 
 
-def _command_line(pid: int) -> bytes:
+def _read(path: str) -> bytes:
+    """A file of /proc; nothing where the process is gone."""
     with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
+        return Path(path).read_bytes()
     return b""
 
 

@@ -26,6 +26,7 @@ from alexnet_dist.tracking.plots import save_figure
 from benchmarks.common import CPU, save_record
 from benchmarks.hosts import Hosts
 from benchmarks.step_model import (
+    KINDS,
     LAYOUTS,
     Layer,
     Links,
@@ -56,10 +57,8 @@ of the model:
 - an all-reduce takes as long beside computing as alone
 - the backward pass is divided among the layers by their multiply-adds"""
 H100 = Network(
-    within={kind: (3e-6, 360e9) for kind in ("all_reduce", "all_gather", "all_to_all")}
-    | {"all_reduce_bf16": (3e-6, 360e9)},
-    between={kind: (8e-6, 45e9) for kind in ("all_reduce", "all_gather", "all_to_all")}
-    | {"all_reduce_bf16": (8e-6, 45e9)},
+    within=dict.fromkeys(KINDS, (3e-6, 360e9)),
+    between=dict.fromkeys(KINDS, (8e-6, 45e9)),
     node_size=8,
     topology="tree",
     slowdown=0.1,
@@ -110,7 +109,6 @@ def table() -> list[dict[str, Any]]:
                         "gpus": n,
                         "images_per_second": round(speed),
                         "efficiency_percent": round(100 * speed / (n * alone), 1),
-                        "waiting_percent": round(100 * waits / (computing + waits), 1),
                     }
                 )
     return found

@@ -18,6 +18,7 @@ from typing import Literal
 from alexnet_dist.model import build_on_meta
 from alexnet_dist.model.layer_stats import layer_stats
 
+KINDS = ("all_reduce", "all_reduce_bf16", "all_gather", "all_to_all")
 LAYOUTS = ("ddp", "ddp+bf16", "ddp+powersgd", "sharded")
 BUCKET_BYTES = 32 * 2**20
 POWERSGD_RANK = 4
@@ -78,8 +79,7 @@ def paper_layers(classes: int = 1000, image_size: int = 224) -> list[Layer]:
 
 
 Links = Mapping[str, tuple[float, float]]
-"""Seconds per hop, and bytes per second and rank, of "all_reduce", "all_reduce_bf16", "all_gather"
-and "all_to_all"."""
+"""Seconds per hop, and bytes per second and rank, of each of ``KINDS``."""
 
 
 @dataclass(frozen=True)

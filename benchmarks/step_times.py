@@ -28,10 +28,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from alexnet_dist.parallel.collectives import CommTimer, TimedGroup, all_gather
 from alexnet_dist.parallel.mesh import Mesh, init_distributed, tune_malloc
-from benchmarks.step_model import LAYOUTS
+from benchmarks.step_model import KINDS, LAYOUTS
 from benchmarks.steps import Steps
 
-KINDS = ("all_reduce", "all_reduce_bf16", "all_gather", "all_to_all")
 SIZES = (2**16, 2**18, 2**20, 2**22, 2**24, 2**25)  # bytes reduced, or all that are gathered
 WARMUP, STEPS, REPEATS = 2, 5, 3
 CPU = torch.device("cpu")
