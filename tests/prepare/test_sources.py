@@ -1,5 +1,6 @@
 """Every form in which people have ImageNet gives the same images."""
 
+import re
 import tarfile
 from io import BytesIO
 from pathlib import Path
@@ -35,7 +36,7 @@ def test_hostile_tars_write_nothing_elsewhere_and_make_no_odd_names(tmp_path: Pa
     image = encode(photograph(20, 20), "JPEG")
     names = ["../../outside/a", "/etc/b", "train/../../n1/c\nd", "n1/\t", "n1/e f", "n1/e_f"]
     names += ["n1/e:f", f"n1/{'long' * 70}", "../.../x/y", "n1/\udcff", "n1/?"]
-    with tarfile.open(given / "train-0000.tar", "a") as tar:
+    with tarfile.open(given / "train-0.tar", "a") as tar:
         for name in names:
             for extension, content in (("jpg", image), ("cls", b"0")):
                 info = tarfile.TarInfo(f"{name}.{extension}")
@@ -45,18 +46,15 @@ def test_hostile_tars_write_nothing_elsewhere_and_make_no_odd_names(tmp_path: Pa
             info = tarfile.TarInfo(f"n1/special-{kind!r}.jpg")
             info.type, info.linkname = kind, "/etc/passwd"
             tar.addfile(info)
-    before = sorted(tmp_path.rglob("*"))
+    before = set(tmp_path.rglob("*"))
     out = tmp_path / "out"
     main([str(given), "--out", str(out), "--workers", "1"])
-    assert [p for p in sorted(tmp_path.rglob("*")) if out not in (p, *p.parents)] == before
+    assert {path for path in tmp_path.rglob("*") if not path.is_relative_to(out)} == before
     with tarfile.open(out / "train-00000.tar") as tar:
         members = tar.getmembers()
     assert len({member.name for member in members}) == len(members) == 2 * (len(names) + 12)
     for member in members:
-        label, name = member.name.split("/")
         assert member.isreg()
-        assert label in "012"
-        assert name.isprintable()
-        assert name.count(".") == 1
-        assert not name.startswith(".")
-        assert len(name) < 130
+        assert re.fullmatch(r"[012]/[^./][^./]*\.(jpg|png|cls)", member.name)
+        assert member.name.isprintable()
+        assert len(member.name) < 130
