@@ -8,7 +8,7 @@ from alexnet_dist.data import dali
 from alexnet_dist.data.corrupt_images import Loader, OnCorruptImage
 from alexnet_dist.data.datasets import ImageDataset, RawDataset
 from alexnet_dist.data.gpu_cache import GpuCacheLoader, fits_in_gpu_memory
-from alexnet_dist.data.plan import EvalPlan, SamplePlan
+from alexnet_dist.data.plan import EvalPlan, SamplePlan, needs_resize
 from alexnet_dist.data.torch_loader import TorchLoader
 from alexnet_dist.data.transforms import Normalization
 from alexnet_dist.errors import UserError
@@ -64,7 +64,7 @@ def build_loader(
         dataset,
         normalization,
         decoder=decoder,
-        resize=plan.needs_resize(normalization.size),
+        resize=needs_resize(plan, normalization.size),
         max_batch_size=max_batch_size,
         **options,
     )

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -96,24 +96,29 @@ class DatasetInfo:
         return digest.hexdigest()[:16]
 
 
-class ImageDataset(Protocol):
-    """The images of a split.
+class ImageDataset:
+    """The images of a split, opened from its index alone, so that other processes can open it too.
 
     Attributes:
         is_decoded: whether ``read`` returns pixels.
     """
 
-    index: SplitIndex
-    is_decoded: bool
+    is_decoded = False
+
+    def __init__(self, index: SplitIndex) -> None:
+        self.index = index
 
     def read(self, index: int) -> NDArray[np.uint8]:
         """An image's encoded bytes, or its pixels [H, W, 3]. Raises OSError where they cannot be
         read, or are no complete image."""
-        ...
+        raise NotImplementedError
 
     def path(self, index: int) -> str:
         """What to call the image in messages."""
-        ...
+        return f"{self.index.folder}/{self.index.names[index]}"
+
+    def __reduce__(self) -> tuple[type["ImageDataset"], tuple[SplitIndex]]:
+        return type(self), (self.index,)
 
 
 def scan_dataset(root: str | None, cache_dir: str, progress: Progress) -> DatasetInfo:
@@ -159,7 +164,7 @@ def open_datasets(info: DatasetInfo) -> tuple[ImageDataset, ImageDataset]:
 
 
 def _open(kind: str, index: SplitIndex) -> ImageDataset:
-    kinds: dict[str, Callable[[SplitIndex], ImageDataset]] = {
+    kinds: dict[str, type[ImageDataset]] = {
         "folders": FolderDataset,
         "cifar10": Cifar10Dataset,
         "shards": TarDataset,
@@ -171,13 +176,8 @@ def _open(kind: str, index: SplitIndex) -> ImageDataset:
 # class folders
 
 
-class FolderDataset:
+class FolderDataset(ImageDataset):
     """Image files below a folder."""
-
-    is_decoded = False
-
-    def __init__(self, index: SplitIndex) -> None:
-        self.index = index
 
     def read(self, index: int) -> NDArray[np.uint8]:
         file = os.open(self.path(index), os.O_RDONLY)  # numpy's fromfile takes twice as long
@@ -186,9 +186,6 @@ class FolderDataset:
         finally:
             os.close(file)
         return validate_bytes(np.frombuffer(encoded, np.uint8))
-
-    def path(self, index: int) -> str:
-        return f"{self.index.folder}/{self.index.names[index]}"
 
 
 def class_folders(split: Path) -> dict[str, int]:
@@ -343,18 +340,16 @@ _OFFSETS = {"shards": ("shards", "offsets", "lengths"), "pixels": ("rows",)}
 _FIX = "copy it again from where it was prepared, or remove the folder and prepare it from scratch"
 
 
-class TarDataset:
+class TarDataset(ImageDataset):
     """Encoded images in tar files."""
 
-    is_decoded = False
-
     def __init__(self, index: SplitIndex) -> None:
+        super().__init__(index)
         _check_files(index)
         allowed, limit = resource.getrlimit(resource.RLIMIT_NOFILE)  # a thousand unless asked
         wanted = allowed + len(index.files)
         wanted = wanted if limit == resource.RLIM_INFINITY else min(wanted, limit)
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, limit))
-        self.index = index
         self._files = [open(path, "rb", buffering=0) for path in _file_paths(index)]  # noqa: SIM115
 
     def read(self, index: int) -> NDArray[np.uint8]:
@@ -367,11 +362,8 @@ class TarDataset:
         file = _file_paths(self.index)[self.index.offsets[index, 0]]
         return f"{file}: {self.index.names[index]}"
 
-    def __reduce__(self) -> tuple[type["TarDataset"], tuple[SplitIndex]]:
-        return TarDataset, (self.index,)
 
-
-class RawDataset:
+class RawDataset(ImageDataset):
     """Raw pixels in one file, seen through a memory map.
 
     Attributes:
@@ -381,8 +373,8 @@ class RawDataset:
     is_decoded = True
 
     def __init__(self, index: SplitIndex) -> None:
+        super().__init__(index)
         _check_files(index)
-        self.index = index
         pixels = np.memmap(_file_paths(index)[0], np.uint8, "r").view(np.ndarray)
         self.pixels = pixels.reshape(-1, *index.sizes[0].tolist(), 3)
 
@@ -391,9 +383,6 @@ class RawDataset:
 
     def path(self, index: int) -> str:
         return f"{_file_paths(self.index)[0]}: {self.index.names[index]}"
-
-    def __reduce__(self) -> tuple[type["RawDataset"], tuple[SplitIndex]]:
-        return RawDataset, (self.index,)
 
 
 def _is_packed(folder: Path) -> bool:
@@ -467,20 +456,18 @@ def _check_files(index: SplitIndex) -> None:
 # CIFAR-10 and the digits
 
 
-class Cifar10Dataset:
+class Cifar10Dataset(ImageDataset):
     """A split of CIFAR-10's own files, whose pixels are held in memory."""
 
     is_decoded = True
 
     def __init__(self, index: SplitIndex) -> None:
+        super().__init__(index)
         folder, _, split = index.folder.rpartition(":")
-        self.index, self._pixels = index, _read_cifar10(Path(folder), split)[1]
+        self._pixels = _read_cifar10(Path(folder), split)[1]
 
     def read(self, index: int) -> NDArray[np.uint8]:
         return self._pixels[index]
-
-    def path(self, index: int) -> str:
-        return f"{self.index.folder} (image {self.index.names[index]})"
 
 
 def _read_cifar10(folder: Path, split: str) -> tuple[SplitIndex, NDArray[np.uint8]]:

@@ -206,10 +206,6 @@ class SamplePlan:
         for step in range(first_step, self.steps_per_epoch):
             yield self.sample(epoch, step, batch_slice)
 
-    def needs_resize(self, size: int) -> bool:
-        """Whether any crop has another side than ``size`` pixels."""
-        return self.crop == "random_resized" or _needs_resize(self.sizes, self.crop_fraction, size)
-
     def _generator(self, epoch: int, stream: int, count: int = 0) -> np.random.Generator:
         key = np.random.SeedSequence((self.seed, epoch, stream)).generate_state(2, np.uint64)
         return np.random.Generator(np.random.Philox(key=key, counter=count))
@@ -258,10 +254,6 @@ class EvalPlan:
             self._crop_boxes_for,
         )
 
-    def needs_resize(self, size: int) -> bool:
-        """Whether any crop has another side than ``size`` pixels."""
-        return _needs_resize(self.sizes, self.crop_fraction, size)
-
     def _crop_boxes_for(self, indices: Ints) -> Ints:
         sizes = self.sizes[indices]
         if self.num_crops == 1:
@@ -270,6 +262,9 @@ class EvalPlan:
         return five_crop_boxes(sizes, self.crop_fraction)[row, row % 5]
 
 
-def _needs_resize(sizes: Ints, fraction: float, size: int) -> bool:
-    readable = sizes[sizes.min(1) > 0]
-    return bool((center_crop_boxes(readable, fraction)[:, 2] != size).any())
+def needs_resize(plan: SamplePlan | EvalPlan, size: int) -> bool:
+    """Whether any crop of ``plan`` has another side than ``size`` pixels."""
+    if isinstance(plan, SamplePlan) and plan.crop == "random_resized":
+        return True
+    readable = plan.sizes[plan.sizes.min(1) > 0]
+    return bool((center_crop_boxes(readable, plan.crop_fraction)[:, 2] != size).any())

@@ -1,117 +1,105 @@
-"""Odd and damaged images: each is decoded alike by both engines, or named by both."""
+"""Odd and corrupt images: each is decoded alike by both loaders, or named by both."""
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from alexnet_dist.data import build_loader, datasets
+from alexnet_dist.data import build_loader
 from alexnet_dist.data.corrupt_images import Batch, Loader, OnCorruptImage
 from alexnet_dist.data.dali import DaliLoader
 from alexnet_dist.data.datasets import ImageDataset, open_datasets, scan_dataset
 from alexnet_dist.data.formats import decode, parse_jpeg_size, validate_bytes
-from alexnet_dist.data.plan import SampleParams, SamplePlan
+from alexnet_dist.data.plan import SampleParams, SamplePlan, TrainCrop
 from alexnet_dist.data.transforms import Normalization
 from alexnet_dist.errors import UserError
-from tests.data.corrupt_images import (
-    Content,
-    damaged,
-    encode,
-    inwardly_damaged,
-    photograph,
-    png_of_16_bits,
-    put,
-    whole,
-    with_thumbnail,
-    write_folder,
-)
+from tests.data import corrupt_images
+from tests.data.corrupt_images import Content, encode, photograph, png_of_16_bits, put, write_folder
 
-ENGINES = ["dali", "torch"]
-SIDE = 64
-BYTES = Normalization(np.zeros(3), np.ones(3), np.zeros((3, 3)), SIDE)
+LOADERS = ["dali", "torch"]
+SIZE = 64
+BYTES = Normalization(np.zeros(3), np.ones(3), np.zeros((3, 3)), SIZE)
 
 
 def open_folder(root: Path) -> ImageDataset:
     return open_datasets(scan_dataset(str(root), str(root / "cache"), lambda *_: None))[0]
 
 
-def plan_of(source: ImageDataset, crop: Literal["paper", "random_resized"] = "paper") -> SamplePlan:
+def plan_for(dataset: ImageDataset, crop: TrainCrop = "paper") -> SamplePlan:
     """All images in one batch; by the paper's crop 64 of 96 pixels, without a resize."""
-    return SamplePlan(source.index.sizes, len(source.index), 3, crop=crop, crop_fraction=SIDE / 96)
+    return SamplePlan(dataset.index.sizes, len(dataset.index), 3, crop, SIZE / 96)
 
 
-def engine(name: str, source: ImageDataset, plan: SamplePlan, policy: OnCorruptImage) -> Loader:
+def build(name: str, dataset: ImageDataset, plan: SamplePlan, policy: OnCorruptImage) -> Loader:
     return build_loader(
         name,  # type: ignore[arg-type]
-        source,
+        dataset,
         BYTES,
         plan,
-        max_batch_size=plan.batch_size,
         device=torch.device("cpu"),
+        max_batch_size=plan.batch_size,
         threads=0 if name == "torch" else 2,
         on_corrupt=policy,
     )
 
 
-def run(
+def load(
     name: str,
-    source: ImageDataset,
+    dataset: ImageDataset,
     plan: SamplePlan,
-    *draws: SampleParams,
-    on_corrupt: OnCorruptImage = "stop",
-) -> tuple[list[Batch], list[dict]]:
-    """The batches of an engine, and its news."""
-    used = engine(name, source, plan, on_corrupt)
+    *samples: SampleParams,
+    policy: OnCorruptImage = "stop",
+) -> tuple[list[Batch], list[dict[str, Any]]]:
+    """A loader's batches, and its events."""
+    loader = build(name, dataset, plan, policy)
     try:
-        return list(used.batches(draws)), used.corrupt.pop_events()
+        return list(loader.batches(samples)), loader.corrupt.pop_events()
     finally:
-        used.close()
+        loader.close()
 
 
-def one_of(draws: SampleParams, index: int) -> SampleParams:
-    return draws.select(draws.indices == index)
+def one_of(samples: SampleParams, dataset: ImageDataset, path: Path) -> SampleParams:
+    return samples.select(samples.indices == dataset.index.names.index(f"all/{path.name}"))
 
 
-def replaced(
-    root: Path, contents: dict[str, Content], when: str
+def write_corrupt(
+    root: Path, contents: dict[str, Content], when: str = "after"
 ) -> tuple[ImageDataset, dict[str, Path]]:
-    """A folder of damaged files; "after" they were indexed as good ones."""
+    """A folder of corrupt files; "after" they were indexed as good ones."""
     good = encode(photograph(), "JPEG")
     paths = write_folder(root, contents if when == "before" else dict.fromkeys(contents, good))
-    source = open_folder(root)
+    dataset = open_folder(root)
     for kind, path in paths.items():
         if when == "after":
             put(path, contents[kind])
-    return source, paths
+    return dataset, paths
 
 
 @pytest.mark.parametrize("crop", ["paper", "random_resized"])
-def test_odd_images_are_decoded_alike(
-    crop: Literal["paper", "random_resized"], tmp_path: Path
-) -> None:
-    paths = write_folder(tmp_path, whole())
-    source = open_folder(tmp_path)
-    plan = plan_of(source, crop)
-    draws = plan.sample(0, 0)
-    (dali,), (plain,) = (run(name, source, plan, draws)[0] for name in ENGINES)
+def test_odd_images_are_decoded_alike(crop: TrainCrop, tmp_path: Path) -> None:
+    paths = write_folder(tmp_path, corrupt_images.whole())
+    dataset = open_folder(tmp_path)
+    plan = plan_for(dataset, crop)
+    samples = plan.sample(0, 0)
+    (dali,), (reference,) = (load(name, dataset, plan, samples)[0] for name in LOADERS)
     for kind, path in paths.items():
-        (row,) = np.flatnonzero(draws.indices == source.index.names.index(f"all/{path.name}"))
-        difference = (dali.images[row] - plain.images[row]).abs()
-        resized = draws.crop_boxes[row, 2:].tolist() != [SIDE, SIDE]
+        (row,) = np.flatnonzero(samples.indices == dataset.index.names.index(f"all/{path.name}"))
+        difference = (dali.images[row] - reference.images[row]).abs()
+        resized = samples.crop_boxes[row, 2:].tolist() != [SIZE, SIZE]
         assert difference.mean() < 1 if resized else not difference.any(), kind
         assert kind == "JPEG, 1 pixel" or dali.images[row].std() > 4, kind
 
 
 def test_what_alpha_16_bits_and_ink_become() -> None:
-    made, pixels = whole(), np.asarray(photograph())
+    made, pixels = corrupt_images.whole(), np.asarray(photograph())
     deep = png_of_16_bits(pixels.astype(np.uint16) * 256 + 255)
-    grey = png_of_16_bits(pixels[..., :1].astype(np.uint16) * 256 + 255)
+    gray = png_of_16_bits(pixels[..., :1].astype(np.uint16) * 256 + 255)
     for encoded, wanted in (
         (deep, pixels),
-        (grey, np.repeat(pixels[..., :1], 3, 2)),
+        (gray, np.repeat(pixels[..., :1], 3, 2)),
         (made["PNG, alpha"], pixels),
         (made["PNG, rotated by EXIF"], pixels),
     ):
@@ -127,34 +115,34 @@ def test_what_alpha_16_bits_and_ink_become() -> None:
 
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("policy", ["substitute", "skip"])
-def test_damaged_images_are_skipped_alike(
+def test_corrupt_images_are_substituted_or_skipped_and_named(
     policy: OnCorruptImage, when: str, tmp_path: Path
 ) -> None:
-    contents = damaged()
+    """Those that were corrupt when they were indexed, and those that became so after."""
+    contents = corrupt_images.damaged()
     if when == "before":
         contents.pop("no file any more")
-    source, paths = replaced(tmp_path, contents, when)
-    plan = plan_of(source)
-    draws = plan.sample(0, 0)
-    found = {}
-    for name in ENGINES:
-        (batch,), news = run(name, source, plan, draws, on_corrupt=policy)
-        found[name] = {event["path"]: event["reason"] for event in news}
-        assert set(found[name]) == {str(path) for path in paths.values()}
-        good = [n for n in draws.indices if source.path(n) not in found[name]]
+    dataset, paths = write_corrupt(tmp_path, contents, when)
+    plan = plan_for(dataset)
+    samples, count = plan.sample(0, 0), len(dataset.index)
+    reasons = {}
+    for name in LOADERS:
+        (batch,), events = load(name, dataset, plan, samples, policy=policy)
+        by_path = {event["path"]: event["reason"] for event in events}
+        assert set(by_path) == {str(path) for path in paths.values()}
+        reasons[name] = {kind: by_path[str(path)] for kind, path in paths.items()}
+        good = [n for n in samples.indices if dataset.path(n) not in by_path]
         if policy == "skip":
             assert batch.indices.tolist() == good
         else:
-            wanted = [n if n in good else (n + 1) % len(source.index) for n in draws.indices]
+            wanted = [n if n in good else (n + 1) % count for n in samples.indices]
             assert batch.indices.tolist() == wanted
-            for event in news:
-                assert event["substitute"] == source.path((event["index"] + 1) % len(source.index))
-    dali, plain = (
-        {kind: found[name][str(path)] for kind, path in paths.items()} for name in ENGINES
-    )
+            for event in events:
+                assert event["substitute"] == dataset.path((event["index"] + 1) % count)
+    dali, reference = (reasons[name] for name in LOADERS)
     claims = "PNG that claims 60,000 x 60,000 pixels"  # of another size, or too many for Pillow
-    assert (when == "after") == (dali.pop(claims) != plain.pop(claims))
-    assert dali == plain
+    assert (when == "after") == (dali.pop(claims) != reference.pop(claims))
+    assert dali == reference
     assert dali["JPEG cut at nine tenths"].startswith("it is cut short")
     if when == "before":
         for kind in ("GIF", "TIFF", "text", "empty file", "folder", "broken link"):
@@ -166,137 +154,96 @@ def test_damaged_images_are_skipped_alike(
         assert dali["no file any more"] == "No such file or directory"
 
 
-@pytest.mark.parametrize("name", ENGINES)
-def test_each_damaged_image_stops_by_its_name(name: str, tmp_path: Path) -> None:
-    source, paths = replaced(tmp_path, damaged(), "after")
-    plan = plan_of(source)
-    used = engine(name, source, plan, "stop")
+@pytest.mark.parametrize("name", LOADERS)
+def test_each_corrupt_image_stops_by_its_name(name: str, tmp_path: Path) -> None:
+    dataset, paths = write_corrupt(tmp_path, corrupt_images.damaged())
+    plan = plan_for(dataset)
+    loader = build(name, dataset, plan, "stop")
     for path in paths.values():
-        index = source.index.names.index(f"all/{path.name}")
         with pytest.raises(UserError) as failure:
-            list(used.batches([one_of(plan.sample(0, 0), index)]))
+            list(loader.batches([one_of(plan.sample(0, 0), dataset, path)]))
         assert str(failure.value).startswith(f"{path} cannot be decoded (")
-        used.corrupt.errors.clear()
-    used.close()
+        assert str(failure.value).endswith("go on without it by --data.on_corrupt_image skip")
+        loader.corrupt.errors.clear()
+    loader.close()
 
 
-def test_a_plain_header_is_one_that_dalis_parser_reads() -> None:
+def test_a_baseline_header_is_one_that_dalis_parser_reads() -> None:
     nvimgcodec = pytest.importorskip("nvidia.nvimgcodec")
-    generator, made = np.random.default_rng(2), whole()
+    generator, made = np.random.default_rng(2), corrupt_images.whole()
     kinds = [made[f"JPEG{kind}"] for kind in ("", ", greyscale", ", progressive", ", CMYK")]
-    plain = 0
+    baseline = 0
     for _ in range(3000):
         encoded = np.frombuffer(kinds[generator.integers(4)], np.uint8).copy()
         encoded[generator.integers(0, 620, 2)] = generator.choice([0, 1, 8, 0xC2, 0xDA, 0xFF], 2)
         size = parse_jpeg_size(encoded)
         if size is not None:
-            plain += 1
+            baseline += 1
             header = nvimgcodec.CodeStream(encoded)
             assert ([header.height, header.width], header.dtype) == (size, np.uint8)
-    assert plain > 500
+    assert baseline > 500
 
 
-def test_no_cut_goes_unseen() -> None:
-    jpeg, progressive, png, webp, bmp = (
-        encode(photograph(), kind, **options)  # type: ignore[arg-type]
-        for kind, options in (
-            ("JPEG", {}),
-            ("JPEG", {"progressive": True}),
-            ("PNG", {}),
-            ("WEBP", {}),
-            ("BMP", {}),
-        )
-    )
-    for content in (jpeg, progressive, with_thumbnail(jpeg), png):
-        for length in range(len(content)):
-            try:
-                encoded = validate_bytes(np.frombuffer(content[:length], np.uint8))
-            except OSError:
-                continue
-            assert content[:length].endswith(b"\xff\xd9")  # of the thumbnail
-            with pytest.raises(OSError, match="the decoder gives up on it"):
-                decode(encoded)
-    for content in (webp, bmp):
-        for length in range(12, len(content), 97):
-            with pytest.raises(OSError, match="the decoder gives up on it"):
-                decode(validate_bytes(np.frombuffer(content[:length], np.uint8)))
+@pytest.mark.parametrize("kind", ["JPEG", "progressive", "thumbnail", "PNG", "WEBP", "BMP"])
+def test_no_truncated_file_is_decoded(kind: str) -> None:
+    whole = encode(photograph(), kind if kind.isupper() else "JPEG", progressive=kind[0] == "p")
+    whole = corrupt_images.with_thumbnail(whole) if kind == "thumbnail" else whole
+    each = kind not in ("WEBP", "BMP")  # whose decoders tell, and take longer
+    for length in range(0 if each else 12, len(whole), 1 if each else 97):
+        with pytest.raises(OSError, match=r"cut short|empty|no JPEG|the decoder gives up"):
+            decode(validate_bytes(np.frombuffer(whole[:length], np.uint8)))
 
 
-def test_a_batch_that_fails_names_those_that_fail_alone_or_only_together(
+def test_dali_names_images_that_fail_alone_or_only_in_a_batch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bits = {str(n): damaged()["PNG, a bit flipped"] for n in (1, 2)}  # only decoders can tell
-    source, paths = replaced(tmp_path, {**bits, "3": encode(photograph(), "JPEG")}, "after")
-    plan = plan_of(source)
-    draws = plan.sample(0, 0)
-    (batch,), news = run("dali", source, plan, draws, on_corrupt="substitute")
-    assert {event["path"] for event in news} == {str(paths["1"]), str(paths["2"])}
+    bits = corrupt_images.damaged()["PNG, a bit flipped"]  # only decoders can tell
+    contents: dict[str, Content] = {"1": bits, "2": bits, "3": encode(photograph(), "JPEG")}
+    dataset, paths = write_corrupt(tmp_path, contents)
+    plan = plan_for(dataset)
+    samples = plan.sample(0, 0)
+    (batch,), events = load("dali", dataset, plan, samples, policy="substitute")
+    assert {event["path"] for event in events} == {str(paths["1"]), str(paths["2"])}
 
-    third = source.index.names.index(f"all/{paths['3'].name}")
-    decode_batch = DaliLoader._run
+    third, run = dataset.index.names.index(f"all/{paths['3'].name}"), DaliLoader._run
 
-    def together(self: DaliLoader, draws: SampleParams, encoded: list) -> Batch:
-        rows = np.flatnonzero(draws.indices == third)
+    def fail_together(self: DaliLoader, samples: SampleParams, images: list[Any]) -> Batch:
+        rows = np.flatnonzero(samples.indices == third)
         if len(rows):
             raise RuntimeError(f"Error in\nencountered:\n\nFailed to decode sample #{rows[0]} :")
-        return decode_batch(self, draws, encoded)
+        return run(self, samples, images)
 
-    monkeypatch.setattr(DaliLoader, "_run", together)
-    (batch,), news = run("dali", source, plan, draws, on_corrupt="substitute")
-    assert {event["path"] for event in news} == {str(path) for path in paths.values()}
+    monkeypatch.setattr(DaliLoader, "_run", fail_together)
+    (batch,), events = load("dali", dataset, plan, samples, policy="substitute")
+    assert {event["path"] for event in events} == {str(path) for path in paths.values()}
     assert third not in batch.indices
 
-    def at_a_loss(self: DaliLoader, draws: SampleParams, encoded: list) -> Batch:
+    def fail(self: DaliLoader, samples: SampleParams, images: list[Any]) -> Batch:
         raise MemoryError("Error in\nencountered:\n\nout of memory\nand more")
 
-    monkeypatch.setattr(DaliLoader, "_run", at_a_loss)
+    monkeypatch.setattr(DaliLoader, "_run", fail)
     with pytest.raises(UserError, match=r"whose images decode one by one: out of memory$"):
-        run("dali", source, plan, one_of(draws, third), on_corrupt="substitute")
+        load("dali", dataset, plan, one_of(samples, dataset, paths["3"]), policy="substitute")
 
 
-@pytest.mark.parametrize("name", ENGINES)
-def test_an_image_of_another_size_than_before_is_named(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", LOADERS)
+def test_an_image_of_another_size_than_indexed_is_named(name: str, tmp_path: Path) -> None:
     """In many of a batch: where a box does not fit, DALI ends the process."""
     other = [encode(photograph(*size), "JPEG") for size in ((40, 50), (200, 150))]
-    contents: dict[str, Content] = {str(n): other[n % 2] for n in range(40)}
-    source, paths = replaced(tmp_path, contents, "after")
-    plan = plan_of(source)
-    (batch,), news = run(name, source, plan, plan.sample(0, 0), on_corrupt="skip")
+    dataset, paths = write_corrupt(tmp_path, {str(n): other[n % 2] for n in range(40)})
+    plan = plan_for(dataset)
+    (batch,), events = load(name, dataset, plan, plan.sample(0, 0), policy="skip")
     assert len(batch.indices) == 40
-    assert {event["path"] for event in news} == {str(path) for path in paths.values()}
-    assert {event["reason"] for event in news} == {"it has another size than when it was indexed"}
+    assert {event["path"] for event in events} == {str(path) for path in paths.values()}
+    assert {event["reason"] for event in events} == {"it has another size than when it was indexed"}
 
 
-def test_damage_inside_is_judged_alike_whatever_the_box(tmp_path: Path) -> None:
-    source, paths = replaced(tmp_path, dict(inwardly_damaged()), "after")
-    plan = plan_of(source)
+def test_dali_judges_damage_inside_alike_whatever_the_box(tmp_path: Path) -> None:
+    dataset, paths = write_corrupt(tmp_path, dict(corrupt_images.inwardly_damaged()))
+    plan = plan_for(dataset)
     for path in paths.values():
-        draws = one_of(plan.sample(0, 0), source.index.names.index(f"all/{path.name}"))
-        boxes = [np.array([[top, 30, SIDE, SIDE]]) for top in (0, 16, 32)]
-        each = [replace(draws, crop_boxes=box) for box in boxes]
-        _, news = run("dali", source, plan, *each, on_corrupt="skip")
-        assert len(news) in (0, 3), path
-
-
-def test_an_index_takes_note_of_what_was_mended(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    paths = write_folder(tmp_path, {"it": b"no image"})
-    assert open_folder(tmp_path).index.corrupt_indices() == [0]
-    paths["it"].write_bytes(encode(photograph(), "JPEG"))  # in place
-    assert not open_folder(tmp_path).index.corrupt_indices()
-    monkeypatch.setattr(datasets, "_scan", None)
-    assert not open_folder(tmp_path).index.corrupt_indices()
-
-
-def test_statistics_pass_over_what_cannot_be_decoded(tmp_path: Path) -> None:
-    contents = damaged()
-    contents.pop("no file any more")
-    write_folder(tmp_path / "bad", contents)
-    write_folder(tmp_path / "good", {"one": encode(photograph(), "JPEG", quality=90)})
-    spoilt, good = (
-        scan_dataset(str(tmp_path / name), str(tmp_path), lambda *_: None).stats
-        for name in ("bad", "good")
-    )
-    assert np.allclose(spoilt.mean, good.mean)
-    assert np.allclose(spoilt.eigenvalues, good.eigenvalues)
+        samples = one_of(plan.sample(0, 0), dataset, path)
+        boxes = [np.array([[top, 30, SIZE, SIZE]]) for top in (0, 16, 32)]
+        each = [replace(samples, crop_boxes=box) for box in boxes]
+        _, events = load("dali", dataset, plan, *each, policy="skip")
+        assert len(events) in (0, 3), path

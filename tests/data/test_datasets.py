@@ -1,63 +1,76 @@
-"""Folders, their index, and what is said of those that are not as they should be."""
+"""Class folders, their cached index, CIFAR-10, statistics; and what is said of corrupt folders."""
 
+import hashlib
+import pickle
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from torchvision.datasets import CIFAR10
 
-from alexnet_dist.data import datasets, statistics
+from alexnet_dist.data import datasets
 from alexnet_dist.data.corrupt_images import CorruptImagePolicy
 from alexnet_dist.data.datasets import DatasetInfo, FolderDataset, open_datasets, scan_dataset
+from alexnet_dist.data.statistics import ChannelStats
 from alexnet_dist.errors import UserError
 from tests.conftest import write_images
+from tests.data.corrupt_images import damaged, encode, photograph, write_folder
 
 
-def quiet(*_: object) -> None:
-    pass
+def scan(root: Path, cache: Path) -> DatasetInfo:
+    return scan_dataset(str(root), str(cache), lambda *_: None)
 
 
-def catalogue(root: Path, cache: Path) -> DatasetInfo:
-    return scan_dataset(str(root), str(cache), quiet)
-
-
-def test_what_an_index_knows(images: Path, tmp_path: Path) -> None:
-    found = catalogue(images, tmp_path)
-    assert (len(found.train), len(found.val)) == (31, 13)
-    assert found.train.classes == ["blue", "green", "red"]
-    assert found.train.labels.tolist() == [0] * 11 + [1] * 10 + [2] * 10
-    assert (found.train.sizes == 76).all()
-    train, val = open_datasets(found)
+def test_index_of_class_folders(images: Path, tmp_path: Path) -> None:
+    info = scan(images, tmp_path)
+    assert (len(info.train), len(info.val)) == (31, 13)
+    assert info.train.classes == ["blue", "green", "red"]
+    assert info.train.labels.tolist() == [0] * 11 + [1] * 10 + [2] * 10
+    assert (info.train.sizes == 76).all()
+    train, val = open_datasets(info)
     assert train.path(0).endswith("train/blue/000.jpg")
     assert bytes(val.read(12)[:2]) == b"\xff\xd8"
 
 
-def test_the_index_is_made_once_and_anew_when_the_folder_changes(
+def test_index_is_cached_until_the_folder_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = write_images(tmp_path / "i")
-    first = catalogue(root, tmp_path)
+    (root / "train/red/a\nb.jpg").write_bytes((root / "train/red/002.jpg").read_bytes())
+    (root / "val").rename(root / "test")  # as good a name as val
+    first = scan(root, tmp_path)
     scans: list[Path] = []
-    scan = datasets._scan
-    monkeypatch.setattr(datasets, "_scan", lambda s, *a: scans.append(s) or scan(s, *a))
-    assert catalogue(root, tmp_path).dataset_hash == first.dataset_hash
+    scan_split = datasets._scan
+    monkeypatch.setattr(datasets, "_scan", lambda s, *a: scans.append(s) or scan_split(s, *a))
+    again = scan(root, tmp_path)
+    assert again.dataset_hash == first.dataset_hash
+    assert again.train.names == first.train.names
+    assert "red/a\nb.jpg" in again.train.names
     assert not scans
     (root / "train/red/002.jpg").unlink()
-    assert len(catalogue(root, tmp_path).train) == 30
+    assert len(scan(root, tmp_path).train) == 31
     assert scans == [root / "train"]
 
 
+def test_index_notes_a_file_that_is_fixed_in_place(tmp_path: Path) -> None:
+    paths = write_folder(tmp_path, {"it": b"no image"})
+    assert scan(tmp_path, tmp_path).train.corrupt_indices() == [0]
+    paths["it"].write_bytes(encode(photograph(), "JPEG"))
+    assert not scan(tmp_path, tmp_path).train.corrupt_indices()
+
+
 @pytest.mark.parametrize("left", [0, 100, -30])
-def test_a_damaged_index_is_made_anew(left: int, tmp_path: Path) -> None:
+def test_a_corrupt_index_is_made_again(left: int, tmp_path: Path) -> None:
     root = write_images(tmp_path / "i")
-    first = catalogue(root, tmp_path)
-    for kept in (root / ".alexnet_dist").glob("*.npz"):
-        kept.write_bytes(kept.read_bytes()[:left])
-    assert catalogue(root, tmp_path).dataset_hash == first.dataset_hash
+    first = scan(root, tmp_path)
+    for cached in (root / ".alexnet_dist").glob("*.npz"):
+        cached.write_bytes(cached.read_bytes()[:left])
+    assert scan(root, tmp_path).dataset_hash == first.dataset_hash
 
 
-def test_the_index_of_a_read_only_folder_lies_in_the_cache(
+def test_index_of_a_read_only_folder_is_in_the_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = write_images(tmp_path / "i")
@@ -69,74 +82,73 @@ def test_the_index_of_a_read_only_folder_lies_in_the_cache(
         make(self, *args, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Path, "mkdir", refuse)
-    catalogue(root, tmp_path / "cache")
+    scan(root, tmp_path / "cache")
     assert not (root / ".alexnet_dist").exists()
     kept = sorted(p.name for p in (tmp_path / "cache").rglob("*.npz"))
     assert kept == ["statistics.npz", "train.npz", "val.npz"]
     monkeypatch.setattr(datasets, "_scan", None)
-    assert len(catalogue(root, tmp_path / "cache").train) == 31
+    assert len(scan(root, tmp_path / "cache").train) == 31
 
 
-def test_test_is_as_good_a_name_as_val(tmp_path: Path) -> None:
-    root = write_images(tmp_path / "i")
-    (root / "val").rename(root / "test")
-    assert len(catalogue(root, tmp_path).val) == 13
-
-
-def test_what_is_wrong_with_a_folder_is_said(tmp_path: Path) -> None:
-    def sentence(root: Path) -> str:
+def test_folders_that_are_laid_out_otherwise_are_refused(tmp_path: Path) -> None:
+    def message(root: Path) -> str:
         with pytest.raises(UserError) as failure:
-            catalogue(root, tmp_path / "cache")
+            scan(root, tmp_path / "cache")
         return str(failure.value)
 
-    assert "there is no folder" in sentence(tmp_path / "nowhere")
+    assert "there is no folder" in message(tmp_path / "nowhere")
     root = tmp_path / "i"
     root.mkdir()
-    assert "has no folder train/" in sentence(root)
+    assert "has no folder train/" in message(root)
     (root / "train").mkdir()
-    assert "has no folders in it" in sentence(root)
+    assert "has no folders in it" in message(root)
     (root / "train/a").mkdir()
-    assert "no images" in sentence(root)
+    assert "no images" in message(root)
     shutil.rmtree(root)
     write_images(root)
     (root / "val/red").rename(root / "val/rouge")
-    assert "differ (red, rouge)" in sentence(root)
+    assert "differ (red, rouge)" in message(root)
     shutil.rmtree(root / "val")
-    assert "has no folder val/ or test/" in sentence(root)
+    assert "has no folder val/ or test/" in message(root)
 
 
 def test_an_unreadable_header_is_named_at_the_start(tmp_path: Path) -> None:
     root = write_images(tmp_path / "i")
     (root / "train/red/002.jpg").write_bytes(b"no image")
-    source = FolderDataset(catalogue(root, tmp_path).train)
+    source = FolderDataset(scan(root, tmp_path).train)
     with pytest.raises(UserError, match=r"train/red/002\.jpg cannot be decoded"):
         CorruptImagePolicy(source, "stop")
     assert list(CorruptImagePolicy(source, "substitute").errors) == [21]
 
 
-def test_statistics_against_numpy(images: Path, tmp_path: Path) -> None:
-    found = catalogue(images, tmp_path)
+def test_statistics_are_numpys(images: Path, tmp_path: Path) -> None:
+    info = scan(images, tmp_path)
     pixels = [
-        np.asarray(Image.open(f"{found.train.folder}/{n}"), np.float64).reshape(-1, 3)
-        for n in found.train.names
+        np.asarray(Image.open(f"{info.train.folder}/{n}"), np.float64).reshape(-1, 3)
+        for n in info.train.names
     ]
     together = np.concatenate(pixels)
-    ours = found.stats
+    ours = info.stats
     assert np.allclose(ours.mean, together.mean(0))
     covariance = np.cov(together.T, bias=True)
     rebuilt = ours.eigenvectors @ np.diag(ours.eigenvalues) @ ours.eigenvectors.T
     assert np.allclose(rebuilt, covariance)
     assert (np.diff(ours.eigenvalues) <= 0).all()
-    record = statistics.ChannelStats.from_json(ours.to_json())
+    record = ChannelStats.from_json(ours.to_json())
     assert np.array_equal(record.eigenvectors, ours.eigenvectors)
 
 
-def test_cifar10s_own_files(tmp_path: Path) -> None:
-    import hashlib
-    import pickle
+def test_statistics_skip_corrupt_images(tmp_path: Path) -> None:
+    contents = damaged()
+    contents.pop("no file any more")
+    write_folder(tmp_path / "corrupt", contents)
+    write_folder(tmp_path / "good", {"one": encode(photograph(), "JPEG", quality=90)})
+    ours, wanted = (scan(tmp_path / name, tmp_path).stats for name in ("corrupt", "good"))
+    assert np.allclose(ours.mean, wanted.mean)
+    assert np.allclose(ours.eigenvalues, wanted.eigenvalues)
 
-    from torchvision.datasets import CIFAR10
 
+def test_cifar10s_own_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "cifar-10-batches-py"
     folder.mkdir()
     generator = np.random.default_rng(0)
@@ -148,13 +160,12 @@ def test_cifar10s_own_files(tmp_path: Path) -> None:
         lists.append([name, hashlib.md5(content).hexdigest()])
     meta = pickle.dumps({"label_names": [f"c{n}" for n in range(10)]})
     (folder / "batches.meta").write_bytes(meta)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(CIFAR10, "train_list", lists[:5])
-        patch.setattr(CIFAR10, "test_list", lists[5:])
-        patch.setattr(CIFAR10, "meta", CIFAR10.meta | {"md5": hashlib.md5(meta).hexdigest()})
-        found = catalogue(tmp_path, tmp_path / "cache")
-        train, val = open_datasets(found)
-        wanted = CIFAR10(str(tmp_path), train=True)
+    monkeypatch.setattr(CIFAR10, "train_list", lists[:5])
+    monkeypatch.setattr(CIFAR10, "test_list", lists[5:])
+    monkeypatch.setattr(CIFAR10, "meta", CIFAR10.meta | {"md5": hashlib.md5(meta).hexdigest()})
+    found = scan(tmp_path, tmp_path / "cache")
+    train, val = open_datasets(found)
+    wanted = CIFAR10(str(tmp_path), train=True)
     assert (len(found.train), len(found.val)) == (20, 4)
     for index in (0, 19):
         assert np.array_equal(train.read(index), wanted.data[index])

@@ -12,7 +12,7 @@ from alexnet_dist.data import build_loader
 from alexnet_dist.data.corrupt_images import Batch, Loader
 from alexnet_dist.data.dali import DaliLoader
 from alexnet_dist.data.datasets import ImageDataset, open_datasets, scan_dataset
-from alexnet_dist.data.plan import EvalPlan, SampleParams, SamplePlan
+from alexnet_dist.data.plan import EvalPlan, SampleParams, SamplePlan, needs_resize
 from alexnet_dist.data.transforms import Normalization, build_normalization
 from alexnet_dist.errors import UserError
 from tests.conftest import write_images
@@ -70,7 +70,7 @@ def test_dali_agrees_with_the_torch_loader(crop: str, tmp_path: Path) -> None:
         fraction,
         pca_noise_std=lambda _: 0.1,
     )
-    assert plan.needs_resize(64) == (crop != "no resize")
+    assert needs_resize(plan, 64) == (crop != "no resize")
     ours, theirs = (load(loader(name, dataset, normalization, plan), plan) for name in LOADERS)
     for step, (dali, reference) in enumerate(zip(ours, theirs, strict=True)):
         for batch in (dali, reference):
@@ -121,39 +121,6 @@ def test_pca_noise_shifts_the_full_image(name: str, tmp_path: Path) -> None:
         assert np.allclose(shift, wanted[:, :, None, None], atol=1e-3)
     for one, other in zip(noisy[3:], clean[3:], strict=True):
         assert torch.equal(one.images, other.images)
-
-
-@pytest.mark.parametrize("name", LOADERS)
-def test_corrupt_images_are_substituted_by_the_next(name: str, tmp_path: Path) -> None:
-    root = write_images(tmp_path, side=128)
-    dataset, _, normalization = open_folder(root)  # the index knows them as good
-    files = sorted((root / "train").rglob("*.jpg"))
-    files[3].write_bytes(files[3].read_bytes()[:400])
-    files[17].write_bytes(b"")
-    plan = SamplePlan(dataset.index.sizes, 31, 5, crop_fraction=0.5)
-    used = loader(name, dataset, normalization, plan, on_corrupt="substitute")
-    (batch,) = used.batches(plan.epoch(0, 0, ALL))
-    planned = plan.permutation(0).tolist()
-    assert batch.indices.tolist() == [{3: 4, 17: 18}.get(index, index) for index in planned]
-    events = {event["path"]: event["substitute"] for event in used.corrupt.pop_events()}
-    assert events == {str(files[n]): str(files[n + 1]) for n in (3, 17)}
-    (again,) = used.batches(plan.epoch(0, 0, ALL))  # known now
-    assert torch.equal(again.images, batch.images)
-    used.close()
-
-
-@pytest.mark.parametrize("name", LOADERS)
-def test_a_corrupt_image_stops_by_name(name: str, tmp_path: Path) -> None:
-    root = write_images(tmp_path, side=128)
-    dataset, _, normalization = open_folder(root)
-    Path(dataset.path(9)).write_bytes(Path(dataset.path(9)).read_bytes()[:700] + bytes(5000))
-    plan = SamplePlan(dataset.index.sizes, 31, 5, crop_fraction=0.5)
-    used = loader(name, dataset, normalization, plan)
-    with pytest.raises(
-        UserError, match=r"\.jpg cannot be decoded .* --data\.on_corrupt_image skip"
-    ):
-        load(used, plan)
-    used.close()
 
 
 @pytest.mark.parametrize("name", LOADERS)

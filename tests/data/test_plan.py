@@ -1,4 +1,4 @@
-"""The plan: who sees which crop of which image when."""
+"""The plan: which crop of which image is in which batch."""
 
 from dataclasses import replace
 
@@ -17,17 +17,17 @@ def plan(sizes: list[tuple[int, int]], batch: int = 4, **options: object) -> Sam
 
 
 @given(sizes, st.integers(0, 5), st.sampled_from([1, 2, 3, 4]))
-def test_replicas_partition_each_batch_of_one_order(
-    sizes: list[tuple[int, int]], epoch: int, replicas: int
+def test_ranks_partition_each_batch_of_one_permutation(
+    sizes: list[tuple[int, int]], epoch: int, ranks: int
 ) -> None:
-    whole = plan(sizes)
-    order = whole.permutation(epoch)
-    assert len(set(order.tolist())) == len(order) == whole.steps_per_epoch * 4
-    for step in range(whole.steps_per_epoch):
-        every = whole.sample(epoch, step)
+    full = plan(sizes)
+    order = full.permutation(epoch)
+    assert len(set(order.tolist())) == len(order) == full.steps_per_epoch * 4
+    for step in range(full.steps_per_epoch):
+        every = full.sample(epoch, step)
         assert every.indices.tolist() == order[step * 4 : step * 4 + 4].tolist()
-        for replica in range(replicas):
-            rows = slice(replica, None, replicas)
+        for rank in range(ranks):
+            rows = slice(rank, None, ranks)
             mine = plan(sizes).sample(epoch, step, rows)
             for name in ("indices", "crop_boxes", "flips", "pca_coeffs"):
                 assert np.array_equal(getattr(mine, name), getattr(every, name)[rows])
@@ -35,11 +35,11 @@ def test_replicas_partition_each_batch_of_one_order(
 
 @given(sizes, st.sampled_from(["paper", "random_resized"]), st.floats(0.3, 1.0))
 def test_boxes_lie_inside(sizes: list[tuple[int, int]], crop: str, fraction: float) -> None:
-    whole = plan(sizes, crop=crop, crop_fraction=fraction)
-    for draws in whole.epoch(0, 0, slice(None)):
-        top, left, height, width = draws.crop_boxes.T
-        limits = whole.sizes[draws.indices]
-        assert (draws.crop_boxes[:, :2] >= 0).all()
+    full = plan(sizes, crop=crop, crop_fraction=fraction)
+    for samples in full.epoch(0, 0, slice(None)):
+        top, left, height, width = samples.crop_boxes.T
+        limits = full.sizes[samples.indices]
+        assert (samples.crop_boxes[:, :2] >= 0).all()
         assert (height >= 1).all()
         assert (width >= 1).all()
         assert (top + height <= limits[:, 0]).all()
@@ -47,8 +47,8 @@ def test_boxes_lie_inside(sizes: list[tuple[int, int]], crop: str, fraction: flo
 
 
 def test_the_papers_crop_of_a_stored_256_image() -> None:
-    whole = plan([(256, 256)] * 4000, batch=4000)
-    boxes = whole.sample(0, 0).crop_boxes
+    full = plan([(256, 256)] * 4000, batch=4000)
+    boxes = full.sample(0, 0).crop_boxes
     assert (boxes[:, 2:] == 224).all()
     for corner in (boxes[:, 0], boxes[:, 1]):  # 0 to 32, each as often
         counts = np.bincount(corner, minlength=33)
@@ -63,19 +63,19 @@ def test_the_crop_stays_in_the_central_square() -> None:
     assert (boxes[:, 1] + 175).max() <= 300
 
 
-def test_flips_and_colours() -> None:
-    draws = plan([(256, 256)] * 20000, batch=20000).sample(1, 0)
-    assert abs(draws.flips.mean() - 0.5) < 0.015
-    assert np.abs(draws.pca_coeffs.mean(0)).max() < 0.03
-    assert np.abs(np.cov(draws.pca_coeffs.T) - np.eye(3)).max() < 0.04
+def test_flips_and_pca_coefficients() -> None:
+    samples = plan([(256, 256)] * 20000, batch=20000).sample(1, 0)
+    assert abs(samples.flips.mean() - 0.5) < 0.015
+    assert np.abs(samples.pca_coeffs.mean(0)).max() < 0.03
+    assert np.abs(np.cov(samples.pca_coeffs.T) - np.eye(3)).max() < 0.04
     assert not plan([(256, 256)] * 8, hflip=False).sample(0, 0).flips.any()
 
 
 def test_random_squares_of_half_the_side_and_more() -> None:
-    whole = plan(
+    full = plan(
         [(224, 224)] * 5000, 5000, crop="random_resized", scale=(0.25, 1.0), ratio=(1.0, 1.0)
     )
-    boxes = whole.sample(0, 0).crop_boxes
+    boxes = full.sample(0, 0).crop_boxes
     assert (boxes[:, 2] == boxes[:, 3]).all()
     assert (boxes[:, 2].min(), boxes[:, 2].max()) == (112, 224)
     assert abs((boxes[:, 2] ** 2).mean() / 224**2 - 0.625) < 0.01
@@ -83,7 +83,7 @@ def test_random_squares_of_half_the_side_and_more() -> None:
 
 @given(st.integers(0, 9), st.integers(0, 9))
 @settings(max_examples=20)
-def test_draws_depend_on_the_position_and_not_on_the_batch(epoch: int, step: int) -> None:
+def test_samples_depend_on_the_position_and_not_on_the_batch(epoch: int, step: int) -> None:
     small, large = plan([(300, 300)] * 400, 4), plan([(300, 300)] * 400, 40)
     here, there = small.sample(epoch, step), large.sample(epoch, step * 4 // 40)
     at = step * 4 % 40
@@ -97,31 +97,33 @@ def test_seeds_and_epochs_differ() -> None:
     assert one.permutation(0).tolist() != other.permutation(0).tolist()
 
 
-@pytest.mark.parametrize("replicas", [1, 2, 3, 7])
-def test_evaluation_has_each_image_once_and_as_many_batches_everywhere(replicas: int) -> None:
-    whole = EvalPlan(np.full((13, 2), 256), 8)
-    each = [list(whole.batches(slice(r, None, replicas))) for r in range(replicas)]
+@pytest.mark.parametrize("ranks", [1, 2, 3, 7])
+def test_evaluation_has_each_image_once_and_as_many_batches_everywhere(ranks: int) -> None:
+    full = EvalPlan(np.full((13, 2), 256), 8)
+    each = [list(full.batches(slice(r, None, ranks))) for r in range(ranks)]
     assert {len(batches) for batches in each} == {2}
-    indices = [n for batches in each for draws in batches for n in draws.indices.tolist()]
+    indices = [n for batches in each for samples in batches for n in samples.indices.tolist()]
     assert sorted(indices) == list(range(13))
     assert {tuple(box) for b in each for d in b for box in d.crop_boxes} == {(16, 16, 224, 224)}
 
-    ten = replace(whole, num_crops=10)
-    for rows, batches in ((slice(r, None, replicas), each[r]) for r in range(replicas)):
-        for views, centre in zip(ten.batches(rows), batches, strict=True):
-            assert views.indices.tolist() == np.repeat(centre.indices, 10).tolist()
+    ten = replace(full, num_crops=10)
+    for rows, batches in ((slice(r, None, ranks), each[r]) for r in range(ranks)):
+        for views, center in zip(ten.batches(rows), batches, strict=True):
+            assert views.indices.tolist() == np.repeat(center.indices, 10).tolist()
             assert np.array_equal(views.crop_boxes_for(views.indices), views.crop_boxes)
 
 
 def test_the_papers_ten_views_of_a_stored_256_image() -> None:
-    (draws,) = EvalPlan(np.full((2, 2), 256), 2, num_crops=10).batches(slice(None))
+    (samples,) = EvalPlan(np.full((2, 2), 256), 2, num_crops=10).batches(slice(None))
     corners = [(0, 0), (0, 32), (32, 0), (32, 32), (16, 16)]
     wanted = {(n, *at, 224, 224, flip) for n in (0, 1) for at in corners for flip in (False, True)}
-    rows = zip(draws.indices.tolist(), draws.crop_boxes.tolist(), draws.flips.tolist(), strict=True)
+    rows = zip(
+        samples.indices.tolist(), samples.crop_boxes.tolist(), samples.flips.tolist(), strict=True
+    )
     found = [(index, *box, flip) for index, box, flip in rows]
     assert len(found) == 20
     assert set(found) == wanted
-    assert not draws.pca_coeffs.any()
+    assert not samples.pca_coeffs.any()
 
 
 @given(sizes, st.floats(0.3, 1.0))
@@ -141,13 +143,13 @@ def test_five_boxes_reach_the_edges_of_the_central_square(
 
 
 def test_the_authors_crops_are_alike_for_32_images_in_a_row() -> None:
-    whole = plan([(256, 256)] * 128, batch=128, crop="chunked")
-    draws = whole.sample(0, 0)
+    full = plan([(256, 256)] * 128, batch=128, crop="chunked")
+    samples = full.sample(0, 0)
     for first in range(0, 128, 32):
         chunk = slice(first, first + 32)
-        assert len(np.unique(draws.crop_boxes[chunk], axis=0)) == 1
-        assert len(np.unique(draws.flips[chunk])) == 1
-        assert len(np.unique(draws.pca_coeffs[chunk], axis=0)) == 32
-    assert len(np.unique(draws.crop_boxes, axis=0)) == 4
-    mine = whole.sample(0, 0, slice(1, None, 3))  # whoever has which rows
-    assert np.array_equal(mine.crop_boxes, draws.crop_boxes[1::3])
+        assert len(np.unique(samples.crop_boxes[chunk], axis=0)) == 1
+        assert len(np.unique(samples.flips[chunk])) == 1
+        assert len(np.unique(samples.pca_coeffs[chunk], axis=0)) == 32
+    assert len(np.unique(samples.crop_boxes, axis=0)) == 4
+    mine = full.sample(0, 0, slice(1, None, 3))  # whoever has which rows
+    assert np.array_equal(mine.crop_boxes, samples.crop_boxes[1::3])
