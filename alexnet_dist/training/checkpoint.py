@@ -380,11 +380,17 @@ def load_tensors(found: Path, tensors: Mapping[str, Tensor]) -> None:
                 "with, or start from its weights alone by --model.pretrained",
                 on_all_ranks=True,
             )
-    if found.is_file():
-        _load_file(found, tensors)
-        return
     try:
         with torch.no_grad():
+            if found.is_file():
+                full = _read_file(found)[0]
+                for name, tensor in tensors.items():
+                    value = full[name]
+                    if isinstance(tensor, DTensor):
+                        mesh, placements = tensor.device_mesh, tensor.placements
+                        value = distribute_tensor(value, mesh, placements, src_data_rank=None)
+                    tensor.copy_(value)
+                return
             dcp.load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(found)))
     except (Exception, CheckpointException) as error:  # torch wraps what went wrong anywhere
         if any(isinstance(cause, KeyboardInterrupt) for cause in _causes(error)):
@@ -395,24 +401,17 @@ def load_tensors(found: Path, tensors: Mapping[str, Tensor]) -> None:
 def verify_checksums(checkpoint: Path) -> str:
     """What is wrong with a checkpoint's files, or ""; all processes call it together, and each
     reads some of them."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    problems: list[str] = [""] * world_size
-    dist.all_gather_object(problems, _find_corrupt_file(checkpoint, rank, world_size))
-    return next(filter(None, problems), "")
-
-
-def _find_corrupt_file(checkpoint: Path, rank: int, world_size: int) -> str:
+    rank, problems = dist.get_rank(), [""] * dist.get_world_size()
+    name, problem = _MANIFEST, ""
     try:
-        files = sorted(json.loads((checkpoint / _MANIFEST).read_text())["files"].items())
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        return f"{_MANIFEST}: {_cause(error)}"
-    for name, checksum in files[rank::world_size]:
-        try:
-            if _sha256(checkpoint / name) != checksum:
-                return f"{name} has changed since it was written"
-        except OSError as error:
-            return f"{name}: {error.strerror}"
-    return ""
+        files = json.loads((checkpoint / _MANIFEST).read_text())["files"]
+        for name in sorted(files)[rank :: len(problems)]:
+            if _sha256(checkpoint / name) != files[name]:
+                problem = f"{name} has changed since it was written"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        problem = f"{name}: {_cause(error)}"
+    dist.all_gather_object(problems, problem)
+    return next(filter(None, problems), "")
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
@@ -420,19 +419,6 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], state: Mapping[
     header = {name: json.dumps(value) for name, value in state.items()}
     header |= {"format": "pt", "alexnet_dist": str(FORMAT)}
     save_file({name: t.contiguous() for name, t in tensors.items()}, path, header)
-
-
-def _load_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    full, _ = _read_file(path)
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            if isinstance(tensor, DTensor):
-                sharded = distribute_tensor(
-                    full[name], tensor.device_mesh, tensor.placements, src_data_rank=None
-                )
-                tensor.to_local().copy_(sharded.to_local())
-            else:
-                tensor.copy_(full[name])
 
 
 def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

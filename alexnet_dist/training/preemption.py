@@ -33,9 +33,9 @@ _RESERVE_SECONDS = 10.0
 class Preempted(Exception):  # noqa: N818 (a way to end, not an error)
     """All processes stop here, at a step boundary, for this ``reason``."""
 
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
+    @property
+    def reason(self) -> str:
+        return str(self)
 
 
 class PreemptionHandler:

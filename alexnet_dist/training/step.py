@@ -22,11 +22,8 @@ class Layout(Protocol):
 
     parameters: dict[str, nn.Parameter]
 
-    @property
-    def scaler(self) -> Any: ...
-
-    @property
-    def sharding(self) -> Any: ...
+    scaler: Any
+    sharding: Any
 
     def forward_backward(
         self, images: Tensor, labels: Tensor, masks: Iterable[Tensor] = ()
