@@ -201,8 +201,7 @@ class GroupedLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_features))
         self.reset_parameters()
 
-    def reset_parameters(self) -> None:
-        nn.Linear.reset_parameters(self)  # type: ignore[arg-type]
+    reset_parameters: Callable[..., None] = nn.Linear.reset_parameters
 
     def forward(self, x: Tensor) -> Tensor:
         weights, biases = self.weight.chunk(self.groups), self.bias.chunk(self.groups)
@@ -273,22 +272,13 @@ class TorchvisionAlexNet(torchvision.models.AlexNet):
 Network = AlexNet | TorchvisionAlexNet
 
 
-def build_model(
-    arch: str,
-    *,
-    num_classes: int = 1000,
-    dropout: float = 0.5,
-    init: Init | None = None,
-    image_size: int = 224,
-) -> Network:
+def build_model(arch: str, *, init: Init | None = None, **options: Any) -> Network:
     """Build a network with its initial weights, on torch's default device; see ``build_on_meta``
-    and ``iter_initial_weights``."""
-    model = build_on_meta(arch, num_classes=num_classes, dropout=dropout, image_size=image_size)
+    for the options, and ``iter_initial_weights``."""
+    model = build_on_meta(arch, **options)
     weights = iter_initial_weights(model, init)
-    parameters = dict(model.to_empty(device=torch.get_default_device()).named_parameters())
-    with torch.no_grad():
-        for name, value in weights:
-            parameters[name].copy_(value)
+    model = model.to_empty(device=torch.get_default_device())
+    model.load_state_dict(dict(weights))
     return model
 
 
@@ -329,19 +319,15 @@ def _build(
         layer: nn.Module
         if row.kernel:
             shape, bias = (channels, out, row.kernel, row.stride, row.padding), row.bias is not None
-            layer = (
-                StemConv2d(*shape, bias=bias)
-                if row.stride > 1
-                else nn.Conv2d(*shape, groups=groups, bias=bias)
-            )
+            stem = row.stride > 1
+            layer = StemConv2d(*shape, bias) if stem else nn.Conv2d(*shape, 1, groups, bias)
             size = _out_size(size + 2 * row.padding, row.kernel, row.stride)
         else:
             if not hasattr(model, "flatten"):
                 model.add_module("flatten", nn.Flatten())
                 channels *= size * size
-            layer = (
-                nn.Linear(channels, out) if groups == 1 else GroupedLinear(channels, out, groups)
-            )
+            args = channels, out
+            layer = nn.Linear(*args) if groups == 1 else GroupedLinear(*args, groups)
         model.add_module(row.name, layer)
         channels = out
         # ReLU and max pooling commute: behind the pool, ReLU has a quarter of the values to read

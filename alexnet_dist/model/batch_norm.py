@@ -88,6 +88,3 @@ class BatchNorm(nn.Module):
         finite = (mean.isfinite() & var.isfinite()).all()
         for average, of_batch in ((self.running_mean, mean), (self.running_var, var)):
             average.lerp_(torch.where(finite, of_batch, average), self.momentum)
-
-    def extra_repr(self) -> str:
-        return f"{self.features}, eps={self.eps:g}, momentum={self.momentum:g}"

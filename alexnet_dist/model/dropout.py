@@ -46,9 +46,6 @@ class Dropout(nn.Module):
             mask = torch.rand(x.shape, device=x.device) >= self.p
         return x * mask if self.scaling == "2012" else x * mask / (1 - self.p)
 
-    def extra_repr(self) -> str:
-        return f"p={self.p}, scaling={self.scaling}"
-
 
 def make_dropout_masks(
     layers: Sequence[Dropout],

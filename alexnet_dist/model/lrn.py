@@ -89,12 +89,6 @@ class LocalResponseNorm(nn.Module):
             self._windows[key] = band.to(x.dtype).repeat(self.groups, 1)[:, :, None, None]
         return self._windows[key]
 
-    def extra_repr(self) -> str:
-        return (
-            f"size={self.size}, alpha={self.alpha:g}, beta={self.beta:g}, k={self.k:g}, "
-            f"groups={self.groups}"
-        )
-
 
 class WithinChannelLRN(nn.Module):
     """Normalize each activation by the ``size`` x ``size`` pixels around it in its own channel.
@@ -114,9 +108,6 @@ class WithinChannelLRN(nn.Module):
             return F.avg_pool2d(squares, self.size, stride=1, padding=self.size // 2)
 
         return _normalize(x, mean, self.k, self.alpha, self.beta)
-
-    def extra_repr(self) -> str:
-        return f"size={self.size}, alpha={self.alpha:g}, beta={self.beta:g}, k={self.k:g}"
 
 
 class _ResponseNorm(torch.autograd.Function):

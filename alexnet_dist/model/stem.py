@@ -15,9 +15,9 @@ class StemConv2d(nn.Conv2d):
     pixels, the last of which reads zeros beyond the image (layer.py of the 2012 source). So zeros
     are added on the right and at the bottom until the stride divides: three for 224, none for 227.
 
-    In bf16 on CPUs blocks of stride x stride pixels become channels first, and the kernel's with
-    them: 11 x 11 at stride 4 on 3 channels is 3 x 3 at stride 1 on 48. That is the same sum, whose
-    gradient takes a third of the time, because matrix units want more than 3 channels.
+    In bf16 on CPUs blocks of stride x stride pixels become channels first, the kernel's too: 11 x
+    11 at stride 4 on 3 channels is 3 x 3 at stride 1 on 48. The gradient of that same sum takes a
+    third of the time, because matrix units want more than 3 channels.
 
     Args:
         ceil_mode: as above; False for torch's own positions.
@@ -30,7 +30,6 @@ class StemConv2d(nn.Conv2d):
         kernel_size: int,
         stride: int,
         padding: int = 0,
-        *,
         bias: bool = True,
         ceil_mode: bool = True,
     ) -> None:

@@ -33,8 +33,7 @@ def test_a_shard_of_the_units_has_its_columns_of_the_mask() -> None:
         assert torch.equal(shard, full[:, first:last])
 
 
-def test_masks_stay_what_they_are() -> None:
-    """A run resumed by another version, or on another machine, goes through the same masks."""
+def test_masks_are_the_same_on_every_machine() -> None:
     (mask,) = masks(Dropout(24, 0.3), seed=7, step=1234, rows=slice(5, 6))
     assert "".join(str(int(kept)) for kept in mask[0]) == "111001011010111011011111"
 
