@@ -66,6 +66,25 @@ def test_evaluate_counts_what_training_counted(calm: dict[int, Path]) -> None:
         assert counted["loss"] == pytest.approx(wanted["loss"], rel=1e-5)
 
 
+def test_steps_since_the_last_record_are_recorded_before_an_evaluation(
+    images: Path, tmp_path: Path
+) -> None:
+    train(0, images, tmp_path, "--run.name=run", "--train.max_steps=6", "--train.log_interval=20")
+    recorded = [(e["step"], e["steps"]) for e in events(tmp_path / "run", "train")]
+    assert recorded == [(4, 4), (6, 2)]  # at the end of the first epoch, and of training
+
+
+def test_a_resumed_run_obeys_the_runtime_options_that_its_folder_keeps(
+    images: Path, tmp_path: Path
+) -> None:
+    options = [option for option in TINY if not option.startswith("--runtime.threads")]
+    options += [f"--data.root={images}", f"--run.output_dir={tmp_path}", "--run.name=run"]
+    for more in (["--runtime.threads=3", "--train.max_steps=1"], ["--train.max_steps=2"]):
+        assert launch(0, *options, *more).code == 0
+    first, second = events(tmp_path / "run", "start", "resume")
+    assert (first["threads"], second["threads"]) == (3, 3)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [0, 3])
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(
