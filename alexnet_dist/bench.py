@@ -25,7 +25,7 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
-from alexnet_dist.assembly.parts import Images, Learner, check_network
+from alexnet_dist import setup
 from alexnet_dist.config import CommandParser, Config
 from alexnet_dist.data import build_loader, dali
 from alexnet_dist.data.corrupt_images import Batch, Loader
@@ -122,19 +122,18 @@ class TrainBenchmark:
         self.mesh, self.batch_size = mesh, config.data.batch_size
         self.threads = config.data.threads or mesh.threads
         self.prefetched = config.data.prefetch * max(self.threads, 2) + 2  # more than any loader's
-        self.data = Images(config, mesh)
-        self.train_set = open_datasets(self.data.catalogue)[0]
-        self.state = Learner(config, mesh, self.data)
-        self.state.draw()
-        if mesh.world_size > 1:
-            self.state.warm_up()
+        self.data = setup.build_data(config, mesh)
+        self.train_set = open_datasets(self.data.info)[0]
+        self.state = setup.TrainState(config, mesh, len(self.data.info.train.classes))
+        self.state.init_weights()
+        self.state.ddp_warmup()
         self.steps, self.timer = itertools.count(), StepTimer()
         self.throttle = StepThrottle(mesh.device)
 
     def run(self, *, rounds: int, seconds: float) -> dict[str, Any]:
         """Measure everything; returns the record that --out writes."""
         config, mesh, arch = self.config, self.mesh, self.config.model.arch
-        batches = self.batches(self.data.engine)
+        batches = self.batches(self.data.loader)
         batch = next(batches)
         for _ in range(CAPTURE_WARMUP_STEPS + 2):
             self.step(batch)
@@ -161,13 +160,13 @@ class TrainBenchmark:
             ("peak memory of training", "GiB", peak / 2**30),
         ):
             results[name] = {"unit": unit, "median": float(f"{value:.4g}")}
-        size = {"num_classes": self.state.outputs, "image_size": config.data.image_size}
+        size = {"num_classes": self.state.num_outputs, "image_size": config.data.image_size}
         return {
-            "config": f"{arch}, {self.state.precision}, batch {self.batch_size}",
+            "config": f"{arch}, {self.state.layout.precision}, batch {self.batch_size}",
             "device": f"{mesh.world_size} x {device_name(mesh.device)}, {mesh.threads} threads",
             "torch": torch.__version__,
-            "dataset": self.data.catalogue.kind,
-            "loader": self.data.engine.description,
+            "dataset": self.data.info.kind,
+            "loader": self.data.loader.description,
             "flops_per_image": training_flops(layer_stats(arch, **size)),
             "results": results,
         }
@@ -179,7 +178,7 @@ class TrainBenchmark:
 
     def step(self, batch: Batch) -> float:
         """One training step; returns the images of the global batch."""
-        self.state.take_step(batch, self.state.masks(next(self.steps)))
+        self.state.train_step(batch, self.state.dropout_masks(next(self.steps)))
         self.throttle.step_launched(batch)
         return float(self.batch_size)
 
@@ -211,7 +210,7 @@ class TrainBenchmark:
                 found[name] = build_loader(
                     name,
                     self.train_set,
-                    self.data.pixels,
+                    self.data.normalization,
                     self.data.plan,
                     device=self.mesh.device,
                     max_batch_size=self.mesh.local_batch(self.batch_size),
@@ -223,7 +222,7 @@ class TrainBenchmark:
         return found
 
     def evaluation_case(self) -> BenchCase:
-        loader, plan = self.data.val_engine, self.data.evaluation
+        loader, plan = self.data.eval_loader, self.data.eval_plan
         epochs = (loader.batches(plan.batches(self.mesh.batch_slice)) for _ in itertools.count())
         batches = itertools.chain.from_iterable(epochs)
 
@@ -239,7 +238,7 @@ class TrainBenchmark:
         written), and images that DALI decodes from memory; each doing nothing else."""
         mesh, on_gpu = self.mesh, self.mesh.device.type == "cuda"
         size, ranks = 8192 if on_gpu else 2048, mesh.world_size
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.state.precision)
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.state.layout.precision)
         a = torch.randn(size, size, device=mesh.device, dtype=dtype)
         source, target = torch.zeros(2, 2**26, device=mesh.device)
         cases = {
@@ -341,7 +340,7 @@ def main(arguments: list[str]) -> None:
         raise UserError(f"there is no folder for --out {options.out}: make it", on_all_ranks=True)
     runtime = config.runtime
     mesh = init_distributed(runtime.device, runtime.threads, runtime.hang_timeout)
-    check_network(config, mesh)
+    setup.validate(config, mesh)
     mesh = mesh.with_layout(config.parallel.towers)
     record = TrainBenchmark(config, mesh).run(rounds=options.rounds, seconds=options.seconds)
     record["bottleneck"] = bottleneck(record)

@@ -23,9 +23,9 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from alexnet_dist.assembly.trained import LoadedModel, read
 from alexnet_dist.config import CommandParser
 from alexnet_dist.errors import UserError, run_command
+from alexnet_dist.loaded_model import LoadedModel, load_model
 from alexnet_dist.model import MODEL_REGISTRY
 from alexnet_dist.parallel.mesh import init_distributed
 from alexnet_dist.training.checkpoint import write_safetensors
@@ -46,7 +46,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--out", metavar="FOLDER", required=True)
     parser.add_argument("--format", nargs="+", choices=FILES, default=["safetensors"])
     args = parser.parse(arguments).args
-    trained, out = read(args.checkpoint), Path(args.out)
+    trained, out = load_model(args.checkpoint), Path(args.out)
     _check_formats(args.format, trained.config.model.arch)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -93,10 +93,10 @@ def public_state(trained: LoadedModel) -> dict[str, Any]:
 
 def model_card(trained: LoadedModel, model: nn.Module, files: list[str]) -> str:
     """A page of facts, in Markdown."""
-    state, data, pixels = trained.state, trained.config.data, trained.pixels
+    state, data, pixels = trained.state, trained.config.data, trained.normalization
     best, arch = state.get("best") or {}, trained.config.model.arch
     evaluation = ", ".join(f"{name} {value}" for name, value in best.items()) or "not known"
-    classes = ", ".join(trained.labels[:10]) + (", ..." if trained.outputs > 10 else "")
+    classes = ", ".join(trained.labels[:10]) + (", ..." if trained.num_outputs > 10 else "")
     return f"""# AlexNet, model.arch {arch}
 
 - architecture: {MODEL_REGISTRY[arch].source} (P: the paper of 2012, S: its authors' source code)
@@ -106,7 +106,7 @@ def model_card(trained: LoadedModel, model: nn.Module, files: list[str]) -> str:
 - input: RGB, float32 [B, 3, {data.image_size}, {data.image_size}], (pixel of 0..255 - mean) / std
 - mean {pixels.mean.tolist()}, std {pixels.std.tolist()}
 - crop: the center of an image whose shorter side is {data.resize_size}
-- output: logits [B, {trained.outputs}] of the classes {classes}
+- output: logits [B, {trained.num_outputs}] of the classes {classes}
 """ + "".join(f"- {file}\n" for file in files)
 
 
@@ -165,9 +165,9 @@ def _write(name: str, trained: LoadedModel, model: nn.Module, path: Path) -> Non
 def _read(name: str, trained: LoadedModel, path: Path) -> Callable[[Tensor], Any]:
     """The network of a file: images [B, 3, H, W] to logits [B, classes]."""
     if name == "safetensors":
-        return _model(read(str(path)))
+        return _model(load_model(str(path)))
     if name == "torchvision":
-        model = torchvision.models.alexnet(num_classes=trained.outputs).eval()
+        model = torchvision.models.alexnet(num_classes=trained.num_outputs).eval()
         model.load_state_dict(torch.load(path, weights_only=True))
         return model
     import onnxruntime
@@ -185,7 +185,10 @@ def _random_images(trained: LoadedModel, batch: int) -> Tensor:
     """Random pixels, normalized: float32 [batch, 3, H, W]."""
     shape = batch, 3, *[trained.config.data.image_size] * 2
     pixels = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(batch))
-    mean, std = torch.from_numpy(trained.pixels.mean), torch.from_numpy(trained.pixels.std)
+    mean, std = (
+        torch.from_numpy(trained.normalization.mean),
+        torch.from_numpy(trained.normalization.std),
+    )
     return ((pixels - mean[:, None, None]) / std[:, None, None]).float()
 
 

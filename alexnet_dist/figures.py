@@ -21,17 +21,17 @@ from jsonargparse.typing import PositiveInt
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from alexnet_dist.assembly.trained import LoadedModel
-from alexnet_dist.assembly.trained import read as load_model
 from alexnet_dist.config import CommandParser
 from alexnet_dist.data import build_loader
 from alexnet_dist.data.corrupt_images import Batch
 from alexnet_dist.data.datasets import ImageDataset, SplitIndex, open_datasets, scan_dataset
 from alexnet_dist.data.plan import EvalPlan
 from alexnet_dist.errors import UserError, run_command
+from alexnet_dist.loaded_model import LoadedModel, load_model
 from alexnet_dist.model import MODEL_REGISTRY, Network
 from alexnet_dist.parallel.mesh import Mesh, init_distributed
 from alexnet_dist.parallel.precision import autocast, configure_backends, resolve_precision
+from alexnet_dist.setup import build_model
 from alexnet_dist.tracking import Event, plots
 from alexnet_dist.tracking.console import ProgressReporter
 from alexnet_dist.tracking.logger import drop_superseded, read_events
@@ -148,10 +148,10 @@ def epochs_to_error(errors: dict[int, float], target: float) -> float | None:
 
 def plot_figure3(out: Path, model: LoadedModel) -> None:
     """The kernels of the first layer, tower by tower."""
-    layers = model.build_on_meta().named_parameters()
+    layers = build_model(model.config, model.num_outputs).named_parameters()
     name, shape = next((name, p.shape) for name, p in layers if p.dim() == 4)
     weights = nn.Parameter(torch.empty(shape))
-    model.fill({name: weights})
+    model.load_weights({name: weights})
     kernels, towers = weights.detach().numpy(), MODEL_REGISTRY[model.config.model.arch].towers
     save(out / "figure3", lambda path: plots.plot_kernels(path, kernels, towers))
 
@@ -252,9 +252,9 @@ class EvalImages:
     def __init__(
         self, dataset: ImageDataset, model: LoadedModel, mesh: Mesh, max_batch: int
     ) -> None:
-        data, self._pixels = model.config.data, model.pixels
+        data, self._pixels = model.config.data, model.normalization
         self.batch_size = data.eval_batch_size
-        self._plan = EvalPlan(dataset.index.sizes, self.batch_size, model.fraction)
+        self._plan = EvalPlan(dataset.index.sizes, self.batch_size, model.crop_fraction)
         self.loader = build_loader(
             data.loader,
             dataset,

@@ -1,9 +1,10 @@
-"""The best labels of images, by a trained network.
+"""The most likely labels of images, by a trained network.
 
 python -m alexnet_dist.predict IMAGE|FOLDER|GLOB... --checkpoint RUN [--ten_crop] [--json FILE]
-Each image's path and five best labels as text, as JSON lines, as a picture. "-" reads paths from
-standard input, one a line. An image that cannot be read is named, the others are done, and the exit
-code is 1. Dotted options are those of the trainer: --runtime.device cpu.
+For each image its path and its five most likely labels with their probabilities, as text, as JSON
+lines, as a picture. "-" reads paths from standard input, one a line. An image that cannot be read
+is named, the others are done, and the exit code is 1. Dotted options are those of the trainer:
+--runtime.device cpu.
 """
 
 import contextlib
@@ -19,174 +20,139 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from alexnet_dist.assembly.trained import LoadedModel, read
 from alexnet_dist.config import CommandParser
-from alexnet_dist.data.photographs import (
-    LoadedImage,
-    expand_paths,
-    iter_batches,
-    normalize_crops,
-)
+from alexnet_dist.data.photographs import LoadedImage, expand_paths, iter_batches, normalize_crops
+from alexnet_dist.data.plan import NumCrops
 from alexnet_dist.errors import UserError, print_error, run_command
-from alexnet_dist.parallel import LayoutConfig, parallelize
+from alexnet_dist.loaded_model import LoadedModel, load_model
 from alexnet_dist.parallel.mesh import Mesh, init_distributed
-from alexnet_dist.parallel.precision import configure_backends, resolve_precision
-from alexnet_dist.tracking.plots import plot_predictions
+from alexnet_dist.tracking import plots
 
-PICTURED = 60
-"""Images that a picture shows at most."""
+MAX_IMAGES_IN_FIGURE = 60
+NUM_CROPS: tuple[NumCrops, NumCrops] = (1, 10)
 
 
 @dataclass(frozen=True)
-class Answer:
-    """An image's best labels with their probabilities, best first, and its central view."""
+class Prediction:
+    """An image's most likely labels, best first, their probabilities, and its center crop,
+    uint8 [H, W, 3]."""
 
     path: str
     labels: list[str]
     probabilities: list[float]
-    seen: NDArray[np.uint8]
+    pixels: NDArray[np.uint8]
+
+    def __str__(self) -> str:
+        rows = zip(self.probabilities, self.labels, strict=True)
+        return "\n".join([self.path, *(f"  {100 * prob:6.2f} %  {label}" for prob, label in rows)])
 
 
 def main(arguments: list[str]) -> None:
     """Predict as the command line says."""
     parser = _parser()
-    words = parser.parse(arguments).args
-    _check(words)
-    network = read(words.checkpoint, lambda kept: parser.parse(arguments, kept).config)
-    runtime = network.config.runtime
-    mesh = init_distributed(runtime.device, runtime.threads)
+    args = parser.parse(arguments).args
+    _check(args)
+    model = load_model(args.checkpoint, lambda kept: parser.parse(arguments, kept).config)
+    mesh = init_distributed(model.config.runtime.device, model.config.runtime.threads)
     if mesh.world_size > 1:
         raise UserError("predict is one process: start it without torchrun", on_all_ranks=True)
-    files = expand_paths(_lines(words.images))
-    pictured: list[Answer] = []
+    shown: list[Prediction] = []
     good = bad = 0
     with contextlib.ExitStack() as stack:
-        record = _json_file(words.json, stack)
-        for one in answers(
-            network, mesh, files, 10 if words.ten_crop else 1, words.top, words.batch
-        ):
-            if isinstance(one, LoadedImage):
-                print_error(f"{one.path} cannot be read ({one.error}): it is left out")
+        file: Any = sys.stdout if args.json == "-" else None
+        if args.json and args.json != "-":
+            file = stack.enter_context(Path(args.json).open("w"))
+        for found in predict(model, mesh.with_layout(1), args):
+            if isinstance(found, LoadedImage):
+                print_error(f"{found.path} cannot be read ({found.error}): it is skipped")
                 bad += 1
                 continue
             good += 1
-            if record is not None:
-                plain = {"path": one.path, "labels": one.labels, "probabilities": one.probabilities}
-                print(json.dumps(plain), file=record, flush=True)
-            if words.json != "-":
-                print(text(one), flush=True)
-            if words.save_image and good <= PICTURED:
-                pictured.append(one)
-    if pictured:
-        _draw(Path(words.save_image), pictured, network, good)
-    if bad or not good:
-        if not bad:
-            raise UserError("there is no image to predict: standard input names none")
+            if file:
+                record: dict[str, Any] = {"path": found.path, "labels": found.labels}
+                record["probabilities"] = found.probabilities
+                print(json.dumps(record), file=file, flush=True)
+            if args.json != "-":
+                print(found, flush=True)
+            if args.save_image and good <= MAX_IMAGES_IN_FIGURE:
+                shown.append(found)
+    if shown:
+        best = [list(zip(p.labels, p.probabilities, strict=True)) for p in shown]
+        names = [Path(p.path).name for p in shown]
+        title = f"{model.config.model.arch}, {model.path.name}: {len(shown)} of {good} images"
+        try:
+            plots.plot_predictions(
+                Path(args.save_image), [p.pixels for p in shown], names, best, title
+            )
+        except OSError as error:
+            message = f"--save_image {args.save_image} cannot be written ({error.strerror})"
+            raise UserError(message) from None
+    if not good and not bad:
+        raise UserError("there is no image to predict: standard input names none")
+    if bad:
         raise SystemExit(1)
 
 
-def answers(
-    network: LoadedModel, mesh: Mesh, files: Iterator[str], views: Any, top: int, batch: int
-) -> Iterator[Answer | LoadedImage]:
-    """The answer for each file, in order; what cannot be read comes back as it is.
-
-    Args:
-        views: 1 or 10, whose probabilities are averaged.
-        batch: views that the network is given at once.
-    """
-    config = network.config
-    precision = resolve_precision(config.runtime.precision, mesh.device)
-    configure_backends(precision, config.runtime.deterministic)
-    layout = parallelize(network.build_on_meta(), mesh, LayoutConfig(batch, precision=precision))
-    network.fill(layout.parameters)
-    labels, top = network.labels, min(top, network.outputs)
-    for some in iter_batches(
-        files,
-        network.fraction,
-        config.data.image_size,
-        views,
-        batch_size=max(batch // views, 1),
-        threads=config.data.threads or mesh.threads,
+def predict(model: LoadedModel, mesh: Mesh, args: Namespace) -> Iterator[Prediction | LoadedImage]:
+    """The prediction for each image, in order; one that cannot be read comes back as it is."""
+    data, num_crops = model.config.data, NUM_CROPS[args.ten_crop]
+    layout, labels = model.layout(mesh, args.batch), model.labels
+    words = (line for word in args.images for line in (sys.stdin if word == "-" else [word]))
+    for images in iter_batches(
+        expand_paths(filter(None, (word.rstrip("\r\n") for word in words))),
+        model.crop_fraction,
+        data.image_size,
+        num_crops,
+        batch_size=max(args.batch // num_crops, 1),
+        threads=data.threads or mesh.threads,
     ):
-        seen = [one.crops for one in some if one.crops is not None]
-        if seen:
-            scores = layout.logits(normalize_crops(torch.cat(seen), network.pixels, mesh.device))
-            chances = scores.double().softmax(1).reshape(len(seen), views, -1).mean(1)
-            best = chances.topk(top)
-            found = iter(zip(best.indices.tolist(), best.values.tolist(), strict=True))
-        for one in some:
-            if one.crops is None:
-                yield one
+        crops = [image.crops for image in images if image.crops is not None]
+        top: Iterator[tuple[list[int], list[float]]] = iter(())
+        if crops:
+            normalized = normalize_crops(torch.cat(crops), model.normalization, mesh.device)
+            probs = (
+                layout.logits(normalized).double().softmax(1).unflatten(0, (-1, num_crops)).mean(1)
+            )
+            best = probs.topk(min(args.top, model.num_outputs))
+            top = iter(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+        for image in images:
+            if image.crops is None:
+                yield image
                 continue
-            numbers, values = next(found)
-            central = one.crops[(views - 1) // 2].permute(1, 2, 0).numpy()
-            yield Answer(one.path, [labels[number] for number in numbers], values, central)
-
-
-def text(answer: Answer) -> str:
-    """An answer for people."""
-    rows = zip(answer.labels, answer.probabilities, strict=True)
-    return "\n".join([answer.path, *(f"  {100 * value:6.2f} %  {label}" for label, value in rows)])
+            indices, values = next(top)
+            center = image.crops[4 if args.ten_crop else 0].permute(1, 2, 0).numpy()
+            yield Prediction(image.path, [labels[index] for index in indices], values, center)
 
 
 def _parser() -> CommandParser:
     parser = CommandParser("predict", __doc__)
     add = parser.add_argument
-    add("images", nargs="+", metavar="IMAGE", help="a file, a folder, a pattern, or -")
-    what = "a run, a checkpoint, an export, torchvision's weights"
-    add("--checkpoint", required=True, metavar="RUN", help=what)
-    add("--ten_crop", action="store_true", help="average ten crops, as in the paper")
+    add("images", nargs="*", metavar="IMAGE", help="a file, a folder, a pattern, or -")
+    add("--checkpoint", metavar="RUN", help="a run, a checkpoint, an export, torchvision's weights")
+    add("--ten_crop", action="store_true", help="average ten crops of each image")
     add("--top", type=int, default=5, metavar="N", help="labels for each image (5)")
     add("--json", metavar="FILE", help="JSON lines; - for standard output instead of text")
-    add("--save_image", metavar="FILE.png", help=f"the first {PICTURED} images with their labels")
-    add("--batch", type=int, default=64, metavar="N", help="views in a step (64)")
+    add("--save_image", metavar="FILE.png", help="plot the first images with their labels")
+    add("--batch", type=int, default=64, metavar="N", help="crops in a batch (64)")
     return parser
 
 
-def _check(words: Namespace) -> None:
-    for name in ("top", "batch"):
-        if getattr(words, name) < 1:
-            raise UserError(f"--{name} is {getattr(words, name)}; it must be at least 1")
-    if words.save_image and Path(words.save_image).suffix not in (".png", ".pdf"):
-        raise UserError(f"--save_image {words.save_image} must end in .png or .pdf")
+def _check(args: Namespace) -> None:
+    error = ""
+    if args.checkpoint is None:
+        error = "there is no network: give --checkpoint a run's folder, or an exported file"
+    elif not args.images:
+        error = "there is no image to predict: give files, folders or patterns, or - to read"
+    elif min(args.top, args.batch) < 1:
+        error = "--top and --batch must be at least 1"
+    elif args.save_image and Path(args.save_image).suffix not in (".png", ".pdf"):
+        error = f"--save_image {args.save_image} must end in .png or .pdf"
     for name in ("json", "save_image"):
-        file = getattr(words, name)
-        if file and not Path(file).absolute().parent.is_dir():
-            raise UserError(f"--{name} {file} has no folder to lie in: make it first")
-
-
-def _lines(words: list[str]) -> Iterator[str]:
-    """The words, and in the place of - those of standard input."""
-    for word in words:
-        if word == "-":
-            yield from filter(None, (line.rstrip("\r\n") for line in sys.stdin))
-        else:
-            yield word
-
-
-def _json_file(name: str | None, stack: contextlib.ExitStack) -> Any:
-    if name is None or name == "-":
-        return sys.stdout if name else None
-    try:
-        return stack.enter_context(open(name, "w", encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"--json {name} cannot be written ({error.strerror})") from None
-
-
-def _draw(path: Path, pictured: list[Answer], network: LoadedModel, good: int) -> None:
-    title = f"{network.config.model.arch}, {network.path.name}"
-    if good > len(pictured):
-        title += f": the first {len(pictured)} of {good} images"
-    try:
-        plot_predictions(
-            path,
-            [one.seen for one in pictured],
-            [Path(one.path).name for one in pictured],
-            [list(zip(one.labels, one.probabilities, strict=True)) for one in pictured],
-            title,
-        )
-    except OSError as error:
-        raise UserError(f"--save_image {path} cannot be written ({error.strerror})") from None
+        file = getattr(args, name)
+        if file and file != "-" and not Path(file).absolute().parent.is_dir():
+            error = f"--{name} {file} has no folder to lie in: make it first"
+    if error:
+        raise UserError(error)
 
 
 if __name__ == "__main__":

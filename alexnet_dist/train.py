@@ -1,31 +1,36 @@
-"""Train AlexNet: alone, or as one of the processes that torchrun starts.
+"""Train AlexNet, alone or as one of the processes that torchrun starts.
 
 torchrun --nproc_per_node=2 -m alexnet_dist.train --config configs/imagenette.yaml --data.root DIR
 """
 
+import contextlib
 import time
 from pathlib import Path
 from typing import Any, NoReturn
 
-from alexnet_dist.assembly import telling
-from alexnet_dist.assembly.parts import Images, Learner, check_network
+import numpy as np
+from torch.distributed.tensor import DTensor
+
+from alexnet_dist import setup
 from alexnet_dist.config import (
+    CommandParser,
     Config,
     ParsedArgs,
     check_resume_compatible,
     diff_configs,
-    parse,
     time_limit,
     to_dict,
 )
-from alexnet_dist.data.corrupt_images import Loader
+from alexnet_dist.data.corrupt_images import Batch, Loader
+from alexnet_dist.data.datasets import DIGITS
 from alexnet_dist.errors import UserError, run_command
+from alexnet_dist.model import MODEL_REGISTRY
 from alexnet_dist.parallel.hang_detector import HangDetector
 from alexnet_dist.parallel.mesh import Mesh, init_distributed
-from alexnet_dist.tracking.logger import Logger, end_message, start_message
-from alexnet_dist.tracking.run_dir import RunDir, read_config, resolve_run_dir
+from alexnet_dist.parallel.precision import device_name
+from alexnet_dist.tracking.logger import QUICKSTART_HINT, Logger, end_message, start_message
+from alexnet_dist.tracking.run_dir import RunDir, read_config, resolve_run_dir, restart_info
 from alexnet_dist.training.checkpoint import CheckpointManager
-from alexnet_dist.training.optim import momentum_buffers
 from alexnet_dist.training.preemption import INTERRUPT, Preempted, PreemptionHandler
 from alexnet_dist.training.step import (
     StepThrottle,
@@ -35,456 +40,443 @@ from alexnet_dist.training.step import (
     evaluate,
 )
 
-
-def main(arguments: list[str]) -> None:
-    """Train as the command line says."""
-    parsed = parse(arguments, __doc__)
-    runtime = parsed.config.runtime
-    mesh = init_distributed(runtime.device, runtime.threads, runtime.hang_timeout)
-    check_network(parsed.config, mesh)
-    folder, path, kept = _open_run(mesh, parsed)
-    try:
-        if kept:
-            parsed = parse(arguments, __doc__, base_config=kept)
-            check_network(parsed.config, mesh)
-        run = Run(parsed.config, mesh.with_layout(parsed.config.parallel.towers), folder, path)
-        run.train()
-    except UserError as failure:  # for a person to mend: to start again by itself is of no use
-        if folder is not None or not failure.on_all_ranks:
-            RunDir(path).set_status("failed")
-        raise
-
-
-BAD_STEPS_IN_A_ROW = 10
+MAX_CONSECUTIVE_NONFINITE = 10
 """After so many steps without a finite loss and gradient, more of them will not help."""
 
-HASTE_SECONDS = 5.0
-"""For Weights & Biases to hear the last, where the run has been told to leave."""
+WANDB_FLUSH_TIMEOUT = 5.0
+"""Seconds for Weights & Biases to receive the last events of a preempted run."""
 
 
-class Run:
-    """One life of a training run: what it is made of, and where it stands."""
+class Trainer:
+    """A training run: what it is made of, and how far it is."""
 
-    def __init__(self, config: Config, mesh: Mesh, folder: RunDir | None, path: Path) -> None:
+    def __init__(self, config: Config, mesh: Mesh, run_dir: RunDir | None, path: Path) -> None:
         self.config, self.mesh, self.path = config, mesh, path
-        self.images = Images(config, mesh)
-        self.learner = Learner(config, mesh, self.images)
-        self.layout, self.optimizer = self.learner.layout, self.learner.optimizer
-        keep = config.checkpoint
+        self.data = setup.build_data(config, mesh)
+        self.state = setup.TrainState(config, mesh, len(self.data.info.train.classes))
+        self.layout = self.state.layout
+        self.step, self.last_eval_step = 0, -1
+        self.steps_per_epoch = self.data.plan.steps_per_epoch
+        epochs = config.train.epochs * config.train.epochs_scale
+        self.total_steps = max(round(epochs * self.steps_per_epoch), 1)
+        self.last_step = min(config.train.max_steps or self.total_steps, self.total_steps)
+        self.metrics = TrainMetrics(config.data.batch_size, mesh.dp_size)
+        self.timer, self.throttle = StepTimer(), StepThrottle(mesh.device)
         self.checkpoints = CheckpointManager(
             path / "checkpoints",
             mesh.checkpoint_group,
             self.layout,
-            self.optimizer,
-            lambda event, **values: self.report.emit(event, **values),
-            keep_last=keep.keep_last,
-            keep_every=keep.keep_every,
-            async_save=keep.async_save,
+            self.state.optimizer,
+            emit=lambda event, **values: self.logger.emit(event, **values),
+            keep_last=config.checkpoint.keep_last,
+            keep_every=config.checkpoint.keep_every,
+            async_save=config.checkpoint.async_save,
         )
-        self.step = 0
-        self.evaluated = -1  # the step of the last evaluation
-        self.meters = TrainMetrics(config.data.batch_size, mesh.dp_size)
-        self.before, self.damaged = self._restore()  # the options of the life before, if any
-        self.clock, self.pace = StepTimer(), StepThrottle(mesh.device)
-        self.report = Logger(
-            folder,
+        self.resumed_config, self.warnings = self._restore_or_initialize()
+        self.logger = Logger(
+            run_dir,
             to_dict(config),
-            total_steps=self.steps,
-            steps_per_epoch=self.images.plan.steps_per_epoch,
+            total_steps=self.total_steps,
+            steps_per_epoch=self.steps_per_epoch,
             wandb_mode=config.wandb.mode,
             wandb_project=config.wandb.project,
             log_images=config.wandb.log_images,
         )
 
-    @property
-    def steps(self) -> int:
-        """Steps of the whole run."""
-        train = self.config.train
-        return max(round(train.epochs * train.epochs_scale * self.images.plan.steps_per_epoch), 1)
-
-    @property
-    def passes(self) -> float:
-        """Passes over the training images so far."""
-        return self.step / self.images.plan.steps_per_epoch
-
     def train(self) -> None:
-        """Train to the end of the run, or to train.max_steps of it, or until it is told to stop.
+        """Train to the end of the run, or to train.max_steps of it, or until told to stop.
 
         Raises:
-            Failure: something that a person has to mend.
+            UserError: something that a person has to fix.
             SystemExit: it was stopped by Ctrl-C, and is saved.
         """
-        last = min(self.config.train.max_steps or self.steps, self.steps)
-        if self.step >= last and self.evaluated == self.step:
-            self._already_there(last)
+        if self.step >= self.last_step and self.last_eval_step == self.step:
+            self._report_nothing_to_do()
             return
-        run, mesh = self.config.run, self.mesh
-        self.watch = HangDetector(mesh, self.config.runtime.hang_timeout)
+        run = self.config.run
+        self.hang_detector = HangDetector(self.mesh, self.config.runtime.hang_timeout)
         self.preemption = PreemptionHandler(
             self.path,
-            mesh.long_timeout_group,
+            self.mesh.long_timeout_group,
             signals=tuple(run.preempt_signals),
             time_limit=time_limit(run),
             grace=run.sigterm_grace,
-            before_exit=self.report.stop_progress_bar,
+            before_exit=self.logger.stop_progress_bar,
         )
         try:
-            self._agree()
-            self._announce()
-            if mesh.world_size > 1:
-                self.learner.warm_up()
-            self._train(last)
+            self._check_ranks_agree()
+            self._log_start()
+            self.state.ddp_warmup()
+            while self.step < self.last_step or self.last_eval_step < self.step:
+                if not self._evaluation_due():
+                    self._train_epoch()
+                if self.metrics.has_unlogged_steps:
+                    self._log_step()
+                result = self._evaluate_and_save()
+            self.checkpoints.wait()
+            self.preemption.close()
+            self.hang_detector.close()
+            self._finish(result)
         except Preempted as stop:
-            self._leave(stop.reason)
+            self._save_and_exit(stop.reason)
         except BaseException:
-            self.report.stop_progress_bar()
+            self.logger.stop_progress_bar()
             raise
         finally:
-            self.watch.close()
+            self.hang_detector.close()
 
-    def _train(self, last: int) -> None:
-        result: dict[str, float] = {}
-        while self.step < last or self.evaluated < self.step:
-            end = min(last, (self._epoch + 1) * self.images.plan.steps_per_epoch)
-            if not self._wants_evaluation(last):
-                self._train_to(end)
-            self._collect()
-            result = self._end_epoch()
-        self.checkpoints.wait()
-        self.preemption.close()
-        self.watch.close()
-        self._finish(result)
+    def _train_epoch(self) -> None:
+        """Steps to the end of this epoch, or to the last step."""
+        config, plan = self.config, self.data.plan
+        epoch, first = divmod(self.step, self.steps_per_epoch)
+        end = min(self.last_step, (epoch + 1) * self.steps_per_epoch)
+        samples = plan.epoch(epoch, first, self.mesh.batch_slice)
+        with contextlib.closing(self.data.loader.batches(samples)) as batches:
+            self.timer.start()
+            while self.step < end:
+                self.hang_detector.heartbeat(f"waiting for the images of step {self.step + 1}")
+                batch = next(batches)
+                self.timer.mark_data_ready()
+                if self.step == 0:
+                    self._log_first_batch(batch)
 
-    def _wants_evaluation(self, last: int) -> bool:
-        """Whether training has come to where it is evaluated, and was stopped before it was."""
-        due = self.step > 0 and (
-            self.step % self.images.plan.steps_per_epoch == 0 or self.step >= last
-        )
-        return due and self.evaluated < self.step
+                self.hang_detector.heartbeat(f"computing step {self.step + 1}")
+                self.state.set_lr(self.step / self.steps_per_epoch)
+                result = self.state.train_step(batch, self.state.dropout_masks(self.step))
+                self.throttle.step_launched(batch)
+                self.step += 1
+                self.metrics.add(self.step, result, batch.indices)
+                self.timer.mark_step_done()
 
-    def _end_epoch(self) -> dict[str, float]:
-        """Evaluate, and save what training has come to."""
-        whole = self.step % self.images.plan.steps_per_epoch == 0 or self.step == self.steps
+                if self.step % config.train.log_interval == 0:
+                    self._log_step()
+                interval = config.checkpoint.interval_steps
+                if interval and self.step % interval == 0 and self.step < end:
+                    self._save()
+                self.preemption.check_stop(
+                    2 * self.timer.longest_step + 2 * self.checkpoints.longest_save
+                )
+
+    def _evaluation_due(self) -> bool:
+        """Whether an epoch, or training, has ended, and was not evaluated before it was stopped."""
+        at_end = self.step % self.steps_per_epoch == 0 or self.step >= self.last_step
+        return self.step > 0 and at_end and self.last_eval_step < self.step
+
+    def _evaluate_and_save(self) -> dict[str, float]:
+        full_epoch = self.step % self.steps_per_epoch == 0 or self.step == self.total_steps
         result = self.evaluate()
-        self._record_epoch()
-        self.evaluated = self.step
-        if whole:
-            self.learner.schedule.step_metric(result["top1_error"])
-            self.meters.next_epoch()
+        self._log_epoch()
+        self.last_eval_step = self.step
+        if full_epoch:
+            self.state.schedule.step_metric(result["top1_error"])
+            self.metrics.next_epoch()
         self.checkpoints.wait()
         best = self.checkpoints.best
-        better = whole and (best is None or result["top1_error"] < best["top1_error"])
-        self.save(best={**result, "step": self.step} if better else None)
+        is_best = full_epoch and (best is None or result["top1_error"] < best["top1_error"])
+        self._save(best={**result, "step": self.step} if is_best else None)
         return result
-
-    @property
-    def _epoch(self) -> int:
-        return self.step // self.images.plan.steps_per_epoch
-
-    def _train_to(self, end: int) -> None:
-        """Steps up to ``end``, which lies in this epoch or is its last."""
-        config = self.config
-        plan = self.images.plan
-        draws = plan.epoch(self._epoch, self.step % plan.steps_per_epoch, self.mesh.batch_slice)
-        batches = self.images.engine.batches(draws)
-        try:
-            self.clock.start()
-            while self.step < end:
-                self.watch.heartbeat(f"waiting for the images of step {self.step + 1}")
-                batch = next(batches)
-                self.clock.mark_data_ready()
-                if self.step == 0:
-                    telling.show_first(self.report, self.images, batch)
-                self.watch.heartbeat(f"computing step {self.step + 1}")
-                rates = self.learner.set_rates(self.passes)
-                masks = self.learner.masks(self.step)
-                result = self.learner.take_step(batch, masks)
-                self.pace.step_launched(batch)
-                self.step += 1
-                self.meters.add(self.step, result, batch.indices)
-                self.clock.mark_step_done()
-                if self.step % config.train.log_interval == 0:
-                    self._record(rates)
-                every = config.checkpoint.interval_steps
-                if every and self.step % every == 0 and self.step < end:
-                    self.save()
-                self.preemption.check_stop(
-                    2 * self.clock.longest_step + 2 * self.checkpoints.longest_save
-                )
-        finally:
-            batches.close()
-
-    def _record(self, rates: dict[str, float]) -> None:
-        """A line of the records: the steps since the last one."""
-        self._report_bad(self.images.engine)
-        self._collect()
-        self.checkpoints.wait(block=False)
-        steps = len(self.meters.losses)
-        loss, error = self.meters.pop_averages()
-        seconds, waited, timed_steps = self.clock.pop_times()
-        timed = timed_steps * self.config.data.batch_size
-        self.report.emit(
-            "train",
-            step=self.step,
-            epoch=self.passes,
-            loss=loss,
-            top1_error=error,
-            lr=rates["weights"],
-            lrs=rates,
-            pca_noise_std=self.images.plan.pca_noise_std(
-                (self.step - 1) / self.images.plan.steps_per_epoch
-            ),
-            steps=steps,
-            images_per_second=timed / max(seconds, 1e-9),
-            data_time_fraction=waited / max(seconds, 1e-9),
-            comm_time_fraction=self.layout.comm_timer.pop_seconds() / max(seconds, 1e-9),
-            seconds=seconds,
-        )
-
-    def _record_epoch(self) -> None:
-        """What the epoch so far was made of."""
-        self._report_bad(self.images.engine)
-        steps = max(self.meters.epoch_steps, 1)
-        self.report.emit(
-            "epoch",
-            step=self.step,
-            epoch=self.passes,
-            images=self.meters.epoch_images,
-            sample_order_hash=self.meters.sample_order_hash,
-            loss=self.meters.epoch_loss / steps,
-            top1_error=100.0
-            * (1 - self.meters.epoch_num_correct / max(self.meters.epoch_images, 1)),
-        )
 
     def evaluate(self) -> dict[str, float]:
-        """Exact errors over the validation images, recorded."""
-        begin = time.perf_counter()
-        longest, last = 0.0, begin
+        """Exact errors over the validation images, logged."""
+        started = last = time.perf_counter()
+        longest = 0.0
 
-        def between() -> None:
+        def after_batch() -> None:
             nonlocal longest, last
             longest, last = max(longest, time.perf_counter() - last), time.perf_counter()
-            self.watch.heartbeat(f"evaluating after step {self.step}")
+            self.hang_detector.heartbeat(f"evaluating after step {self.step}")
             self.preemption.check_stop(2 * longest + 2 * self.checkpoints.longest_save)
 
-        batches = self.images.val_engine.batches(
-            self.images.evaluation.batches(self.mesh.batch_slice)
-        )
-        try:
-            with self.layout.comm_timer.paused():
-                result = evaluate(self.layout, batches, self.mesh.device, between)
-        finally:
-            batches.close()
-        left_out = self._report_bad(self.images.val_engine)
-        check_all_images_counted(result, left_out, len(self.images.catalogue.val))
-        if left_out:
-            result["num_skipped"] = left_out
-        seconds = time.perf_counter() - begin
-        self.report.emit("eval", step=self.step, epoch=self.passes, **result, seconds=seconds)
+        loader, samples = self.data.eval_loader, self.data.eval_plan.batches(self.mesh.batch_slice)
+        with contextlib.closing(loader.batches(samples)) as batches:
+            result = evaluate(self.layout, batches, self.mesh.device, after_batch)
+        skipped = self._log_corrupt_images(loader)
+        check_all_images_counted(result, skipped, len(self.data.info.val))
+        if skipped:
+            result["num_skipped"] = skipped
+        self._log("eval", **result, seconds=time.perf_counter() - started)
         return result
-
-    def _report_bad(self, engine: Loader) -> int:
-        """Record the images that were replaced or left out, of all processes; how many."""
-        mine = engine.corrupt.pop_events() if self.mesh.is_replica_leader else []
-        news = [event for each in self.mesh.all_gather_object(mine) for event in each]
-        for event in news:
-            self.report.emit("corrupt_image", step=self.step, **event)
-        return len(news)
 
     # checkpoints
 
-    def save(self, best: dict[str, Any] | None = None) -> None:
-        """Begin to write a checkpoint of this step, of which ``best`` may be the evaluation."""
-        self.watch.heartbeat(f"saving step {self.step}")
-        self._collect()
+    def _save(self, best: dict[str, Any] | None = None) -> None:
+        """Begin to write a checkpoint of this step; ``best`` is its evaluation, if the best."""
+        self.hang_detector.heartbeat(f"saving step {self.step}")
+        self._check_finite()
         if not self.checkpoints.weights_finite():
-            self._not_finite(self.step, "a weight is not finite")
-        catalogue = self.images.catalogue
-        standing = {
+            self._stop_nonfinite(self.step, "a weight is not finite")
+        info = self.data.info
+        state = {
             "run": self.path.name,
             "step": self.step,
-            "last_eval_step": self.evaluated,
-            "schedule": self.learner.schedule.state_dict(),
-            "metrics": self.meters.state_dict(),
+            "last_eval_step": self.last_eval_step,
+            "schedule": self.state.schedule.state_dict(),
+            "metrics": self.metrics.state_dict(),
             "scaler": self.layout.scaler.state_dict(),
             "config": to_dict(self.config),
-            "classes": catalogue.train.classes,
-            "statistics": catalogue.stats.to_json(),
-            "dataset_hash": catalogue.dataset_hash,
-            "images": {"train": len(catalogue.train), "val": len(catalogue.val)},
-            "wandb_id": self.report.wandb_id,
-            "versions": telling.versions(),
+            "classes": info.train.classes,
+            "statistics": info.stats.to_json(),
+            "dataset_hash": info.dataset_hash,
+            "images": {"train": len(info.train), "val": len(info.val)},
+            "wandb_id": self.logger.wandb_id,
+            "versions": setup.VERSIONS,
         }
-        self.checkpoints.save(standing, best)
-        self.clock.start()
+        self.checkpoints.save(state, best)
+        self.timer.start()
 
-    def _restore(self) -> tuple[dict[str, Any] | None, list[str]]:
-        """Go on from the run's newest checkpoint that is whole, or begin; the options of the life
-        that wrote it, and a sentence for each that was damaged."""
-        state, damaged = self.checkpoints.restore(self._refuse_other)
-        if state is None:
-            return None, damaged + self._begin()
-        self.step, self.evaluated = state["step"], state["last_eval_step"]
-        self.learner.schedule.load_state_dict(state["schedule"])
-        self.meters.load_state_dict(state["metrics"])
-        if state["scaler"]:  # empty where the run was not in fp16 before
-            self.layout.scaler.load_state_dict(state["scaler"])
-        return state["config"], damaged
+    def _restore_or_initialize(self) -> tuple[dict[str, Any] | None, list[str]]:
+        """Resume from the newest valid checkpoint, or initialize the weights.
 
-    def _refuse_other(self, state: dict[str, Any]) -> None:
-        """Refuse a checkpoint of a run that meant something else."""
-        way_out = (
-            f"the run in {self.path} has trained for {state['step']} steps otherwise, and another "
-            "one begins by --run.name NAME or --run.resume never"
+        Returns:
+            The config of the attempt before, None at the beginning; and warnings to be logged.
+        """
+        state, warnings = self.checkpoints.restore(self._check_resumable)
+        if state is not None:
+            self.step, self.last_eval_step = state["step"], state["last_eval_step"]
+            self.state.schedule.load_state_dict(state["schedule"])
+            self.metrics.load_state_dict(state["metrics"])
+            if state["scaler"]:  # empty where the run was not in fp16 before
+                self.layout.scaler.load_state_dict(state["scaler"])
+            return state["config"], warnings
+        self.state.init_weights()
+        path = self.config.model.pretrained
+        missing = self.checkpoints.load_pretrained(path) if path else []
+        if missing:
+            names = ", ".join(missing)
+            warnings.append(f"{path} has no {names} for this network: initialized from scratch")
+        return None, warnings
+
+    def _check_resumable(self, state: dict[str, Any]) -> None:
+        """Refuse a checkpoint of a run with other images or a config that means another run."""
+        alternative = (
+            f"the run in {self.path} has trained for {state['step']} steps with it; start another "
+            "run by --run.name NAME or --run.resume never"
         )
-        check_resume_compatible(state["config"], to_dict(self.config), way_out)
-        catalogue = self.images.catalogue
-        if state["dataset_hash"] != catalogue.dataset_hash:
+        check_resume_compatible(state["config"], to_dict(self.config), alternative)
+        info = self.data.info
+        if state["dataset_hash"] != info.dataset_hash:
             raise UserError(
-                f"the images below {catalogue.train.folder} are others than before: {way_out}",
+                f"the images below {info.train.folder} are not those of before: {alternative}",
                 on_all_ranks=True,
             )
 
-    def _begin(self) -> list[str]:
-        """Stand at step 0, with initial weights or those asked for; a sentence where these do not
-        have all."""
-        self.learner.draw()
-        for velocity in momentum_buffers(self.optimizer, self.layout.parameters).values():
-            velocity.zero_()
-        self.step, self.evaluated, self.checkpoints.best = 0, -1, None
-        self.meters = TrainMetrics(self.config.data.batch_size, self.mesh.dp_size)
-        path = self.config.model.pretrained
-        anew = self.checkpoints.load_pretrained(path) if path else []
-        return [f"{path} has no {', '.join(anew)} for this network: drawn anew"] if anew else []
-
-    def _leave(self, cause: str) -> None:
-        """Save, and end before the run does, to go on another time."""
-        here = (self.step, self.evaluated)
+    def _save_and_exit(self, cause: str) -> None:
+        """Save, and end before the run does, to be resumed."""
+        here = (self.step, self.last_eval_step)
         self.checkpoints.wait()
         if self.checkpoints.last_saved != here:
-            self.save()
+            self._save()
             self.checkpoints.wait()
-        self.report.emit("preempted", step=self.step, epoch=self.passes, cause=cause)
+        self._log("preempted", cause=cause)
         by_hand = cause == INTERRUPT
-        self.report.close("stopped" if by_hand else "preempted", self.step, HASTE_SECONDS)
-        saved = (
-            "saved; the" if self.checkpoints.last_saved == here else "NOT saved, as said above; the"
+        self.logger.close("stopped" if by_hand else "preempted", self.step, WANDB_FLUSH_TIMEOUT)
+        saved = "saved" if self.checkpoints.last_saved == here else "NOT saved, as said above"
+        self.logger.print(
+            f"stopped by {cause} at step {self.step} of {self.total_steps}, {saved}; the same "
+            "command resumes"
         )
-        self.report.print(
-            f"stopped by {cause} at step {here[0]} of {self.steps}, {saved} same command goes on"
-        )
-        self.images.close()
+        self.data.close()
         if by_hand:
             raise SystemExit(130)
 
-    def _warn(self, sentences: list[str]) -> None:
-        for sentence in sentences:
-            self.report.emit("warning", step=self.step, message=sentence)
+    # steps that are not finite
 
-    # numbers that are not finite
-
-    def _collect(self) -> None:
-        """Read the meters, and see to steps whose numbers have left the finite, before they can
-        reach a checkpoint.
+    def _check_finite(self) -> None:
+        """Read the metrics, and handle nonfinite steps before they can reach a checkpoint.
 
         Raises:
-            Failure: unless train.on_nonfinite is skip, and not too many steps in a row were bad.
+            UserError: as train.on_nonfinite says.
         """
-        bad = self.meters.reduce()
-        if not bad:
-            return
-        guarded = self.layout.scaler.skip_nonfinite
-        for one in bad if guarded else bad[:1]:  # without a guard the others follow from it
-            paths = [
-                self.images.engine.corrupt.dataset.path(number) for number in one.indices.tolist()
-            ]
-            self.report.emit(
-                "nonfinite", step=one.step, what=one.description, skipped=guarded, paths=paths
-            )
-        if not guarded or self.meters.consecutive_nonfinite >= BAD_STEPS_IN_A_ROW:
-            self._not_finite(bad[0].step, bad[0].description)
+        bad = self.metrics.reduce()
+        skip = self.layout.scaler.skip_nonfinite
+        path_of = self.data.loader.corrupt.dataset.path
+        for one in bad if skip else bad[:1]:  # otherwise the others follow from it
+            paths = [path_of(index) for index in one.indices.tolist()]
+            event = {"step": one.step, "what": one.description, "skipped": skip, "paths": paths}
+            self.logger.emit("nonfinite", **event)
+        if bad and (not skip or self.metrics.consecutive_nonfinite >= MAX_CONSECUTIVE_NONFINITE):
+            self._stop_nonfinite(bad[0].step, bad[0].description)
 
-    def _not_finite(self, step: int, what: str) -> NoReturn:
+    def _stop_nonfinite(self, step: int, what: str) -> NoReturn:
         raise UserError(
             f"{what} at step {step}: take a smaller --optim.lr (it is {self.config.optim.lr:g}), "
             "or a warm-up by --optim.schedule.warmup_epochs 1; the last checkpoint is intact",
             on_all_ranks=True,
         )
 
-    # what people see
+    # what is logged
 
-    def _agree(self) -> None:
-        """See to it that all processes were given the same run, and share its images out."""
-        mine = (to_dict(self.config), self.images.catalogue.dataset_hash, self.step)
-        rows = (
-            range(self.config.data.batch_size)[self.mesh.batch_slice]
-            if self.mesh.is_replica_leader
-            else range(0)
+    def _log(self, event: str, **values: Any) -> None:
+        self.logger.emit(event, step=self.step, epoch=self.step / self.steps_per_epoch, **values)
+
+    def _log_step(self) -> None:
+        """A line of the records: the steps since the last one."""
+        self._log_corrupt_images(self.data.loader)
+        self._check_finite()
+        self.checkpoints.wait(block=False)
+        lrs = self.state.set_lr((self.step - 1) / self.steps_per_epoch)
+        steps = len(self.metrics.losses)
+        loss, error = self.metrics.pop_averages()
+        seconds, data_seconds, timed_steps = self.timer.pop_times()
+        seconds = max(seconds, 1e-9)
+        self._log(
+            "train",
+            loss=loss,
+            top1_error=error,
+            lr=lrs["weights"],
+            lrs=lrs,
+            pca_noise_std=self.data.plan.pca_noise_std((self.step - 1) / self.steps_per_epoch),
+            steps=steps,
+            images_per_second=timed_steps * self.config.data.batch_size / seconds,
+            data_time_fraction=data_seconds / seconds,
+            comm_time_fraction=self.layout.comm_timer.pop_seconds() / seconds,
+            seconds=seconds,
         )
-        everyone = self.mesh.all_gather_object((mine, rows))
-        positions = sorted(position for _, rows in everyone for position in rows)
-        if any(one != mine for one, _ in everyone) or positions != list(range(len(positions))):
+
+    def _log_epoch(self) -> None:
+        """What the epoch so far was made of."""
+        self._log_corrupt_images(self.data.loader)
+        metrics = self.metrics
+        self._log(
+            "epoch",
+            images=metrics.epoch_images,
+            sample_order_hash=metrics.sample_order_hash,
+            loss=metrics.epoch_loss / max(metrics.epoch_steps, 1),
+            top1_error=100.0 * (1 - metrics.epoch_num_correct / max(metrics.epoch_images, 1)),
+        )
+
+    def _log_corrupt_images(self, loader: Loader) -> int:
+        """Log the images that any rank's loader substituted or skipped; how many."""
+        mine = loader.corrupt.pop_events() if self.mesh.is_replica_leader else []
+        events = [event for each in self.mesh.all_gather_object(mine) for event in each]
+        for event in events:
+            self.logger.emit("corrupt_image", step=self.step, **event)
+        return len(events)
+
+    def _log_start(self) -> None:
+        mesh, info = self.mesh, self.data.info
+        values = {
+            "world_size": mesh.world_size,
+            "device": device_name(mesh.device),
+            "precision": self.layout.precision,
+            "compiled": self.state.compiles,
+            "cuda_graph": setup.uses_cuda_graph(self.config, mesh),
+            "threads": mesh.threads,
+            "loader": self.data.loader.description,
+            "layout": self.layout.description,
+            "parameters": sum(p.numel() for p in self.state.model.parameters() if p.requires_grad),
+            "num_classes": len(info.train.classes),
+            "train_images": len(info.train),
+            "val_images": len(info.val),
+            "dataset_hash": info.dataset_hash,
+            "versions": setup.VERSIONS,
+            "restarts": restart_info(),
+        }
+        self.logger.print(start_message(self.config.model.arch, values, self.path))
+        config = to_dict(self.config)
+        if self.resumed_config is None:
+            self._log("start", config=config, **values)
+        else:
+            self._log("resume", changed=diff_configs(self.resumed_config, config), **values)
+        for message in self.warnings:
+            self._log("warning", message=message)
+
+    def _log_first_batch(self, batch: Batch) -> None:
+        """What the network really sees, as a picture."""
+        if self.logger.is_active:
+            noise = self.data.plan.pca_noise_std(0)
+            pixels = self.data.normalization.to_uint8_images(batch.images[:32], noise)
+            self.logger.log_labeled_images(pixels, batch.labels[:32], self.data.info.short_names)
+
+    def _log_predictions(self) -> None:
+        """A few validation images with their best labels; all ranks call it together."""
+        info, eval_batch = self.data.info, self.config.data.eval_batch_size
+        count = min(16, len(info.val), max(eval_batch // self.mesh.dp_size, 1))
+        samples = self.data.eval_plan.samples(np.linspace(0, len(info.val) - 1, count, dtype=int))
+        (batch,) = self.data.eval_loader.batches([samples])
+        probs = self.layout.logits(batch.images).softmax(1)
+        pixels = self.data.eval_normalization.to_uint8_images(batch.images)
+        self.logger.log_predictions(self.step, pixels, batch.labels, probs, info.short_names)
+
+    def _log_kernels(self) -> None:
+        first = next(t for t in self.checkpoints.state_tensors().values() if t.dim() == 4)
+        kernels = first.full_tensor() if isinstance(first, DTensor) else first
+        towers = MODEL_REGISTRY[self.config.model.arch].towers
+        self.logger.log_kernels(self.step, kernels.float().cpu().numpy(), towers)
+
+    def _finish(self, result: dict[str, float]) -> None:
+        ended = self.step >= self.total_steps
+        self._log_predictions()
+        self._log_kernels()
+        self.logger.plot_curves(self.step)
+        self._log("finished", ended=ended, **result, best=self.checkpoints.best)
+        self.logger.close("ended" if ended else "stopped", self.step)
+        self.data.close()
+        stopped_at = "" if ended else f"step {self.step} of {self.total_steps}"
+        hint = QUICKSTART_HINT if Path(self.data.info.train.folder).parent.name == DIGITS else ""
+        self.logger.print(end_message(result, self.path, stopped_at=stopped_at, hint=hint))
+
+    def _report_nothing_to_do(self) -> None:
+        self.logger.close("ended" if self.step >= self.total_steps else "stopped", self.step)
+        self.logger.print(
+            f"{self.path} is at step {self.step} already, and was asked for {self.last_step}: "
+            "raise --train.max_steps or --train.epochs, or start another run by --run.resume never"
+        )
+
+    def _check_ranks_agree(self) -> None:
+        """See that all ranks were given the same run, and that they share each batch out exactly.
+
+        Raises:
+            UserError: they were not, or do not.
+        """
+        mine = (to_dict(self.config), self.data.info.dataset_hash, self.step)
+        batch, mesh = self.config.data.batch_size, self.mesh
+        positions = range(batch)[mesh.batch_slice] if mesh.is_replica_leader else range(0)
+        ranks = mesh.all_gather_object((mine, positions))
+        covered = sorted(position for _, positions in ranks for position in positions)
+        if any(other != mine for other, _ in ranks) or covered != list(range(batch)):
             raise UserError(
                 "the processes of this run were started with different options, or do not all "
                 "reach the same run folder: give every machine the same command line",
                 on_all_ranks=True,
             )
 
-    def _announce(self) -> None:
-        known = telling.facts(self.mesh, self.images, self.learner)
-        config = to_dict(self.config)
-        self.report.print(start_message(self.config.model.arch, known, self.path))
-        if self.before is None:
-            self.report.emit("start", step=0, epoch=0.0, config=config, **known)
-        else:
-            changed = diff_configs(self.before, config)
-            self.report.emit("resume", step=self.step, epoch=self.passes, changed=changed, **known)
-        self._warn(self.damaged)
 
-    def _finish(self, result: dict[str, float]) -> None:
-        ended = self.step >= self.steps
-        telling.show_predictions(self.report, self.images, self.learner, self.mesh, self.step)
-        self.report.plot_curves(self.step)
-        tensors = self.checkpoints.state_tensors()
-        telling.show_kernels(self.report, self.config, tensors, self.step)
-        self.report.emit(
-            "finished",
-            step=self.step,
-            epoch=self.passes,
-            ended=ended,
-            **result,
-            best=self.checkpoints.best,
-        )
-        self.report.close("ended" if ended else "stopped", self.step)
-        self.images.close()
-        stopped = "" if ended else f"step {self.step} of {self.steps}"
-        hint = telling.hint(self.images)
-        self.report.print(end_message(result, self.path, stopped_at=stopped, hint=hint))
+def main(arguments: list[str]) -> None:
+    """Train as the command line says."""
+    parser = CommandParser("train", __doc__, default_config="quickstart")
+    parsed = parser.parse(arguments)
+    _, kept = _find_run(parsed)  # by every rank, before any of them writes
+    config = parser.parse(arguments, kept).config if kept else parsed.config
+    runtime = config.runtime
+    mesh = init_distributed(runtime.device, runtime.threads, runtime.hang_timeout)
+    setup.validate(config, mesh)
+    run_dirs: list[RunDir] = []
 
-    def _already_there(self, last: int) -> None:
-        self.report.close("ended" if self.step >= self.steps else "stopped", self.step)
-        self.report.print(
-            f"{self.path} is at step {self.step} already, and was asked for {last}: raise "
-            "--train.max_steps or --train.epochs, or begin anew by --run.resume never"
-        )
+    def open_run() -> Path:
+        run_dirs.append(RunDir(_find_run(parsed)[0]))
+        run_dirs[0].lock()
+        run_dirs[0].set_status("running")
+        return run_dirs[0].path
+
+    path = mesh.broadcast_from_rank0(open_run)
+    try:
+        mesh = mesh.with_layout(config.parallel.towers)
+        Trainer(config, mesh, run_dirs[0] if run_dirs else None, path).train()
+    except UserError as error:  # a person has to fix it: a restart would not help
+        if run_dirs or not error.on_all_ranks:
+            RunDir(path).set_status("failed")
+        raise
 
 
-def _open_run(mesh: Mesh, parsed: ParsedArgs) -> tuple[RunDir | None, Path, dict[str, Any]]:
-    """The run's folder (on rank 0), its path, and the options it keeps if the run goes on."""
-    config = parsed.config
-    opened: list[RunDir] = []
-
-    def choose() -> tuple[str, dict[str, Any]]:
-        name = config.run.name or parsed.config_name
-        path, resumed = resolve_run_dir(config.run.output_dir, name, config.run.resume)
-        folder = RunDir(path)
-        folder.lock()
-        folder.set_status("running")
-        opened.append(folder)
-        return str(path), read_config(path) if resumed else {}
-
-    path, kept = mesh.broadcast_from_rank0(choose)
-    return (opened[0] if opened else None), Path(path), kept
+def _find_run(parsed: ParsedArgs) -> tuple[Path, dict[str, Any]]:
+    """The run's folder, and the options that it keeps if the run resumes there."""
+    run = parsed.config.run
+    try:
+        path, resumes = resolve_run_dir(run.output_dir, run.name or parsed.config_name, run.resume)
+        return path, read_config(path) if resumes else {}
+    except UserError as error:
+        raise UserError(str(error), on_all_ranks=True) from None
 
 
 if __name__ == "__main__":

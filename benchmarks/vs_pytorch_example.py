@@ -131,7 +131,7 @@ def measure(case: str, data: Path, seconds: float, options: list[str]) -> float:
     else:
         mesh = init_distributed(config.runtime.device, config.runtime.threads).with_layout(1)
         benchmark = TrainBenchmark(config, mesh)
-        loader = benchmark.data.engine
+        loader = benchmark.data.loader
         bench_case = (
             benchmark.training_case(benchmark.batches(loader))
             if case == "our training"

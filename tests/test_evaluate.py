@@ -12,10 +12,10 @@ import torch.distributed as dist
 from PIL import Image
 
 from alexnet_dist import evaluate
-from alexnet_dist.assembly.trained import LoadedModel
 from alexnet_dist.config import Config, to_dict
 from alexnet_dist.data.datasets import SplitIndex, scan_dataset
 from alexnet_dist.errors import UserError
+from alexnet_dist.loaded_model import LoadedModel
 from alexnet_dist.model import build_model
 from alexnet_dist.parallel.mesh import Mesh
 from alexnet_dist.training import checkpoint
@@ -43,19 +43,22 @@ def errors_of(
     """What is counted of networks that give ``logits`` [images, classes], where the engine of each
     leaves out its ``bad`` images."""
 
-    def lay_out(network: LoadedModel, *_: object) -> tuple[object, object, object]:
-        given, missing = logits[network.state["n"]], bad[network.state["n"]]
-        layout = SimpleNamespace(logits=lambda images: given[images])
-        news = [{"index": number} for number in missing]
-        engine = SimpleNamespace(
-            corrupt=SimpleNamespace(pop_events=lambda: news), close=lambda: None
-        )
+    def layout(model: LoadedModel, *_: object) -> object:
+        return SimpleNamespace(logits=lambda images: logits[model.state["n"]][images])
+
+    def loader(model: LoadedModel, *_: object) -> object:
+        missing = bad[model.state["n"]]
         steps = np.array_split(np.arange(IMAGES), [5, 10, 15, 20])
         kept = [np.array([n for n in step if n not in missing], np.int64) for step in steps]
         batches = [SimpleNamespace(indices=one, images=torch.from_numpy(one)) for one in kept]
-        return layout, engine, batches
+        return SimpleNamespace(
+            corrupt=SimpleNamespace(pop_events=lambda: [{"index": n} for n in missing]),
+            batches=lambda samples: batches,
+            close=lambda: None,
+        )
 
-    monkeypatch.setattr(evaluate, "lay_out", lay_out)
+    monkeypatch.setattr(LoadedModel, "layout", layout)
+    monkeypatch.setattr(evaluate, "_loader", loader)
     config = Config()
     config.data.eval_batch_size = 5
     state = {"classes": [str(n) for n in range(CLASSES)]}

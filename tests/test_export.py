@@ -12,9 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from alexnet_dist import evaluate, export
-from alexnet_dist.assembly.trained import read
 from alexnet_dist.errors import UserError
 from alexnet_dist.export import main
+from alexnet_dist.loaded_model import load_model
 from alexnet_dist.model import Network
 from alexnet_dist.parallel import mesh
 from tests.conftest import train, write_images
@@ -57,7 +57,7 @@ def test_safetensors_are_read_back_to_the_bit(paper: Saved, exported: Path) -> N
     run, model = paper
     file = exported / "model.safetensors"
     alone()
-    before, after = read(str(run)), read(str(file))
+    before, after = load_model(str(run)), load_model(str(file))
     found = after.model(CPU)
     mesh.destroy_distributed()
     for name, parameter in model.named_parameters():
@@ -115,10 +115,10 @@ def test_torchvisions_weights_are_read_and_exported(folder: Path) -> None:
     command(main, "--checkpoint", folder / "theirs.pth", "--out", folder / "theirs")
     alone()
     for file in (folder / "theirs.pth", folder / "theirs/model.safetensors"):
-        found = read(str(file))
+        found = load_model(str(file))
         np.testing.assert_allclose(logits(found.model(CPU), x), logits(theirs, x), atol=1e-6)
         assert found.labels == [str(index) for index in range(12)]
-        assert found.pixels.mean == pytest.approx([123.675, 116.28, 103.53])
+        assert found.normalization.mean == pytest.approx([123.675, 116.28, 103.53])
         assert (found.config.data.image_size, found.config.data.resize_size) == (224, 256)
     mesh.destroy_distributed()
     other = torchvision.models.alexnet(num_classes=12).eval()
@@ -140,7 +140,7 @@ def test_an_exported_file_is_evaluated_and_trained_on_two_towers(
     options = [f"--model.pretrained={file}", "--run.name=run", "--train.max_steps=1"]
     train(2, data, tmp_path, *options, "--parallel.towers=2", "--optim.lr=1e-12")
     alone()
-    model = read(str(tmp_path / "run")).model(CPU)
+    model = load_model(str(tmp_path / "run")).model(CPU)
     mesh.destroy_distributed()
     for name, parameter in paper[1].named_parameters():
         torch.testing.assert_close(model.get_parameter(name), parameter, atol=1e-9, rtol=1e-6)

@@ -9,11 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from alexnet_dist.assembly.trained import read
 from alexnet_dist.data.datasets import FolderDataset, SplitIndex
 from alexnet_dist.data.plan import EvalPlan
 from alexnet_dist.data.torch_loader import TorchLoader
 from alexnet_dist.errors import UserError
+from alexnet_dist.loaded_model import load_model
 from alexnet_dist.model import Network
 from alexnet_dist.predict import main
 from tests.conftest import SIDE
@@ -66,9 +66,9 @@ def test_the_numbers_are_an_evaluations(
     sizes = np.array([Image.open(photographs / name).size[::-1] for name in names])
     labels = np.zeros(len(names), np.int64)
     source = FolderDataset(SplitIndex(str(photographs), names, labels, sizes, CLASSES))
-    network = read(str(run))
-    engine = TorchLoader(source, network.pixels, device=CPU, threads=0)
-    batches = engine.batches(EvalPlan(sizes, 4, network.fraction).batches(slice(None)))
+    network = load_model(str(run))
+    engine = TorchLoader(source, network.normalization, device=CPU, threads=0)
+    batches = engine.batches(EvalPlan(sizes, 4, network.crop_fraction).batches(slice(None)))
     with torch.no_grad():
         wanted = torch.cat([model(batch.images).double().softmax(1) for batch in batches]).numpy()
     np.testing.assert_allclose(by_class(answers), wanted, rtol=1e-4)
@@ -124,7 +124,7 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_done(
         str(good[2]),
     ]
     assert said.err.splitlines() == [
-        f"alexnet_dist: {path} cannot be read ({reason}): it is left out"
+        f"alexnet_dist: {path} cannot be read ({reason}): it is skipped"
         for path, reason in (
             (cut, "it is cut short: a JPEG without its end marker"),
             (tmp_path / "none.jpg", "No such file or directory"),

@@ -86,6 +86,12 @@ class DatasetInfo:
     class_names: dict[str, str] = field(default_factory=dict)
 
     @property
+    def short_names(self) -> list[str]:
+        """What to call each class in a word or two: "tench" of "tench, Tinca tinca"."""
+        names = [self.class_names.get(name, name) for name in self.train.classes]
+        return [name.partition(",")[0] for name in names]
+
+    @property
     def dataset_hash(self) -> str:
         """Of which images there are, wherever and however they are stored."""
         digest = hashlib.sha256()

@@ -117,6 +117,11 @@ class TrainMetrics:
         """Add a step: what ``train_step`` returned, and this process's samples [B]."""
         self._added.append((step, result, indices))
 
+    @property
+    def has_unlogged_steps(self) -> bool:
+        """Whether there are steps since the last ``pop_averages``."""
+        return bool(self._added or self.losses)
+
     def reduce(self) -> list[NonFiniteStep]:
         """Read what was added, and return the steps that were not finite; a collective call."""
         if not self._added:

@@ -9,18 +9,17 @@ from typing import Any
 
 import torch
 
-from alexnet_dist import train
-from alexnet_dist.assembly import parts
+from alexnet_dist import setup, train
 from alexnet_dist.errors import run_command
 
 what, _, words = os.environ["SPOIL"].partition(":")
 steps = {int(word) for word in words.split(",")}
 count = 0
-plain_step = parts.train_step
-plain_restore = train.Run._restore
+plain_step = setup.train_step
+plain_restore = train.Trainer._restore_or_initialize
 
 
-def restore(run: train.Run) -> Any:
+def restore(run: train.Trainer) -> Any:
     global count
     result = plain_restore(run)
     count = run.step
@@ -41,8 +40,8 @@ def train_step(layout: Any, optimizer: Any, batch: Any, masks: Any) -> torch.Ten
     return result
 
 
-parts.train_step = train_step
-train.Run._restore = restore  # type: ignore[method-assign]
+setup.train_step = train_step
+train.Trainer._restore_or_initialize = restore  # type: ignore[method-assign]
 
 if __name__ == "__main__":
     run_command(train.main)

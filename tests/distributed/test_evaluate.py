@@ -82,7 +82,7 @@ def test_two_networks_on_any_number_of_processes(
 def test_ten_views_on_any_number_of_processes(networks: tuple[Path, Path]) -> None:
     alone, three = (average(n, *networks, "--ten_crop") for n in (0, 3))
     assert alone["images"] == 13
-    assert (alone["checkpoints"], alone["views"]) == (2, 10)
+    assert (alone["checkpoints"], alone["num_crops"]) == (2, 10)
     assert three == alone | {"loss": pytest.approx(alone["loss"], rel=1e-9)}
 
 

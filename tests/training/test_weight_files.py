@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-
 from alexnet_dist.assembly.trained import read
+
 from alexnet_dist.errors import UserError
 from alexnet_dist.export import main as export
 from alexnet_dist.model import Network, build_model

@@ -1,0 +1,312 @@
+"""From a config to what a training run is made of: its data, and its network and optimizer."""
+
+import platform
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from alexnet_dist import __version__
+from alexnet_dist.config import Config
+from alexnet_dist.data import build_loader
+from alexnet_dist.data.corrupt_images import Loader, OnCorruptImage
+from alexnet_dist.data.datasets import DatasetInfo, ImageDataset, open_datasets, scan_dataset
+from alexnet_dist.data.plan import EvalPlan, SamplePlan
+from alexnet_dist.data.transforms import Normalization, build_normalization
+from alexnet_dist.errors import UserError
+from alexnet_dist.model import (
+    MODEL_REGISTRY,
+    Network,
+    build_on_meta,
+    iter_initial_weights,
+    make_dropout_masks,
+)
+from alexnet_dist.parallel import (
+    LayoutConfig,
+    ddp_warmup,
+    parallelize,
+    validate_parallel_config,
+)
+from alexnet_dist.parallel.mesh import Mesh
+from alexnet_dist.parallel.precision import configure_backends, resolve_precision
+from alexnet_dist.tracking.console import ProgressReporter
+from alexnet_dist.training.cuda_graph import CudaGraphStep, why_not_capturable
+from alexnet_dist.training.optim import build_optimizer
+from alexnet_dist.training.schedules import Schedule, piecewise_value
+from alexnet_dist.training.step import Batch, set_lr, train_step
+
+VERSIONS = {
+    "alexnet_dist": __version__,
+    "torch": torch.__version__,
+    "python": platform.python_version(),
+}
+
+
+@dataclass(frozen=True)
+class DataPipeline:
+    """The training and the validation images, and the loaders that make batches of them.
+
+    Attributes:
+        plan, eval_plan: which crop of which image comes when.
+        normalization, eval_normalization: how pixels become the network's input.
+    """
+
+    info: DatasetInfo
+    plan: SamplePlan
+    eval_plan: EvalPlan
+    normalization: Normalization
+    eval_normalization: Normalization
+    loader: Loader
+    eval_loader: Loader
+
+    def close(self) -> None:
+        """End the loaders' threads and processes."""
+        self.loader.close()
+        self.eval_loader.close()
+
+
+def build_data(config: Config, mesh: Mesh) -> DataPipeline:
+    """Find the images, and make their plans and loaders; all ranks call it together.
+
+    Raises:
+        UserError: there are no images, or they do not suit the config.
+    """
+    data = config.data
+    info = mesh.broadcast_from_rank0(
+        lambda: scan_dataset(data.root, data.cache_dir, ProgressReporter())
+    )
+    _check_batch(config, mesh, info)
+    plan = SamplePlan(
+        info.train.sizes,
+        data.batch_size,
+        config.train.seed,
+        data.train_crop,
+        data.image_size / data.resize_size,
+        data.scale,
+        data.ratio,
+        data.hflip,
+        pca_noise_schedule(config),
+    )
+    eval_plan = EvalPlan(info.val.sizes, data.eval_batch_size, plan.crop_fraction)
+    pixels = MODEL_REGISTRY[config.model.arch].input_norm
+    normalize = partial(build_normalization, pixels, info.stats, size=data.image_size)
+    training, evaluation = normalize(pca_noise=data.pca_noise), normalize()
+    train_set, val_set = open_datasets(info)
+    loader = loader_for(config, mesh, train_set, training, plan, on_corrupt="substitute")
+    eval_loader = loader_for(config, mesh, val_set, evaluation, eval_plan)
+    return DataPipeline(info, plan, eval_plan, training, evaluation, loader, eval_loader)
+
+
+def loader_for(
+    config: Config,
+    mesh: Mesh,
+    dataset: ImageDataset,
+    normalization: Normalization,
+    plan: SamplePlan | EvalPlan,
+    *,
+    on_corrupt: OnCorruptImage = "skip",
+) -> Loader:
+    """The loader that the options ask for, for this rank's samples of ``plan``.
+
+    Args:
+        on_corrupt: what is done with corrupt images where data.on_corrupt_image is not stop.
+    """
+    data = config.data
+    return build_loader(
+        data.loader,
+        dataset,
+        normalization,
+        plan,
+        device=mesh.device,
+        max_batch_size=max(mesh.local_batch(plan.batch_size), 1) * getattr(plan, "num_crops", 1),
+        threads=data.threads or mesh.threads,
+        prefetch=data.prefetch,
+        dali_decoder=data.dali_decoder,
+        on_corrupt=on_corrupt if data.on_corrupt_image == "skip" else "stop",
+    )
+
+
+def pca_noise_schedule(config: Config) -> Callable[[float], float]:
+    """Epochs done -> standard deviation of the color noise's coefficients."""
+    data, scale = config.data, config.train.epochs_scale
+    rows = data.pca_noise_schedule or [(0.0, data.pca_noise_std)]
+    if data.pca_noise == "none":
+        rows = [(0.0, 0.0)]
+    return lambda epochs: piecewise_value(rows, epochs / scale)
+
+
+class TrainState:
+    """The network on the ranks, and what trains it; without weights before ``init_weights`` or a
+    checkpoint.
+
+    Attributes:
+        num_outputs: logits, one for each class at least.
+        model: the network on the meta device.
+        layout: what computes it; its file says how it lies on the ranks.
+        train_step: ``train_step`` of layout and optimizer, as a CUDA graph where that is used.
+    """
+
+    def __init__(self, config: Config, mesh: Mesh, num_classes: int) -> None:
+        self.config, self.mesh = config, mesh
+        self.num_outputs = config.model.num_classes or num_classes
+        self.model = build_model(config, self.num_outputs)
+        precision = resolve_precision(config.runtime.precision, mesh.device)
+        configure_backends(precision, config.runtime.deterministic)
+        parallel, optim = config.parallel, config.optim
+        self.compiles = config.runtime.compile is True or (
+            config.runtime.compile == "auto" and mesh.device.type == "cuda"
+        )
+        options = LayoutConfig(
+            batch_size=config.data.batch_size,
+            grad_accum_steps=config.train.grad_accum_steps,
+            precision=precision,
+            fc=parallel.fc,
+            grad_compression=parallel.grad_compression,
+            powersgd_rank=parallel.powersgd_rank,
+            powersgd_start=parallel.powersgd_start,
+            compile=self.compiles,
+            skip_nonfinite=config.train.on_nonfinite == "skip",
+        )
+        self.layout = parallelize(self.model, mesh, options)
+        self.optimizer = build_optimizer(
+            optim.name,
+            self.layout.parameters,
+            lr=optim.lr,
+            momentum=optim.momentum,
+            weight_decay=optim.weight_decay,
+            separate_groups={*optim.schedule.milestones, *optim.lr_mults},
+            trust=optim.trust_coefficient,
+            all_reduce_norms=self.layout.sharding.all_reduce_partial_sums,
+        )
+        self.schedule = Schedule(
+            lr=optim.lr,
+            bias_lr_mult=optim.bias_lr_mult,
+            lr_mults=optim.lr_mults,
+            epochs=config.train.epochs,
+            **vars(optim.schedule),
+        )
+        self.train_step: Callable[[Batch, Iterable[Tensor]], Tensor] = (
+            CudaGraphStep(self.layout, self.optimizer)
+            if uses_cuda_graph(config, mesh)
+            else partial(train_step, self.layout, self.optimizer)
+        )
+
+    def init_weights(self) -> None:
+        """Initialize the weights, the same on any number of ranks and under any layout."""
+        torch.manual_seed(self.config.train.seed)
+        weights = iter_initial_weights(self.model, self.config.model.init)
+        self.layout.sharding.load_full_weights(self.layout.parameters, weights)
+
+    def set_lr(self, epochs: float) -> dict[str, float]:
+        """Set the learning rates of the step that comes after ``epochs``; by parameter group."""
+        return set_lr(self.optimizer, self.schedule, epochs / self.config.train.epochs_scale)
+
+    def dropout_masks(self, step: int) -> tuple[Tensor, ...]:
+        """The masks of the step that comes after ``step`` others."""
+        return make_dropout_masks(
+            self.model.dropout_layers(),
+            seed=self.config.train.seed,
+            step=step,
+            batch=self.config.data.batch_size,
+            rows=self.layout.dropout_rows,
+            device=self.mesh.device,
+        )
+
+    def ddp_warmup(self) -> None:
+        """What has to come before the first step where there are several ranks."""
+        if self.mesh.world_size > 1:
+            data, device = self.config.data, self.mesh.device
+            count, size = self.mesh.local_batch(data.batch_size), data.image_size
+            images = torch.zeros(count, 3, size, size, device=device)
+            images = images.to(memory_format=torch.channels_last)
+            labels = torch.zeros(count, dtype=torch.int64, device=device)
+            ddp_warmup(self.layout, images, labels, self.dropout_masks(0))
+
+
+def build_model(config: Config, num_outputs: int) -> Network:
+    """The network on the meta device.
+
+    Raises:
+        UserError: there is no such network, or not for images of this size.
+    """
+    try:
+        return build_on_meta(
+            config.model.arch,
+            num_classes=num_outputs,
+            dropout=config.model.dropout,
+            image_size=config.data.image_size,
+        )
+    except ValueError as error:
+        raise UserError(str(error), on_all_ranks=True) from None
+
+
+def uses_cuda_graph(config: Config, mesh: Mesh) -> bool:
+    """Whether a step is captured as a CUDA graph.
+
+    Raises:
+        UserError: it is asked for, and cannot be.
+    """
+    obstacle = why_not_capturable(
+        device=mesh.device,
+        processes=mesh.world_size,
+        fc=config.parallel.fc,
+        precision=resolve_precision(config.runtime.precision, mesh.device),
+        optimizer=config.optim.name,
+        on_nonfinite=config.train.on_nonfinite,
+    )
+    if config.runtime.cuda_graph is True and obstacle:
+        raise UserError(f"runtime.cuda_graph {obstacle}", on_all_ranks=True)
+    return bool(config.runtime.cuda_graph) and not obstacle
+
+
+def validate(config: Config, mesh: Mesh) -> None:
+    """Refuse what cannot be trained so on these ranks, before anything begins.
+
+    Raises:
+        UserError: there is no such network, or it cannot be placed or captured as asked for.
+    """
+    if config.model.arch not in MODEL_REGISTRY:
+        raise UserError(
+            f"there is no model.arch {config.model.arch}; there are {', '.join(MODEL_REGISTRY)}",
+            on_all_ranks=True,
+        )
+    validate_parallel_config(
+        MODEL_REGISTRY[config.model.arch],
+        mesh.world_size,
+        towers=config.parallel.towers,
+        fc=config.parallel.fc,
+        grad_compression=config.parallel.grad_compression,
+        precision=resolve_precision(config.runtime.precision, mesh.device),
+    )
+    uses_cuda_graph(config, mesh)
+
+
+def _check_batch(config: Config, mesh: Mesh, info: DatasetInfo) -> None:
+    batch, images, folder = config.data.batch_size, len(info.train), info.train.folder
+    classes, asked = len(info.train.classes), config.model.num_classes
+    local, steps = batch // mesh.dp_size, config.train.grad_accum_steps
+    error = ""
+    if local < 1:
+        replicas = "processes" if mesh.split_size == 1 else "pairs of processes"
+        error = (
+            f"data.batch_size {batch} is the global batch, and has no image for some of the "
+            f"{mesh.dp_size} {replicas}: raise it, or take fewer processes"
+        )
+    elif steps > local:
+        error = (
+            f"train.grad_accum_steps {steps} is more than the {local} images of data.batch_size "
+            f"{batch} that a process computes: lower it"
+        )
+    elif images < batch:
+        error = f"data.batch_size {batch} is more than the {images} images of {folder}: lower it"
+    elif classes < 2:
+        error = f"{folder} has only one class: it needs a folder for each of several classes"
+    elif asked is not None and asked < classes:
+        error = (
+            f"model.num_classes is {asked}, but {folder} has {classes} classes: leave it out, "
+            "and the data decides"
+        )
+    if error:
+        raise UserError(error, on_all_ranks=True)
