@@ -169,12 +169,12 @@ def test_slurm_array5_trains_five_networks_and_evaluates_their_average(cluster: 
     flags = ["--gpus-per-node=0", "--cpus-per-task=3", "--job-name=five"]
     options = [*TINY, "--data.root=images", "--train.epochs=1"]
     array, mean = cluster.submit("array5", *flags, "--", *options)
-    assert cluster.end_of(mean)[0] == "COMPLETED"
+    assert cluster.end_of(mean, 500)[0] == "COMPLETED"
     runs = [cluster.place / "runs" / f"five-{array}-{number}" for number in range(5)]
     seeds = [yaml.safe_load((run / "config.yaml").read_text())["train"]["seed"] for run in runs]
     assert seeds == [2012, 2013, 2014, 2015, 2016]
     assert len({losses(run)[10] for run in runs}) == 5
-    result = json.loads(cluster.output(mean).splitlines()[-1])
+    result = json.loads((cluster.place / f"five-mean-{mean}.out").read_text().splitlines()[-1])
     assert result["images"] == 13
 
 
