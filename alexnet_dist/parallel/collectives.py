@@ -104,6 +104,24 @@ def all_gather(x: Tensor, group: TimedGroup) -> Tensor:
     return AsyncAllGather(x, group).wait()
 
 
+def all_gather_autograd(x: Tensor, group: TimedGroup, grad_scale: int = 1) -> Tensor:
+    """As ``all_gather``; backward is a reduce-scatter of the gradient, times ``grad_scale``."""
+    gathered: Tensor = _AllGather.apply(x, group, grad_scale)
+    return gathered
+
+
+class _AllGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: TimedGroup, grad_scale: int) -> Tensor:
+        ctx.group, ctx.grad_scale = group, grad_scale
+        return all_gather(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        grad = reduce_scatter(grads[0], ctx.group) * ctx.grad_scale
+        return grad.to(grads[0].dtype), None, None
+
+
 def reduce_scatter(x: Tensor, group: TimedGroup) -> Tensor:
     """The sum over all processes of block r of ``x`` [processes, ...], on process r.
 

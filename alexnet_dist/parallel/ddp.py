@@ -24,12 +24,9 @@ from alexnet_dist.parallel.collectives import (
     CommTimer,
     TimedGroup,
     all_reduce_autograd,
-    upcast_to_fp32,
 )
 from alexnet_dist.parallel.layout import Layout, LayoutConfig, materialize
 from alexnet_dist.parallel.mesh import Mesh
-from alexnet_dist.parallel.precision import autocast
-from alexnet_dist.parallel.sharded_loss import to_counts
 from alexnet_dist.parallel.sharding import Sharding
 from alexnet_dist.parallel.towers import split_model
 
@@ -67,29 +64,17 @@ class DDPLayout(Layout):
         self.dropout_rows = mesh.batch_slice
         self.description = f"{'a tower' if towers else 'the full network'} in each process"
         if mesh.dp_size > 1:
-            self.description += f", {mesh.dp_size} replicas{compression_note(config)}"
+            self.description += f", {mesh.dp_size} replicas, {config.gradients}"
 
     def _forward(
         self, images: Tensor, labels: Tensor, masks: tuple[Tensor, ...], rows: slice
     ) -> tuple[Tensor, Tensor]:
         return self._ddp(images, tuple(mask[rows] for mask in masks)), labels
 
-    @torch.no_grad()
-    def logits(self, images: Tensor) -> Tensor:
-        return self._classes.gather_logits(self._local_logits(images))
-
-    @torch.no_grad()
-    def eval_counts(self, images: Tensor, labels: Tensor) -> Tensor:
+    def _forward_eval(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, slice]:
         if len(images) == 0:
-            return torch.zeros(4, dtype=torch.float64, device=labels.device)
-        loss, ranks = self._classes.label_ranks(self._local_logits(images), labels)
-        return to_counts(loss, ranks) * self._reports
-
-    def _local_logits(self, images: Tensor) -> Tensor:
-        """float32 [b, own classes]."""
-        self._model.eval()
-        with autocast(self.precision, self.mesh.device):
-            return upcast_to_fp32(self._model(images))
+            return images.new_zeros(0, len(self._classes.spec)), labels, slice(None)
+        return self._model(images), labels, slice(None)
 
 
 def sync_batch_norms(model: nn.Module, mesh: Mesh, timer: CommTimer) -> None:
@@ -156,12 +141,6 @@ def _power_sgd_hook(
         future.wait()
         timer.stop()
     return future
-
-
-def compression_note(config: LayoutConfig) -> str:
-    """For a layout's description."""
-    kind = config.grad_compression
-    return "" if kind == "none" else f", gradients sent as {kind}"
 
 
 def ddp_warmup(

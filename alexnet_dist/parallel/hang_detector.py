@@ -1,8 +1,8 @@
 """Finds the process that a run waits for in vain, names it, and ends the run.
 
 A process that is stopped, or hangs in a read from storage, keeps all others waiting in a collective
-that cannot tell for whom. So each tells the launcher's store, from a thread, how far it is; one
-that has not got on for too long looks who is furthest behind.
+that cannot tell for whom. So a thread of each process publishes its progress in the launcher's
+store; a process that makes none for too long looks who is furthest behind.
 """
 
 import contextlib
@@ -19,95 +19,91 @@ from torch.distributed.distributed_c10d import _get_default_store
 from alexnet_dist.errors import print_error
 from alexnet_dist.parallel.mesh import Mesh
 
+_Status = dict[str, Any]  # of a process, as it is published
+
 
 class HangDetector:
     """Watches the process that makes it, from now until ``close``.
 
     Args:
-        patience: seconds without a ``heartbeat`` after which the run ends.
+        timeout: seconds without a ``heartbeat`` after which the run ends.
     """
 
-    def __init__(self, mesh: Mesh, patience: float) -> None:
-        self._rank, self._world, self._patience = mesh.rank, mesh.world_size, patience
+    def __init__(self, mesh: Mesh, timeout: float) -> None:
+        self._rank, self._world_size, self._timeout = mesh.rank, mesh.world_size, timeout
         store: Any = _get_default_store()
-        # of its own: a client of the store is busy while the main thread waits for something in it
+        # a client of its own: one is busy while the main thread waits for something in the store
         self._store = store.clone() if hasattr(store, "clone") else store
-        self._period = min(patience / 10, 5.0)
-        self._beats, self._doing, self._since = 0, "starting", time.monotonic()
+        self._period = min(timeout / 10, 5.0)
+        self._published = self._beats = 0
+        self._doing, self._last_beat = "starting", time.monotonic()
         self._closed = threading.Event()
-        threading.Thread(target=self._watch, name="watch-progress", daemon=True).start()
+        threading.Thread(target=self._watch, name="hang-detector", daemon=True).start()
 
     def heartbeat(self, doing: str) -> None:
-        """This process gets on: from here it is ``doing`` that."""
-        self._beats, self._doing, self._since = self._beats + 1, doing, time.monotonic()
+        """This process makes progress; from here on it is ``doing`` that."""
+        self._beats, self._doing, self._last_beat = self._beats + 1, doing, time.monotonic()
 
     def close(self) -> None:
         """Stop watching."""
         self._closed.set()
 
     def _watch(self) -> None:
-        told = 0
         while not self._closed.wait(self._period):
-            told += 1
-            self._tell(told)
-            if time.monotonic() - self._since > self._patience:
-                self._judge(told)
+            self._publish()
+            if time.monotonic() - self._last_beat > self._timeout:
+                self._find_stragglers()
 
-    def _tell(self, told: int) -> None:
-        record = {
-            "told": told,
+    def _publish(self) -> None:
+        self._published += 1
+        status = {
+            "published": self._published,
             "beats": self._beats,
             "doing": self._doing,
             "host": socket.gethostname(),
             "pid": os.getpid(),
         }
-        with contextlib.suppress(RuntimeError):  # the store's host is gone: others will tell
-            self._store.set(f"watch/{self._rank}", json.dumps(record))
+        with contextlib.suppress(RuntimeError):  # the store's host is gone: others report it
+            self._store.set(f"watch/{self._rank}", json.dumps(status))
 
-    def _judge(self, told: int) -> None:
-        """Name whom the run waits for, and end; come back where it gets on after all."""
+    def _read(self) -> dict[int, _Status]:
+        return {r: json.loads(self._store.get(f"watch/{r}")) for r in range(self._world_size)}
+
+    def _find_stragglers(self) -> None:
+        """Name whom the run waits for, and end it; return where it makes progress after all."""
         try:
             before = self._read()
-            for more in (1, 2, 3):
+            for _ in range(3):
                 time.sleep(self._period)
-                self._tell(told + more)
-            after = self._read()
+                self._publish()
+            now = self._read()
         except RuntimeError:
-            self._end(f"nothing has moved for {self._patience:g} s, and the store is gone", {})
-        if time.monotonic() - self._since <= self._patience:
+            self._end(f"no progress for {self._timeout:g} s, and the store is gone", {}, {})
+        if time.monotonic() - self._last_beat <= self._timeout:
             return
-        silent = {r: one for r, one in after.items() if one["told"] == before[r]["told"]}
-        least = min(one["beats"] for one in after.values())
-        behind = silent or {r: one for r, one in after.items() if one["beats"] == least}
-        names = ", ".join(f"{r} (host {one['host']}, {one['doing']})" for r, one in behind.items())
-        process = "process" if len(behind) == 1 else "processes"
+        silent = {r: s for r, s in now.items() if s["published"] == before[r]["published"]}
+        least = min(status["beats"] for status in now.values())
+        behind = silent or {r: s for r, s in now.items() if s["beats"] == least}
+        names = ", ".join(f"{r} (host {s['host']}, {s['doing']})" for r, s in behind.items())
+        names = f"{'process' if len(behind) == 1 else 'processes'} {names}"
         if silent:
-            what = f"{process} {names} gave no sign of life for {self._patience:g} s"
-        elif len(behind) == self._world > 1:
-            what = f"all processes have waited {self._patience:g} s for each other: {names}"
+            message = f"{names} gave no sign of life for {self._timeout:g} s"
+        elif len(behind) == self._world_size > 1:
+            message = f"all have waited {self._timeout:g} s for each other: {names}"
         else:
-            what = f"{process} {names} has not got on for {self._patience:g} s"
-        self._end(what, behind, kill=silent)
+            message = f"{names} made no progress for {self._timeout:g} s"
+        self._end(message, behind, silent)
 
-    def _read(self) -> dict[int, dict[str, Any]]:
-        keys = [f"watch/{rank}" for rank in range(self._world)]
-        return {rank: json.loads(self._store.get(key)) for rank, key in enumerate(keys)}
-
-    def _end(
-        self,
-        what: str,
-        behind: dict[int, dict[str, Any]],
-        kill: dict[int, dict[str, Any]] | None = None,
-    ) -> NoReturn:
-        others = [rank for rank in range(self._world) if rank not in behind]
+    def _end(self, message: str, behind: dict[int, _Status], kill: dict[int, _Status]) -> NoReturn:
+        others = [rank for rank in range(self._world_size) if rank not in behind]
         if self._rank == (others[0] if others else 0):
             print_error(
-                f"{what}: the run ends, and the same command goes on from its last checkpoint "
+                f"{message}: the run ends, and the same command resumes from its last checkpoint "
                 "(slow storage wants a higher --runtime.hang_timeout)"
             )
-        for one in (kill or {}).values():
-            if one["host"] == socket.gethostname():  # a stopped process heeds no gentler signal
+        for status in kill.values():
+            if status["host"] == socket.gethostname():  # a stopped process obeys no other signal
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(one["pid"], signal.SIGKILL)
-        time.sleep(1)  # the launcher ends the others once one has ended: let the sentence be said
+                    os.kill(status["pid"], signal.SIGKILL)
+        time.sleep(1)  # the launcher ends the others once one has ended: let the message be printed
         os._exit(1)

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from alexnet_dist.parallel.collectives import CommTimer, TimedGroup
+from alexnet_dist.parallel.collectives import CommTimer, TimedGroup, upcast_to_fp32
 from alexnet_dist.parallel.mesh import Mesh
 from alexnet_dist.parallel.precision import Precision, SyncedGradScaler, autocast
-from alexnet_dist.parallel.sharded_loss import ShardedClasses
+from alexnet_dist.parallel.sharded_loss import ShardedClasses, to_counts
 from alexnet_dist.parallel.sharding import Sharding
 
 
@@ -42,6 +42,12 @@ class LayoutConfig:
     powersgd_start: int = 1000
     compile: bool = False
     skip_nonfinite: bool = False
+
+    @property
+    def gradients(self) -> str:
+        """How they are sent, for people."""
+        kind = self.grad_compression
+        return "gradients in fp32" if kind == "none" else f"gradients compressed by {kind}"
 
 
 class Layout(ABC):
@@ -124,15 +130,32 @@ class Layout(ABC):
         """Logits [n, own classes] and labels [n] of a microbatch, this replica's ``rows``."""
 
     @abstractmethod
+    def _forward_eval(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, slice]:
+        """In evaluation: logits [n, own classes] and labels [n] of all images whose classes are
+        counted together, and which of them are this process's."""
+
+    @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:
         """float32 [b, classes] of this process's images, in evaluation. All processes call it
         together; each may have another number of images, even none."""
+        self._model.eval()
+        with autocast(self.precision, self.mesh.device):
+            none = torch.zeros(len(images), dtype=torch.int64, device=images.device)
+            logits, _, rows = self._forward_eval(images, none)
+        return self._classes.gather_logits(upcast_to_fp32(logits))[rows]
 
-    @abstractmethod
+    @torch.no_grad()
     def eval_counts(self, images: Tensor, labels: Tensor) -> Tensor:
         """float64 [4] on the device, to be summed over all processes: summed loss, images with
         their label as the highest logit, those with it among the five highest, and images. Called
         as ``logits``."""
+        self._model.eval()
+        with autocast(self.precision, self.mesh.device):
+            logits, targets, _ = self._forward_eval(images, labels)
+        if len(logits) == 0:
+            return torch.zeros(4, dtype=torch.float64, device=labels.device)
+        loss, ranks = self._classes.label_ranks(upcast_to_fp32(logits), targets)
+        return to_counts(loss, ranks) * self._reports
 
 
 def materialize(model: nn.Module, device: torch.device) -> nn.Module:

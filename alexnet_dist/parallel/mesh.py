@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -160,11 +160,13 @@ def init_distributed(
         tune_malloc()
     collective_timeout = timedelta(seconds=3 * timeout)
     store = isolated_store(rank, world_size, collective_timeout) if launched else dist.HashStore()
-    init: dict[str, Any] = (
-        {} if store is None else {"store": store, "rank": rank, "world_size": world_size}
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if gpus else "gloo",
+        timeout=collective_timeout,
+        store=store,
+        rank=rank if store else -1,  # -1: as the environment says
+        world_size=world_size if store else -1,
     )
-    backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
-    dist.init_process_group(backend, timeout=collective_timeout, **init)
     atexit.register(destroy_distributed)
     threads = threads or max(available_cpus() // local_world_size, 1)
     torch.set_num_threads(threads)

@@ -66,6 +66,10 @@ class SyncedGradScaler(GradScaler):
     Args:
         group: processes whose gradients differ, and which skip a step together; None where all
             have the same.
+
+    Attributes:
+        skipped: 1 on the device where ``skip_nonfinite`` skipped the last step, else 0. An overflow
+            of fp16 does not count: it is how the scale is found.
     """
 
     def __init__(
@@ -78,33 +82,24 @@ class SyncedGradScaler(GradScaler):
     ) -> None:
         self.is_fp16, self.skip_nonfinite = precision == "fp16", skip_nonfinite
         super().__init__(device.type, init_scale=2.0**16 if self.is_fp16 else 1.0)
-        self._group, self._skipped = group, torch.zeros((), device=device)
-
-    @property
-    def active(self) -> bool:
-        return self.is_fp16 or self.skip_nonfinite
-
-    @property
-    def skipped(self) -> Tensor:
-        """1 on the device where ``skip_nonfinite`` skipped the last step, else 0. An overflow of
-        fp16 does not count: it is how the scale is found."""
-        return self._skipped
+        self._active = self.is_fp16 or skip_nonfinite
+        self._group, self.skipped = group, torch.zeros((), device=device)
 
     def scale(self, outputs: Any) -> Any:
-        return super().scale(outputs) if self.active else outputs
+        return super().scale(outputs) if self._active else outputs
 
     def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
-        if not self.active:
+        if not self._active:
             return
         super().unscale_(optimizer)
         for found in self._per_optimizer_states[id(optimizer)]["found_inf_per_device"].values():
             if self._group is not None:
                 dist.all_reduce(found, dist.ReduceOp.MAX, self._group)
             if not self.is_fp16:
-                self._skipped = found
+                self.skipped = found
 
     def step(self, optimizer: torch.optim.Optimizer, *args: Any, **options: Any) -> float | None:
-        return super().step(optimizer) if self.active else optimizer.step()
+        return super().step(optimizer) if self._active else optimizer.step()
 
     def update(self, new_scale: float | Tensor | None = None) -> None:
         if self.is_fp16:

@@ -16,7 +16,6 @@ of all 61 million. Gradients of the fully connected layers are never sent.
 """
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,14 +28,11 @@ from alexnet_dist.parallel.collectives import (
     CommTimer,
     TimedGroup,
     all_gather,
-    reduce_scatter,
-    upcast_to_fp32,
+    all_gather_autograd,
 )
-from alexnet_dist.parallel.ddp import compression_note, sync_batch_norms, wrap_ddp
+from alexnet_dist.parallel.ddp import sync_batch_norms, wrap_ddp
 from alexnet_dist.parallel.layout import Layout, LayoutConfig, materialize
 from alexnet_dist.parallel.mesh import Mesh
-from alexnet_dist.parallel.precision import autocast
-from alexnet_dist.parallel.sharded_loss import to_counts
 from alexnet_dist.parallel.sharding import ShardedDropout, Sharding, ShardSpec
 
 
@@ -56,14 +52,15 @@ class ShardedFCLayout(Layout):
         self._model = materialize(model, mesh.device)
         self._features, self._classifier = model.split_features_classifier()
         self._ddp = wrap_ddp(self._features, mesh, config, self.comm_timer)
-        self._loss_scale = 1  # ``_GatherRows`` sums the gradients of all images' losses
+        self._loss_scale = 1  # ``_gather_rows`` sums the gradients of all images' losses
         self.parameters = dict(model.named_parameters())
         replicated = dict(self._features.named_parameters())
         sharded = {name: shape for name, shape in shapes.items() if name not in replicated}
         self.sharding = Sharding(mesh, sharded, "dp")
         self.dropout_rows = slice(None)  # all images pass the layers that have dropout
-        self.description = f"fully connected layers sharded over {mesh.dp_size} processes"
-        self.description += compression_note(config)
+        self.description = (
+            f"fully connected layers sharded over {mesh.dp_size} processes, {config.gradients}"
+        )
 
     def _forward(
         self, images: Tensor, labels: Tensor, masks: tuple[Tensor, ...], rows: slice
@@ -72,36 +69,21 @@ class ShardedFCLayout(Layout):
         start = rows.start * self._group.size
         stop = min(rows.stop * self._group.size, self.batch_size)
         targets = self._gather_labels(labels, rows.stop - rows.start).t().flatten()
-        features = _GatherRows.apply(self._ddp(images), stop - start, self._group)
+        features = _gather_rows(self._ddp(images), stop - start, self._group)
         logits = self._classify(features, [mask[start:stop] for mask in masks])
         return logits, targets[: stop - start]
 
-    @torch.no_grad()
-    def logits(self, images: Tensor) -> Tensor:
-        logits, counts = self._local_logits(images)
-        return self._classes.gather_logits(logits).split(counts)[self._group.rank]
-
-    @torch.no_grad()
-    def eval_counts(self, images: Tensor, labels: Tensor) -> Tensor:
-        logits, counts = self._local_logits(images)
-        if len(logits) == 0:
-            return torch.zeros(4, dtype=torch.float64, device=labels.device)
-        padded = self._gather_labels(labels, max(counts))
-        targets = torch.cat([row[:n] for row, n in zip(padded, counts, strict=True)])
-        return to_counts(*self._classes.label_ranks(logits, targets)) * self._reports
-
-    def _local_logits(self, images: Tensor) -> tuple[Tensor, list[int]]:
-        """float32 [n, own classes], of the images of all processes one after another, and how many
-        images each has."""
-        self._model.eval()
+    def _forward_eval(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, slice]:
         local = torch.tensor([len(images)], device=images.device)
         counts: list[int] = all_gather(local, self._group)[:, 0].tolist()
         some = images if len(images) else images.new_zeros(1, *images.shape[1:])
-        with autocast(self.precision, self.mesh.device):
-            features = self._features(some)[: len(images)]
-            padded = all_gather(_pad_rows(features, max(counts)), self._group)
-            rows = [each[:n] for each, n in zip(padded, counts, strict=True)]
-            return upcast_to_fp32(self._classify(torch.cat(rows), ())), counts
+        features = _pad_rows(self._features(some)[: len(images)], max(counts))
+        gathered = zip(all_gather(features, self._group), counts, strict=True)
+        logits = self._classify(torch.cat([rows[:n] for rows, n in gathered]), ())
+        padded = zip(self._gather_labels(labels, max(counts)), counts, strict=True)
+        start = sum(counts[: self._group.rank])
+        own = slice(start, start + len(images))
+        return logits, torch.cat([rows[:n] for rows, n in padded]), own
 
     def _classify(self, features: Tensor, masks: Iterable[Tensor]) -> Tensor:
         """Logits [n, own classes] of the features [n, features] of all processes."""
@@ -155,7 +137,7 @@ class _ShardedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.inputs is not None:
-            x = _GatherColumns.apply(x, self.inputs, self.group)
+            x = _gather_columns(x, self.inputs, self.group)
         if len(self.sizes) == 1:
             return F.linear(x, self.weight, self.bias)
         weights, biases = self.weight.split(self.sizes), self.bias.split(self.sizes)
@@ -163,43 +145,21 @@ class _ShardedLinear(nn.Module):
         return torch.cat([F.linear(*each) for each in groups], 1)
 
 
-class _GatherColumns(torch.autograd.Function):
-    """Forward: all-gather of columns, [n, own] to [n, full]. Backward: reduce-scatter of their
-    gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, spec: ShardSpec, group: TimedGroup) -> Tensor:
-        ctx.spec, ctx.group = spec, group
-        # in blocks of equal width; the padding lies behind the last column of all
-        padded = F.pad(x, (0, spec.max_shard_size - len(spec)))
-        return all_gather(padded, group).transpose(0, 1).flatten(1)[:, : spec.full_size]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        spec, (grad,) = ctx.spec, grads
-        padded = F.pad(grad, (0, spec.max_shard_size * spec.num_shards - spec.full_size))
-        blocks = padded.unflatten(1, (spec.num_shards, spec.max_shard_size)).transpose(0, 1)
-        return reduce_scatter(blocks, ctx.group)[:, : len(spec)].to(grad.dtype), None, None
+def _gather_columns(x: Tensor, spec: ShardSpec, group: TimedGroup) -> Tensor:
+    """The outputs of all processes of a sharded layer: [n, own] to [n, full]."""
+    # in blocks of equal width; the padding lies behind the last column of all
+    padded = F.pad(x, (0, spec.max_shard_size - len(spec)))
+    gathered = all_gather_autograd(padded, group)
+    return gathered.transpose(0, 1).flatten(1)[:, : spec.full_size]
 
 
-class _GatherRows(torch.autograd.Function):
-    """Forward: all-gather of rows, [b, features] to [count, features], in the order of the global
-    batch. Backward: reduce-scatter of their gradients, times R: DDP will average over R processes
-    what is a sum over all images already."""
-
-    @staticmethod
-    def forward(ctx: Any, features: Tensor, count: int, group: TimedGroup) -> Tensor:
-        ctx.rows, ctx.group = len(features), group
-        padded = _pad_rows(features, -(-count // group.size))
-        return all_gather(padded, group).transpose(0, 1).flatten(0, 1)[:count]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        (grad,), replicas = grads, ctx.group.size
-        rows = -(-len(grad) // replicas)
-        blocks = _pad_rows(grad, rows * replicas).unflatten(0, (rows, replicas)).transpose(0, 1)
-        own = reduce_scatter(blocks, ctx.group)[: ctx.rows]
-        return (own * replicas).to(grad.dtype), None, None
+def _gather_rows(features: Tensor, count: int, group: TimedGroup) -> Tensor:
+    """The features of all processes in the order of the global batch: [b, features] to [count,
+    features]. Gradients come back times R, because DDP will average over R processes what is a sum
+    over all images already."""
+    padded = _pad_rows(features, -(-count // group.size))
+    gathered = all_gather_autograd(padded, group, grad_scale=group.size)
+    return gathered.transpose(0, 1).flatten(0, 1)[:count]
 
 
 def _pad_rows(x: Tensor, rows: int) -> Tensor:

@@ -11,7 +11,6 @@ gradient compression.
     resumed LAYOUT FOLDER                   four steps, and the same stopped after two
     overflow LAYOUT WHERE                   whether fp16 skips the step
     memory LAYOUT                           bytes of parameters and momentum
-    held LAYOUT                             elements of the parameters
     write LAYOUT FOLDER                     a checkpoint
     read LAYOUT FOLDER                      how many of its tensors are what they were
 """
@@ -303,12 +302,6 @@ def memory(mesh: Mesh, name: str) -> dict:
     answers = mesh.all_gather_object((resident() - before, resident("VmHWM") - before, held))
     now, peak, tensors = (max(one) for one in zip(*answers, strict=True))
     return {"resident": now, "peak": peak, "tensors": tensors}
-
-
-def held(mesh: Mesh, name: str) -> dict:
-    """The most over the processes."""
-    count = sum(p.numel() for p in Trainer(mesh, name, 8).layout.parameters.values())
-    return {"elements": max(mesh.all_gather_object(count))}
 
 
 def write(mesh: Mesh, name: str, folder: str) -> dict:
