@@ -2,9 +2,9 @@
 
 python -m benchmarks.checkpoint_stall [--rounds 3]
 
-Two processes train on images of noise, and save every few steps: while training waits, beside it,
-and not at all, in turns. A stall is all that training waits for: looking at the weights, copying
-them, and waiting for the save before where that is not written yet.
+Two processes train on images of noise, and save every few steps, asynchronously or not, or never;
+the three are repeated in turn. A stall is all that training waits for: checking the weights,
+copying them, and waiting for the previous save where that is not written yet.
 """
 
 import argparse
@@ -67,11 +67,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", help="the JSON file; none is written without")
-    words = parser.parse_args()
+    args = parser.parse_args()
     found: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
     with tempfile.TemporaryDirectory() as name:
         make_images(Path(name) / "images")
-        for number in range(words.rounds):
+        for number in range(args.rounds):
             for kind in KINDS:
                 found[kind].append(train(Path(name) / "images", Path(name) / str(number), kind))
     stall = {
@@ -89,19 +89,19 @@ def main() -> None:
         "asynchronous_over_synchronous": round(stall["asynchronous"] / stall["synchronous"], 3),
         "step_ms": round(1000 * step, 1),
         "steps_between_saves_as_shipped": every,
-        "share_of_wall_time_percent": {
+        "percent_of_wall_time": {
             kind: round(100 * seconds / (every * step + seconds), 4)
             for kind, seconds in stall.items()
         },
-        "mean_step_beside_a_save_every_10_steps": round(
+        "relative_step_time_with_a_save_every_10_steps": round(
             statistics.median(run["mean_step"] for run in found["asynchronous"])
             / statistics.median(run["mean_step"] for run in found["none"]),
             3,
         ),
         "rounds": found,
     }
-    if words.output:
-        Path(words.output).write_text(json.dumps(result, indent=1) + "\n")
+    if args.output:
+        Path(args.output).write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps({name: value for name, value in result.items() if name != "rounds"}, indent=1))
 
 
