@@ -1,21 +1,15 @@
-"""What it costs to load images from a folder, from shards and from raw pixels, by each engine.
+"""What it costs to load images from a folder, from shards and from raw pixels, by each loader.
 
 python -m benchmarks.sources --data DIR [--images N] [--out FILE.json]
 
 Images of DIR/train/CLASS that are square and of one size are put into each form as they are. All
 then make the same crops of them, without a resize, in turns and with nothing else to do; a figure
-is the median of several rounds, a ratio that of the rounds' ratios to the first. That is "usual":
-the DataLoader of PyTorch's ImageNet example, torchvision's transforms on an image at a time; the
-engine for machines without DALI ("torch") crops bytes, and normalises them by the batch.
-Images are counted by the second, and by the second of one processor's time, which depends less on
-what the machine does otherwise.
+is the median of several rounds, a ratio that of the rounds' ratios to the first loader, "example":
+the DataLoader of PyTorch's ImageNet example, with torchvision's transforms on an image at a time.
 """
 
 import argparse
 import itertools
-import json
-import multiprocessing
-import os
 import statistics
 import tempfile
 import time
@@ -34,12 +28,12 @@ from alexnet_dist.data.datasets import ImageDataset, open_datasets, scan_dataset
 from alexnet_dist.data.plan import SampleParams, SamplePlan
 from alexnet_dist.data.transforms import IMAGENET_MEAN, IMAGENET_STD, build_normalization
 from alexnet_dist.parallel.mesh import available_cpus, tune_malloc
-from benchmarks.common import machine_info
+from benchmarks.common import save_record
 from tests.prepare.packed_folder import write_prepared
 
 CPU = torch.device("cpu")
 WAYS = [
-    ("usual", "folder"),
+    ("example", "folder"),
     *itertools.product(("torch", "dali"), ("folder", "shards", "pixels")),
     ("gpu_cache", "pixels"),
 ]
@@ -57,80 +51,66 @@ def some_images(data: Path, folder: Path, count: int) -> Path:
     return folder
 
 
-def loading(root: Path, engine: str, batch: int) -> Generator[int, None, None]:
+def load(root: Path, name: str, batch: int) -> Generator[int, None, None]:
     """Images of batch after batch."""
-    catalogue = scan_dataset(str(root), str(root), lambda *_: None)
-    sizes = catalogue.train.sizes
-    side = int(sizes.min()) * 25 // 28
-    plan = SamplePlan(sizes, batch, seed=1, crop_fraction=side / int(sizes.min()))
-    source = open_datasets(catalogue)[0]
+    info = scan_dataset(str(root), str(root), lambda *_: None)
+    sizes = info.train.sizes
+    size = int(sizes.min()) * 25 // 28
+    plan = SamplePlan(sizes, batch, seed=1, crop_fraction=size / int(sizes.min()))
+    dataset = open_datasets(info)[0]
     epochs = (plan.epoch(epoch, 0, slice(None)) for epoch in itertools.count())
-    if engine == "usual":
-        yield from usual(source, epochs)
+    if name == "example":
+        yield from example_loader(dataset, epochs)
         return
     running = build_loader(
-        engine,  # type: ignore[arg-type]
-        source,
-        build_normalization("centered", catalogue.stats, size=side),
+        name,  # type: ignore[arg-type]
+        dataset,
+        build_normalization("centered", info.stats, size=size),
         plan,
         max_batch_size=batch,
         device=CPU,
         threads=available_cpus(),
     )
-    for draws in epochs:
-        for finished in running.batches(draws):
-            yield len(finished.indices)
+    for samples in epochs:
+        for loaded in running.batches(samples):
+            yield len(loaded.indices)
 
 
-class Cropped(Dataset[tuple[Tensor, int]]):
-    """An image of a folder, cropped and flipped as it is told, then torchvision's usual steps."""
+class CropDataset(Dataset[tuple[Tensor, int]]):
+    """An image of a folder, cropped and flipped as planned, then torchvision's usual steps."""
 
-    def __init__(self, source: ImageDataset) -> None:
-        self.source = source
+    def __init__(self, dataset: ImageDataset) -> None:
+        self.dataset = dataset
 
-    def __getitem__(self, order: tuple[int, list[int], bool]) -> tuple[Tensor, int]:
-        index, box, flip = order
-        image = TF.crop(default_loader(self.source.path(index)), *box)
+    def __getitem__(self, params: tuple[int, list[int], bool]) -> tuple[Tensor, int]:
+        index, box, flip = params
+        image = TF.crop(default_loader(self.dataset.path(index)), *box)
         image = TF.to_tensor(TF.hflip(image) if flip else image)
         image = TF.normalize(image, IMAGENET_MEAN.tolist(), IMAGENET_STD.tolist())
-        return image, int(self.source.index.labels[index])
+        return image, int(self.dataset.index.labels[index])
 
 
-def usual(
-    source: ImageDataset, epochs: Iterator[Iterator[SampleParams]]
+def example_loader(
+    dataset: ImageDataset, epochs: Iterator[Iterator[SampleParams]]
 ) -> Generator[int, None, None]:
     """Images of batch after batch, by a DataLoader as people write it."""
-    orders = (
-        list(
-            zip(
-                draws.indices.tolist(), draws.crop_boxes.tolist(), draws.flips.tolist(), strict=True
-            )
-        )
-        for draws in itertools.chain.from_iterable(epochs)
+    batches = (
+        list(zip(s.indices.tolist(), s.crop_boxes.tolist(), s.flips.tolist(), strict=True))
+        for s in itertools.chain.from_iterable(epochs)
     )
     loader: DataLoader[tuple[Tensor, int]] = DataLoader(
-        Cropped(source), batch_sampler=orders, num_workers=available_cpus()
+        CropDataset(dataset), batch_sampler=batches, num_workers=available_cpus()
     )
     for images, _ in loader:
         yield len(images)
 
 
-def speed(batches: Iterator[int], steps: int) -> tuple[float, float]:
-    """Images a second over ``steps`` batches, and by the second of a processor."""
-    for _ in range(4):  # what was prepared ahead meanwhile does not count
+def speed(batches: Iterator[int], steps: int) -> float:
+    """Images per second over ``steps`` batches."""
+    for _ in range(4):  # what was prefetched meanwhile does not count
         next(batches)
-    begin, used = time.perf_counter(), processor_seconds()
-    images = sum(next(batches) for _ in range(steps))
-    return images / (time.perf_counter() - begin), images / (processor_seconds() - used)
-
-
-def processor_seconds() -> float:
-    """What this process and its workers have used."""
-    seconds = time.process_time()
-    for worker in multiprocessing.active_children():
-        fields = Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()
-        seconds += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-    return seconds
+    begin = time.perf_counter()
+    return sum(next(batches) for _ in range(steps)) / (time.perf_counter() - begin)
 
 
 def medians(speeds: dict[str, list[float]]) -> dict[str, Any]:
@@ -155,36 +135,24 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="batches in a turn")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", type=Path, help="where the JSON goes")
-    words = parser.parse_args()
+    args = parser.parse_args()
 
     tune_malloc()  # as in training
     torch.set_num_threads(available_cpus())
-    speeds: dict[str, list[tuple[float, float]]] = {" ".join(way): [] for way in WAYS}
+    speeds: dict[str, list[float]] = {" ".join(way): [] for way in WAYS}
     with tempfile.TemporaryDirectory() as folder:
-        roots = {"folder": some_images(words.data, Path(folder) / "folder", words.images)}
+        roots = {"folder": some_images(args.data, Path(folder) / "folder", args.images)}
         for kind in ("shards", "pixels"):
             roots[kind] = write_prepared(roots["folder"], Path(folder) / kind, kind)
-        for index in range(words.rounds):
-            for engine, form in WAYS:
-                batches = loading(roots[form], engine, words.batch)
-                speeds[f"{engine} {form}"].append(speed(batches, words.steps))
+        for index in range(args.rounds):
+            for loader, form in WAYS:
+                batches = load(roots[form], loader, args.batch)
+                speeds[f"{loader} {form}"].append(speed(batches, args.steps))
                 batches.close()
-            last = {name: [round(one) for one in found[-1]] for name, found in speeds.items()}
-            print(f"round {index + 1}/{words.rounds}: {last}", flush=True)
-    record = {
-        "what": "benchmarks/sources.py",
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": machine_info(CPU),
-        "images": words.images,
-        "batch": words.batch,
-        "steps": words.steps,
-        "load_average": round(os.getloadavg()[1], 1),
-        "images_per_second": medians({k: [a for a, _ in v] for k, v in speeds.items()}),
-        "images_per_processor_second": medians({k: [b for _, b in v] for k, v in speeds.items()}),
-    }
-    print(json.dumps(record, indent=1))
-    if words.out:
-        words.out.write_text(json.dumps(record, indent=1) + "\n")
+            last = {name: round(found[-1]) for name, found in speeds.items()}
+            print(f"round {index + 1}/{args.rounds}: {last}", flush=True)
+    results = {"images": args.images, "batch": args.batch, "steps": args.steps}
+    save_record("sources.py", results | {"images_per_second": medians(speeds)}, args.out)
 
 
 if __name__ == "__main__":

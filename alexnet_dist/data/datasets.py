@@ -287,9 +287,7 @@ def _cached_stats(
     cached = _load_cache(paths, key)
     if cached is not None:
         return ChannelStats(**cached)
-    stats = compute_stats(
-        len(index), dataset.read, progress=lambda *at: progress("measuring colors", *at)
-    )
+    stats = compute_stats(len(index), dataset.read, lambda *at: progress("measuring colors", *at))
     _save_cache(paths, key, **vars(stats))
     return stats
 

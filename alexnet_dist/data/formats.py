@@ -1,10 +1,9 @@
-"""Which files are images, and whole: the same for every decoder.
+"""Which files are complete images: the same for every decoder.
 
 Decoders differ in what they forgive. DALI decodes a region of a JPEG whose rest is missing, Pillow
 decodes a PNG without its last chunk, each knows formats that the other does not. So bytes are
-looked at before any decoder sees them, and where Pillow and DALI read a good file in two ways,
-one of them is made to agree with the other, here. What is wrong inside of a file that has its end
-is left to the decoders.
+validated before any decoder sees them, and where Pillow and DALI read a good file in two ways, one
+of them is made to agree with the other, here. What is wrong inside a file is left to the decoders.
 """
 
 import re
@@ -74,7 +73,7 @@ def decode(encoded: NDArray[np.uint8], near: int | None = None) -> Image.Image:
             if near is not None:
                 image.draft("RGB", (near, near))
             return _rgb(image)
-    except Exception as error:  # struct.error, SyntaxError, EOFError, ...: it depends on the damage
+    except Exception as error:  # struct.error, SyntaxError, EOFError, ...: it depends on the file
         raise OSError(DECODE_ERROR) from error
 
 
@@ -107,7 +106,7 @@ def _jpeg_ends(data: bytes) -> bool:
 
 
 def _png_ends(data: bytes) -> bool:
-    """Whether the chunks lead to a whole last one; what is behind it does not matter."""
+    """Whether the chunks lead to a complete last one; what follows it does not matter."""
     at = len(_PNG)
     while at + 12 <= len(data):
         if data[at + 4 : at + 8] == b"IEND":
@@ -117,7 +116,7 @@ def _png_ends(data: bytes) -> bool:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16 bits of grey; Pillow would cut off all above 255
+    if image.mode.startswith("I"):  # 16 bits of gray; Pillow would cut off all above 255
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode == "CMYK":  # by DALI's arithmetic; Pillow takes all to be inverted as Adobe's are
         ink = np.asarray(image, np.uint16)

@@ -1,6 +1,6 @@
 """The loader for raw pixels, which need no decoder: a batch is cropped out of them on the device.
 
-The whole data set lies in the GPU's memory where it fits there, else the images of a batch are
+The full data set lies in the GPU's memory where it fits there, else the images of a batch are
 gathered from the file's memory map and uploaded under the running step. CPUs compute the same, so
 that it can be tried there; DALI is faster on them.
 """

@@ -1,4 +1,4 @@
-"""What the training images are like: channel means, and the directions in which colours vary."""
+"""Channel means of the training images, and the directions in which their colors vary."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -38,18 +38,15 @@ class ChannelStats:
 def compute_stats(
     count: int,
     read: Callable[[int], NDArray[np.uint8]],
-    *,
-    sample: int = NUM_SAMPLED_IMAGES,
-    threads: int = 8,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[int, int], None],
 ) -> ChannelStats:
-    """Measure a seeded sample of ``count`` images, each by the pixels of its central square.
+    """Of a seeded sample of ``count`` images, each by the pixels of its central square.
 
-    Each image counts alike, whatever its size. ``read(index)`` gives encoded bytes, or pixels;
-    images that cannot be decoded are passed over. With no image at all the statistics are those of
-    grey.
+    Each image counts alike, whatever its size. ``read(index)`` returns encoded bytes, or pixels.
+    Images that cannot be decoded are skipped; with no image at all the statistics are those of
+    gray.
     """
-    chosen = np.random.Generator(np.random.Philox(145)).permutation(count)[:sample]
+    chosen = np.random.Generator(np.random.Philox(145)).permutation(count)[:NUM_SAMPLED_IMAGES]
 
     def moments(index: int) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
         try:
@@ -63,7 +60,7 @@ def compute_stats(
         return pixels.mean(0), pixels.T @ pixels / len(pixels)
 
     first, second, used = np.zeros(3), np.zeros((3, 3)), 0
-    with ThreadPoolExecutor(threads) as pool:  # map keeps the order, so the sums are repeatable
+    with ThreadPoolExecutor(8) as pool:  # map keeps the order, so the sums are repeatable
         for done, result in enumerate(pool.map(moments, chosen.tolist()), 1):
             progress(done, len(chosen))
             if result is not None:

@@ -85,7 +85,7 @@ def build_normalization(
 def crop_resize_flip(image: Tensor, box: NDArray[np.int64], flip: bool, size: int) -> Tensor:
     """The ``box`` [4] of an uint8 image [3, H, W] as uint8 [3, size, size].
 
-    Bilinear with antialiasing, rounded to whole values.
+    Bilinear with antialiasing, rounded to integers.
     """
     top, left, height, width = (int(x) for x in box)
     image = image[:, top : top + height, left : left + width]

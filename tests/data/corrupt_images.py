@@ -1,4 +1,4 @@
-"""Image files of every odd and every damaged kind, made with Pillow and by hand."""
+"""Image files of every odd and every corrupt kind, made with Pillow and by hand."""
 
 import struct
 import zlib
@@ -17,7 +17,7 @@ START, END, SCAN = b"\xff\xd8", b"\xff\xd9", b"\xff\xda"
 
 
 def photograph(height: int = HEIGHT, width: int = WIDTH) -> Image.Image:
-    """Smooth colours with a little noise, so that pixels at other places are other pixels."""
+    """Smooth colors with a little noise, so that pixels at other places are other pixels."""
     generator = np.random.default_rng(5)
     y, x = np.mgrid[0:height, 0:width]
     smooth = np.stack([x * 220 / width, y * 220 / height, (x + 2 * y) % 220], 2)
@@ -38,9 +38,9 @@ def png_chunk(name: bytes, content: bytes) -> bytes:
 def png_of_16_bits(pixels: np.ndarray) -> bytes:
     """A PNG of uint16 pixels [H, W, channels], which Pillow does not write."""
     height, width, channels = pixels.shape
-    colour = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
+    color_type = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
-    header = struct.pack(">IIBBBBB", width, height, 16, colour, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, 16, color_type, 0, 0, 0)
     chunks = (b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(*chunk) for chunk in chunks)
 
@@ -76,10 +76,10 @@ def see_through() -> Image.Image:
     return image
 
 
-def whole() -> dict[str, bytes]:
+def odd_images() -> dict[str, bytes]:
     """Kinds that are to be decoded, and alike by all decoders."""
     image = photograph()
-    grey, palette, alpha = image.convert("L"), image.quantize(64), see_through()
+    gray, palette, alpha = image.convert("L"), image.quantize(64), see_through()
     jpeg = encode(image, "JPEG", quality=90)
     rotated = Image.Exif()
     rotated[0x0112] = 6
@@ -88,9 +88,9 @@ def whole() -> dict[str, bytes]:
     large = photograph(500, 400).resize((4000, 5000))
     return {
         "JPEG": jpeg,
-        "JPEG, colours at full resolution": encode(image, "JPEG", subsampling=0),
+        "JPEG, colors at full resolution": encode(image, "JPEG", subsampling=0),
         "JPEG, progressive": encode(image, "JPEG", progressive=True),
-        "JPEG, greyscale": encode(grey, "JPEG"),
+        "JPEG, grayscale": encode(gray, "JPEG"),
         "JPEG, RGB": encode(image, "JPEG", keep_rgb=True),
         "JPEG, CMYK": encode(inks(), "JPEG"),
         "JPEG, CMYK without Adobe's mark": without_adobes_mark(encode(inks(), "JPEG")),
@@ -104,14 +104,14 @@ def whole() -> dict[str, bytes]:
         "JPEG, 1 pixel high": encode(photograph(1, 90), "JPEG"),
         "JPEG, 1 pixel": encode(photograph(1, 1), "JPEG"),
         "PNG": encode(image, "PNG"),
-        "PNG, greyscale": encode(grey, "PNG"),
+        "PNG, grayscale": encode(gray, "PNG"),
         "PNG, black and white": encode(image.convert("1"), "PNG"),
         "PNG, palette": encode(palette, "PNG"),
         "PNG, palette with alpha": encode(palette, "PNG", transparency=bytes(range(0, 256, 4))),
         "PNG, alpha": encode(alpha, "PNG"),
-        "PNG, greyscale with alpha": encode(alpha.convert("LA"), "PNG"),
+        "PNG, grayscale with alpha": encode(alpha.convert("LA"), "PNG"),
         "PNG, 16 bits": png_of_16_bits(deep[..., :3]),
-        "PNG, 16 bits, greyscale": png_of_16_bits(deep[..., :1]),
+        "PNG, 16 bits, grayscale": png_of_16_bits(deep[..., :1]),
         "PNG, 16 bits, alpha": png_of_16_bits(deep),
         "PNG, rotated by EXIF": encode(image, "PNG", exif=rotated),
         "PNG, bytes behind its end": encode(image, "PNG") + b"more",
@@ -126,7 +126,7 @@ def whole() -> dict[str, bytes]:
     }
 
 
-def damaged() -> dict[str, Content]:
+def corrupt_files() -> dict[str, Content]:
     """Kinds that are to be named."""
     image = photograph()
     jpeg = encode(image, "JPEG", quality=90)
@@ -172,7 +172,7 @@ def damaged() -> dict[str, Content]:
     }
 
 
-def inwardly_damaged() -> dict[str, bytes]:
+def corrupt_inside() -> dict[str, bytes]:
     """JPEGs that have their end, so that only a decoder can tell, if it comes upon the damage."""
     jpeg = encode(photograph(), "JPEG", quality=90)
     half, most = len(jpeg) // 2, len(jpeg) * 3 // 4

@@ -80,7 +80,7 @@ def write_corrupt(
 
 @pytest.mark.parametrize("crop", ["paper", "random_resized"])
 def test_odd_images_are_decoded_alike(crop: TrainCrop, tmp_path: Path) -> None:
-    paths = write_folder(tmp_path, corrupt_images.whole())
+    paths = write_folder(tmp_path, corrupt_images.odd_images())
     dataset = open_folder(tmp_path)
     plan = plan_for(dataset, crop)
     samples = plan.sample(0, 0)
@@ -94,7 +94,7 @@ def test_odd_images_are_decoded_alike(crop: TrainCrop, tmp_path: Path) -> None:
 
 
 def test_what_alpha_16_bits_and_ink_become() -> None:
-    made, pixels = corrupt_images.whole(), np.asarray(photograph())
+    made, pixels = corrupt_images.odd_images(), np.asarray(photograph())
     deep = png_of_16_bits(pixels.astype(np.uint16) * 256 + 255)
     gray = png_of_16_bits(pixels[..., :1].astype(np.uint16) * 256 + 255)
     for encoded, wanted in (
@@ -119,7 +119,7 @@ def test_corrupt_images_are_substituted_or_skipped_and_named(
     policy: OnCorruptImage, when: str, tmp_path: Path
 ) -> None:
     """Those that were corrupt when they were indexed, and those that became so after."""
-    contents = corrupt_images.damaged()
+    contents = corrupt_images.corrupt_files()
     if when == "before":
         contents.pop("no file any more")
     dataset, paths = write_corrupt(tmp_path, contents, when)
@@ -156,7 +156,7 @@ def test_corrupt_images_are_substituted_or_skipped_and_named(
 
 @pytest.mark.parametrize("name", LOADERS)
 def test_each_corrupt_image_stops_by_its_name(name: str, tmp_path: Path) -> None:
-    dataset, paths = write_corrupt(tmp_path, corrupt_images.damaged())
+    dataset, paths = write_corrupt(tmp_path, corrupt_images.corrupt_files())
     plan = plan_for(dataset)
     loader = build(name, dataset, plan, "stop")
     for path in paths.values():
@@ -170,8 +170,8 @@ def test_each_corrupt_image_stops_by_its_name(name: str, tmp_path: Path) -> None
 
 def test_a_baseline_header_is_one_that_dalis_parser_reads() -> None:
     nvimgcodec = pytest.importorskip("nvidia.nvimgcodec")
-    generator, made = np.random.default_rng(2), corrupt_images.whole()
-    kinds = [made[f"JPEG{kind}"] for kind in ("", ", greyscale", ", progressive", ", CMYK")]
+    generator, made = np.random.default_rng(2), corrupt_images.odd_images()
+    kinds = [made[f"JPEG{kind}"] for kind in ("", ", grayscale", ", progressive", ", CMYK")]
     baseline = 0
     for _ in range(3000):
         encoded = np.frombuffer(kinds[generator.integers(4)], np.uint8).copy()
@@ -186,18 +186,18 @@ def test_a_baseline_header_is_one_that_dalis_parser_reads() -> None:
 
 @pytest.mark.parametrize("kind", ["JPEG", "progressive", "thumbnail", "PNG", "WEBP", "BMP"])
 def test_no_truncated_file_is_decoded(kind: str) -> None:
-    whole = encode(photograph(), kind if kind.isupper() else "JPEG", progressive=kind[0] == "p")
-    whole = corrupt_images.with_thumbnail(whole) if kind == "thumbnail" else whole
+    full = encode(photograph(), kind if kind.isupper() else "JPEG", progressive=kind[0] == "p")
+    full = corrupt_images.with_thumbnail(full) if kind == "thumbnail" else full
     each = kind not in ("WEBP", "BMP")  # whose decoders tell, and take longer
-    for length in range(0 if each else 12, len(whole), 1 if each else 97):
+    for length in range(0 if each else 12, len(full), 1 if each else 97):
         with pytest.raises(OSError, match=r"cut short|empty|no JPEG|the decoder gives up"):
-            decode(validate_bytes(np.frombuffer(whole[:length], np.uint8)))
+            decode(validate_bytes(np.frombuffer(full[:length], np.uint8)))
 
 
 def test_dali_names_images_that_fail_alone_or_only_in_a_batch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bits = corrupt_images.damaged()["PNG, a bit flipped"]  # only decoders can tell
+    bits = corrupt_images.corrupt_files()["PNG, a bit flipped"]  # only decoders can tell
     contents: dict[str, Content] = {"1": bits, "2": bits, "3": encode(photograph(), "JPEG")}
     dataset, paths = write_corrupt(tmp_path, contents)
     plan = plan_for(dataset)
@@ -239,7 +239,7 @@ def test_an_image_of_another_size_than_indexed_is_named(name: str, tmp_path: Pat
 
 
 def test_dali_judges_damage_inside_alike_whatever_the_box(tmp_path: Path) -> None:
-    dataset, paths = write_corrupt(tmp_path, dict(corrupt_images.inwardly_damaged()))
+    dataset, paths = write_corrupt(tmp_path, dict(corrupt_images.corrupt_inside()))
     plan = plan_for(dataset)
     for path in paths.values():
         samples = one_of(plan.sample(0, 0), dataset, path)

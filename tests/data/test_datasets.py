@@ -16,7 +16,7 @@ from alexnet_dist.data.datasets import DatasetInfo, FolderDataset, open_datasets
 from alexnet_dist.data.statistics import ChannelStats
 from alexnet_dist.errors import UserError
 from tests.conftest import write_images
-from tests.data.corrupt_images import damaged, encode, photograph, write_folder
+from tests.data.corrupt_images import corrupt_files, encode, photograph, write_folder
 
 
 def scan(root: Path, cache: Path) -> DatasetInfo:
@@ -139,7 +139,7 @@ def test_statistics_are_numpys(images: Path, tmp_path: Path) -> None:
 
 
 def test_statistics_skip_corrupt_images(tmp_path: Path) -> None:
-    contents = damaged()
+    contents = corrupt_files()
     contents.pop("no file any more")
     write_folder(tmp_path / "corrupt", contents)
     write_folder(tmp_path / "good", {"one": encode(photograph(), "JPEG", quality=90)})

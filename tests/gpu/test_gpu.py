@@ -28,7 +28,14 @@ from alexnet_dist.training import checkpoint
 from alexnet_dist.training.optim import KrizhevskySGD, sgd2012_update
 from alexnet_dist.training.step import StepThrottle
 from tests.conftest import TINY, events, launch, losses, train, write_images
-from tests.data.corrupt_images import damaged, encode, photograph, put, whole, write_folder
+from tests.data.corrupt_images import (
+    corrupt_files,
+    encode,
+    odd_images,
+    photograph,
+    put,
+    write_folder,
+)
 from tests.distributed.groups import running, tensors, workers
 from tests.networks import weights_manager
 from tests.prepare.packed_folder import write_prepared
@@ -157,7 +164,7 @@ def test_odd_and_damaged_images(decoder: str, tmp_path: Path) -> None:
     if decoder == "roi" and dali.probe_decoder(GPU) != "roi":
         pytest.skip("decoding a region ends the process on this GPU (nvImageCodec issue 55)")
     plain = encode(photograph(), "JPEG")
-    good, bad = whole(), damaged()
+    good, bad = odd_images(), corrupt_files()
     paths = write_folder(tmp_path, good | dict.fromkeys(bad, plain))
     catalogue = scan_dataset(str(tmp_path), str(tmp_path / "cache"), lambda *_: None)
     source = open_datasets(catalogue)[0]

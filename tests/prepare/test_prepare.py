@@ -23,7 +23,7 @@ from alexnet_dist.prepare.__main__ import exclusive_lock, main
 from alexnet_dist.prepare.images import OutputFormat, resize_image
 from alexnet_dist.prepare.sources import discover_dataset
 from tests.conftest import command, environment
-from tests.data.corrupt_images import damaged, encode, photograph, whole
+from tests.data.corrupt_images import corrupt_files, encode, odd_images, photograph
 from tests.prepare.imagenet import CLASSES, IMAGES, class_folders, official_tars, parquet, write
 
 FORM = OutputFormat("shards", 48, "none", 95)
@@ -116,7 +116,7 @@ def test_statistics_against_numpy(prepared: Path) -> None:
 
 
 def test_images_are_resized_as_pillow_does_and_corrupt_ones_refused() -> None:
-    for kind, data in {**whole(), "large": encode(photograph(400, 523), "PNG")}.items():
+    for kind, data in {**odd_images(), "large": encode(photograph(400, 523), "PNG")}.items():
         encoded = np.frombuffer(data, np.uint8)
         image, (ours, kept, _) = decode(validate_bytes(encoded)), resize_image(encoded, FORM)
         height, width, _ = ours.shape
@@ -125,7 +125,7 @@ def test_images_are_resized_as_pillow_does_and_corrupt_ones_refused() -> None:
         assert difference.max() <= 2, kind
         assert difference.mean() < 0.05, kind
         assert min(image.size) > 48 or kept == data, kind
-    for data in (data for data in damaged().values() if isinstance(data, bytes)):
+    for data in (data for data in corrupt_files().values() if isinstance(data, bytes)):
         with pytest.raises(OSError, match=r"\w"):
             resize_image(np.frombuffer(data, np.uint8), FORM)
 
