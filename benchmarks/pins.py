@@ -52,6 +52,7 @@ NAMES_OF_9BE3073 = {
     "train.log_interval": "train.log_every",
     "wandb.mode": "track.wandb",
     "run.output_dir": "run.root",
+    "data.cache_dir": "data.cache",
     "parallel.grad_compression": "parallel.compress",
     "train.grad_accum_steps": "train.accumulate",
     "data.pca_noise": "data.colour",

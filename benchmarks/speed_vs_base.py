@@ -27,7 +27,8 @@ def train(tree: Path, options: list[str], processes: int, last: int) -> float:
     """Images per second of one run in ``tree``, over its last records of training."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     with tempfile.TemporaryDirectory() as folder:
-        options = [*options, f"--run.output_dir={folder}", "--run.name=run"]
+        options = [*options, f"--run.output_dir={folder}", f"--data.cache_dir={folder}"]
+        options += ["--run.name=run"]
         if (tree / "alexnet_dist/measuring/turns.py").exists():
             for new, old in NAMES_OF_9BE3073.items():
                 options = [option.replace(f"--{new}", f"--{old}") for option in options]
