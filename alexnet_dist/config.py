@@ -306,13 +306,11 @@ class ParsedArgs:
 
     Attributes:
         config: all options of the trainer.
-        explicit_options: dotted options of the command line and their words.
         config_name: the config file's name without its ending, the default of run.name.
         args: the command's own options.
     """
 
     config: Config
-    explicit_options: dict[str, str]
     config_name: str
     args: argparse.Namespace
 
@@ -361,7 +359,7 @@ class CommandParser(argparse.ArgumentParser):
         own_words, dotted = self._split(arguments)
         args = self.parse_args(own_words)
         if not self.trainer_options:
-            return ParsedArgs(Config(), {}, "", args)
+            return ParsedArgs(Config(), "", args)
         path = args.config
         if path is None and base_config is None and "data.root" not in dotted:
             path = self.default_config and str(config_dir() / f"{self.default_config}.yaml")
@@ -372,7 +370,7 @@ class CommandParser(argparse.ArgumentParser):
         if args.print_config:
             print(yaml.safe_dump(to_dict(config), sort_keys=False), end="")
             raise SystemExit(0)
-        return ParsedArgs(config, dotted, Path(path).stem if path else "run", args)
+        return ParsedArgs(config, Path(path).stem if path else "run", args)
 
     def _split(self, arguments: list[str]) -> tuple[list[str], dict[str, str]]:
         """The command's own words, and the values of dotted options."""
