@@ -10,8 +10,8 @@ Beside them goes a MODEL_CARD.md of facts.
 """
 
 import importlib.util
+import io
 import json
-import logging
 import os
 import warnings
 from collections.abc import Callable
@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 import torchvision
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from alexnet_dist.config import CommandParser
@@ -31,12 +32,11 @@ from alexnet_dist.parallel.mesh import init_distributed
 from alexnet_dist.training.checkpoint import write_safetensors
 
 FILES = {"safetensors": "model.safetensors", "onnx": "model.onnx", "torchvision": "torchvision.pth"}
-BATCH_SIZES = (2, 1, 5)
-"""Of the random images that a file is tried on."""
 TOLERANCE = 1e-3
 """Error of logits, relative to the largest: other programs add in another order."""
-PUBLIC_STATE = ("step", "best", "run", "classes", "unnamed", "statistics", "dataset_hash", "images")
-"""What of a checkpoint's state goes into a file, besides its options and versions."""
+DATA_STATE = ("classes", "unnamed", "statistics", "dataset_hash", "images")
+PUBLIC_STATE = ("step", "best", "run", "versions", *DATA_STATE)
+"""What of a checkpoint's state goes into a file, besides its options."""
 
 
 def main(arguments: list[str]) -> None:
@@ -67,9 +67,7 @@ def _check_formats(names: list[str], arch: str) -> None:
     needed = ("onnx", "onnxscript", "onnxruntime") if "onnx" in names else ()
     missing = [package for package in needed if importlib.util.find_spec(package) is None]
     if missing:
-        raise UserError(
-            f"--format onnx needs {', '.join(missing)}: pip install 'alexnet-dist[export]'"
-        )
+        raise UserError(f"onnx needs {', '.join(missing)}: pip install 'alexnet-dist[export]'")
     if "torchvision" in names and arch != "torchvision":
         raise UserError(
             f"torchvision's class is another network than {arch}, and cannot take its weights: "
@@ -79,16 +77,14 @@ def _check_formats(names: list[str], arch: str) -> None:
 
 def public_state(trained: LoadedModel) -> dict[str, Any]:
     """What is known of a network, without the paths of the machine that trained it."""
-    config = {section: dict(options) for section, options in trained.state["config"].items()}
-    for option in ("root", "cache_dir"):
-        config.get("data", {}).pop(option, None)
-    for section in ("run", "wandb"):
-        config.pop(section, None)
-    if pretrained := config["model"].get("pretrained"):
-        config["model"]["pretrained"] = Path(pretrained).name
+    private = "data.root", "data.cache_dir", "model.pretrained"
+    config = {
+        section: {key: v for key, v in options.items() if f"{section}.{key}" not in private}
+        for section, options in trained.state["config"].items()
+        if section not in ("run", "wandb")
+    }
     state = {name: trained.state[name] for name in PUBLIC_STATE if name in trained.state}
-    versions = trained.state.get("versions", {})
-    return state | {"arch": trained.config.model.arch, "config": config, "versions": versions}
+    return state | {"arch": trained.config.model.arch, "config": config}
 
 
 def model_card(trained: LoadedModel, model: nn.Module, files: list[str]) -> str:
@@ -117,21 +113,19 @@ def _export(name: str, trained: LoadedModel, model: nn.Module, file: Path) -> fl
     try:
         _write(name, trained, model, partial)
         infer = _read(name, trained, partial)
-        for batch in BATCH_SIZES:
+        for batch in (2, 1, 5):
             images = _random_images(trained, batch)
             exact = model(images).numpy()
             errors.append(np.abs(np.asarray(infer(images)) - exact).max() / np.abs(exact).max())
         if not np.max(errors) <= TOLERANCE:  # NaN is an error, too
             raise UserError(
-                f"{file.name} would not compute what the network does (its logits are off by "
-                f"{np.max(errors):.2g} of the largest), and is not kept: try another version of "
-                "torch or onnx"
+                f"{file.name} would not compute what the network does (off by {np.max(errors):.2g} "
+                "of the largest logit), and is not kept: try another version of torch or onnx"
             )
         os.replace(partial, file)
-    except OSError as problem:
-        raise UserError(
-            f"{file} cannot be written ({problem.strerror}): make room, or give another --out"
-        ) from None
+    except (OSError, SafetensorError) as problem:
+        why = getattr(problem, "strerror", problem)
+        raise UserError(f"{file} cannot be written ({why}): make room, or change --out") from None
     finally:
         partial.unlink(missing_ok=True)
     return float(np.max(errors))
@@ -141,22 +135,16 @@ def _write(name: str, trained: LoadedModel, model: nn.Module, path: Path) -> Non
     if name == "safetensors":
         write_safetensors(path, model.state_dict(), public_state(trained))
     elif name == "torchvision":
-        torch.save({key: tensor.clone() for key, tensor in model.state_dict().items()}, path)
+        buffer = io.BytesIO()  # torch's own file writer does not say that a disk is full
+        torch.save({key: tensor.clone() for key, tensor in model.state_dict().items()}, buffer)
+        path.write_bytes(buffer.getvalue())
     else:
         images = _random_images(trained, 2)
         model(images)  # LRN makes its window in its first forward
-        logging.disable(logging.ERROR)  # what torch and onnx log of their internals
-        with warnings.catch_warnings(action="ignore"):
-            program = torch.onnx.export(
-                model,
-                (images,),
-                dynamo=True,
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
-                input_names=["images"],
-                output_names=["logits"],
-                verbose=False,
-            )
-        logging.disable(logging.NOTSET)
+        options: dict[str, Any] = {"input_names": ["images"], "output_names": ["logits"]}
+        options["dynamic_shapes"] = ({0: torch.export.Dim("batch")},)
+        with warnings.catch_warnings(action="ignore"):  # about torch's own internals
+            program = torch.onnx.export(model, (images,), verbose=False, **options)
         assert program is not None
         program.model.metadata_props["classes"] = json.dumps(trained.labels)
         program.save(path, external_data=False)

@@ -1,6 +1,5 @@
-"""The configs that come with the package: each resolves, and each life is its authors'."""
+"""The config files of the package: each resolves, and schedules change where the authors noted."""
 
-import itertools
 from pathlib import Path
 
 import pytest
@@ -13,15 +12,15 @@ from alexnet_dist.training.schedules import Schedule, piecewise_value
 from alexnet_dist.training.step import set_lr
 from tests.conftest import TINY, events, launch
 
-NAMES = sorted(path.stem for path in config_dir().glob("*.yaml"))
+CONFIGS = sorted(path.stem for path in config_dir().glob("*.yaml"))
 
 
 def resolve(name: str, *words: str) -> Config:
     return parse([f"--config={config_dir() / name}.yaml", *words]).config
 
 
-def rates(config: Config) -> tuple[Schedule, torch.optim.SGD]:
-    """A recipe's schedule, and an optimizer with its groups, of a network without memory."""
+def build_schedule(config: Config) -> tuple[Schedule, torch.optim.SGD]:
+    """The schedule of a config, and an optimizer with its groups, on the meta device."""
     optim = config.optim
     schedule = Schedule(
         lr=optim.lr,
@@ -42,10 +41,10 @@ def rates(config: Config) -> tuple[Schedule, torch.optim.SGD]:
     return schedule, optimizer
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_recipe_resolves(name: str) -> None:
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_config_resolves(name: str) -> None:
     config = resolve(name)
-    schedule, optimizer = rates(config)
+    schedule, optimizer = build_schedule(config)
     assert set_lr(optimizer, schedule, 0.5)["weights"] > 0
 
 
@@ -57,9 +56,9 @@ PARAMETERS = [
     ("fc8.bias", "biases"),
 ]
 
-# By the authors' notes, where "epoch n" begins after n - 1 passes: the rates of PARAMETERS and the
-# strength of the colour noise up to so many passes.
-LIVES = {
+# By the authors' notes, whose epochs count from 1: up to so many epochs the learning rates of
+# PARAMETERS, and the std of the PCA noise.
+SCHEDULES = {
     "original145": [
         (24, (1e-2, 2e-2, 1e-2, 1e-2, 2e-2, 0.1)),
         (50, (1e-3, 2e-2, 1e-3, 1e-3, 2e-2, 0.1)),
@@ -118,33 +117,33 @@ LIVES = {
         (90, (1e-2 / 250, 2e-3, 1e-2 / 250, 1e-2 / 250, 2e-3, 0.1)),
     ],
 }
-LIVES["original145_continued"] = [
-    *LIVES["original145"],
+SCHEDULES["original145_continued"] = [
+    *SCHEDULES["original145"],
     (106, (0.0, 0.0, 1e-3, 1e-3, 2e-2, 0.1)),
     (123, (0.0, 0.0, 1e-4, 1e-4, 2e-2, 0.1)),
     (134, (0.0, 0.0, 1e-5, 1e-5, 2e-2, 0.0)),
 ]
 
 
-@pytest.mark.parametrize("name", LIVES)
-def test_a_life_changes_in_the_passes_its_authors_noted(name: str) -> None:
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_schedule_changes_in_the_epochs_that_its_authors_noted(name: str) -> None:
     config = resolve(name)
-    schedule, optimizer = rates(config)
+    schedule, optimizer = build_schedule(config)
     groups = {group["name"]: group for group in optimizer.param_groups}
-    assert config.train.epochs == LIVES[name][-1][0]
-    begins = [0.0, *(last for last, _ in LIVES[name])]
-    for (first, last), (_, wanted) in zip(itertools.pairwise(begins), LIVES[name], strict=True):
-        for passes in (first, last - 1e-4):
-            set_lr(optimizer, schedule, passes)
+    assert config.train.epochs == SCHEDULES[name][-1][0]
+    ends = [last for last, _ in SCHEDULES[name]]
+    for first, (last, expected) in zip([0.0, *ends[:-1]], SCHEDULES[name], strict=True):
+        for epoch in (first, last - 1e-4):
+            set_lr(optimizer, schedule, epoch)
             found = [groups.get(name, groups[kind])["lr"] for name, kind in PARAMETERS]
-            strength = config.data.pca_noise_std
+            noise = config.data.pca_noise_std
             if config.data.pca_noise_schedule:
-                strength = piecewise_value(config.data.pca_noise_schedule, passes)
-            assert [*found, strength] == pytest.approx(list(wanted), rel=1e-5), passes
+                noise = piecewise_value(config.data.pca_noise_schedule, epoch)
+            assert [*found, noise] == pytest.approx(list(expected), rel=1e-5), epoch
 
 
 @pytest.mark.slow
-def test_a_life_at_a_smaller_scale_has_all_its_changes(images: Path, tmp_path: Path) -> None:
+def test_a_scaled_schedule_has_all_its_changes(images: Path, tmp_path: Path) -> None:
     options = [o for o in TINY if "schedule" not in o and "epochs" not in o]
     launched = launch(
         0,
@@ -156,14 +155,14 @@ def test_a_life_at_a_smaller_scale_has_all_its_changes(images: Path, tmp_path: P
     )
     assert launched.code == 0, launched.err
     records = events(tmp_path / "original145", "train")
-    steps = 4  # of a pass
+    steps = 4  # per epoch
     assert len(records) == 18 == records[-1]["step"] == 90 * 0.05 * steps
-    schedule, _ = rates(resolve("original145"))
+    schedule, _ = build_schedule(resolve("original145"))
     for record in records:
-        passes = (record["step"] - 1) / steps / 0.05
-        wanted = {name: schedule.lr_at(name, passes) for name in schedule.table}
-        assert record["lrs"] == pytest.approx(wanted)
-        assert record["pca_noise_std"] == (0.1 if passes < 66 else 0)
+        epoch = (record["step"] - 1) / steps / 0.05
+        expected = {name: schedule.lr_at(name, epoch) for name in schedule.milestones}
+        assert record["lrs"] == pytest.approx(expected)
+        assert record["pca_noise_std"] == (0.1 if epoch < 66 else 0)
     assert len({tuple(record["lrs"].values()) for record in records}) == 6
     (end,) = events(tmp_path / "original145", "finished")
     assert end["ended"]
