@@ -27,7 +27,7 @@ from rich.table import Table
 
 from alexnet_dist import setup
 from alexnet_dist.config import CommandParser, Config
-from alexnet_dist.data import build_loader, dali
+from alexnet_dist.data import dali
 from alexnet_dist.data.corrupt_images import Batch, Loader
 from alexnet_dist.data.datasets import open_datasets
 from alexnet_dist.errors import UserError, run_command
@@ -47,13 +47,8 @@ UNITS = {MATMUL: "GFLOP/s", COPY: "GB/s"}  # of all others: images/s
 
 @dataclass(frozen=True)
 class BenchCase:
-    """Work to be timed.
-
-    Attributes:
-        run: does it once; returns how many units (say, images) all ranks together have done.
-        warmup: how often it runs untimed at the beginning of each round.
-        on_start: called between the warmup and what is timed.
-    """
+    """Work to be timed: ``run`` does it once, and returns how many units (say, images) all ranks
+    have done; in each round it first runs ``warmup`` times, and then ``on_start`` is called."""
 
     run: Callable[[], float]
     warmup: int = 1
@@ -151,15 +146,13 @@ class TrainBenchmark:
         results: dict[str, dict[str, Any]] = {
             name: {"unit": UNITS.get(name, "images/s"), **result.summary()}
             for name, result in timed.items()
+        } | {
+            DATA_WAIT: {"unit": "%", "median": round(100 * data / total, 1)},
+            RANK_WAIT: {"unit": "%", "median": round(100 * ranks / total, 1)},
+            "checkpoint: stall of training": {"unit": "ms", "median": round(1000 * stall, 1)},
+            "checkpoint: until it is complete": {"unit": "ms", "median": round(1000 * save, 1)},
+            "peak memory of training": {"unit": "GiB", "median": round(peak / 2**30, 2)},
         }
-        for name, unit, value in (
-            (DATA_WAIT, "%", 100 * data / total),
-            (RANK_WAIT, "%", 100 * ranks / total),
-            ("checkpoint: stall of training", "ms", 1000 * stall),
-            ("checkpoint: until it is complete", "ms", 1000 * save),
-            ("peak memory of training", "GiB", peak / 2**30),
-        ):
-            results[name] = {"unit": unit, "median": float(f"{value:.4g}")}
         size = {"num_classes": self.state.num_outputs, "image_size": config.data.image_size}
         return {
             "config": f"{arch}, {self.state.layout.precision}, batch {self.batch_size}",
@@ -206,17 +199,14 @@ class TrainBenchmark:
         """Those that there are for this machine and these images, by name."""
         found: dict[str, Loader] = {}
         for name in LOADERS:
+            config = replace(self.config, data=replace(self.config.data, loader=name))
             with contextlib.suppress(UserError):
-                found[name] = build_loader(
-                    name,
+                found[name] = setup.loader_for(
+                    config,
+                    self.mesh,
                     self.train_set,
                     self.data.normalization,
                     self.data.plan,
-                    device=self.mesh.device,
-                    max_batch_size=self.mesh.local_batch(self.batch_size),
-                    threads=self.threads,
-                    prefetch=self.config.data.prefetch,
-                    dali_decoder=self.config.data.dali_decoder,
                     on_corrupt="substitute",
                 )
         return found
@@ -243,51 +233,41 @@ class TrainBenchmark:
         source, target = torch.zeros(2, 2**26, device=mesh.device)
         cases = {
             MATMUL: BenchCase(lambda: 2e-9 * size**3 * ranks * bool((a @ a).numel())),
-            COPY: BenchCase(
-                lambda: 2e-9 * source.nbytes * ranks * bool(target.copy_(source).dim())
-            ),
+            COPY: BenchCase(lambda: 2e-9 * ranks * target.copy_(source).nbytes),
         }
-        if not dali.available() or self.train_set.is_decoded:
-            return cases
-        from nvidia.dali import fn, pipeline_def
+        if dali.available() and not self.train_set.is_decoded:
+            from nvidia.dali import Pipeline, fn
 
-        encoded = [self.train_set.read(i) for i in range(mesh.local_batch(self.batch_size))]
-
-        @pipeline_def(  # type: ignore[untyped-decorator]
-            batch_size=len(encoded),
-            num_threads=self.threads,
-            device_id=mesh.device.index if on_gpu else None,
-        )
-        def decode() -> Any:
-            files = fn.external_source(lambda: encoded, no_copy=True)
-            return fn.decoders.image(files, device="mixed" if on_gpu else "cpu")
-
-        pipeline = decode()
-        pipeline.build()
-        decoder = BenchCase(lambda: float(ranks * len(pipeline.run()[0])), warmup=4)
-        return cases | {DECODER: decoder}
+            encoded = [self.train_set.read(i) for i in range(mesh.local_batch(self.batch_size))]
+            gpu = mesh.device.index if on_gpu else None
+            pipeline = Pipeline(len(encoded), self.threads, gpu)
+            with pipeline:
+                files = fn.external_source(lambda: encoded, no_copy=True)
+                images = fn.decoders.image(files, device="mixed" if on_gpu else "cpu")
+                pipeline.set_outputs(images)
+            pipeline.build()
+            cases[DECODER] = BenchCase(lambda: float(ranks * len(pipeline.run()[0])), warmup=4)
+        return cases
 
     def save_checkpoint(self) -> tuple[float, float]:
         """Seconds for which a save stops training, and until it is complete."""
-        root, pid = self.config.run.output_dir, self.mesh.broadcast_from_rank0(os.getpid)
-        folder, events = Path(root, f".bench-{pid}"), []
+        pid, events = self.mesh.broadcast_from_rank0(os.getpid), []
+        folder = Path(self.config.run.output_dir, f".bench-{pid}")
         manager = CheckpointManager(
             folder,
             self.mesh.checkpoint_group,
             self.state.layout,
             self.state.optimizer,
-            emit=lambda event, **values: events.append({"event": event, **values}),
+            emit=lambda _, **values: events.append(values),
             async_save=self.config.checkpoint.async_save,
         )
-        try:
-            for step in (1, 2):  # the first allocates the memory that the second copies to
-                manager.save({"step": step, "last_eval_step": -1})
-                time.sleep(2 * manager.longest_save)  # training would continue meanwhile
-                manager.wait()
-        finally:
-            if self.mesh.rank == 0:
-                shutil.rmtree(folder, ignore_errors=True)
-        if events[-1]["event"] != "checkpoint":
+        for step in (1, 2):  # the first allocates the memory that the second copies to
+            manager.save({"step": step, "last_eval_step": -1})
+            time.sleep(2 * manager.longest_save)  # training would continue meanwhile
+            manager.wait()
+        if self.mesh.rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+        if "message" in events[-1]:
             raise UserError(str(events[-1]["message"]), on_all_ranks=True)
         return events[-1]["stall"], events[-1]["seconds"]
 
