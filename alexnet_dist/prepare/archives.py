@@ -80,22 +80,18 @@ def _members(path: Path, file: Any = None) -> list[tarfile.TarInfo]:
 
 
 def _read_devkit(root: Path) -> tuple[list[str], dict[str, str]]:
-    """The classes of the validation images in order, and the names of all classes, from the folder
-    or tar.gz of the devkit."""
+    """The classes of the validation images in order, and the names of all classes."""
     loadmat = _import("scipy.io").loadmat
-    path = min(root.glob("ILSVRC2012_devkit*"), default=None)
+    path = min(root.glob("ILSVRC2012_devkit*.tar.gz"), default=None)
     if path is None:
         raise UserError(f"{root} lacks the devkit: put ILSVRC2012_devkit_t12.tar.gz into it")
     try:
-        if path.is_dir():
-            content = {name: (path / name).read_bytes() for name in (_META, _TRUTH)}
-        else:
-            with tarfile.open(path) as tar:
-                content = {
-                    member.name.partition("/")[2]: file.read()
-                    for member in tar
-                    if (file := tar.extractfile(member))
-                }
+        with tarfile.open(path) as tar:
+            content = {
+                member.name.partition("/")[2]: file.read()
+                for member in tar
+                if (file := tar.extractfile(member))
+            }
         synsets = np.atleast_1d(loadmat(BytesIO(content[_META]), squeeze_me=True)["synsets"])
         wnids = {int(synset["ILSVRC2012_ID"]): str(synset["WNID"]) for synset in synsets}
         truth = [wnids[int(line)] for line in content[_TRUTH].split()]

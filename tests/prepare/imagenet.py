@@ -1,7 +1,7 @@
 """A tiny ImageNet, in each form in which people have it."""
 
+import gzip
 import json
-import shutil
 import tarfile
 from collections.abc import Callable
 from io import BytesIO
@@ -75,29 +75,23 @@ def kaggle(root: Path) -> Path:
 def official_tars(root: Path) -> Path:
     from scipy.io import savemat
 
-    train: dict[str, dict[str, bytes]] = {wnid: {} for wnid in CLASSES}
+    splits: dict[str, dict[str, bytes]] = {}
     for (split, wnid, name), content in IMAGES.items():
-        if split == "train":
-            train[wnid][name] = content
-    val = {name: content for (split, _, name), content in IMAGES.items() if split == "val"}
-    inner = {f"{wnid}.tar": tar(members) for wnid, members in train.items()}
-    write(root / "ILSVRC2012_img_train.tar", tar(inner))
-    write(root / "ILSVRC2012_img_val.tar", tar(val))
+        splits.setdefault(wnid if split == "train" else "val", {})[name] = content
+    write(root / "ILSVRC2012_img_val.tar", tar(splits.pop("val")))
+    class_tars = {f"{wnid}.tar": tar(members) for wnid, members in splits.items()}
+    write(root / "ILSVRC2012_img_train.tar", tar(class_tars))
     ids = dict(zip(CLASSES, (3, 1, 2), strict=True))  # not in the order of the classes
     fields = [("ILSVRC2012_ID", "i4"), ("WNID", "O"), ("words", "O")]
     rows = [(ids[wnid], wnid, words) for wnid, words in CLASSES.items()]
     savemat(matrix := BytesIO(), {"synsets": np.array(rows, fields)})
     truth = "\n".join(str(ids[wnid]) for split, wnid, _ in IMAGES if split == "val")
-    folder = root / "ILSVRC2012_devkit_t12"
-    write(folder / "data/meta.mat", matrix.getvalue())
-    write(folder / "data/ILSVRC2012_validation_ground_truth.txt", truth.encode())
-    return root
-
-
-def official_tars_with_packed_devkit(root: Path) -> Path:
-    folder = official_tars(root) / "ILSVRC2012_devkit_t12"
-    shutil.make_archive(str(folder), "gztar", root, folder.name)
-    shutil.rmtree(folder)
+    data = "ILSVRC2012_devkit_t12/data"
+    devkit = {
+        f"{data}/meta.mat": matrix.getvalue(),
+        f"{data}/ILSVRC2012_validation_ground_truth.txt": truth.encode(),
+    }
+    write(root / "ILSVRC2012_devkit_t12.tar.gz", gzip.compress(tar(devkit)))
     return root
 
 
@@ -137,7 +131,6 @@ FORMS: dict[str, Callable[[Path], Path]] = {
     "train and test": lambda root: class_folders(root, "test"),
     "Kaggle": kaggle,
     "official tars": official_tars,
-    "official tars, devkit packed": official_tars_with_packed_devkit,
     "parquet": parquet,
     "webdataset": webdataset,
 }

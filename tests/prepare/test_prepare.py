@@ -9,13 +9,13 @@ import subprocess
 import sys
 import tarfile
 import time
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from alexnet_dist.data.datasets import scan_dataset
 from alexnet_dist.data.formats import decode, validate_bytes
 from alexnet_dist.errors import UserError
 from alexnet_dist.prepare import shards
@@ -27,7 +27,6 @@ from tests.data.corrupt_images import corrupt_files, encode, odd_images, photogr
 from tests.prepare.imagenet import CLASSES, IMAGES, class_folders, official_tars, parquet, write
 
 FORM = OutputFormat("shards", 48, "none", 95)
-OPTIONS = ["--size=48", "--shard_mb=0.01"]
 CORRUPT = ["n01440764_3", "n02102040_1"]
 
 
@@ -40,7 +39,15 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     cut = root / "in/train/n02102040/n02102040_1.JPEG"
     cut.write_bytes(cut.read_bytes()[:900])
     for name, workers in (("one", 1), ("four", 4)):
-        main([f"{root}/in", f"--out={root / name}", *OPTIONS, f"--workers={workers}"])
+        main(
+            [
+                f"{root}/in",
+                f"--out={root / name}",
+                "--size=48",
+                "--shard_mb=0.01",
+                f"--workers={workers}",
+            ]
+        )
     return root
 
 
@@ -99,20 +106,14 @@ def test_corrupt_images_are_listed_and_skipped_or_stop_the_command(prepared: Pat
         main([f"{prepared}/in", f"--out={prepared}/stop", "--on_corrupt_image=stop"])
 
 
-def test_statistics_against_numpy(prepared: Path) -> None:
-    values, weights = [], []
-    for (split, _, name), data in IMAGES.items():
-        if split == "train" and Path(name).stem not in CORRUPT:
-            pixels, *_ = resize_image(np.frombuffer(data, np.uint8), FORM)
-            side = min(pixels.shape[:2])
-            top, left = ((length - side) // 2 for length in pixels.shape[:2])
-            values.append(pixels[top : top + side, left : left + side].reshape(-1, 3).astype(float))
-            weights.append(np.full(side**2, 1 / side**2))
-    all_values, all_weights = np.concatenate(values), np.concatenate(weights)
-    ours = dict(np.load(prepared / "one/statistics.npz"))
-    assert np.allclose(ours["mean"], np.average(all_values, 0, all_weights))
-    rebuilt = ours["eigenvectors"] @ np.diag(ours["eigenvalues"]) @ ours["eigenvectors"].T
-    assert np.allclose(rebuilt, np.cov(all_values.T, ddof=0, aweights=all_weights))
+def test_statistics_are_those_that_training_measures(tmp_path: Path) -> None:
+    plain, out = class_folders(tmp_path / "in"), tmp_path / "out"
+    main([str(plain), f"--out={out}", "--size=4096", "--workers=1"])  # images as they are
+    ours, expected = (
+        scan_dataset(str(p), str(tmp_path), lambda *_: None).stats for p in (out, plain)
+    )
+    for name, value in vars(expected).items():
+        assert np.allclose(getattr(ours, name), value), name
 
 
 def test_images_are_resized_as_pillow_does_and_corrupt_ones_refused() -> None:
@@ -168,55 +169,47 @@ def test_a_damaged_shard_is_found_when_read_back(tmp_path: Path) -> None:
 
 
 def test_errors_name_the_fix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def message(*words: object) -> str:
+    folder, out = tmp_path / "in", tmp_path / "out"
+
+    def message(source: Path, *words: object) -> str:
         with pytest.raises(UserError) as error:
-            main([str(word) for word in words])
+            main([str(source), "--out", str(out), *map(str, words)])
         return str(error.value)
 
-    folder, out = tmp_path / "in", tmp_path / "out"
-    assert "there is no option --sise; did you mean --size?" in message("x", "--sise", "3")
-    assert "--size must be from 8 to 4096" in message("x", "--out", out, "--size", 4)
-    assert "give --crop center" in message("x", "--out", out, "--format", "pixels")
-    assert "is no folder with a known form of ImageNet" in message("nowhere", "--out", out)
+    assert "there is no option --sise; did you mean --size?" in message(folder, "--sise", 3)
+    assert "give --crop center" in message(folder, "--format", "pixels")
+    assert "is no folder with a known form of ImageNet" in message(folder)
     write(folder / "train/cat/a.JPEG", b"")
-    assert "has no validation images" in message(folder, "--out", out)
-    write(folder / "val/b.JPEG", b"")
-    assert "put Kaggle's LOC_val_solution.csv into" in message(folder, "--out", out)
-    (folder / "val/b.JPEG").unlink()
+    assert "has no validation images" in message(folder)
     write(folder / "val/dog/a.JPEG", b"")
-    assert "classes without training images (dog)" in message(folder, "--out", out)
-    class_folders(folder)
-    assert "is in the source" in message(folder, "--out", folder / "out")
-    assert "has other files in it" in message(folder, "--out", tmp_path)
-    write(tmp_path / "file", b"")
-    assert "cannot be written" in message(folder, "--out", tmp_path / "file/out")
-    with exclusive_lock(tmp_path / "held"):
-        assert "another command is preparing" in message(folder, "--out", tmp_path / "held")
-    (folder / "val/dog/a.JPEG").unlink()
-    (folder / "val/dog").rmdir()
+    assert "classes without training images (dog)" in message(folder)
+    write(folder / "val/a.JPEG", b"")
+    assert "put Kaggle's LOC_val_solution.csv into" in message(folder)
+    good = class_folders(tmp_path / "good")
+    assert "is in the source" in message(good, "--out", good / "out")
+    assert "has other files in it" in message(good, "--out", tmp_path)
+    with exclusive_lock(out):
+        assert "another command is preparing" in message(good)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 9}))
-        assert "GB free: make room" in message(folder, "--out", tmp_path / "full")
+        assert "GB free: make room" in message(good)
     official = official_tars(tmp_path / "official")
-    cut = official / "ILSVRC2012_img_train.tar"
-    cut.write_bytes(cut.read_bytes()[:9000])
-    assert "corrupt or cut short" in message(official, "--out", out)
-    write(official / "ILSVRC2012_devkit_t12/data/meta.mat", b"no matrix")
-    assert "not ImageNet's devkit" in message(official, "--out", out)
+    write(official / "ILSVRC2012_img_val.tar", b"cut")
+    assert "compressed, corrupt or cut short" in message(official)
+    write(official / "ILSVRC2012_devkit_t12.tar.gz", b"cut")
+    assert "not ImageNet's devkit" in message(official)
     tables = parquet(tmp_path / "tables")
-    (tables / "train-00000-of-00002.parquet").write_bytes(b"no table")
-    assert "train-00000-of-00002.parquet is corrupt" in message(tables, "--out", out)
+    write(tables / "train-0.parquet", b"cut")
+    assert "train-0.parquet is corrupt" in message(tables)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    assert "pip install 'alexnet-dist[prepare]'" in message(tables, "--out", out)
+    assert "pip install 'alexnet-dist[prepare]'" in message(tables)
 
 
 def many_images(root: Path) -> Path:
     noise = np.random.default_rng(1).integers(0, 255, (300, 300, 3), np.uint8)
     for number in range(120):
-        buffer = BytesIO()
-        Image.fromarray(np.roll(noise, number, 0)).save(buffer, "PNG", compress_level=0)
-        split = "train" if number < 100 else "val"
-        write(root / f"{split}/{number % 2}/{number:03d}.png", buffer.getvalue())
+        image = encode(Image.fromarray(np.roll(noise, number, 0)), "PNG", compress_level=0)
+        write(root / f"{'train' if number < 100 else 'val'}/{number % 2}/{number}.png", image)
     return root
 
 
@@ -251,12 +244,9 @@ def test_a_killed_command_resumes_without_writing_a_shard_twice(tmp_path: Path) 
 def test_a_full_disk_is_one_error_message_and_loses_nothing(kind: str, tmp_path: Path) -> None:
     source, out = many_images(tmp_path / "in"), tmp_path / "out"
     words = [f"{source}", f"--format={kind}", "--crop=center", "--size=100", "--shard_mb=0.2"]
-    shell = (
-        f"ulimit -f 150; exec {shlex.join(command(0, 'alexnet_dist.prepare', *words))} --out={out}"
-    )
-    done = subprocess.run(
-        ["bash", "-c", shell], capture_output=True, text=True, env=environment(), check=False
-    )
+    run = shlex.join(command(0, "alexnet_dist.prepare", *words, f"--out={out}"))
+    shell = ["bash", "-c", f"ulimit -f 150; {run}"]
+    done = subprocess.run(shell, capture_output=True, text=True, env=environment(), check=False)
     assert done.returncode == 1
     assert done.stderr.count("alexnet_dist: ") == 1
     assert "cannot be written or read (File too large): make room" in done.stderr

@@ -2,7 +2,6 @@
 
 import re
 import tarfile
-from io import BytesIO
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,7 @@ import pytest
 from alexnet_dist.prepare.__main__ import main
 from alexnet_dist.prepare.sources import discover_dataset
 from tests.data.corrupt_images import encode, photograph
-from tests.prepare.imagenet import CLASSES, FORMS, IMAGES, parquet, webdataset
+from tests.prepare.imagenet import CLASSES, FORMS, IMAGES, parquet, tar, webdataset, write
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -33,25 +32,22 @@ def test_classes_are_named_by_index_where_file_names_do_not_tell(tmp_path: Path)
 
 def test_hostile_tars_write_nothing_elsewhere_and_make_no_odd_names(tmp_path: Path) -> None:
     given = webdataset(tmp_path / "given")
-    image = encode(photograph(20, 20), "JPEG")
     names = ["../../outside/a", "/etc/b", "train/../../n1/c\nd", "n1/\t", "n1/e f", "n1/e_f"]
     names += ["n1/e:f", f"n1/{'long' * 70}", "../.../x/y", "n1/\udcff", "n1/?"]
-    with tarfile.open(given / "train-0.tar", "a") as tar:
-        for name in names:
-            for extension, content in (("jpg", image), ("cls", b"0")):
-                info = tarfile.TarInfo(f"{name}.{extension}")
-                info.size = len(content)
-                tar.addfile(info, BytesIO(content))
+    image = encode(photograph(20, 20), "JPEG")
+    files = {f"{name}.jpg": image for name in names} | {f"{name}.cls": b"0" for name in names}
+    write(given / "train-2.tar", tar(files))
+    with tarfile.open(given / "train-2.tar", "a") as file:
         for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE):
             info = tarfile.TarInfo(f"n1/special-{kind!r}.jpg")
             info.type, info.linkname = kind, "/etc/passwd"
-            tar.addfile(info)
+            file.addfile(info)
     before = set(tmp_path.rglob("*"))
     out = tmp_path / "out"
     main([str(given), "--out", str(out), "--workers", "1"])
     assert {path for path in tmp_path.rglob("*") if not path.is_relative_to(out)} == before
-    with tarfile.open(out / "train-00000.tar") as tar:
-        members = tar.getmembers()
+    with tarfile.open(out / "train-00000.tar") as file:
+        members = file.getmembers()
     assert len({member.name for member in members}) == len(members) == 2 * (len(names) + 12)
     for member in members:
         assert member.isreg()
