@@ -16,7 +16,7 @@ from alexnet_dist.data import build_loader, dali
 from alexnet_dist.data.corrupt_images import Batch
 from alexnet_dist.data.datasets import ImageDataset, open_datasets, scan_dataset
 from alexnet_dist.data.gpu_cache import GpuCacheLoader
-from alexnet_dist.data.plan import SamplePlan
+from alexnet_dist.data.plan import SamplePlan, TrainCrop
 from alexnet_dist.data.torch_loader import TorchLoader
 from alexnet_dist.data.transforms import Normalization, build_normalization
 from alexnet_dist.model import make_dropout_masks
@@ -44,166 +44,131 @@ pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda", 0)
 
 
+def open_train(root: Path, size: int) -> tuple[ImageDataset, Normalization]:
+    info = scan_dataset(str(root), str(root), lambda *_: None)
+    normalization = build_normalization("centered", info.stats, size=size, pca_noise="source")
+    return open_datasets(info)[0], normalization
+
+
 @pytest.fixture
-def opened(tmp_path: Path) -> tuple[ImageDataset, Normalization]:
-    root = write_images(tmp_path / "i", train=64, side=160)
-    catalogue = scan_dataset(str(root), str(tmp_path), lambda *_: None)
-    pixels = build_normalization("centered", catalogue.stats, size=128, pca_noise="source")
-    return open_datasets(catalogue)[0], pixels
+def jpegs(tmp_path: Path) -> tuple[ImageDataset, Normalization]:
+    return open_train(write_images(tmp_path / "i", train=64, side=160), 128)
 
 
-def test_the_decoder_that_is_chosen_works() -> None:
+def open_pixels(tmp_path: Path, size: int) -> tuple[ImageDataset, Normalization]:
+    plain = write_images(tmp_path / "i", train=64, side=160)
+    return open_train(write_prepared(plain, tmp_path / "pixels", "pixels"), size)
+
+
+def assert_close(ours: Batch, reference: Batch, mean_difference: float) -> None:
+    assert ours.images.device == GPU
+    assert ours.images.shape == reference.images.shape
+    assert ours.images.is_contiguous(memory_format=torch.channels_last)
+    assert ours.indices.tolist() == reference.indices.tolist()
+    assert torch.equal(ours.labels, reference.labels)
+    assert (ours.images - reference.images).abs().sum() <= mean_difference * ours.images.numel()
+
+
+def skip_without(decoder: str) -> None:
+    pytest.importorskip("nvidia.dali", reason="DALI is not installed here")
+    if decoder == "roi" and dali.probe_decoder(GPU) != "roi":
+        pytest.skip("decoding a region ends the process on this GPU (nvImageCodec issue 55)")
+
+
+def test_dali_probes_a_decoder_that_works() -> None:
     pytest.importorskip("nvidia.dali", reason="DALI is not installed here")
     assert dali.probe_decoder(GPU) in ("roi", "full")
 
 
 @pytest.mark.parametrize("decoder", ["roi", "full", "cpu"])
-def test_mixed_decoding_is_that_of_the_reference(
-    decoder: str, opened: tuple[ImageDataset, Normalization]
+def test_dali_agrees_with_the_torch_loader(
+    decoder: str, jpegs: tuple[ImageDataset, Normalization]
 ) -> None:
-    pytest.importorskip("nvidia.dali", reason="DALI is not installed here")
-    if decoder == "roi" and dali.probe_decoder(GPU) != "roi":
-        pytest.skip("decoding a region ends the process on this GPU (nvImageCodec issue 55)")
-    source, pixels = opened
-    plan = SamplePlan(source.index.sizes, 16, 1, crop_fraction=0.7)
-    ours = dali.DaliLoader(
-        source,
-        pixels,
-        max_batch_size=16,
-        device=GPU,
-        decoder=decoder,  # type: ignore[arg-type]
-        resize=True,
-        threads=2,
-    )
-    theirs = TorchLoader(source, pixels, device=GPU, threads=0)
-    for mine, other in zip(
-        ours.batches(plan.epoch(0, 0, slice(None))),
-        theirs.batches(plan.epoch(0, 0, slice(None))),
-        strict=True,
-    ):
-        assert mine.images.device == GPU
-        assert mine.indices.tolist() == other.indices.tolist()
-        assert torch.equal(mine.labels, other.labels)
-        assert (mine.images - other.images).abs().mean() < 2.0  # of 255
-        assert mine.images.is_contiguous(memory_format=torch.channels_last)
+    skip_without(decoder)
+    plan = SamplePlan(jpegs[0].index.sizes, 16, 1, crop_fraction=0.7)
+    options: dict[str, Any] = {"decoder": decoder, "resize": True, "max_batch_size": 16}
+    ours = dali.DaliLoader(*jpegs, device=GPU, threads=2, **options)
+    theirs = TorchLoader(*jpegs, device=GPU, threads=0)
+    samples = list(plan.epoch(0, 0, slice(None)))
+    for one, other in zip(ours.batches(samples), theirs.batches(samples), strict=True):
+        assert_close(one, other, 2.0)  # of 255
 
 
-def test_raw_pixels_are_those_of_the_reference(tmp_path: Path) -> None:
+def test_dali_takes_raw_pixels(tmp_path: Path) -> None:
     pytest.importorskip("nvidia.dali", reason="DALI is not installed here")
-    plain = write_images(tmp_path / "i", train=64, side=160)
-    folder = write_prepared(plain, tmp_path / "pixels", "pixels")
-    catalogue = scan_dataset(str(folder), str(tmp_path), lambda *_: None)
-    pixels = build_normalization("centered", catalogue.stats, size=128, pca_noise="source")
-    source = open_datasets(catalogue)[0]
-    plan = SamplePlan(source.index.sizes, 16, 1, crop_fraction=0.7, pca_noise_std=lambda _: 0.1)
-    options = {"plan": plan, "max_batch_size": 16, "device": GPU, "threads": 2}
-    draws = [plan.sample(0, step) for step in range(plan.steps_per_epoch)]
-    batches = [
-        build_loader(name, source, pixels, **options).batches(draws)  # type: ignore[arg-type]
+    opened = open_pixels(tmp_path, 128)
+    sizes = opened[0].index.sizes
+    plan = SamplePlan(sizes, 16, 1, crop_fraction=0.7, pca_noise_std=lambda _: 0.1)
+    samples = list(plan.epoch(0, 0, slice(None)))
+    loaded = [
+        build_loader(name, *opened, plan, device=GPU, max_batch_size=16, threads=2).batches(samples)
         for name in ("dali", "torch")
     ]
-    for mine, other in zip(*batches, strict=True):
-        assert mine.images.device == GPU
-        assert mine.indices.tolist() == other.indices.tolist()
-        assert (mine.images - other.images).abs().mean() < 1.0  # of 255: resized
+    for one, other in zip(*loaded, strict=True):
+        assert_close(one, other, 1.0)  # of 255: resized
 
 
-@pytest.mark.parametrize("on_gpu", [True, False])
+@pytest.mark.parametrize("in_gpu_memory", [True, False])
 @pytest.mark.parametrize("crop", ["paper", "random_resized"])
-def test_resident_pixels(crop: str, on_gpu: bool, tmp_path: Path) -> None:
-    """From the GPU's memory or the host's: the reference's batches, to the bit where no box is
-    resized, and in an epoch that is longer than what is prepared ahead."""
-    plain = write_images(tmp_path / "i", train=64, side=160)
-    folder = write_prepared(plain, tmp_path / "pixels", "pixels")
-    catalogue = scan_dataset(str(folder), str(tmp_path), lambda *_: None)
-    pixels = build_normalization("centered", catalogue.stats, size=112, pca_noise="source")
-    source = open_datasets(catalogue)[0]
-    plan = SamplePlan(
-        source.index.sizes,
-        7,
-        1,
-        crop=crop,  # type: ignore[arg-type]
-        crop_fraction=0.7,
-        pca_noise_std=lambda _: 0.1,
-    )
-    options: dict[str, Any] = {"device": GPU, "threads": 2}
-    ours = GpuCacheLoader(source, pixels, in_gpu_memory=on_gpu, **options)
-    theirs = TorchLoader(source, pixels, device=GPU, threads=0)
-    draws = [*plan.epoch(0, 0, slice(None)), plan.sample(0, 0, slice(7, None, 8))]
-    kept = list(ours.batches(draws))
-    for mine, other in zip(kept, theirs.batches(draws), strict=True):
-        assert mine.images.device == GPU
-        assert mine.indices.tolist() == other.indices.tolist()
-        assert torch.equal(mine.labels, other.labels)
-        assert mine.images.shape == other.images.shape
-        assert mine.images.is_contiguous(memory_format=torch.channels_last)
-        difference = (mine.images - other.images).abs()
-        if crop == "paper":
-            assert torch.equal(mine.images, other.images)
-        elif len(mine.indices):
-            assert difference.max() <= 1.001
-            assert difference.mean() < 0.05
+def test_gpu_cache_gives_the_torch_loaders_batches(
+    crop: TrainCrop, in_gpu_memory: bool, tmp_path: Path
+) -> None:
+    """To the bit where no box is resized, in an epoch that is longer than what is prefetched, and
+    for a rank without any image."""
+    opened = open_pixels(tmp_path, 112)
+    plan = SamplePlan(opened[0].index.sizes, 7, 1, crop, 0.7, pca_noise_std=lambda _: 0.1)
+    ours = GpuCacheLoader(*opened, device=GPU, in_gpu_memory=in_gpu_memory, threads=2)
+    theirs = TorchLoader(*opened, device=GPU, threads=0)
+    samples = [*plan.epoch(0, 0, slice(None)), plan.sample(0, 0, slice(7, None, 8))]
+    kept = list(ours.batches(samples))
+    for one, other in zip(kept, theirs.batches(samples), strict=True):
+        assert_close(one, other, 0.0 if crop == "paper" else 0.05)
     ours.close()
 
 
-def test_auto_takes_resident_pixels(tmp_path: Path) -> None:
+def test_auto_takes_the_gpu_cache_for_raw_pixels(tmp_path: Path) -> None:
     plain = write_images(tmp_path / "i")
     folder = write_prepared(plain, tmp_path / "pixels", "pixels")
     for name in ("auto", "torch"):
-        plainly = [f"--data.loader={name}", "--runtime.deterministic=true"]
-        train(1, folder, tmp_path / name, "--run.name=run", *plainly)
+        options = [f"--data.loader={name}", "--runtime.deterministic=true"]
+        train(1, folder, tmp_path / name, "--run.name=run", *options)
     (start,) = events(tmp_path / "auto" / "run", "start")
     assert start["loader"] == "gpu_cache: 0.0 GB of raw pixels on the GPU"
     assert losses(tmp_path / "auto/run") == losses(tmp_path / "torch/run")
 
 
 @pytest.mark.parametrize("decoder", ["roi", "full"])
-def test_odd_and_damaged_images(decoder: str, tmp_path: Path) -> None:
-    """As on CPUs: what is whole is decoded as the reference does it, what is not is named."""
-    pytest.importorskip("nvidia.dali", reason="DALI is not installed here")
-    if decoder == "roi" and dali.probe_decoder(GPU) != "roi":
-        pytest.skip("decoding a region ends the process on this GPU (nvImageCodec issue 55)")
+def test_dali_decodes_odd_images_and_names_corrupt_ones(decoder: str, tmp_path: Path) -> None:
+    skip_without(decoder)
+    good, corrupt = odd_images(), corrupt_files()
     plain = encode(photograph(), "JPEG")
-    good, bad = odd_images(), corrupt_files()
-    paths = write_folder(tmp_path, good | dict.fromkeys(bad, plain))
-    catalogue = scan_dataset(str(tmp_path), str(tmp_path / "cache"), lambda *_: None)
-    source = open_datasets(catalogue)[0]
-    for kind, content in bad.items():
+    paths = write_folder(tmp_path, good | dict.fromkeys(corrupt, plain))
+    dataset, _ = open_train(tmp_path, 64)
+    for kind, content in corrupt.items():
         put(paths[kind], content)
-    pixels = Normalization(np.zeros(3), np.ones(3), np.zeros((3, 3)), 64)
-    plan = SamplePlan(source.index.sizes, len(source.index), 1, crop_fraction=64 / 96)
-    options: dict[str, Any] = {
-        "max_batch_size": plan.batch_size,
-        "decoder": decoder,
-        "resize": True,
-        "threads": 2,
-    }
-    ours = dali.DaliLoader(source, pixels, device=GPU, on_corrupt="skip", **options)
-    theirs = TorchLoader(source, pixels, device=GPU, threads=0, on_corrupt="skip")
-    (mine,), (other,) = (list(each.batches([plan.sample(0, 0)])) for each in (ours, theirs))
+    normalization = Normalization(np.zeros(3), np.ones(3), np.zeros((3, 3)), 64)
+    count = len(dataset.index)
+    plan = SamplePlan(dataset.index.sizes, count, 1, crop_fraction=64 / 96)
+    shared: dict[str, Any] = {"device": GPU, "on_corrupt": "skip"}
+    options: dict[str, Any] = {"decoder": decoder, "resize": True, "max_batch_size": count}
+    ours = dali.DaliLoader(dataset, normalization, threads=2, **shared, **options)
+    theirs = TorchLoader(dataset, normalization, threads=0, **shared)
+    (one,), (other,) = (list(each.batches([plan.sample(0, 0)])) for each in (ours, theirs))
     named = {str(event["path"]) for event in ours.corrupt.pop_events()}
-    assert named == {str(paths[kind]) for kind in bad}
-    assert mine.indices.tolist() == other.indices.tolist()
-    differences = (mine.images - other.images).abs().mean((1, 2, 3))
-    rows = {number: row for row, number in enumerate(mine.indices.tolist())}
+    assert named == {str(paths[kind]) for kind in corrupt}
+    assert one.indices.tolist() == other.indices.tolist()
+    differences = (one.images - other.images).abs().mean((1, 2, 3))
+    rows = {index: row for row, index in enumerate(one.indices.tolist())}
     for kind in good:
-        row = rows[source.index.names.index(f"all/{paths[kind].name}")]
+        row = rows[dataset.index.names.index(f"all/{paths[kind].name}")]
         assert differences[row] < 2.0, kind  # of 255
 
 
-def test_memory_does_not_grow(opened: tuple[ImageDataset, Normalization]) -> None:
+def test_dalis_memory_does_not_grow(jpegs: tuple[ImageDataset, Normalization]) -> None:
     pytest.importorskip("nvidia.dali", reason="DALI is not installed here")
-    source, pixels = opened
-    plan = SamplePlan(source.index.sizes, 16, 1, crop="random_resized")
-    engine = dali.DaliLoader(
-        source,
-        pixels,
-        max_batch_size=16,
-        device=GPU,
-        decoder=dali.probe_decoder(GPU),
-        resize=True,
-        threads=2,
-    )
+    plan = SamplePlan(jpegs[0].index.sizes, 16, 1, crop="random_resized")
+    options: dict[str, Any] = {"decoder": dali.probe_decoder(GPU), "resize": True}
+    loader = dali.DaliLoader(*jpegs, device=GPU, max_batch_size=16, threads=2, **options)
 
     def used() -> int:
         torch.cuda.synchronize()
@@ -212,7 +177,7 @@ def test_memory_does_not_grow(opened: tuple[ImageDataset, Normalization]) -> Non
 
     taken = []
     for epoch in range(30):
-        for batch in engine.batches(plan.epoch(epoch, 0, slice(None))):
+        for batch in loader.batches(plan.epoch(epoch, 0, slice(None))):
             float(batch.images.sum())
         taken.append(used())
     assert taken[-1] - taken[5] < 64 * 2**20
