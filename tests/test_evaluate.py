@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,8 +12,8 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
-from alexnet_dist import evaluate
-from alexnet_dist.config import Config, to_dict
+from alexnet_dist import evaluate, loaded_model
+from alexnet_dist.config import Config, from_dict, to_dict
 from alexnet_dist.data.datasets import SplitIndex, scan_dataset
 from alexnet_dist.errors import UserError
 from alexnet_dist.loaded_model import LoadedModel
@@ -154,7 +155,7 @@ def test_ten_views_are_a_loop_over_crops(
         for name, value in models[path.name].named_parameters():
             tensors[f"model.{name}"].copy_(value.detach())
 
-    monkeypatch.setattr(checkpoint, "load", load)
+    monkeypatch.setattr(loaded_model, "load_tensors", load)
     results = [
         evaluate.evaluate_average(some, 10, mesh, catalogue) for some in (trained[:1], trained)
     ]
@@ -199,7 +200,9 @@ def _checkpoint(folder: Path, classes: list[str], **model: object) -> str:
     config = to_dict(Config())
     config["model"] |= model
     folder.mkdir()
-    (folder / "state.json").write_text(json.dumps({"config": config, "classes": classes}))
+    (folder / "state.json").write_text(
+        json.dumps({"format": checkpoint.FORMAT, "config": config, "classes": classes})
+    )
     (folder / "manifest.json").touch()
     return str(folder)
 
@@ -210,10 +213,16 @@ def test_networks_of_other_classes_have_no_average(tmp_path: Path) -> None:
         _checkpoint(tmp_path / "other", ["cat", "emu"]),
         _checkpoint(tmp_path / "wider", ["cat", "dog"], num_classes=9),
     ):
-        with pytest.raises(UserError, match=r"tells other classes apart than .*first") as failure:
+        with pytest.raises(UserError, match=r"has other classes than .*first") as failure:
             evaluate.main(["--checkpoint", first, first, other])
         assert other in str(failure.value)
         assert failure.value.on_all_ranks
+
+
+def _three_threads(kept: dict[str, Any]) -> Config:
+    config = from_dict(kept)
+    config.data.threads = 3
+    return config
 
 
 def test_each_network_keeps_its_size_and_the_first_ones_images(tmp_path: Path) -> None:
@@ -223,7 +232,7 @@ def test_each_network_keeps_its_size_and_the_first_ones_images(tmp_path: Path) -
         state = json.loads(file.read_text())
         state["config"]["data"] |= {"image_size": size, "root": path, "eval_batch_size": size}
         file.write_text(json.dumps(state))
-    one, two = (n.config.data for n in evaluate.read_networks(paths, ["--data.threads=3"]))
+    one, two = (model.config.data for model in evaluate.load_models(paths, _three_threads))
     assert (one.image_size, two.image_size) == (224, 192)
     assert (one.threads, two.threads) == (3, 3)
     assert one.root == two.root == paths[0]
