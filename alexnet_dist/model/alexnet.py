@@ -244,11 +244,13 @@ class TorchvisionAlexNet(torchvision.models.AlexNet):
     spec: ModelSpec
     features: nn.Sequential
 
-    def __init__(self, num_classes: int, dropout: float, scaling: DropoutScaling) -> None:
+    def __init__(
+        self, num_classes: int, dropout: float, scaling: DropoutScaling, pool_first: bool
+    ) -> None:
         super().__init__(num_classes=num_classes, dropout=dropout)
         self.avgpool = AdaptiveAvgPool(6)
         self.features[0] = StemConv2d(3, 64, 11, 4, 2, ceil_mode=False)
-        for relu, pool in ((1, 2), (4, 5), (11, 12)):  # pool first, see _build
+        for relu, pool in ((1, 2), (4, 5), (11, 12)) if pool_first else ():
             layers = self.features
             layers[relu], layers[pool] = layers[pool], layers[relu]
         self.classifier[0] = Dropout(256 * 6 * 6, dropout, scaling)
@@ -283,7 +285,12 @@ def build_model(arch: str, *, init: Init | None = None, **options: Any) -> Netwo
 
 
 def build_on_meta(
-    arch: str, *, num_classes: int = 1000, dropout: float = 0.5, image_size: int = 224
+    arch: str,
+    *,
+    num_classes: int = 1000,
+    dropout: float = 0.5,
+    image_size: int = 224,
+    pool_first: bool = True,
 ) -> Network:
     """Build a network on torch's meta device, without memory.
 
@@ -292,6 +299,8 @@ def build_on_meta(
         num_classes: outputs of the last layer.
         dropout: probability of dropping a unit, 0 for no dropout.
         image_size: height and width of the images in pixels, from which fc6 gets its inputs.
+        pool_first: put ReLU behind the max pooling that follows it. They commute, and ReLU has a
+            quarter of the values to read there.
 
     Raises:
         ValueError: an unknown arch, or images that leave no pixels to pool.
@@ -302,15 +311,20 @@ def build_on_meta(
     model: Network
     with torch.device("meta"):
         if arch == "torchvision":
-            model = TorchvisionAlexNet(num_classes, dropout, spec.dropout)
+            model = TorchvisionAlexNet(num_classes, dropout, spec.dropout, pool_first)
         else:
-            model = _build(arch, spec, num_classes, dropout, image_size)
+            model = _build(arch, spec, num_classes, dropout, image_size, pool_first)
     model.spec = spec
     return model
 
 
 def _build(
-    arch: str, spec: ModelSpec, num_classes: int, dropout: float, image_size: int
+    arch: str,
+    spec: ModelSpec,
+    num_classes: int,
+    dropout: float,
+    image_size: int,
+    pool_first: bool,
 ) -> AlexNet:
     model = AlexNet()
     channels, size = 3, image_size
@@ -330,8 +344,8 @@ def _build(
             layer = nn.Linear(*args) if groups == 1 else GroupedLinear(*args, groups)
         model.add_module(row.name, layer)
         channels = out
-        # ReLU and max pooling commute: behind the pool, ReLU has a quarter of the values to read
-        for op in row.post_ops.replace("relu pool", "pool relu").split():
+        ops = row.post_ops.replace("relu pool", "pool relu") if pool_first else row.post_ops
+        for op in ops.split():
             model.add_module(f"{op}{row.number}", _post_op(op, spec, channels, dropout))
             if op == "pool":
                 size = _out_size(size, *spec.pool)

@@ -27,7 +27,8 @@ def layer_stats(arch: str, *, num_classes: int = 1000, image_size: int = 224) ->
         ValueError: as ``build_on_meta``.
     """
     stats: list[LayerStats] = []
-    model = build_on_meta(arch, num_classes=num_classes, image_size=image_size).eval()
+    size = {"num_classes": num_classes, "image_size": image_size}
+    model = build_on_meta(arch, **size, pool_first=False).eval()  # in the order of the papers
     names = {layer: name for name, layer in model.named_modules()}
 
     def hook(layer: nn.Module, _: object, output: Tensor) -> None:
