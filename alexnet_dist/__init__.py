@@ -1,3 +1,3 @@
 """AlexNet (Krizhevsky, Sutskever, Hinton 2012), trained on one machine or a cluster."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

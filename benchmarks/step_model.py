@@ -13,7 +13,7 @@ Where communication takes processor time (gloo), computing is slower meanwhile.
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from alexnet_dist.model import build_on_meta
 from alexnet_dist.model.layer_stats import layer_stats
@@ -58,7 +58,7 @@ class Layer:
 
 def paper_layers(classes: int = 1000, image_size: int = 224) -> list[Layer]:
     """The layers of ``paper`` that have weights."""
-    shape = {"num_classes": classes, "image_size": image_size}
+    shape: dict[str, Any] = {"num_classes": classes, "image_size": image_size}
     products = {row.name: row.multiply_adds for row in layer_stats("paper", **shape)}
     weights = {
         name.removesuffix(".weight"): weight

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torchmetrics import Metric
 
 from alexnet_dist.errors import UserError
 from alexnet_dist.training.schedules import Schedule
@@ -186,21 +187,25 @@ class TrainMetrics:
         vars(self).update(state)
 
 
-class EvalMetrics:
+class EvalMetrics(Metric):
     """Loss and errors over a data set, counted exactly: sums of ``layout.eval_counts``, float64
     [4]; no padding, no mean of means."""
 
+    full_state_update = False
+    counts: Tensor
+
     def __init__(self, device: torch.device) -> None:
-        self._counts = torch.zeros(4, dtype=torch.float64, device=device)
+        super().__init__()
+        self.set_dtype(torch.float64)
+        self.add_state("counts", torch.zeros(4, dtype=torch.float64), dist_reduce_fx="sum")
+        self.to(device)
 
     def update(self, counts: Tensor) -> None:
-        self._counts += counts
+        self.counts += counts
 
     def compute(self) -> dict[str, float]:
         """Errors in percent, mean loss, and images, over all processes; a collective call."""
-        gathered = [torch.empty_like(self._counts) for _ in range(dist.get_world_size())]
-        dist.all_gather(gathered, self._counts)
-        loss, top1, top5, count = torch.stack(gathered).sum(0).tolist()
+        loss, top1, top5, count = self.counts.tolist()
         images = int(count)
         return {
             "top1_error": 100.0 * (images - int(top1)) / max(images, 1),
