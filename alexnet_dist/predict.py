@@ -127,8 +127,13 @@ def predict(model: LoadedModel, mesh: Mesh, args: Namespace) -> Iterator[Predict
 def _parser() -> CommandParser:
     parser = CommandParser("predict", __doc__)
     add = parser.add_argument
-    add("images", nargs="*", metavar="IMAGE", help="a file, a folder, a pattern, or -")
-    add("--checkpoint", metavar="RUN", help="a run, a checkpoint, an export, torchvision's weights")
+    add("images", nargs="+", metavar="IMAGE", help="a file, a folder, a pattern, or -")
+    add(
+        "--checkpoint",
+        required=True,
+        metavar="RUN",
+        help="a run, a checkpoint, an export, torchvision's weights",
+    )
     add("--ten_crop", action="store_true", help="average ten crops of each image")
     add("--top", type=int, default=5, metavar="N", help="labels for each image (5)")
     add("--json", metavar="FILE", help="JSON lines; - for standard output instead of text")
@@ -139,13 +144,10 @@ def _parser() -> CommandParser:
 
 def _check(args: Namespace) -> None:
     error = ""
-    if args.checkpoint is None:
-        error = "there is no network: give --checkpoint a run's folder, or an exported file"
-    elif not args.images:
-        error = "there is no image to predict: give files, folders or patterns, or - to read"
-    elif min(args.top, args.batch) < 1:
-        error = "--top and --batch must be at least 1"
-    elif args.save_image and Path(args.save_image).suffix not in (".png", ".pdf"):
+    for name in ("top", "batch"):
+        if getattr(args, name) < 1:
+            error = f"--{name} is {getattr(args, name)}; it must be at least 1"
+    if args.save_image and Path(args.save_image).suffix not in (".png", ".pdf"):
         error = f"--save_image {args.save_image} must end in .png or .pdf"
     for name in ("json", "save_image"):
         file = getattr(args, name)

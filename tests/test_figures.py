@@ -22,6 +22,7 @@ from alexnet_dist.model import build_model
 from alexnet_dist.parallel.mesh import Mesh
 from alexnet_dist.tracking import plots
 from alexnet_dist.tracking.logger import EventLog, JsonlSink
+from alexnet_dist.training.checkpoint import FORMAT
 from tests.conftest import write_images
 from tests.networks import save_weights
 
@@ -132,7 +133,7 @@ def checkpoint_state(root: Path) -> dict[str, Any]:
     config["model"]["num_classes"] = 4
     gray = ChannelStats(np.full(3, 127.5), np.zeros(3), np.eye(3)).to_json()
     classes = ["blue", "green", "red"]
-    return {"step": 1, "config": config, "classes": classes, "statistics": gray}
+    return {"format": FORMAT, "step": 1, "config": config, "classes": classes, "statistics": gray}
 
 
 def test_figures_3_and_4_show_a_checkpoint(

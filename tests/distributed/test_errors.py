@@ -68,7 +68,7 @@ def test_folders_without_classes_or_with_others(tmp_path: Path, runs: str) -> No
     shutil.rmtree(root / "train/green")
     for name in ("rouge", "green"):
         shutil.rmtree(root / "val" / name)
-    assert "has one class only" in refused(0, f"--data.root={root}", runs)
+    assert "has only one class" in refused(0, f"--data.root={root}", runs)
 
 
 def test_fewer_images_than_replicas_or_than_a_batch(images: Path, runs: str) -> None:
@@ -167,7 +167,7 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(images: Path, tmp_path: 
         failed = events(small / "run", "checkpoint_failed")
         assert len(failed) == 1
         assert "No space left on device" in failed[0]["message"]
-        assert "training goes on" in result.out
+        assert "training continues" in result.out
         assert (small / "run/checkpoints/last").resolve().name == "step-00000004"
         assert not list((small / "run/checkpoints").glob(".partial*"))
         assert events(small / "run", "finished")
@@ -241,5 +241,5 @@ def test_interrupt_is_no_traceback(images: Path, tmp_path: Path) -> None:
         out, err = process.communicate(timeout=30)
     assert process.returncode == 130
     assert "stopped by Ctrl-C" in out
-    assert "saved; the same command goes on" in out
+    assert "saved; the same command resumes" in out
     assert "Traceback" not in err

@@ -24,7 +24,7 @@ def calm(images: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Pa
 def test_any_number_of_processes_trains_alike(calm: dict[int, Path]) -> None:
     alone = losses(calm[0])
     assert sorted(alone) == list(range(1, 9))
-    assert alone[8] < alone[1]
+    assert len(set(alone.values())) == 8
     for processes in (2, 3):
         together = losses(calm[processes])
         assert together == pytest.approx(alone, rel=1e-4)

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from alexnet_dist.assembly.trained import read
 
 from alexnet_dist.errors import UserError
 from alexnet_dist.export import main as export
+from alexnet_dist.loaded_model import load_model
 from alexnet_dist.model import Network, build_model
 from alexnet_dist.parallel import mesh
 from alexnet_dist.training.checkpoint import CheckpointManager
@@ -64,7 +64,7 @@ def test_a_run_starts_from_safetensors(network: Network, weights: Path) -> None:
                 parameter, initial[name] if name in from_scratch else theirs[name]
             ), name
     with pytest.raises(UserError, match=r"another network: model\.conv1\.weight should be \[64"):
-        read(str(weights)).fill(dict(build_model("owt", image_size=67).named_parameters()))
+        load_model(str(weights)).fill(dict(build_model("owt", image_size=67).named_parameters()))
 
 
 def test_what_cannot_be_read(weights: Path, tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_what_cannot_be_read(weights: Path, tmp_path: Path) -> None:
         "later.safetensors": "was written by a newer alexnet_dist",
     }.items():
         with pytest.raises(UserError, match=sentence) as failure:
-            read(str(tmp_path / name))
+            load_model(str(tmp_path / name))
         assert str(tmp_path / name) in str(failure.value)
         assert "\n" not in str(failure.value)
         assert failure.value.on_all_ranks
