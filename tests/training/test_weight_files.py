@@ -64,7 +64,9 @@ def test_a_run_starts_from_safetensors(network: Network, weights: Path) -> None:
                 parameter, initial[name] if name in from_scratch else theirs[name]
             ), name
     with pytest.raises(UserError, match=r"another network: model\.conv1\.weight should be \[64"):
-        load_model(str(weights)).load_weights(dict(build_model("owt", image_size=67).named_parameters()))
+        load_model(str(weights)).load_weights(
+            dict(build_model("owt", image_size=67).named_parameters())
+        )
 
 
 def test_what_cannot_be_read(weights: Path, tmp_path: Path) -> None:
