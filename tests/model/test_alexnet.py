@@ -72,9 +72,9 @@ def test_layers_of_the_authors_nets() -> None:
     assert shapes["original150"]["fc6"] == (8192,)
     order = {arch: list(layers) for arch, layers in shapes.items()}
     assert order["paper"][:4] == ["conv1", "relu1", "lrn1", "pool1"]
-    assert order["original145"][:4] == ["conv1", "lrn1", "relu1", "pool1"]
+    assert order["original145"][:4] == ["conv1", "lrn1", "pool1", "relu1"]
     assert order["original145"][4:9] == ["conv2", "relu2", "lrn2", "cnorm2", "pool2"]
-    assert order["alexnet_bn"][:4] == ["conv1", "bn1", "pool1", "relu1"]
+    assert order["alexnet_bn"][:4] == ["conv1", "bn1", "relu1", "pool1"]
 
 
 def test_initial_weights() -> None:
