@@ -119,9 +119,10 @@ class TrainBenchmark:
         self.prefetched = config.data.prefetch * max(self.threads, 2) + 2  # more than any loader's
         self.data = setup.build_data(config, mesh)
         self.train_set = open_datasets(self.data.info)[0]
-        self.state = setup.TrainState(config, mesh, len(self.data.info.train.classes))
-        self.state.init_weights()
-        self.state.ddp_warmup()
+        self.num_classes = config.model.num_classes or len(self.data.info.train.classes)
+        self.state = setup.build_training(config, mesh, self.num_classes)
+        setup.init_weights(config, self.state.layout, self.num_classes)
+        self.state.layout.warm_up(config.data.image_size)
         self.steps, self.timer = itertools.count(), StepTimer()
         self.throttle = StepThrottle(mesh.device)
 
@@ -153,7 +154,10 @@ class TrainBenchmark:
             "checkpoint: until it is complete": {"unit": "ms", "median": round(1000 * save, 1)},
             "peak memory of training": {"unit": "GiB", "median": round(peak / 2**30, 2)},
         }
-        size = {"num_classes": self.state.num_outputs, "image_size": config.data.image_size}
+        size = {
+            "num_classes": self.config.model.num_classes or self.num_classes,
+            "image_size": config.data.image_size,
+        }
         return {
             "config": f"{arch}, {self.state.layout.precision}, batch {self.batch_size}",
             "device": f"{mesh.world_size} x {device_name(mesh.device)}, {mesh.threads} threads",
@@ -171,7 +175,8 @@ class TrainBenchmark:
 
     def step(self, batch: Batch) -> float:
         """One training step; returns the images of the global batch."""
-        self.state.train_step(batch, self.state.dropout_masks(next(self.steps)))
+        masks = self.state.layout.dropout_masks(0, next(self.steps))
+        self.state.train_step(batch, masks)
         self.throttle.step_launched(batch)
         return float(self.batch_size)
 

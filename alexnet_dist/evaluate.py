@@ -26,7 +26,7 @@ from alexnet_dist.parallel.mesh import Mesh, init_distributed
 from alexnet_dist.parallel.sharded_loss import ShardedClasses, to_counts
 from alexnet_dist.setup import loader_for
 from alexnet_dist.tracking.console import ProgressReporter
-from alexnet_dist.training.step import EvalMetrics, check_all_images_counted, evaluate
+from alexnet_dist.training.evaluation import EvalMetrics, check_all_images_counted, evaluate
 
 
 def main(arguments: list[str]) -> None:

@@ -16,26 +16,15 @@ from alexnet_dist.data.datasets import DatasetInfo, ImageDataset, open_datasets,
 from alexnet_dist.data.plan import EvalPlan, SamplePlan
 from alexnet_dist.data.transforms import Normalization, build_normalization
 from alexnet_dist.errors import UserError
-from alexnet_dist.model import (
-    MODEL_REGISTRY,
-    Network,
-    build_on_meta,
-    iter_initial_weights,
-    make_dropout_masks,
-)
-from alexnet_dist.parallel import (
-    LayoutConfig,
-    ddp_warmup,
-    parallelize,
-    validate_parallel_config,
-)
+from alexnet_dist.model import MODEL_REGISTRY, Network, build_on_meta, iter_initial_weights
+from alexnet_dist.parallel import Layout, LayoutConfig, parallelize, validate_parallel_config
 from alexnet_dist.parallel.mesh import Mesh
 from alexnet_dist.parallel.precision import configure_backends, resolve_precision
 from alexnet_dist.tracking.console import ProgressReporter
 from alexnet_dist.training.cuda_graph import CudaGraphStep, why_not_capturable
 from alexnet_dist.training.optim import build_optimizer
 from alexnet_dist.training.schedules import Schedule, piecewise_value
-from alexnet_dist.training.step import Batch, set_lr, train_step
+from alexnet_dist.training.step import Batch, train_step
 
 VERSIONS = {
     "alexnet_dist": __version__,
@@ -137,96 +126,70 @@ def pca_noise_schedule(config: Config) -> Callable[[float], float]:
     return lambda epochs: piecewise_value(rows, epochs / scale)
 
 
+@dataclass(frozen=True)
 class TrainState:
-    """The network on the ranks, and what trains it; without weights before ``init_weights`` or a
-    checkpoint.
+    """The network on the ranks, and what trains it.
 
     Attributes:
-        num_outputs: logits, one for each class at least.
-        model: the network on the meta device.
-        layout: what computes it; its file says how it lies on the ranks.
+        layout: what computes the network; its file says how it lies on the ranks.
         train_step: ``train_step`` of layout and optimizer, as a CUDA graph where that is used.
     """
 
-    def __init__(self, config: Config, mesh: Mesh, num_classes: int) -> None:
-        self.config, self.mesh = config, mesh
-        self.num_outputs = config.model.num_classes or num_classes
-        self.model = build_model(config, self.num_outputs)
-        precision = resolve_precision(config.runtime.precision, mesh.device)
-        configure_backends(precision, config.runtime.deterministic)
-        parallel, optim = config.parallel, config.optim
-        self.compiles = config.runtime.compile is True or (
-            config.runtime.compile == "auto" and mesh.device.type == "cuda"
-        )
-        options = LayoutConfig(
-            batch_size=config.data.batch_size,
-            grad_accum_steps=config.train.grad_accum_steps,
-            precision=precision,
-            fc=parallel.fc,
-            grad_compression=parallel.grad_compression,
-            powersgd_rank=parallel.powersgd_rank,
-            powersgd_start=parallel.powersgd_start,
-            compile=self.compiles,
-            skip_nonfinite=config.train.on_nonfinite == "skip",
-        )
-        self.layout = parallelize(self.model, mesh, options)
-        self.optimizer = build_optimizer(
-            optim.name,
-            self.layout.parameters,
-            lr=optim.lr,
-            momentum=optim.momentum,
-            weight_decay=optim.weight_decay,
-            separate_groups={*optim.schedule.milestones, *optim.lr_mults},
-            trust=optim.trust_coefficient,
-            all_reduce_norms=self.layout.sharding.all_reduce_partial_sums,
-        )
-        self.schedule = Schedule(
-            lr=optim.lr,
-            bias_lr_mult=optim.bias_lr_mult,
-            lr_mults=optim.lr_mults,
-            epochs=config.train.epochs,
-            **vars(optim.schedule),
-        )
-        self.train_step: Callable[[Batch, Iterable[Tensor]], Tensor] = (
-            CudaGraphStep(self.layout, self.optimizer)
-            if uses_cuda_graph(config, mesh)
-            else partial(train_step, self.layout, self.optimizer)
-        )
-
-    def init_weights(self) -> None:
-        """Initialize the weights, the same on any number of ranks and under any layout."""
-        torch.manual_seed(self.config.train.seed)
-        weights = iter_initial_weights(self.model, self.config.model.init)
-        self.layout.sharding.load_full_weights(self.layout.parameters, weights)
-
-    def set_lr(self, epochs: float) -> dict[str, float]:
-        """Set the learning rates of the step that comes after ``epochs``; by parameter group."""
-        return set_lr(self.optimizer, self.schedule, epochs / self.config.train.epochs_scale)
-
-    def dropout_masks(self, step: int) -> tuple[Tensor, ...]:
-        """The masks of the step that comes after ``step`` others."""
-        return make_dropout_masks(
-            self.model.dropout_layers(),
-            seed=self.config.train.seed,
-            step=step,
-            batch=self.config.data.batch_size,
-            rows=self.layout.dropout_rows,
-            device=self.mesh.device,
-        )
-
-    def ddp_warmup(self) -> None:
-        """What has to come before the first step where there are several ranks."""
-        if self.mesh.world_size > 1:
-            data, device = self.config.data, self.mesh.device
-            count, size = self.mesh.local_batch(data.batch_size), data.image_size
-            images = torch.zeros(count, 3, size, size, device=device)
-            images = images.to(memory_format=torch.channels_last)
-            labels = torch.zeros(count, dtype=torch.int64, device=device)
-            ddp_warmup(self.layout, images, labels, self.dropout_masks(0))
+    layout: Layout
+    optimizer: torch.optim.SGD
+    schedule: Schedule
+    train_step: Callable[[Batch, Iterable[Tensor]], Tensor]
 
 
-def build_model(config: Config, num_outputs: int) -> Network:
-    """The network on the meta device.
+def build_training(config: Config, mesh: Mesh, num_classes: int) -> TrainState:
+    """Network, optimizer and schedule, still without weights; see ``init_weights``."""
+    precision = resolve_precision(config.runtime.precision, mesh.device)
+    configure_backends(precision, config.runtime.deterministic)
+    parallel, optim = config.parallel, config.optim
+    options = LayoutConfig(
+        batch_size=config.data.batch_size,
+        grad_accum_steps=config.train.grad_accum_steps,
+        precision=precision,
+        fc=parallel.fc,
+        grad_compression=parallel.grad_compression,
+        powersgd_rank=parallel.powersgd_rank,
+        powersgd_start=parallel.powersgd_start,
+        compile=is_compiled(config, mesh),
+        skip_nonfinite=config.train.on_nonfinite == "skip",
+    )
+    layout = parallelize(build_model(config, num_classes), mesh, options)
+    optimizer = build_optimizer(
+        optim.name,
+        layout.parameters,
+        lr=optim.lr,
+        momentum=optim.momentum,
+        weight_decay=optim.weight_decay,
+        separate_groups={*optim.schedule.milestones, *optim.lr_mults},
+        trust=optim.trust_coefficient,
+        all_reduce_norms=layout.sharding.all_reduce_partial_sums,
+    )
+    schedule = Schedule(
+        lr=optim.lr,
+        bias_lr_mult=optim.bias_lr_mult,
+        lr_mults=optim.lr_mults,
+        epochs=config.train.epochs,
+        epochs_scale=config.train.epochs_scale,
+        **vars(optim.schedule),
+    )
+    step = CudaGraphStep if uses_cuda_graph(config, mesh) else partial(partial, train_step)
+    return TrainState(layout, optimizer, schedule, step(layout, optimizer))
+
+
+def init_weights(config: Config, layout: Layout, num_classes: int) -> None:
+    """Initialize the weights, the same on any number of ranks and under any layout."""
+    torch.manual_seed(config.train.seed)
+    weights = iter_initial_weights(build_model(config, num_classes), config.model.init)
+    layout.sharding.load_full_weights(layout.parameters, weights)
+
+
+def build_model(config: Config, num_classes: int) -> Network:
+    """The network on the meta device, with an output for each class unless model.num_classes says
+    otherwise.
 
     Raises:
         UserError: there is no such network, or not for images of this size.
@@ -234,12 +197,18 @@ def build_model(config: Config, num_outputs: int) -> Network:
     try:
         return build_on_meta(
             config.model.arch,
-            num_classes=num_outputs,
+            num_classes=config.model.num_classes or num_classes,
             dropout=config.model.dropout,
             image_size=config.data.image_size,
         )
     except ValueError as error:
         raise UserError(str(error), on_all_ranks=True) from None
+
+
+def is_compiled(config: Config, mesh: Mesh) -> bool:
+    """Whether the network runs under torch.compile."""
+    wanted = config.runtime.compile
+    return mesh.device.type == "cuda" if wanted == "auto" else wanted
 
 
 def uses_cuda_graph(config: Config, mesh: Mesh) -> bool:

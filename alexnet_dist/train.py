@@ -31,14 +31,9 @@ from alexnet_dist.parallel.precision import device_name
 from alexnet_dist.tracking.logger import QUICKSTART_HINT, Logger, end_message, start_message
 from alexnet_dist.tracking.run_dir import RunDir, read_config, resolve_run_dir, restart_info
 from alexnet_dist.training.checkpoint import CheckpointManager
+from alexnet_dist.training.evaluation import check_all_images_counted, evaluate
 from alexnet_dist.training.preemption import INTERRUPT, Preempted, PreemptionHandler
-from alexnet_dist.training.step import (
-    StepThrottle,
-    StepTimer,
-    TrainMetrics,
-    check_all_images_counted,
-    evaluate,
-)
+from alexnet_dist.training.step import StepThrottle, StepTimer, TrainMetrics, set_lr
 
 MAX_CONSECUTIVE_NONFINITE = 10
 """After so many steps without a finite loss and gradient, more of them will not help."""
@@ -53,7 +48,7 @@ class Trainer:
     def __init__(self, config: Config, mesh: Mesh, run_dir: RunDir | None, path: Path) -> None:
         self.config, self.mesh, self.path = config, mesh, path
         self.data = setup.build_data(config, mesh)
-        self.state = setup.TrainState(config, mesh, len(self.data.info.train.classes))
+        self.state = setup.build_training(config, mesh, len(self.data.info.train.classes))
         self.layout = self.state.layout
         self.step, self.last_eval_step = 0, -1
         self.steps_per_epoch = self.data.plan.steps_per_epoch
@@ -106,7 +101,7 @@ class Trainer:
         try:
             self._check_ranks_agree()
             self._log_start()
-            self.state.ddp_warmup()
+            self.layout.warm_up(self.config.data.image_size)
             while self.step < self.last_step or self.last_eval_step < self.step:
                 if not self._evaluation_due():
                     self._train_epoch()
@@ -127,7 +122,7 @@ class Trainer:
 
     def _train_epoch(self) -> None:
         """Steps to the end of this epoch, or to the last step."""
-        config, plan = self.config, self.data.plan
+        config, plan, state = self.config, self.data.plan, self.state
         epoch, first = divmod(self.step, self.steps_per_epoch)
         end = min(self.last_step, (epoch + 1) * self.steps_per_epoch)
         samples = plan.epoch(epoch, first, self.mesh.batch_slice)
@@ -141,8 +136,9 @@ class Trainer:
                     self._log_first_batch(batch)
 
                 self.hang_detector.heartbeat(f"computing step {self.step + 1}")
-                self.state.set_lr(self.step / self.steps_per_epoch)
-                result = self.state.train_step(batch, self.state.dropout_masks(self.step))
+                set_lr(state.optimizer, state.schedule, self.step / self.steps_per_epoch)
+                masks = self.layout.dropout_masks(config.train.seed, self.step)
+                result = state.train_step(batch, masks)
                 self.throttle.step_launched(batch)
                 self.step += 1
                 self.metrics.add(self.step, result, batch.indices)
@@ -212,7 +208,7 @@ class Trainer:
             "last_eval_step": self.last_eval_step,
             "schedule": self.state.schedule.state_dict(),
             "metrics": self.metrics.state_dict(),
-            "scaler": self.layout.scaler.state_dict(),
+            "scaler": self.layout.scaler.state_dict() if self.layout.scaler else {},
             "config": to_dict(self.config),
             "classes": info.train.classes,
             "statistics": info.stats.to_json(),
@@ -235,10 +231,10 @@ class Trainer:
             self.step, self.last_eval_step = state["step"], state["last_eval_step"]
             self.state.schedule.load_state_dict(state["schedule"])
             self.metrics.load_state_dict(state["metrics"])
-            if state["scaler"]:  # empty where the run was not in fp16 before
+            if state["scaler"] and self.layout.scaler:  # as far as fp16 is used, and was
                 self.layout.scaler.load_state_dict(state["scaler"])
             return state["config"], warnings
-        self.state.init_weights()
+        setup.init_weights(self.config, self.layout, len(self.data.info.train.classes))
         path = self.config.model.pretrained
         missing = self.checkpoints.load_pretrained(path) if path else []
         if missing:
@@ -288,7 +284,7 @@ class Trainer:
             UserError: as train.on_nonfinite says.
         """
         bad = self.metrics.reduce()
-        skip = self.layout.scaler.skip_nonfinite
+        skip = self.config.train.on_nonfinite == "skip"
         path_of = self.data.loader.corrupt.dataset.path
         for one in bad if skip else bad[:1]:  # otherwise the others follow from it
             paths = [path_of(index) for index in one.indices.tolist()]
@@ -314,7 +310,8 @@ class Trainer:
         self._log_corrupt_images(self.data.loader)
         self._check_finite()
         self.checkpoints.wait(block=False)
-        lrs = self.state.set_lr((self.step - 1) / self.steps_per_epoch)
+        epoch = (self.step - 1) / self.steps_per_epoch
+        lrs = set_lr(self.state.optimizer, self.state.schedule, epoch)
         steps = len(self.metrics.losses)
         loss, error = self.metrics.pop_averages()
         seconds, data_seconds, timed_steps = self.timer.pop_times()
@@ -325,7 +322,7 @@ class Trainer:
             top1_error=error,
             lr=lrs["weights"],
             lrs=lrs,
-            pca_noise_std=self.data.plan.pca_noise_std((self.step - 1) / self.steps_per_epoch),
+            pca_noise_std=self.data.plan.pca_noise_std(epoch),
             steps=steps,
             images_per_second=timed_steps * self.config.data.batch_size / seconds,
             data_time_fraction=data_seconds / seconds,
@@ -359,12 +356,12 @@ class Trainer:
             "world_size": mesh.world_size,
             "device": device_name(mesh.device),
             "precision": self.layout.precision,
-            "compiled": self.state.compiles,
+            "compiled": setup.is_compiled(self.config, mesh),
             "cuda_graph": setup.uses_cuda_graph(self.config, mesh),
             "threads": mesh.threads,
             "loader": self.data.loader.description,
             "layout": self.layout.description,
-            "parameters": sum(p.numel() for p in self.state.model.parameters() if p.requires_grad),
+            "parameters": self.layout.num_parameters,
             "num_classes": len(info.train.classes),
             "train_images": len(info.train),
             "val_images": len(info.val),

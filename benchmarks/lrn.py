@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
 from alexnet_dist.model import build_model
-from alexnet_dist.model.backends import is_triton_supported
-from alexnet_dist.model.lrn import LocalResponseNorm, lrn_triton
+from alexnet_dist.model.lrn import LocalResponseNorm, is_triton_supported, lrn_triton
 
 RESULTS = Path(__file__).with_name("results")
 LAYERS = {  # channels, height and width, towers

@@ -72,7 +72,7 @@ def _step_seconds(
     """Seconds of some steps, which all hosts begin together."""
     steps = Steps(name, mesh, batch, power_after=0, **shape)
     if name == "sharded" and dist.get_backend() == "fake":  # whose sums have no result for DDP
-        steps.layout._ddp.register_comm_hook(None, _no_reduce)  # type: ignore[operator]
+        steps.layout._data_parallel.register_comm_hook(None, _no_reduce)  # type: ignore[operator]
     inputs, seconds = steps.inputs(batch), []
     for _ in range(WARMUP + 2 * name.endswith("powersgd") + STEPS):  # its first two are plain
         count = store.add("arrived", 1)  # a barrier that needs no group

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from alexnet_dist.model import build_on_meta, iter_initial_weights, make_dropout_masks
+from alexnet_dist.model import build_on_meta, iter_initial_weights
 from alexnet_dist.parallel import LayoutConfig, parallelize
 from alexnet_dist.parallel.mesh import Mesh
 from alexnet_dist.parallel.precision import resolve_precision
@@ -35,7 +35,7 @@ class Steps:
     ) -> None:
         self.mesh, self.classes, self.image_size = mesh, classes, image_size
         kind, _, compression = name.partition("+")
-        self.model = build_on_meta("paper", num_classes=classes, image_size=image_size)
+        model = build_on_meta("paper", num_classes=classes, image_size=image_size)
         options = LayoutConfig(
             batch,
             precision=resolve_precision("auto", mesh.device),
@@ -44,7 +44,7 @@ class Steps:
             powersgd_rank=RANK,
             powersgd_start=power_after,
         )
-        self.layout = parallelize(self.model, mesh, options)
+        self.layout = parallelize(model, mesh, options)
         weights = iter(_initial_weights(classes, image_size))
         self.layout.sharding.load_full_weights(self.layout.parameters, weights)
         self.optimizer = build_optimizer(
@@ -52,24 +52,16 @@ class Steps:
         )
 
     def inputs(self, batch: int) -> tuple[Any, ...]:
-        """Of a global ``batch``: its size, and this rank's images [B, 3, H, W], labels [B] and
-        dropout masks."""
+        """Of a global ``batch``: its size, and this rank's images [B, 3, H, W] and labels [B]."""
         local, size, device = self.mesh.local_batch(batch), self.image_size, self.mesh.device
-        masks = make_dropout_masks(
-            self.model.dropout_layers(),
-            seed=1,
-            step=0,
-            batch=batch,
-            rows=self.layout.dropout_rows,
-            device=device,
-        )
         images = torch.randn(local, 3, size, size, device=device)
         images = images.to(memory_format=torch.channels_last)
-        return batch, images, torch.randint(self.classes, (local,), device=device), masks
+        return batch, images, torch.randint(self.classes, (local,), device=device)
 
     def take(self, inputs: tuple[Any, ...]) -> None:
         """One update."""
-        self.layout.batch_size, images, labels, masks = inputs
+        self.layout.batch_size, images, labels = inputs
+        masks = self.layout.dropout_masks(1, 0)
         self.layout.forward_backward(images, labels, masks)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

@@ -1,16 +1,10 @@
-"""AlexNet and its relatives: a table of layers with its sources, and the one builder that reads it.
-
-P is the paper (Krizhevsky, Sutskever, Hinton 2012), S the authors' own source code of 2012, whose
-file names (layers-145.cfg and so on) name the networks. A network of two towers is the paper's: the
-halves of a layer's output channels that the authors put on two GPUs. Channels are counted over
-both; a layer of two groups reads its own tower only.
-"""
+"""AlexNet and its relatives: the layers that torch lacks, the modules, and the one builder, which
+reads the table of networks.py."""
 
 import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torchvision
@@ -18,164 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from alexnet_dist.model.batch_norm import BatchNorm
-from alexnet_dist.model.dropout import Dropout, DropoutScaling
+from alexnet_dist.model.dropout import Dropout
 from alexnet_dist.model.lrn import LocalResponseNorm, WithinChannelLRN
-from alexnet_dist.model.stem import StemConv2d
-
-Init = Literal["source", "paper", "torch"]
-
-
-@dataclass(frozen=True)
-class LayerSpec:
-    """A row of the table: a convolution or a fully connected layer, and what follows it.
-
-    Attributes:
-        name: "conv1", "fc6".
-        out_channels: over all towers; 0 stands for the number of classes.
-        kernel: size of the convolution's kernel in pixels; 0 for a fully connected layer.
-        stride, padding, groups: as in torch.nn.Conv2d.
-        std: standard deviation of S's initial weights (P has 0.01 everywhere).
-        bias: initial bias; None for no bias.
-        post_ops: what follows, in order: relu, tanh, lrn, cnorm (S's name for LRN within a
-            channel), bn, pool, avgpool, dropout.
-    """
-
-    name: str
-    out_channels: int
-    kernel: int = 0
-    stride: int = 1
-    padding: int = 0
-    groups: int = 1
-    std: float = 0.01
-    bias: float | None = 0.0
-    post_ops: str = ""
-
-    @property
-    def number(self) -> str:
-        """The layer's number, "1" of "conv1"."""
-        return self.name.lstrip("abcdefghijklmnopqrstuvwxyz")
-
-
-@dataclass(frozen=True)
-class ModelSpec:
-    """A network: its layers, and the constants they share.
-
-    Attributes:
-        source: where it is described.
-        towers: 2 where ``parallel.towers 2`` can put halves of it on two processes; the windows of
-            local response normalization never cross from one tower to the other.
-        lrn_alpha: alpha of local response normalization, in torch's meaning.
-        pool: kernel and stride of max pooling.
-        input_norm: what the network reads. "centered": pixels of 0..255 minus the training set's
-            channel means; "imagenet": pixels of 0..1, standardized by ImageNet's mean and std.
-        init, dropout: initialization and dropout scaling unless others are asked for.
-    """
-
-    source: str
-    layers: tuple[LayerSpec, ...]
-    towers: int = 2
-    lrn_alpha: float = 1e-4
-    pool: tuple[int, int] = (3, 2)
-    input_norm: Literal["centered", "imagenet"] = "centered"
-    init: Init = "source"
-    dropout: DropoutScaling = "2012"
-
-
-_Layers = tuple[LayerSpec, ...]
-
-
-def _with(layers: _Layers, **changes: dict[str, Any]) -> _Layers:
-    """The table with some rows changed, as S describes a net by its difference from net 145."""
-    return tuple(replace(row, **changes.get(row.name, {})) for row in layers)
-
-
-def _ungrouped(layers: _Layers) -> _Layers:
-    return tuple(replace(row, groups=1) for row in layers)
-
-
-def _replace_ops(layers: _Layers, **new: str) -> _Layers:
-    """Each operation behind a layer by another, or "" by none."""
-
-    def replaced(post_ops: str) -> str:
-        return " ".join(filter(None, (new.get(op, op) for op in post_ops.split())))
-
-    return tuple(replace(row, post_ops=replaced(row.post_ops)) for row in layers)
-
-
-# fmt: off
-_145 = (  # S, layers-145.cfg
-    LayerSpec("conv1",   96, 11, 4, 0, 1, std=0.01, bias=0, post_ops="lrn pool relu"),
-    LayerSpec("conv2",  256,  5, 1, 2, 2, std=0.01, bias=1, post_ops="relu lrn cnorm pool"),
-    LayerSpec("conv3",  384,  3, 1, 1, 1, std=0.03, bias=0, post_ops="relu"),
-    LayerSpec("conv4",  384,  3, 1, 1, 2, std=0.03, bias=1, post_ops="relu"),
-    LayerSpec("conv5",  256,  3, 1, 1, 2, std=0.03, bias=1, post_ops="pool relu"),
-    LayerSpec("fc6",   4096, std=0.01, bias=1, post_ops="relu dropout"),
-    LayerSpec("fc7",   4096, std=0.01, bias=1, post_ops="relu dropout"),
-    LayerSpec("fc8",      0, std=0.01, bias=0),
-)
-_PAPER = _with(  # P puts ReLU first, and does not mention cnorm
-    _145, conv1={"post_ops": "relu lrn pool"}, conv2={"post_ops": "relu lrn pool"},
-    conv5={"post_ops": "relu pool"},
-)
-_CONV6 = LayerSpec("conv6", 256, 3, 1, 1, 1, std=0.03, bias=1, post_ops="relu")
-_150 = _with(
-    _145, conv2={"out_channels": 320}, conv3={"groups": 2},
-    fc6={"out_channels": 8192, "groups": 2}, fc7={"groups": 2},
-)
-_HALF = _with(
-    _ungrouped(_145), conv1={"out_channels": 48}, conv2={"out_channels": 128},
-    conv3={"out_channels": 192}, conv4={"out_channels": 192},
-)
-_OWT = (  # cuda-convnet2, layers-imagenet-1gpu.cfg
-    LayerSpec("conv1",   64, 11, 4, 0, std=0.01, bias=0, post_ops="lrn pool relu"),
-    LayerSpec("conv2",  192,  5, 1, 2, std=0.01, bias=1, post_ops="relu lrn pool"),
-    LayerSpec("conv3",  384,  3, 1, 1, std=0.03, bias=0, post_ops="relu"),
-    LayerSpec("conv4",  256,  3, 1, 1, std=0.03, bias=1, post_ops="relu"),
-    LayerSpec("conv5",  256,  3, 1, 1, std=0.03, bias=1, post_ops="relu pool"),
-    *_with(_145[5:], fc8={"bias": -7}),
-)
-_BN = (  # NVIDIA's Caffe, models/alexnet_bn/train_val.prototxt
-    LayerSpec("conv1",   96, 11, 4, 0, 1, std=0.01,  bias=None, post_ops="bn relu pool"),
-    LayerSpec("conv2",  256,  5, 1, 2, 2, std=0.01,  bias=None, post_ops="bn relu pool"),
-    LayerSpec("conv3",  384,  3, 1, 1, 1, std=0.01,  bias=None, post_ops="bn relu"),
-    LayerSpec("conv4",  384,  3, 1, 1, 2, std=0.01,  bias=None, post_ops="bn relu"),
-    LayerSpec("conv5",  256,  3, 1, 1, 2, std=0.01,  bias=0.1, post_ops="bn relu pool"),
-    LayerSpec("fc6",   4096, std=0.005, bias=0.1, post_ops="relu dropout"),
-    LayerSpec("fc7",   4096, std=0.005, bias=0.1, post_ops="relu dropout"),
-    LayerSpec("fc8",      0, std=0.01,  bias=0),
-)
-_FIGURE1 = (  # P gives four layers; these are cuda-convnet's, layers-80sec.cfg, without its fc64
-    LayerSpec("conv1",   32,  5, 1, 2, std=0.0001, post_ops="pool relu"),
-    LayerSpec("conv2",   32,  5, 1, 2, std=0.01, post_ops="pool relu"),
-    LayerSpec("conv3",   64,  5, 1, 2, std=0.01, post_ops="pool relu"),
-    LayerSpec("fc4",      0, std=0.1),
-)
-
-MODEL_REGISTRY: dict[str, ModelSpec] = {
-    "paper": ModelSpec("P, figure 2 and section 3", _PAPER, lrn_alpha=5e-4),
-    "original145": ModelSpec("S, layers-145.cfg: the paper's '1 CNN'", _145),
-    "original146": ModelSpec("S, layers-146.cfg: conv6 behind pool5",
-                             (*_145[:5], _CONV6, *_145[5:])),
-    "original147": ModelSpec("S, layers-147.cfg: pooling without overlap",
-                             _with(_145, conv2={"padding": 1}), pool=(2, 2)),
-    "original148": ModelSpec("S, layers-148.cfg: no normalization",
-                             _replace_ops(_145, lrn="", cnorm="")),
-    "original150": ModelSpec("S, layers-150.cfg: towers meet only in fc8", _150),
-    "half_column": ModelSpec("S, layers-145-half.cfg: one of the towers, conv5 as wide as both",
-                             _HALF, towers=1),
-    "one_column": ModelSpec("a review's single column, with adaptive average pooling to 6 x 6",
-                            _with(_ungrouped(_PAPER), conv5={"post_ops": "relu pool avgpool"}),
-                            towers=1),
-    "owt": ModelSpec("Krizhevsky 2014; cuda-convnet2, layers-imagenet-1gpu.cfg", _OWT, towers=1),
-    "alexnet_bn": ModelSpec("You, Gitman, Ginsburg 2017; NVIDIA's Caffe, models/alexnet_bn",
-                            _BN, dropout="inverted"),
-    "figure1_relu": ModelSpec("P, figure 1: four layers for images of 32 x 32", _FIGURE1, towers=1),
-    "figure1_tanh": ModelSpec("P, figure 1: the same with tanh",
-                              _replace_ops(_FIGURE1, relu="tanh"), towers=1),
-    "torchvision": ModelSpec("torchvision.models.AlexNet", (), towers=1, input_norm="imagenet",
-                             init="torch", dropout="inverted"),
-}
-# fmt: on
+from alexnet_dist.model.networks import MODEL_REGISTRY, DropoutScaling, Init, ModelSpec
 
 
 class AdaptiveAvgPool(nn.AdaptiveAvgPool2d):
@@ -185,6 +24,69 @@ class AdaptiveAvgPool(nn.AdaptiveAvgPool2d):
     def forward(self, input: Tensor) -> Tensor:
         size = self.output_size
         return input if input.shape[-2:] == (size, size) else super().forward(input)
+
+
+class StemConv2d(nn.Conv2d):
+    """A convolution of images, [B, 3, H, W] to [B, out_channels, H', W'], whose last position may
+    hang over the right and the bottom edge.
+
+    The authors' program puts 1 + ceil((size - kernel) / stride) positions along a side, 55 for 224
+    pixels, the last of which reads zeros beyond the image (layer.py of the 2012 source). So zeros
+    are added on the right and at the bottom until the stride divides: three for 224, none for 227.
+
+    In bf16 on CPUs blocks of stride x stride pixels become channels first, the kernel's too: 11 x
+    11 at stride 4 on 3 channels is 3 x 3 at stride 1 on 48. The gradient of that same sum takes a
+    third of the time, because matrix units want more than 3 channels.
+
+    Args:
+        ceil_mode: as above; False for torch's own positions.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int,
+        padding: int = 0,
+        bias: bool = True,
+        ceil_mode: bool = True,
+    ) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, bias=bias)
+        self.ceil_mode = ceil_mode
+
+    def forward(self, input: Tensor) -> Tensor:
+        padding = int(self.padding[0])
+        height, width = (size + 2 * padding for size in input.shape[-2:])
+        right, bottom = padding + self._overhang(width), padding + self._overhang(height)
+        zeros = padding, right, padding, bottom
+        if input.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+            return self._by_blocks(input.to(torch.get_autocast_dtype("cpu")), zeros)
+        padded = F.pad(input, zeros) if any(zeros) else input
+        return F.conv2d(padded, self.weight, self.bias, self.stride)
+
+    def _overhang(self, size: int) -> int:
+        """Zeros behind ``size`` pixels, so that a last kernel fits in."""
+        return (self.kernel_size[0] - size) % self.stride[0] if self.ceil_mode else 0
+
+    def _by_blocks(self, x: Tensor, zeros: tuple[int, int, int, int]) -> Tensor:
+        """The same behind ``zeros`` (left, right, top, bottom), with blocks as channels."""
+        left, right, top, bottom = zeros
+        stride = self.stride[0]
+        more = -self.kernel_size[0] % stride  # zeros that fill the kernel up to full blocks
+        x = F.pad(x, (left, right + more, top, bottom + more))
+        weight = F.pad(self.weight, (0, more, 0, more))
+        return F.conv2d(_space_to_depth(x, stride), _space_to_depth(weight, stride), self.bias)
+
+
+def _space_to_depth(x: Tensor, block: int) -> Tensor:
+    """[B, C, H, W] as [B, block * block * C, H / block, W / block], channels last; no kernel
+    reaches the pixels that are left over."""
+    batch, channels, height, width = x.shape
+    rows, columns = height // block, width // block
+    x = x[..., : rows * block, : columns * block].permute(0, 2, 3, 1)
+    x = x.reshape(batch, rows, block, columns, block, channels).transpose(2, 3)
+    return x.reshape(batch, rows, columns, block * block * channels).permute(0, 3, 1, 2)
 
 
 class GroupedLinear(nn.Module):

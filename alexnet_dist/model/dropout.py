@@ -6,15 +6,13 @@ slice only, and a resumed run needs no RNG state.
 """
 
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from alexnet_dist.model.backends import is_triton_supported
-
-DropoutScaling = Literal["2012", "inverted"]
+from alexnet_dist.model.lrn import is_triton_supported
+from alexnet_dist.model.networks import DropoutScaling
 
 
 class Dropout(nn.Module):
@@ -34,6 +32,10 @@ class Dropout(nn.Module):
     ) -> None:
         super().__init__()
         self.units, self.p, self.scaling, self.first_unit = units, p, scaling, first_unit
+
+    def shard(self, units: slice) -> "Dropout":
+        """The same for some units of the layer."""
+        return Dropout(units.stop - units.start, self.p, self.scaling, units.start)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """``x`` and ``mask`` are [B, units], ``mask`` bool, True where a unit is kept. In training

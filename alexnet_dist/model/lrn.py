@@ -18,8 +18,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from alexnet_dist.model.backends import autocast_enabled, is_triton_supported
-
 try:
     from alexnet_dist.model import lrn_triton
 except ImportError:  # Triton does not exist for every platform
@@ -27,6 +25,15 @@ except ImportError:  # Triton does not exist for every platform
 
 Mean = Callable[[Tensor], Tensor]
 """The mean of the window around each activation: [B, C, H, W] to [B, C, H, W]."""
+
+
+def is_triton_supported(device: torch.device) -> bool:
+    """Whether Triton is installed and compiles for ``device``: an NVIDIA GPU, Ampere or newer."""
+    return (
+        lrn_triton is not None
+        and device.type == "cuda"
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+    )
 
 
 class LocalResponseNorm(nn.Module):
@@ -140,7 +147,7 @@ class _ResponseNorm(torch.autograd.Function):
 def _normalize(x: Tensor, mean: Mean, k: float, alpha: float, beta: float) -> Tensor:
     """In the dtype of ``x``, which autocast would lower inside."""
     # only where it is on: an exported graph is to have no trace of autocast
-    on = autocast_enabled(x.device)
+    on = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
     with torch.autocast(x.device.type, enabled=False) if on else nullcontext():
         y: Tensor = _ResponseNorm.apply(x, mean, k, alpha, beta)
     return y

@@ -1,6 +1,6 @@
 """Processes and layouts: how one network is computed by many processes.
 
-A layout is what the training loop calls (layout.py); its file says which tensors are sent, when,
+A layout is what the training loop calls; its file says which tensors are sent, when,
 in which group, and how many bytes. The network knows nothing of processes.
 
     ddp.py          each replica computes the full network on its slice of the batch
@@ -11,20 +11,20 @@ in which group, and how many bytes. The network knows nothing of processes.
 import copy
 
 from alexnet_dist.errors import UserError
-from alexnet_dist.model.alexnet import ModelSpec, Network
-from alexnet_dist.parallel.ddp import DDPLayout, ddp_warmup
-from alexnet_dist.parallel.layout import Layout, LayoutConfig
+from alexnet_dist.model import ModelSpec, Network
+from alexnet_dist.model.alexnet import AlexNet
+from alexnet_dist.parallel.collectives import CommTimer, TimedGroup
+from alexnet_dist.parallel.ddp import DDPLayout, LayoutConfig, sync_batch_norms
 from alexnet_dist.parallel.mesh import Mesh
 from alexnet_dist.parallel.precision import Precision
-from alexnet_dist.parallel.sharded_fc import ShardedFCLayout
+from alexnet_dist.parallel.sharded_fc import ShardedFCLayout, shard_classifier
+from alexnet_dist.parallel.sharding import Sharding
+from alexnet_dist.parallel.towers import split_model
 
-__all__ = [
-    "Layout",
-    "LayoutConfig",
-    "ddp_warmup",
-    "parallelize",
-    "validate_parallel_config",
-]
+Layout = DDPLayout
+"""What ``parallelize`` returns; others are its subclasses."""
+
+__all__ = ["Layout", "LayoutConfig", "parallelize", "validate_parallel_config"]
 
 
 def parallelize(model: Network, mesh: Mesh, config: LayoutConfig) -> Layout:
@@ -34,8 +34,21 @@ def parallelize(model: Network, mesh: Mesh, config: LayoutConfig) -> Layout:
     The layout's parameters have no values yet; ``sharding.load_full_weights`` or a checkpoint sets
     them. What ``validate_parallel_config`` refuses is not checked again.
     """
-    kind = ShardedFCLayout if config.fc == "sharded" else DDPLayout
-    return kind(copy.deepcopy(model), mesh, config)
+    model, timer = copy.deepcopy(model), CommTimer(mesh.device)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    if config.fc == "sharded":
+        sync_batch_norms(model, mesh, timer)
+        group = TimedGroup(mesh.group("dp"), timer)
+        sharding = Sharding(mesh, shard_classifier(model, group), "dp")
+        return ShardedFCLayout(model, mesh, config, sharding, group)
+    if mesh.split_size == 1:
+        sync_batch_norms(model, mesh, timer)
+        return DDPLayout(model, mesh, config, Sharding(mesh, {}, "mp"), timer)
+    assert isinstance(model, AlexNet)
+    pair = TimedGroup(mesh.group("mp"), timer)
+    split_model(model, pair)
+    sync_batch_norms(model, mesh, timer)
+    return DDPLayout(model, mesh, config, Sharding(mesh, shapes, "mp"), timer, pair)
 
 
 def validate_parallel_config(

@@ -133,7 +133,7 @@ def reduce_scatter(x: Tensor, group: TimedGroup) -> Tensor:
     group.timer.start()
     dist.all_to_all_single(received, sent, group=group.group)
     group.timer.stop()
-    return upcast_to_fp32(received).sum(0)
+    return received.to(torch.promote_types(received.dtype, torch.float32)).sum(0)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -162,8 +162,3 @@ def _all_reduce(x: Tensor, group: TimedGroup) -> Tensor:
     dist.all_reduce(total, group=group.group)
     group.timer.stop()
     return total
-
-
-def upcast_to_fp32(x: Tensor) -> Tensor:
-    """``x`` in float32, unless it is float64."""
-    return x if x.dtype == torch.float64 else x.float()

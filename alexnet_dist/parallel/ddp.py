@@ -10,25 +10,28 @@ sent in the group of the gradients, one after another with these, since NCCL han
 once only with care.
 """
 
+import math
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
+from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from alexnet_dist.model.alexnet import AlexNet, Network
+from alexnet_dist.model import Network, make_dropout_masks
 from alexnet_dist.model.batch_norm import BatchNorm
-from alexnet_dist.parallel.collectives import (
-    CommTimer,
-    TimedGroup,
-    all_reduce_autograd,
-)
-from alexnet_dist.parallel.layout import Layout, LayoutConfig, materialize
+from alexnet_dist.parallel.collectives import CommTimer, TimedGroup, all_reduce_autograd
 from alexnet_dist.parallel.mesh import Mesh
+from alexnet_dist.parallel.precision import Precision, SyncedGradScaler, autocast
+from alexnet_dist.parallel.sharded_loss import ShardedClasses, to_counts
 from alexnet_dist.parallel.sharding import Sharding
-from alexnet_dist.parallel.towers import split_model
 
 DDP_WARMUP_PASSES = 2
 """Backward passes before the first step, which change nothing.
@@ -39,42 +42,217 @@ an uninterrupted one in the last bits.
 """
 
 
-class DDPLayout(Layout):
-    """Every replica computes the full network on its own slice of the batch.
+@dataclass(frozen=True)
+class LayoutConfig:
+    """The options of a layout.
 
-    Args:
-        model: the full network on the meta device, which becomes this process's own, or, where
-            ``mesh.split_size`` is 2, its tower.
+    Attributes:
+        batch_size: images in a global batch.
+        grad_accum_steps: microbatches in which it is computed, one after another.
+        fc: "replicated", or "sharded" over all processes (sharded_fc.py).
+        grad_compression: how gradients are sent between replicas: uncompressed, in 16 bits, or as
+            PowerSGD's matrices of rank ``powersgd_rank`` (Vogels et al. 2019) after
+            ``powersgd_start`` steps.
+        compile: whether training steps run under torch.compile.
+        skip_nonfinite: whether updates whose gradients are not finite are skipped.
     """
 
-    def __init__(self, model: Network, mesh: Mesh, config: LayoutConfig) -> None:
-        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-        towers = mesh.split_size > 1
-        pair = TimedGroup(mesh.group("mp"), CommTimer(mesh.device)) if towers else None
-        super().__init__(mesh, config, list(shapes.values())[-1][0], pair)
-        if pair:
-            assert isinstance(model, AlexNet)
-            split_model(model, pair)
-        sync_batch_norms(model, mesh, self.comm_timer)
-        self._model = materialize(model, mesh.device)
-        self._ddp = wrap_ddp(self._model, mesh, config, self.comm_timer)
-        self._loss_scale = mesh.dp_size
+    batch_size: int
+    grad_accum_steps: int = 1
+    precision: Precision = "fp32"
+    fc: Literal["replicated", "sharded"] = "replicated"
+    grad_compression: Literal["none", "bf16", "fp16", "powersgd"] = "none"
+    powersgd_rank: int = 4
+    powersgd_start: int = 1000
+    compile: bool = False
+    skip_nonfinite: bool = False
+
+    @property
+    def gradients(self) -> str:
+        """How they are sent, for people."""
+        kind = self.grad_compression
+        return "gradients in fp32" if kind == "none" else f"gradients compressed by {kind}"
+
+
+class DDPLayout:
+    """A network on the processes of a mesh, as the training loop calls it: every replica computes
+    it on its own slice of the batch.
+
+    Args:
+        model: this process's part of the network, on the meta device.
+        sharding: how the parameters lie on the mesh.
+        shard_group: the processes that hold different shards of the same layers, if any do.
+
+    Attributes:
+        parameters: by name, plain local tensors, without values until ``sharding`` or a checkpoint
+            loads them.
+        scaler: skips updates that are not finite, in fp16 or where the config asks for it; else
+            None.
+        comm_timer: how long this process has waited for others.
+        num_parameters: of the full network, all that are trained.
+        description: one line for people.
+    """
+
+    def __init__(
+        self,
+        model: Network,
+        mesh: Mesh,
+        config: LayoutConfig,
+        sharding: Sharding,
+        comm_timer: CommTimer,
+        shard_group: TimedGroup | None = None,
+    ) -> None:
+        self.mesh, self.batch_size, self.precision = mesh, config.batch_size, config.precision
+        self.sharding, self.comm_timer = sharding, comm_timer
+        self._model = model.to_empty(device=mesh.device).to(memory_format=torch.channels_last)
         self.parameters = dict(self._model.named_parameters())
-        self.sharding = Sharding(mesh, shapes if towers else {}, "mp")
-        self.dropout_rows = mesh.batch_slice
-        self.description = f"{'a tower' if towers else 'the full network'} in each process"
+        shapes = {n: sharding.shapes.get(n, p.shape) for n, p in self.parameters.items()}
+        trained = [shapes[n] for n, p in self.parameters.items() if p.requires_grad]
+        self.num_parameters, num_classes = sum(map(math.prod, trained)), trained[-1][0]
+        self._data_parallel = wrap_ddp(self._replicated_part(), mesh, config, comm_timer)
+        ddp = self._data_parallel
+        self._no_sync = ddp.no_sync if isinstance(ddp, DistributedDataParallel) else nullcontext
+        self.scaler: SyncedGradScaler | None = None
+        if config.precision == "fp16" or config.skip_nonfinite:
+            group = shard_group.group if shard_group else None
+            self.scaler = SyncedGradScaler(
+                mesh.device, group, fp16=config.precision == "fp16", skip=config.skip_nonfinite
+            )
+        self._autocast = autocast(config.precision, mesh.device)
+        self._classes = ShardedClasses(num_classes, shard_group)
+        # what all processes of a group have counted, one of them reports
+        self._reports = shard_group is None or shard_group.rank == 0
+        self._microbatches = microbatch_slices(
+            config.batch_size, mesh.dp_size, config.grad_accum_steps
+        )
+        self._dropout_rows = mesh.batch_slice
+        self._loss_scale = mesh.dp_size  # DDP averages over replicas what is to be summed
+        part = "a tower" if mesh.split_size > 1 else "the full network"
+        self.description = f"{part} in each process"
         if mesh.dp_size > 1:
             self.description += f", {mesh.dp_size} replicas, {config.gradients}"
+
+    def dropout_masks(self, seed: int, step: int) -> tuple[Tensor, ...]:
+        """The masks that ``forward_backward`` takes in the step that comes after ``step`` others:
+        for each dropout layer bool [rows, units], as far as this process computes them."""
+        return make_dropout_masks(
+            self._model.dropout_layers(),
+            seed=seed,
+            step=step,
+            batch=self.batch_size,
+            rows=self._dropout_rows,
+            device=self.mesh.device,
+        )
+
+    def forward_backward(
+        self, images: Tensor, labels: Tensor, masks: Iterable[Tensor] = ()
+    ) -> Tensor:
+        """Compute the gradients of the global batch's mean loss, from this replica's slice of it.
+
+        Args:
+            images: [b, 3, H, W], those at ``mesh.batch_slice`` of the global batch.
+            labels: int64 [b].
+            masks: from ``dropout_masks``.
+
+        Returns:
+            float64 [2] on the device: the summed (not mean) loss, and how many images have their
+            label as the highest logit. To be summed over all processes: float32 values added in
+            float64, so that the sums do not depend on the order.
+        """
+        self._model.train()
+        masks = tuple(masks)
+        result = torch.zeros(2, dtype=torch.float64, device=images.device)
+        for rows in self._microbatches:
+            last = rows is self._microbatches[-1]  # with which the gradients of all are sent
+            with nullcontext() if last else self._no_sync():
+                with self._autocast:
+                    logits, targets = self._forward(images[rows], labels[rows], masks, rows)
+                loss, best = self._loss(logits, targets)
+                scaled = loss * (self._loss_scale / self.batch_size)
+                if self.scaler:
+                    scaled = self.scaler.scale(scaled)
+                scaled.backward()
+            if self.mesh.world_size > 1:
+                self.comm_timer.stop()  # which the last gradient has started
+            correct = (best == targets).sum()
+            result += torch.stack([loss.detach().double(), correct.double()])
+        return result * self._reports
 
     def _forward(
         self, images: Tensor, labels: Tensor, masks: tuple[Tensor, ...], rows: slice
     ) -> tuple[Tensor, Tensor]:
-        return self._ddp(images, tuple(mask[rows] for mask in masks)), labels
+        """Logits [n, own classes] and labels [n] of a microbatch, this replica's ``rows``."""
+        return self._data_parallel(images, tuple(mask[rows] for mask in masks)), labels
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Summed loss, and the class of each image's highest logit [n]."""
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if self._classes.group is not None:
+            return self._classes.cross_entropy(logits, labels)
+        return F.cross_entropy(logits, labels, reduction="sum"), logits.argmax(1)
 
     def _forward_eval(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, slice]:
+        """In evaluation: logits [n, own classes] and labels [n] of all images whose classes are
+        counted together, and which of them are this process's."""
         if len(images) == 0:
             return images.new_zeros(0, len(self._classes.spec)), labels, slice(None)
         return self._model(images), labels, slice(None)
+
+    @torch.no_grad()
+    def logits(self, images: Tensor) -> Tensor:
+        """float32 [b, classes] of this process's images, in evaluation. All processes call it
+        together; each may have another number of images, even none."""
+        self._model.eval()
+        with self._autocast:
+            none = torch.zeros(len(images), dtype=torch.int64, device=images.device)
+            logits, _, rows = self._forward_eval(images, none)
+        return self._classes.gather_logits(logits.float())[rows]
+
+    @torch.no_grad()
+    def eval_counts(self, images: Tensor, labels: Tensor) -> Tensor:
+        """float64 [4] on the device, to be summed over all processes: summed loss, images with
+        their label as the highest logit, those with it among the five highest, and images. Called
+        as ``logits``."""
+        self._model.eval()
+        with self._autocast:
+            logits, targets, _ = self._forward_eval(images, labels)
+        if len(logits) == 0:
+            return torch.zeros(4, dtype=torch.float64, device=labels.device)
+        return to_counts(*self._classes.label_ranks(logits.float(), targets)) * self._reports
+
+    def warm_up(self, image_size: int) -> None:
+        """DDP_WARMUP_PASSES on images of zeros, where there are several processes; parameters do
+        not change, and no time is counted."""
+        if self.mesh.world_size == 1:
+            return
+        count, device = self.mesh.local_batch(self.batch_size), self.mesh.device
+        images = torch.zeros(count, 3, image_size, image_size, device=device)
+        images = images.to(memory_format=torch.channels_last)
+        labels = torch.zeros(count, dtype=torch.int64, device=device)
+        averages = [p for p in self.parameters.values() if not p.requires_grad]  # batch norm's
+        before = [average.detach().clone() for average in averages]
+        with self.comm_timer.paused():
+            for _ in range(DDP_WARMUP_PASSES):
+                self.forward_backward(images, labels, self.dropout_masks(0, 0))
+        with torch.no_grad():
+            for average, value in zip(averages, before, strict=True):
+                average.copy_(value)
+        for parameter in self.parameters.values():
+            parameter.grad = None
+
+    def _replicated_part(self) -> nn.Module:
+        """What images pass first, and replicas have alike: its gradients are averaged."""
+        return self._model
+
+
+def microbatch_slices(batch: int, replicas: int, count: int) -> list[slice]:
+    """The rows of a replica in each of ``count`` microbatches of the global batch.
+
+    Row i of replica r is image i * R + r, so that a microbatch is a contiguous piece of the batch.
+    The last one is never smaller than another: there a replica may have one row less.
+    """
+    rows = -(-batch // replicas)
+    return [slice(*ends) for ends in pairwise(rows * at // count for at in range(count + 1))]
 
 
 def sync_batch_norms(model: nn.Module, mesh: Mesh, timer: CommTimer) -> None:
@@ -83,13 +261,12 @@ def sync_batch_norms(model: nn.Module, mesh: Mesh, timer: CommTimer) -> None:
     if mesh.dp_size == 1:
         return
     all_reduce = partial(all_reduce_autograd, group=TimedGroup(mesh.group("dp"), timer))
-    for parent in list(model.modules()):
-        for name, layer in parent.named_children():
-            if isinstance(layer, BatchNorm):
-                synced = BatchNorm(layer.features, layer.eps, layer.momentum, all_reduce)
-                for key, parameter in layer.named_parameters():
-                    setattr(synced, key, parameter)
-                setattr(parent, name, synced)
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, BatchNorm):
+            synced = BatchNorm(layer.features, layer.eps, layer.momentum, all_reduce)
+            for key, parameter in layer.named_parameters():
+                setattr(synced, key, parameter)
+            model.set_submodule(name, synced)
 
 
 def wrap_ddp(module: nn.Module, mesh: Mesh, config: LayoutConfig, timer: CommTimer) -> nn.Module:
@@ -141,19 +318,3 @@ def _power_sgd_hook(
         future.wait()
         timer.stop()
     return future
-
-
-def ddp_warmup(
-    layout: Layout, images: Tensor, labels: Tensor, masks: tuple[Tensor, ...] = ()
-) -> None:
-    """DDP_WARMUP_PASSES on any images; parameters do not change, and no time is counted."""
-    averages = [p for p in layout.parameters.values() if not p.requires_grad]  # batch norm's
-    before = [average.detach().clone() for average in averages]
-    with layout.comm_timer.paused():
-        for _ in range(DDP_WARMUP_PASSES):
-            layout.forward_backward(images, labels, masks)
-    with torch.no_grad():
-        for average, value in zip(averages, before, strict=True):
-            average.copy_(value)
-    for parameter in layout.parameters.values():
-        parameter.grad = None

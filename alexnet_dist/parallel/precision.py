@@ -1,7 +1,6 @@
 """Numerical precision: which one, and how torch is told of it."""
 
 import os
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,59 +51,48 @@ def device_name(device: torch.device) -> str:
     return f"cpu ({torch.backends.cpu.get_cpu_capability()})"
 
 
-def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[None]:
+def autocast(precision: Precision, device: torch.device) -> torch.autocast:
     """torch.autocast to ``precision``; disabled in fp32 and tf32."""
     dtype = _AUTOCAST.get(precision)
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
 class SyncedGradScaler(GradScaler):
-    """Skips updates whose gradients are not finite, without waiting for the device to report it:
-    always in fp16, whose losses it scales; in other precisions with ``skip_nonfinite``, at the cost
-    of a pass over the gradients, and without changing the bits of other updates.
+    """Skips updates whose gradients are not finite, without waiting for the device to report it.
+
+    In fp16 it scales losses, too. In other precisions it takes a pass over the gradients, and does
+    not change the bits of other updates.
 
     Args:
         group: processes whose gradients differ, and which skip a step together; None where all
             have the same.
+        fp16: whether the precision is fp16.
+        skip: whether steps are to be skipped, and reported, for other reasons than fp16.
 
     Attributes:
-        skipped: 1 on the device where ``skip_nonfinite`` skipped the last step, else 0. An overflow
-            of fp16 does not count: it is how the scale is found.
+        skipped: 1 on the device where ``skip`` skipped the last step, else 0. An overflow of fp16
+            does not count: it is how the scale is found.
     """
 
     def __init__(
-        self,
-        precision: Precision,
-        device: torch.device,
-        group: dist.ProcessGroup | None,
-        *,
-        skip_nonfinite: bool = False,
+        self, device: torch.device, group: dist.ProcessGroup | None, *, fp16: bool, skip: bool
     ) -> None:
-        self.is_fp16, self.skip_nonfinite = precision == "fp16", skip_nonfinite
-        super().__init__(device.type, init_scale=2.0**16 if self.is_fp16 else 1.0)
-        self._active = self.is_fp16 or skip_nonfinite
-        self._group, self.skipped = group, torch.zeros((), device=device)
-
-    def scale(self, outputs: Any) -> Any:
-        return super().scale(outputs) if self._active else outputs
+        super().__init__(device.type, init_scale=2.0**16 if fp16 else 1.0)
+        self.fp16, self.skip, self._group = fp16, skip, group
+        self.skipped = torch.zeros((), device=device)
 
     def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
-        if not self._active:
-            return
         super().unscale_(optimizer)
         for found in self._per_optimizer_states[id(optimizer)]["found_inf_per_device"].values():
             if self._group is not None:
                 dist.all_reduce(found, dist.ReduceOp.MAX, self._group)
-            if not self.is_fp16:
+            if not self.fp16:
                 self.skipped = found
 
-    def step(self, optimizer: torch.optim.Optimizer, *args: Any, **options: Any) -> float | None:
-        return super().step(optimizer) if self._active else optimizer.step()
-
     def update(self, new_scale: float | Tensor | None = None) -> None:
-        if self.is_fp16:
+        if self.fp16:
             super().update(new_scale)
         self._per_optimizer_states.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() if self.is_fp16 else {}
+        return super().state_dict() if self.fp16 else {}

@@ -24,43 +24,41 @@ from torch.nn import functional as F
 from alexnet_dist.model.alexnet import GroupedLinear, Network, forward_layers
 from alexnet_dist.model.batch_norm import BatchNorm
 from alexnet_dist.model.dropout import Dropout
-from alexnet_dist.parallel.collectives import (
-    CommTimer,
-    TimedGroup,
-    all_gather,
-    all_gather_autograd,
-)
-from alexnet_dist.parallel.ddp import sync_batch_norms, wrap_ddp
-from alexnet_dist.parallel.layout import Layout, LayoutConfig, materialize
+from alexnet_dist.parallel.collectives import TimedGroup, all_gather, all_gather_autograd
+from alexnet_dist.parallel.ddp import DDPLayout, LayoutConfig
 from alexnet_dist.parallel.mesh import Mesh
-from alexnet_dist.parallel.sharding import ShardedDropout, Sharding, ShardSpec
+from alexnet_dist.parallel.sharding import Sharding, ShardSpec
 
 
-class ShardedFCLayout(Layout):
+class ShardedFCLayout(DDPLayout):
     """Data-parallel convolutions, and a shard of the fully connected layers on each process.
 
     Args:
-        model: the full network on the meta device; it becomes this process's own.
+        group: all processes; ``model`` has been through ``shard_classifier``.
     """
 
-    def __init__(self, model: Network, mesh: Mesh, config: LayoutConfig) -> None:
-        self._group = TimedGroup(mesh.group("dp"), CommTimer(mesh.device))
-        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-        super().__init__(mesh, config, list(shapes.values())[-1][0], self._group)
-        sync_batch_norms(model, mesh, self.comm_timer)
-        shard_classifier(model, self._group)
-        self._model = materialize(model, mesh.device)
-        self._features, self._classifier = model.split_features_classifier()
-        self._ddp = wrap_ddp(self._features, mesh, config, self.comm_timer)
+    _features: nn.Sequential
+    _classifier: dict[str, nn.Module]
+
+    def __init__(
+        self,
+        model: Network,
+        mesh: Mesh,
+        config: LayoutConfig,
+        sharding: Sharding,
+        group: TimedGroup,
+    ) -> None:
+        super().__init__(model, mesh, config, sharding, group.timer, group)
+        self._group = group
         self._loss_scale = 1  # ``_gather_rows`` sums the gradients of all images' losses
-        self.parameters = dict(model.named_parameters())
-        replicated = dict(self._features.named_parameters())
-        sharded = {name: shape for name, shape in shapes.items() if name not in replicated}
-        self.sharding = Sharding(mesh, sharded, "dp")
-        self.dropout_rows = slice(None)  # all images pass the layers that have dropout
+        self._dropout_rows = slice(None)  # all images pass the layers that have dropout
         self.description = (
             f"fully connected layers sharded over {mesh.dp_size} processes, {config.gradients}"
         )
+
+    def _replicated_part(self) -> nn.Module:
+        self._features, self._classifier = self._model.split_features_classifier()
+        return self._features
 
     def _forward(
         self, images: Tensor, labels: Tensor, masks: tuple[Tensor, ...], rows: slice
@@ -69,7 +67,7 @@ class ShardedFCLayout(Layout):
         start = rows.start * self._group.size
         stop = min(rows.stop * self._group.size, self.batch_size)
         targets = self._gather_labels(labels, rows.stop - rows.start).t().flatten()
-        features = _gather_rows(self._ddp(images), stop - start, self._group)
+        features = _gather_rows(self._data_parallel(images), stop - start, self._group)
         logits = self._classify(features, [mask[start:stop] for mask in masks])
         return logits, targets[: stop - start]
 
@@ -94,19 +92,22 @@ class ShardedFCLayout(Layout):
         return all_gather(F.pad(labels, (0, rows - len(labels)), value=-1), self._group)
 
 
-def shard_classifier(model: Network, group: TimedGroup) -> None:
+def shard_classifier(model: Network, group: TimedGroup) -> dict[str, torch.Size]:
     """Replace the fully connected layers of ``model``, and those between them that know their
-    width, by this process's shards."""
+    width, by this process's shards; the full shapes of their parameters, by name."""
+    shapes: dict[str, torch.Size] = {}
     spec: ShardSpec | None = None  # of the outputs of the last fully connected layer
     for name, layer in model.split_features_classifier()[1].items():
+        shapes |= {f"{name}.{inner}": p.shape for inner, p in layer.named_parameters()}
         if isinstance(layer, (nn.Linear, GroupedLinear)):
             inputs, spec = spec, ShardSpec(len(layer.weight), group.size, group.rank)
             model.set_submodule(name, _ShardedLinear(layer, inputs, spec, group))
         elif isinstance(layer, Dropout) and spec is not None:
-            model.set_submodule(name, ShardedDropout(spec, layer))
+            model.set_submodule(name, layer.shard(spec.slice))
         elif isinstance(layer, BatchNorm) and spec is not None:  # sees the images of all already
             with torch.device("meta"):
                 model.set_submodule(name, BatchNorm(len(spec), layer.eps, layer.momentum))
+    return shapes
 
 
 class _ShardedLinear(nn.Module):

@@ -9,7 +9,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from alexnet_dist.model.dropout import Dropout
 from alexnet_dist.parallel.mesh import Mesh
 
 
@@ -103,15 +102,3 @@ class Sharding:
             shape=shape,
             stride=torch.empty(shape, device="meta").stride(),
         )
-
-
-class ShardedDropout(Dropout):
-    """Dropout of a shard of a layer's units: takes the mask [B, units] of the full layer and uses
-    its own columns, so that the same units are dropped as on one device."""
-
-    def __init__(self, spec: ShardSpec, full: Dropout) -> None:
-        super().__init__(len(spec), full.p, full.scaling)
-        self.spec = spec
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        return super().forward(x, None if mask is None else mask[:, self.spec.slice])

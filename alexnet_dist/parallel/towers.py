@@ -40,7 +40,7 @@ from alexnet_dist.model.batch_norm import BatchNorm
 from alexnet_dist.model.dropout import Dropout
 from alexnet_dist.model.lrn import LocalResponseNorm
 from alexnet_dist.parallel.collectives import AsyncAllGather, TimedGroup
-from alexnet_dist.parallel.sharding import ShardedDropout, ShardSpec, shard_parameters
+from alexnet_dist.parallel.sharding import ShardSpec, shard_parameters
 
 
 def split_model(model: AlexNet, group: TimedGroup) -> None:
@@ -150,7 +150,7 @@ _SPLIT: dict[type[nn.Module], Callable[[Any, TimedGroup], nn.Module]] = {
     GroupedLinear: _ungroup,
     LocalResponseNorm: _ungroup,
     BatchNorm: lambda half, _: BatchNorm(len(half.weight), half.eps, half.momentum),
-    Dropout: lambda layer, group: ShardedDropout(ShardSpec(layer.units, 2, group.rank), layer),
+    Dropout: lambda layer, group: layer.shard(ShardSpec(layer.units, 2, group.rank).slice),
 }
 """What a tower has of a layer besides its half of the parameters, by the layer's type. Others serve
 as they are: the first convolution reads the image, which both processes have."""

@@ -15,7 +15,8 @@ class Schedule:
 
     Attributes: those of config.ScheduleConfig, and
         lr: the base learning rate; the peak of one_cycle.
-        epochs: of the whole run.
+        epochs: of the whole run, before ``epochs_scale``.
+        epochs_scale: every epoch of the schedule stands for so many.
         bias_lr_mult: learning rate of biases as a multiple of that of weights.
         lr_mults: multipliers of some groups, whatever the schedule.
         num_decays, best, num_bad_epochs: of plateau.
@@ -24,6 +25,7 @@ class Schedule:
     name: Literal["constant", "plateau", "one_cycle", "polynomial", "piecewise"]
     lr: float
     epochs: float
+    epochs_scale: float = 1.0
     bias_lr_mult: float = 1.0
     warmup_epochs: float = 0.0
     patience: int = 3
@@ -37,6 +39,7 @@ class Schedule:
 
     def lr_at(self, group: str, epoch: float, *, bias: bool = False) -> float:
         """The learning rate of ``group`` in the step that begins at ``epoch``."""
+        epoch /= self.epochs_scale
         if group in self.milestones and self.name == "piecewise":
             lr = piecewise_value(self.milestones[group], epoch)
         else:

@@ -1,9 +1,9 @@
-"""A training step and an evaluation: tensors, metrics and timers; no files."""
+"""A training step: what it computes, what is counted of it, and how long it takes."""
 
 import hashlib
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -12,9 +12,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torchmetrics import Metric
 
-from alexnet_dist.errors import UserError
 from alexnet_dist.training.schedules import Schedule
 
 
@@ -22,7 +20,6 @@ class Layout(Protocol):
     """What training needs of a layout; see parallel/ddp.py for the meaning of each."""
 
     parameters: dict[str, nn.Parameter]
-
     scaler: Any
     sharding: Any
 
@@ -61,13 +58,16 @@ def train_step(
         ``layout.forward_backward``; [3] where the scaler skips steps with a gradient that is not
         finite: and whether it has skipped this one.
     """
-    result = layout.forward_backward(batch.images, batch.labels, masks)
-    layout.scaler.unscale_(optimizer)  # here, where processes with different gradients can agree
-    layout.scaler.step(optimizer)
-    layout.scaler.update()
+    result, scaler = layout.forward_backward(batch.images, batch.labels, masks), layout.scaler
+    if scaler is None:
+        optimizer.step()
+    else:
+        scaler.unscale_(optimizer)  # here, where processes with different gradients can agree
+        scaler.step(optimizer)
+        scaler.update()
+        if scaler.skip:
+            result = torch.cat([result, scaler.skipped.to(result.dtype)[None]])
     optimizer.zero_grad(set_to_none=True)
-    if layout.scaler.skip_nonfinite:
-        result = torch.cat([result, layout.scaler.skipped.to(result.dtype)[None]])
     return result
 
 
@@ -185,63 +185,6 @@ class TrainMetrics:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         vars(self).update(state)
-
-
-class EvalMetrics(Metric):
-    """Loss and errors over a data set, counted exactly: sums of ``layout.eval_counts``, float64
-    [4]; no padding, no mean of means."""
-
-    full_state_update = False
-    counts: Tensor
-
-    def __init__(self, device: torch.device) -> None:
-        super().__init__()
-        self.set_dtype(torch.float64)
-        self.add_state("counts", torch.zeros(4, dtype=torch.float64), dist_reduce_fx="sum")
-        self.to(device)
-
-    def update(self, counts: Tensor) -> None:
-        self.counts += counts
-
-    def compute(self) -> dict[str, float]:
-        """Errors in percent, mean loss, and images, over all processes; a collective call."""
-        loss, top1, top5, count = self.counts.tolist()
-        images = int(count)
-        return {
-            "top1_error": 100.0 * (images - int(top1)) / max(images, 1),
-            "top5_error": 100.0 * (images - int(top5)) / max(images, 1),
-            "loss": loss / max(images, 1),
-            "images": images,
-        }
-
-
-def evaluate(
-    layout: Layout,
-    batches: Iterable[Batch],
-    device: torch.device,
-    after_batch: Callable[[], None] = lambda: None,
-) -> dict[str, float]:
-    """Errors over all batches of all processes, which may have different numbers of images.
-
-    ``after_batch`` is called after each; what it raises ends the evaluation.
-    """
-    metrics = EvalMetrics(device)
-    for batch in batches:
-        metrics.update(layout.eval_counts(batch.images, batch.labels))
-        after_batch()
-    return metrics.compute()
-
-
-def check_all_images_counted(
-    result: Mapping[str, float], num_skipped: int, num_images: int
-) -> None:
-    """Raise a UserError unless an evaluation has counted every image once."""
-    if result["images"] + num_skipped != num_images:
-        raise UserError(
-            f"evaluation counted {result['images']} images and skipped {num_skipped}, but there "
-            f"are {num_images}: this is a defect, please report it",
-            on_all_ranks=True,
-        )
 
 
 class StepThrottle:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from alexnet_dist.model import MODEL_REGISTRY, build_model, stem
+from alexnet_dist.model import MODEL_REGISTRY, build_model
 from alexnet_dist.model.layer_stats import layer_stats
 from alexnet_dist.summary import memory_estimate, table
 
@@ -137,7 +137,7 @@ def test_blocks_as_channels_are_the_same_first_convolution(
         return y.detach(), gradient
 
     plain, gradient = compute()
-    monkeypatch.setattr(stem, "autocast_enabled", lambda device: True)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: True)
     monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: torch.float64)
     shapes = []
     conv2d = F.conv2d

@@ -36,7 +36,7 @@ from alexnet_dist.model import (
     iter_initial_weights,
     make_dropout_masks,
 )
-from alexnet_dist.parallel import LayoutConfig, ddp_warmup, parallelize
+from alexnet_dist.parallel import LayoutConfig, parallelize
 from alexnet_dist.parallel.mesh import Mesh, init_distributed
 from alexnet_dist.parallel.precision import Precision
 from alexnet_dist.training.checkpoint import CheckpointManager, find_checkpoint, load_tensors
@@ -100,12 +100,7 @@ class Trainer:
     def inputs(self, step: int) -> tuple[Batch, tuple[Tensor, ...]]:
         images, labels = batch_of(self.batch, self.classes, step)
         rows = self.mesh.batch_slice
-        masks = masks_of(self.full, step, self.batch, self.layout.dropout_rows)
-        return Batch(images[rows], labels[rows]), masks
-
-    def warm_up(self) -> None:
-        batch, masks = self.inputs(0)
-        ddp_warmup(self.layout, batch.images, batch.labels, masks)
+        return Batch(images[rows], labels[rows]), self.layout.dropout_masks(1, step)
 
     def train(self, first: int, last: int) -> list[float]:
         losses = []
@@ -148,9 +143,9 @@ def batch_of(count: int, classes: int, seed: int) -> tuple[Tensor, Tensor]:
     return images.to(DEVICE, memory_format=torch.channels_last), labels.to(DEVICE)
 
 
-def masks_of(model: Network, step: int, batch: int, rows: slice) -> tuple[Tensor, ...]:
-    layers = model.dropout_layers()
-    return make_dropout_masks(layers, seed=1, step=step, batch=batch, rows=rows, device=DEVICE)
+def masks_of(model: Network, step: int, batch: int) -> tuple[Tensor, ...]:
+    options = {"seed": 1, "step": step, "batch": batch, "rows": slice(None), "device": DEVICE}
+    return make_dropout_masks(model.dropout_layers(), **options)
 
 
 def model_on_one_device(arch: str, classes: int) -> Network:
@@ -164,7 +159,7 @@ def gradients(mesh: Mesh, name: str, arch: str, classes: int, batch: int) -> dic
     trainer = Trainer(mesh, name, batch, arch=arch, classes=classes)
     model = model_on_one_device(arch, classes)
     images, labels = batch_of(batch, classes, 3)
-    logits = model(images, masks_of(model, 3, batch, slice(None)))
+    logits = model(images, masks_of(model, 3, batch))
     loss = F.cross_entropy(logits, labels)
     loss.backward()
 
@@ -242,7 +237,7 @@ def steps(mesh: Mesh, name: str, count: int, batch: int, arch: str) -> dict:
     trainer = Trainer(mesh, name, batch, arch=arch, **recipe)  # type: ignore[arg-type]
     averages = {k: p for k, p in trainer.layout.parameters.items() if not p.requires_grad}
     before = {key: average.clone() for key, average in averages.items()}
-    trainer.warm_up()
+    trainer.layout.warm_up(SIDE)
     unmoved = all(torch.equal(average, before[key]) for key, average in averages.items())
     losses = trainer.train(0, count)
     to_dtensor = trainer.layout.sharding.to_dtensor
@@ -259,10 +254,10 @@ def resumed(mesh: Mesh, name: str, folder: str) -> dict:
     reference, stopped = (
         Trainer(mesh, name, 7, arch="alexnet_bn", optimizer="sgd", lr=0.1) for _ in range(2)
     )
-    reference.warm_up()
+    reference.layout.warm_up(SIDE)
     reference.train(0, 2)
     load_tensors(reference.save(folder, 2), stopped.tensors())
-    stopped.warm_up()
+    stopped.layout.warm_up(SIDE)
     losses = [one.train(2, 4) for one in (reference, stopped)]
     pairs = zip(reference.tensors().values(), stopped.tensors().values(), strict=True)
     equal = [torch.equal(local(one), local(other)) for one, other in pairs]

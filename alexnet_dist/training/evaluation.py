@@ -1,0 +1,67 @@
+"""An exact evaluation: every image counts once, on any number of processes."""
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from alexnet_dist.errors import UserError
+from alexnet_dist.training.step import Batch, Layout
+
+
+class EvalMetrics(Metric):
+    """Loss and errors over a data set, counted exactly: sums of ``layout.eval_counts``, float64
+    [4]; no padding, no mean of means."""
+
+    full_state_update = False
+    counts: Tensor
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.set_dtype(torch.float64)
+        self.add_state("counts", torch.zeros(4, dtype=torch.float64), dist_reduce_fx="sum")
+        self.to(device)
+
+    def update(self, counts: Tensor) -> None:
+        self.counts += counts
+
+    def compute(self) -> dict[str, float]:
+        """Errors in percent, mean loss, and images, over all processes; a collective call."""
+        loss, top1, top5, count = self.counts.tolist()
+        images = int(count)
+        return {
+            "top1_error": 100.0 * (images - int(top1)) / max(images, 1),
+            "top5_error": 100.0 * (images - int(top5)) / max(images, 1),
+            "loss": loss / max(images, 1),
+            "images": images,
+        }
+
+
+def evaluate(
+    layout: Layout,
+    batches: Iterable[Batch],
+    device: torch.device,
+    after_batch: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
+    """Errors over all batches of all processes, which may have different numbers of images.
+
+    ``after_batch`` is called after each; what it raises ends the evaluation.
+    """
+    metrics = EvalMetrics(device)
+    for batch in batches:
+        metrics.update(layout.eval_counts(batch.images, batch.labels))
+        after_batch()
+    return metrics.compute()
+
+
+def check_all_images_counted(
+    result: Mapping[str, float], num_skipped: int, num_images: int
+) -> None:
+    """Raise a UserError unless an evaluation has counted every image once."""
+    if result["images"] + num_skipped != num_images:
+        raise UserError(
+            f"evaluation counted {result['images']} images and skipped {num_skipped}, but there "
+            f"are {num_images}: this is a defect, please report it",
+            on_all_ranks=True,
+        )
