@@ -32,6 +32,7 @@ from alexnet_dist.parallel.mesh import init_distributed
 from alexnet_dist.training.checkpoint import write_safetensors
 
 FILES = {"safetensors": "model.safetensors", "onnx": "model.onnx", "torchvision": "torchvision.pth"}
+CPU = torch.device("cpu")
 TOLERANCE = 1e-3
 """Error of logits, relative to the largest: other programs add in another order."""
 DATA_STATE = ("classes", "unnamed", "statistics", "dataset_hash", "images")
@@ -53,7 +54,7 @@ def main(arguments: list[str]) -> None:
     except OSError as error:
         raise UserError(f"--out {out} cannot be made ({error.strerror}): give another") from None
     init_distributed("cpu")
-    model, facts = _model(trained), []
+    model, facts = trained.model(CPU), []
     for name in args.format:
         file = out / FILES[name]
         off = _export(name, trained, model, file)
@@ -92,7 +93,7 @@ def model_card(trained: LoadedModel, model: nn.Module, files: list[str]) -> str:
     state, data, pixels = trained.state, trained.config.data, trained.normalization
     best, arch = state.get("best") or {}, trained.config.model.arch
     evaluation = ", ".join(f"{name} {value}" for name, value in best.items()) or "not known"
-    classes = ", ".join(trained.labels[:10]) + (", ..." if trained.num_outputs > 10 else "")
+    classes = ", ".join(trained.labels[:10]) + (", ..." if len(trained.labels) > 10 else "")
     return f"""# AlexNet, model.arch {arch}
 
 - architecture: {MODEL_REGISTRY[arch].source} (P: the paper of 2012, S: its authors' source code)
@@ -102,7 +103,7 @@ def model_card(trained: LoadedModel, model: nn.Module, files: list[str]) -> str:
 - input: RGB, float32 [B, 3, {data.image_size}, {data.image_size}], (pixel of 0..255 - mean) / std
 - mean {pixels.mean.tolist()}, std {pixels.std.tolist()}
 - crop: the center of an image whose shorter side is {data.resize_size}
-- output: logits [B, {trained.num_outputs}] of the classes {classes}
+- output: logits [B, {len(trained.labels)}] of the classes {classes}
 """ + "".join(f"- {file}\n" for file in files)
 
 
@@ -153,9 +154,9 @@ def _write(name: str, trained: LoadedModel, model: nn.Module, path: Path) -> Non
 def _read(name: str, trained: LoadedModel, path: Path) -> Callable[[Tensor], Any]:
     """The network of a file: images [B, 3, H, W] to logits [B, classes]."""
     if name == "safetensors":
-        return _model(load_model(str(path)))
+        return load_model(str(path)).model(CPU)
     if name == "torchvision":
-        model = torchvision.models.alexnet(num_classes=trained.num_outputs).eval()
+        model = torchvision.models.alexnet(num_classes=len(trained.labels)).eval()
         model.load_state_dict(torch.load(path, weights_only=True))
         return model
     import onnxruntime
@@ -164,20 +165,13 @@ def _read(name: str, trained: LoadedModel, path: Path) -> Callable[[Tensor], Any
     return lambda images: session.run(None, {"images": images.numpy()})[0]
 
 
-def _model(trained: LoadedModel) -> nn.Module:
-    """The network on the CPU in float32, its weights contiguous as files have them."""
-    return trained.model(torch.device("cpu")).to(memory_format=torch.contiguous_format)
-
-
 def _random_images(trained: LoadedModel, batch: int) -> Tensor:
     """Random pixels, normalized: float32 [batch, 3, H, W]."""
     shape = batch, 3, *[trained.config.data.image_size] * 2
     pixels = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(batch))
-    mean, std = (
-        torch.from_numpy(trained.normalization.mean),
-        torch.from_numpy(trained.normalization.std),
-    )
-    return ((pixels - mean[:, None, None]) / std[:, None, None]).float()
+    norm = trained.normalization
+    mean, std = torch.from_numpy(np.stack([norm.mean, norm.std])[:, :, None, None])
+    return ((pixels - mean) / std).float()
 
 
 if __name__ == "__main__":

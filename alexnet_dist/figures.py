@@ -12,6 +12,7 @@ import os
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +23,17 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from alexnet_dist.config import CommandParser
-from alexnet_dist.data import build_loader
-from alexnet_dist.data.corrupt_images import Batch
-from alexnet_dist.data.datasets import ImageDataset, SplitIndex, open_datasets, scan_dataset
-from alexnet_dist.data.plan import EvalPlan
+from alexnet_dist.data.datasets import SplitIndex, open_datasets
 from alexnet_dist.errors import UserError, run_command
 from alexnet_dist.loaded_model import LoadedModel, load_model
 from alexnet_dist.model import MODEL_REGISTRY, Network
 from alexnet_dist.parallel.mesh import Mesh, init_distributed
-from alexnet_dist.parallel.precision import autocast, configure_backends, resolve_precision
-from alexnet_dist.setup import build_model
+from alexnet_dist.parallel.precision import (
+    Precision,
+    autocast,
+    configure_backends,
+    resolve_precision,
+)
 from alexnet_dist.tracking import Event, plots
 from alexnet_dist.tracking.console import ProgressReporter
 from alexnet_dist.tracking.logger import drop_superseded, read_events
@@ -59,24 +61,22 @@ def main(arguments: list[str]) -> None:
             plot_figure1(args.out, records)
     if {"3", "4"} & set(args.only):
         model = load_model(args.runs[0], lambda config: parser.parse(arguments, config).config)
-        runtime = model.config.runtime
-        mesh = init_distributed(runtime.device, runtime.threads)
+        mesh = init_distributed(model.config.runtime.device, model.config.runtime.threads)
+        network = model.model(mesh.device).to(memory_format=torch.channels_last)
         if "3" in args.only:
-            plot_figure3(args.out, model)
+            kernels = next(p for p in network.parameters() if p.dim() == 4).detach().cpu().numpy()
+            towers = MODEL_REGISTRY[model.config.model.arch].towers
+            save(args.out / "figure3", plots.plot_kernels, kernels, towers)
         if "4" in args.only:
-            plot_figure4(args, model, mesh)
+            plot_figure4(args, model, network, mesh)
 
 
 def _parser() -> CommandParser:
     parser = CommandParser("figures", __doc__)
     add, count = parser.add_argument, {"type": PositiveInt, "metavar": "N"}
+    only = ("curves", "1", "3", "4")
     add("runs", nargs="*", metavar="RUN", help="a run's folder")
-    add(
-        "--only",
-        nargs="+",
-        choices=("curves", "1", "3", "4"),
-        help="1 is of several runs",
-    )
+    add("--only", nargs="+", choices=only, help="1 is of several runs")
     add("--out", type=Path, metavar="DIR", help="RUN/figures unless given")
     add("--images", nargs="+", metavar="PATH", help="validation images to label; 8 are sampled")
     add("--queries", default=5, help="test images with neighbors (5)", **count)
@@ -110,12 +110,19 @@ def read_names(path: str) -> dict[str, str]:
     return {pair[0]: pair[1].partition(",")[0].strip() for pair in pairs if len(pair) == 2}
 
 
+def label_names(labels: list[str], names: dict[str, str]) -> list[str]:
+    """What to call each label; with the label where two have one name, as ImageNet's cranes."""
+    short = [names.get(label, label) for label in labels]
+    pairs = zip(short, labels, strict=True)
+    return [f"{name} ({label})" if short.count(name) > 1 else name for name, label in pairs]
+
+
 def plot_curves(out: Path, records: dict[str, list[Event]]) -> None:
     """Loss, error and learning rates of all runs."""
     for run, events in records.items():
         if not any(event["event"] == "train" for event in events):
             raise UserError(f"the records of {run} have no step of training yet: leave it out")
-    save(out / "curves", lambda path: plots.plot_curves(path, records))
+    save(out / "curves", plots.plot_curves, records)
 
 
 def plot_figure1(out: Path, records: dict[str, list[Event]]) -> None:
@@ -132,7 +139,7 @@ def plot_figure1(out: Path, records: dict[str, list[Event]]) -> None:
         needed = f"more than {max(errors)}" if reached is None else f"{reached:.3g}"
         series[f"{run}: {needed} epochs to {TARGET_ERROR:g} %"] = errors
     print("\n".join(series))
-    save(out / "figure1", lambda path: plots.plot_figure1(path, series, TARGET_ERROR))
+    save(out / "figure1", plots.plot_figure1, series, TARGET_ERROR)
 
 
 def epochs_to_error(errors: dict[int, float], target: float) -> float | None:
@@ -146,148 +153,66 @@ def epochs_to_error(errors: dict[int, float], target: float) -> float | None:
     return None
 
 
-def plot_figure3(out: Path, model: LoadedModel) -> None:
-    """The kernels of the first layer, tower by tower."""
-    layers = build_model(model.config, model.num_outputs).named_parameters()
-    name, shape = next((name, p.shape) for name, p in layers if p.dim() == 4)
-    weights = nn.Parameter(torch.empty(shape))
-    model.load_weights({name: weights})
-    kernels, towers = weights.detach().numpy(), MODEL_REGISTRY[model.config.model.arch].towers
-    save(out / "figure3", lambda path: plots.plot_kernels(path, kernels, towers))
-
-
-def plot_figure4(args: Namespace, model: LoadedModel, mesh: Mesh) -> None:
-    """Validation images with their best labels; some of them with the nearest training images.
+def plot_figure4(args: Namespace, model: LoadedModel, network: Network, mesh: Mesh) -> None:
+    """Validation images with their best labels; others with the nearest training images.
 
     Raises:
         UserError: the images are not there, or not of the network's classes.
     """
-    data, runtime = model.config.data, model.config.runtime
-    with ProgressReporter() as progress:
-        info = scan_dataset(data.root, data.cache_dir, progress)
-    if info.val.classes != model.classes:
-        raise UserError(
-            f"the classes of {info.val.folder} are not those that {model.path} was trained on: "
-            "give --data.root a folder with the same class folders"
-        )
-    generator = np.random.default_rng(model.config.train.seed)
+    info, config = model.scan_dataset(mesh), model.config
+    generator = np.random.default_rng(config.train.seed)
     labeled = generator.permutation(len(info.val))[:NUM_LABELED]
     queries = generator.permutation(len(info.val))[: args.queries]
     candidates = np.sort(generator.permutation(len(info.train))[: args.train_images])
     if args.images:
         labeled = find_images(info.val, args.images)
-    names = [args.names.get(label, label) for label in model.labels]
-    names = [  # two classes of ImageNet are cranes
-        f"{name} ({label})" if names.count(name) > 1 else name
-        for name, label in zip(names, model.labels, strict=True)
-    ]
-    precision = resolve_precision(runtime.precision, mesh.device)
-    configure_backends(precision, runtime.deterministic)
-    extractor = FeatureExtractor(model.model(mesh.device), precision)
-    max_batch = max(data.eval_batch_size, len(labeled), args.queries, args.neighbors)
-    train, val = (EvalImages(each, model, mesh, max_batch) for each in open_datasets(info))
-    with closing(train.loader), closing(val.loader):
-        batch = val.load(labeled)
-        best = plots.top_labels(extractor(batch.images)[1].softmax(1), names)
-        captions, images = [names[n] for n in batch.labels.tolist()], val.to_uint8(batch)
-        save(
-            args.out / "figure4-labels",
-            lambda path: plots.plot_predictions(path, images, captions, best),
-        )
-        plot_neighbors(args, extractor, val, queries, train, candidates, names)
-
-
-def plot_neighbors(
-    args: Namespace,
-    extractor: "FeatureExtractor",
-    val: "EvalImages",
-    queries: Ints,
-    train: "EvalImages",
-    candidates: Ints,
-    names: list[str],
-) -> None:
-    """Figure 4, right: test images, and the training images with the nearest features."""
-    batch = val.load(queries)
-
-    def features() -> Iterator[tuple[Ints, Tensor]]:
-        with ProgressReporter() as progress:
-            for at, other in enumerate(train.batches(candidates), 1):
-                done = min(at * train.batch_size, len(candidates))
-                progress("nearest training images", done, len(candidates))
-                yield other.indices, extractor(other.images)[0]
-
-    nearest, _ = knn(extractor(batch.images)[0], features(), args.neighbors)
-    found = [train.load(row) for row in nearest]
-    neighbors = np.stack([train.to_uint8(row) for row in found])
-    captions = [[names[label] for label in row.labels.tolist()] for row in found]
-    queried, images = [names[label] for label in batch.labels.tolist()], val.to_uint8(batch)
-    save(
-        args.out / "figure4-neighbors",
-        lambda path: plots.plot_neighbors(path, images, queried, neighbors, captions),
+    precision = resolve_precision(config.runtime.precision, mesh.device)
+    configure_backends(precision, config.runtime.deterministic)
+    extract = partial(extract_features, network, precision)
+    size = max(config.data.eval_batch_size, len(labeled), args.queries, args.neighbors)
+    (train_plan, train_loader), (val_plan, val_loader) = (
+        model.eval_loader(mesh, dataset, size) for dataset in open_datasets(info)
     )
 
+    def features() -> Iterator[tuple[Ints, Tensor]]:
+        chunks = (candidates[at : at + size] for at in range(0, len(candidates), size))
+        batches = train_loader.batches(map(train_plan.samples, chunks))
+        with ProgressReporter() as progress:
+            for at, batch in enumerate(batches, 1):
+                done = min(at * size, len(candidates))
+                progress("nearest training images", done, len(candidates))
+                yield batch.indices, extract(batch.images)[0]
 
-class FeatureExtractor:
-    """A network and its last hidden layer, in the paper 4,096 units behind the ReLU of fc7."""
+    with closing(train_loader), closing(val_loader):
+        tests = list(val_loader.batches(map(val_plan.samples, (labeled, queries))))
+        best = extract(tests[0].images)[1].softmax(1)
+        nearest = knn(extract(tests[1].images)[0], features(), args.neighbors)
+        found = list(train_loader.batches(map(train_plan.samples, nearest)))
 
-    def __init__(self, model: Network, precision: Any) -> None:
-        self._model, self._precision = model, precision
-        *_, last = model.split_features_classifier()[1].values()
-        last.register_forward_pre_hook(self._keep_input)
-
-    @torch.no_grad()
-    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Features [B, units] and logits [B, classes] of images [B, 3, H, W], float32."""
-        with autocast(self._precision, images.device):
-            logits = self._model(images)
-        return self._features.float(), logits.float()
-
-    def _keep_input(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        self._features = inputs[0]
-
-
-class EvalImages:
-    """The center crops of a split's images, by index."""
-
-    def __init__(
-        self, dataset: ImageDataset, model: LoadedModel, mesh: Mesh, max_batch: int
-    ) -> None:
-        data, self._pixels = model.config.data, model.normalization
-        self.batch_size = data.eval_batch_size
-        self._plan = EvalPlan(dataset.index.sizes, self.batch_size, model.crop_fraction)
-        self.loader = build_loader(
-            data.loader,
-            dataset,
-            self._pixels,
-            self._plan,
-            device=mesh.device,
-            max_batch_size=max_batch,
-            threads=data.threads or mesh.threads,
-            prefetch=data.prefetch,
-            dali_decoder=data.dali_decoder,
-            on_corrupt="skip" if data.on_corrupt_image == "skip" else "stop",
-        )
-
-    def batches(self, indices: Ints) -> Iterator[Batch]:
-        """Images in this order, without those that are to be skipped."""
-        size = self.batch_size
-        chunks = (indices[at : at + size] for at in range(0, len(indices), size))
-        return self.loader.batches(map(self._plan.samples, chunks))
-
-    def load(self, indices: Ints) -> Batch:
-        """Up to ``max_batch`` images as one batch."""
-        (batch,) = self.loader.batches([self._plan.samples(indices)])
-        return batch
-
-    def to_uint8(self, batch: Batch) -> NDArray[np.uint8]:
-        """A batch as people see it, [B, H, W, 3]."""
-        return self._pixels.to_uint8_images(batch.images)
+    names = label_names(model.labels, args.names)
+    pixels = [model.normalization.to_uint8_images(batch.images) for batch in (*tests, *found)]
+    captions = [[names[n] for n in batch.labels.tolist()] for batch in (*tests, *found)]
+    left = pixels[0], captions[0], plots.top_labels(best, names)
+    save(args.out / "figure4-labels", plots.plot_predictions, *left)
+    right = pixels[1], captions[1], np.stack(pixels[2:]), captions[2:]
+    save(args.out / "figure4-neighbors", plots.plot_neighbors, *right)
 
 
-def knn(
-    queries: Tensor, batches: Iterable[tuple[Ints, Tensor]], k: int
-) -> tuple[Ints, NDArray[np.float32]]:
-    """Indices and Euclidean distances [q, k] of the features nearest to ``queries`` [q, units],
+@torch.no_grad()
+def extract_features(
+    network: Network, precision: Precision, images: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Of images [B, 3, H, W] the last hidden layer [B, units], in the paper 4,096 behind the ReLU
+    of fc7, and the logits [B, classes]; float32."""
+    convolutions, classifier = network.split_features_classifier()
+    *hidden, last = classifier.values()
+    with autocast(precision, images.device):
+        features = nn.Sequential(convolutions, *hidden)(images)
+        return features.float(), last(features).float()
+
+
+def knn(queries: Tensor, batches: Iterable[tuple[Ints, Tensor]], k: int) -> Ints:
+    """Indices [q, k] of the features nearest to ``queries`` [q, units] in Euclidean distance,
     nearest first, of equal ones the first.
 
     ``batches``: image indices [b] with features [b, units]. Only the nearest so far are kept:
@@ -302,7 +227,7 @@ def knn(
         distances, indices = torch.cat([distances, new], 1), torch.cat([indices, new_indices], 1)
         order = distances.argsort(dim=1, stable=True)[:, :k]
         distances, indices = distances.gather(1, order), indices.gather(1, order)
-    return indices.cpu().numpy(), distances.cpu().numpy()
+    return indices.cpu().numpy()
 
 
 def find_images(index: SplitIndex, paths: list[str]) -> Ints:
@@ -316,12 +241,12 @@ def find_images(index: SplitIndex, paths: list[str]) -> Ints:
     return np.array([indices[name] for name in names], np.int64)
 
 
-def save(stem: Path, plot: Callable[[Path], None]) -> None:
-    """Write a figure as PNG and as PDF, and print where."""
+def save(stem: Path, plot: Callable[..., None], *what: Any) -> None:
+    """``plot`` a figure as PNG and as PDF, and print where."""
     for path in (stem.with_suffix(".png"), stem.with_suffix(".pdf")):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            plot(path)
+            plot(path, *what)
         except OSError as error:
             raise UserError(f"{path} cannot be written ({error.strerror}): give --out") from None
         print(path, flush=True)

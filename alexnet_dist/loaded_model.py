@@ -8,6 +8,9 @@ from typing import Any
 import torch
 
 from alexnet_dist.config import Config, from_dict
+from alexnet_dist.data.corrupt_images import Loader
+from alexnet_dist.data.datasets import DatasetInfo, ImageDataset, scan_dataset
+from alexnet_dist.data.plan import EvalPlan, NumCrops
 from alexnet_dist.data.statistics import ChannelStats
 from alexnet_dist.data.transforms import Normalization, build_normalization
 from alexnet_dist.errors import UserError
@@ -15,7 +18,8 @@ from alexnet_dist.model import MODEL_REGISTRY, Network
 from alexnet_dist.parallel import Layout, LayoutConfig, parallelize
 from alexnet_dist.parallel.mesh import Mesh
 from alexnet_dist.parallel.precision import configure_backends, resolve_precision
-from alexnet_dist.setup import build_model
+from alexnet_dist.setup import build_model, loader_for
+from alexnet_dist.tracking.console import ProgressReporter
 from alexnet_dist.training.checkpoint import find_checkpoint, load_tensors, read_state
 
 
@@ -28,29 +32,10 @@ class LoadedModel:
     config: Config
 
     @property
-    def classes(self) -> list[str]:
-        """Class names, by index."""
-        return list(self.state["classes"])
-
-    @property
-    def num_outputs(self) -> int:
-        """Logits: as many as there are classes, unless model.num_classes asked for more."""
-        return self.config.model.num_classes or len(self.state["classes"])
-
-    @property
     def labels(self) -> list[str]:
-        """What to call each output: its class, or its index where it has none."""
-        return self.classes + [str(index) for index in range(len(self.classes), self.num_outputs)]
-
-    def has_same_classes(self, classes: list[str]) -> bool:
-        """Whether ``classes`` are its own; of a file without names: whether they are as many."""
-        unnamed = self.state.get("unnamed", False)
-        return classes == self.classes or (unnamed and len(classes) == self.num_outputs)
-
-    @property
-    def crop_fraction(self) -> float:
-        """Side of a crop over the image's shorter side; 224/256 in the paper."""
-        return self.config.data.image_size / self.config.data.resize_size
+        """What to call each output: its class, or its index where there are more than classes."""
+        classes, outputs = self.state["classes"], self.config.model.num_classes or 0
+        return classes + [str(index) for index in range(len(classes), outputs)]
 
     @property
     def normalization(self) -> Normalization:
@@ -61,46 +46,61 @@ class LoadedModel:
             size=self.config.data.image_size,
         )
 
-    def layout(self, mesh: Mesh, batch: int) -> Layout:
-        """Its network with its weights on every rank, for batches of ``batch`` images over all
-        ranks, which call it together."""
+    def scan_dataset(self, mesh: Mesh) -> DatasetInfo:
+        """The images at data.root; all ranks call it together.
+
+        Raises:
+            UserError: there are none, or they are of other classes. A file that does not name its
+                classes takes any that are as many.
+        """
+        data, classes = self.config.data, self.state["classes"]
+        info = mesh.broadcast_from_rank0(
+            lambda: scan_dataset(data.root, data.cache_dir, ProgressReporter())
+        )
+        named = not self.state.get("unnamed", False)
+        if info.val.classes != classes if named else len(info.val.classes) != len(self.labels):
+            raise UserError(
+                f"the classes of {info.val.folder} are not those that {self.path} was trained on: "
+                "give --data.root a folder with the same class folders",
+                on_all_ranks=True,
+            )
+        return info
+
+    def eval_loader(
+        self, mesh: Mesh, dataset: ImageDataset, batch_size: int, num_crops: NumCrops = 1
+    ) -> tuple[EvalPlan, Loader]:
+        """The crops of all images, ``batch_size`` images in a global batch; and their loader."""
+        data = self.config.data
+        crop_fraction = data.image_size / data.resize_size  # 224/256 in the paper
+        plan = EvalPlan(dataset.index.sizes, batch_size, crop_fraction, num_crops)
+        return plan, loader_for(self.config, mesh, dataset, self.normalization, plan)
+
+    def layout(self, mesh: Mesh, batch_size: int) -> Layout:
+        """The network with its weights on every rank; all ranks call it together."""
         precision = resolve_precision(self.config.runtime.precision, mesh.device)
         configure_backends(precision, self.config.runtime.deterministic)
-        model = build_model(self.config, self.num_outputs)
-        layout = parallelize(model, mesh, LayoutConfig(batch, precision=precision))
+        model = build_model(self.config, len(self.state["classes"]))
+        layout = parallelize(model, mesh, LayoutConfig(batch_size, precision=precision))
         self.load_weights(layout.parameters)
         return layout
 
     def model(self, device: torch.device) -> Network:
-        """Its network with its weights on one device, in evaluation mode."""
-        model = build_model(self.config, self.num_outputs).to_empty(device=device)
-        model = model.to(memory_format=torch.channels_last)
+        """The network with its weights on one device, in evaluation mode."""
+        model = build_model(self.config, len(self.state["classes"])).to_empty(device=device)
         self.load_weights(dict(model.named_parameters()))
         return model.eval()
 
     def load_weights(self, parameters: dict[str, torch.nn.Parameter]) -> None:
-        """Read the weights into ``parameters``, by name; all ranks call it together.
-
-        Raises:
-            UserError: they are of another network, or corrupt.
-        """
-        tensors = {f"model.{name}": p.detach() for name, p in parameters.items()}
-        load_tensors(self.path, tensors)
+        """Read the weights by name; raises UserError where they are corrupt, or others."""
+        load_tensors(self.path, {f"model.{name}": p.detach() for name, p in parameters.items()})
 
 
 def load_model(path: str, options: Callable[[dict[str, Any]], Config] = from_dict) -> LoadedModel:
     """The model at ``path``: a run (its best checkpoint), a checkpoint, an exported file, or
-    torchvision's AlexNet.
+    torchvision's AlexNet. Raises UserError where there is none.
 
-    Args:
-        options: makes the config that it is used with from the one it was trained with.
-
-    Raises:
-        UserError: there is none.
+    ``options`` makes the config that it is used with from the one it was trained with.
     """
-    try:
-        found = find_checkpoint(path)
-        state = read_state(found)
-    except UserError as error:
-        raise UserError(str(error), on_all_ranks=True) from None
+    found = find_checkpoint(path)
+    state = read_state(found)
     return LoadedModel(found, state, options(state["config"]))

@@ -10,10 +10,10 @@ from tests.conftest import TINY, environment
 PACKAGE = Path(alexnet_dist.__file__).parent
 BUDGETS = {  # lines of Python, docstrings included: the most allowed, which may only fall; the plan
     "train.py": (483, 320),
-    "evaluate.py": (158, 130),
-    "predict.py": (161, 120),
-    "export.py": (184, 180),
-    "figures.py": (331, 250),
+    "evaluate.py": (139, 130),
+    "predict.py": (159, 120),
+    "export.py": (178, 180),
+    "figures.py": (256, 250),
     "summary.py": (70, 70),
     "bench.py": (339, 260),
     "submit.py": (80, 80),
@@ -23,14 +23,14 @@ BUDGETS = {  # lines of Python, docstrings included: the most allowed, which may
     "config.py": (595, 320),
     "errors.py": (72, 60),
     "model": (1107, 1000),
-    "data": (2086, 1500),
+    "data": (2007, 1500),
     "parallel": (1611, 1250),
-    "training": (1473, 1000),
+    "training": (1472, 1000),
     "tracking": (919, 700),
     "prepare": (1000, 1000),
     "__init__.py": (5, 5),
 }
-IN_ALL = {"alexnet_dist": (11191, 8700), "benchmarks": (2535, 2300), "tests": (8350, 6500)}
+IN_ALL = {"alexnet_dist": (10940, 8700), "benchmarks": (2535, 2300), "tests": (8350, 6500)}
 FILES_OF_A_STEP, LINES_OF_A_STEP = (23, 16), (4734, 2800)
 
 TRACER = """

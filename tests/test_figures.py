@@ -1,33 +1,26 @@
 """The command figures: what the paper's figures show, and that they can be seen."""
 
-import json
 import re
 import shutil
 import zlib
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from PIL import Image
 
 from alexnet_dist import figures
-from alexnet_dist.config import Config, to_dict
-from alexnet_dist.data.statistics import ChannelStats
 from alexnet_dist.errors import UserError
-from alexnet_dist.model import build_model
-from alexnet_dist.parallel.mesh import Mesh
+from alexnet_dist.model import Network, build_model
 from alexnet_dist.tracking import plots
 from alexnet_dist.tracking.logger import EventLog, JsonlSink
-from alexnet_dist.training.checkpoint import FORMAT
 from tests.conftest import write_images
-from tests.networks import save_weights
+from tests.networks import MEAN, command, save_network
 
 SIZE = 67
-CPU = torch.device("cpu")
 
 
 def write_records(run: Path, errors: list[float], steps: int = 4) -> str:
@@ -92,62 +85,43 @@ def test_figure_1_says_after_how_many_epochs_runs_reach_25_percent(
 def test_nearest_neighbors_are_those_of_a_plain_loop() -> None:
     torch.manual_seed(3)
     model = build_model("paper", num_classes=5, image_size=SIZE).eval()
-    extractor = figures.FeatureExtractor(model, "fp32")
+    extract = partial(figures.extract_features, model, "fp32")
     images = 60 * torch.randn(23, 3, SIZE, SIZE)
     images[17] = images[4]  # as near as the other
-    queries, logits = extractor(images[[4, 9]] + torch.randn(2, 3, SIZE, SIZE))
+    noisy = images[[4, 9]] + torch.randn(2, 3, SIZE, SIZE)
+    queries, logits = extract(noisy)
     assert queries.shape == (2, 4096)
+    torch.testing.assert_close(logits, model(noisy).detach())
     *_, last = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
     torch.testing.assert_close(last(queries), logits)
 
     order = np.random.default_rng(0).permutation(23)
     order = order[np.argsort(order == 17, kind="stable")]  # 4 comes before it
     chunks = [order[at : at + 6] for at in range(0, 23, 6)]
-    batches = ((chunk, extractor(images[chunk])[0]) for chunk in chunks)
-    indices, distances = figures.knn(queries, batches, 6)
+    indices = figures.knn(queries, ((chunk, extract(images[chunk])[0]) for chunk in chunks), 6)
 
-    features = {n: extractor(images[n : n + 1])[0][0].double().numpy() for n in order.tolist()}
+    features = {n: extract(images[n : n + 1])[0][0].double().numpy() for n in order.tolist()}
     for row, query in enumerate(queries.double().numpy()):
         plain = {n: float(np.sqrt(((f - query) ** 2).sum())) for n, f in features.items()}
         expected = sorted(plain, key=lambda n: (round(plain[n], 4), list(features).index(n)))[:6]
         assert indices[row].tolist() == expected
-        assert distances[row] == pytest.approx([plain[n] for n in expected], rel=1e-4)
     assert indices[0, :2].tolist() == [4, 17]
 
 
-@pytest.fixture
-def mesh() -> Iterator[Mesh]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    group = dist.group.WORLD
-    assert group is not None
-    yield Mesh(0, 1, 0, 1, CPU, 1, group, group)
-    dist.destroy_process_group()
-
-
-def checkpoint_state(root: Path) -> dict[str, Any]:
-    """State of a network with a fourth output that has no class."""
-    config = to_dict(Config())
-    data = {"root": str(root), "image_size": SIZE, "resize_size": 76, "eval_batch_size": 8}
-    config["data"] |= data
-    config["runtime"] |= {"precision": "fp32", "threads": 1}
-    config["model"]["num_classes"] = 4
-    gray = ChannelStats(np.full(3, 127.5), np.zeros(3), np.eye(3)).to_json()
-    classes = ["blue", "green", "red"]
-    return {"format": FORMAT, "step": 1, "config": config, "classes": classes, "statistics": gray}
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Network]:
+    """A network with a fourth output that has no class."""
+    return save_network(tmp_path_factory.mktemp("runs") / "run", "paper", more_outputs=1)
 
 
 def test_figures_3_and_4_show_a_checkpoint(
-    tmp_path: Path, mesh: Mesh, monkeypatch: pytest.MonkeyPatch
+    trained: tuple[Path, Network], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    run, model = trained
     root = write_images(tmp_path / "images")
     for file in (root / "val").glob("*/*.jpg"):  # each is its own nearest
         shutil.copy(file, root / "train" / file.parent.name / f"copy-{file.name}")
-    torch.manual_seed(1)
-    model = build_model("paper", num_classes=4, image_size=SIZE).eval()
-    parameters = dict(model.named_parameters())
-    save_weights(tmp_path / "run/checkpoints", checkpoint_state(root), parameters)
     (tmp_path / "names").write_text("blue azure, sky\nred  a long name for what is merely red\n")
-    monkeypatch.setattr(figures, "init_distributed", lambda *_: mesh)
     shown: dict[str, Any] = {}
     for name in ("plot_kernels", "plot_predictions", "plot_neighbors"):
         plot = getattr(plots, name)
@@ -158,11 +132,11 @@ def test_figures_3_and_4_show_a_checkpoint(
 
         monkeypatch.setattr(plots, name, spy)
     labeled = [str(root / "val" / "red" / "002.jpg"), "blue/003.jpg"]
-    options = ["--queries=3", "--neighbors", "4", "--names", str(tmp_path / "names")]
-    options += ["--only", "3", "4", "--data.on_corrupt_image=skip"]
-    figures.main([str(tmp_path / "run"), "--images", *labeled, *options])
+    options = ["--queries=3", "--neighbors", "4", "--names", tmp_path / "names", "--only", "3", "4"]
+    options += ["--data.root", root, "--data.on_corrupt_image=skip", "--data.eval_batch_size=8"]
+    command(figures.main, run, "--images", *labeled, *options)
 
-    assert_seen(tmp_path / "run" / "figures", "figure3", "figure4-labels", "figure4-neighbors")
+    assert_seen(run / "figures", "figure3", "figure4-labels", "figure4-neighbors")
     weights, towers = shown["plot_kernels"]
     assert np.array_equal(weights, model.conv1.weight.detach().numpy())  # type: ignore[union-attr]
     assert towers == 2
@@ -171,7 +145,7 @@ def test_figures_3_and_4_show_a_checkpoint(
     assert captions == ["a long name for what is merely red", "azure"]
     stored = np.asarray(Image.open(labeled[0]))
     assert np.abs(pixels[0] - stored[4:71, 4:71].astype(int)).mean() < 1  # the central 67 of 76
-    images = torch.from_numpy(pixels.astype(np.float32) - 127.5).permute(0, 3, 1, 2)
+    images = torch.from_numpy(pixels - np.float32(MEAN)).permute(0, 3, 1, 2)
     names = np.array(["azure", "green", captions[0], "3"])
     for row, best in zip(model(images).detach().softmax(1), predictions, strict=True):
         assert [name for name, _ in best] == names[row.argsort().flip(0)].tolist()
@@ -185,17 +159,13 @@ def test_figures_3_and_4_show_a_checkpoint(
 
 
 def test_what_cannot_be_plotted_is_an_error_message(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trained: tuple[Path, Network], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write_records(Path("good"), [60, 40])
     write_records(Path("empty"), [])
     Path("bare").mkdir()
-    Path("run/checkpoints/last").mkdir(parents=True)
-    state = checkpoint_state(write_images(tmp_path / "images", train=6, val=3))
-    Path("run/checkpoints/last/state.json").write_text(json.dumps(state))
-    Path("run/checkpoints/last/manifest.json").touch()
-    monkeypatch.setattr(figures, "init_distributed", lambda *_: None)
+    run, root = str(trained[0]), f"--data.root={write_images(tmp_path / 'images', train=6, val=3)}"
     messages = {
         (): "there is nothing to plot",
         ("nowhere",): "there is no run at nowhere: give a run's folder",
@@ -208,12 +178,12 @@ def test_what_cannot_be_plotted_is_an_error_message(
         ("good", "--queries", "0"): "--queries: .* '0'",
         ("good", "--names", "nowhere"): "nowhere cannot be read",
         ("good", "--only=curves", "--out=good/metrics.jsonl/x"): "cannot be written .*: give --out",
-        ("run", "--only=4", "--data.root=none"): "there is no folder .*none: give --data.root",
-        ("run", "--only=4", "--images", "x.jpg"): "x.jpg is none of the validation images of",
+        (run, "--only=4", "--data.root=none"): "there is no folder .*none: give --data.root",
+        (run, "--only=4", root, "--images", "x.jpg"): "x.jpg is none of the validation images of",
     }
     for words, message in messages.items():
         with pytest.raises(UserError, match=message):
-            figures.main([*words])
+            command(figures.main, *words)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="without torchrun"):
         figures.main(["good"])

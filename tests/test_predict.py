@@ -1,4 +1,4 @@
-"""The best labels of images: an evaluation's numbers, and a word for every image."""
+"""The most likely labels of images: an evaluation's numbers, and a word for every image."""
 
 import io
 import json
@@ -7,20 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
-from alexnet_dist.data.datasets import FolderDataset, SplitIndex
-from alexnet_dist.data.plan import EvalPlan
-from alexnet_dist.data.torch_loader import TorchLoader
 from alexnet_dist.errors import UserError
-from alexnet_dist.loaded_model import load_model
 from alexnet_dist.model import Network
 from alexnet_dist.predict import main
 from tests.conftest import SIDE
-from tests.networks import CLASSES, CPU, command, save_network
+from tests.networks import CLASSES, MEAN, command, save_network
 
 NAMES = [*CLASSES, "3", "4", "5"]
-"""What the outputs are called: those without a class by their number."""
+"""What the outputs are called: those without a class by their index."""
 SIZES = [(SIDE, SIDE), (90, 130), (200, 77), (50, 60), (SIDE, 99)]
 
 
@@ -31,15 +27,15 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Network]:
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Blotches of colour, three to a size; in folders, and of two formats."""
+    """Blotches of color, three of a size; in folders, and of two formats."""
     folder = tmp_path_factory.mktemp("photographs")
     generator = np.random.default_rng(3)
-    for number, (height, width) in enumerate(SIZES * 3):
+    for index, (height, width) in enumerate(SIZES * 3):
         blotches = generator.integers(0, 256, (5, 5, 3), np.uint8)
         image = Image.fromarray(blotches).resize((width, height), Image.Resampling.BICUBIC)
-        place = folder / ("a" if number < 8 else "b") / f"{number:02d}"
-        place.parent.mkdir(exist_ok=True)
-        image.save(place.with_suffix(".png" if number % 2 else ".jpg"))
+        path = folder / ("a" if index < 8 else "b") / f"{index:02d}"
+        path.parent.mkdir(exist_ok=True)
+        image.save(path.with_suffix(".png" if index % 2 else ".jpg"))
     return folder
 
 
@@ -49,61 +45,61 @@ def predicted(capsys: pytest.CaptureFixture[str], *words: object) -> list[dict]:
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
 
-def by_class(answers: list[dict]) -> np.ndarray:
+def by_class(records: list[dict]) -> np.ndarray:
     """Probabilities [images, classes] in the order of NAMES."""
-    return np.array([[dict(zip(a["labels"], a["probabilities"], strict=True))[name]
-                      for name in NAMES] for a in answers])  # fmt: skip
+    found = [dict(zip(r["labels"], r["probabilities"], strict=True)) for r in records]
+    return np.array([[probs[name] for name in NAMES] for probs in found])
 
 
-def test_the_numbers_are_an_evaluations(
+def ten_crops(image: Image.Image) -> torch.Tensor:
+    """The crops [10, 3, 67, 67] by Pillow, normalized: corners and center, each with its flip."""
+    short = min(image.size)
+    left, top = (image.width - short) // 2, (image.height - short) // 2
+    side = round(short * 67 / SIDE)
+    center = (image.width - side) // 2, (image.height - side) // 2
+    room, crops = short - side, []
+    for x, y in (*((left + dx, top + dy) for dy in (0, room) for dx in (0, room)), center):
+        crop = image.crop((x, y, x + side, y + side)).resize((67, 67), Image.Resampling.BILINEAR)
+        crops += [np.asarray(crop), np.asarray(crop)[:, ::-1]]
+    return torch.tensor(np.array(crops) - MEAN).float().permute(0, 3, 1, 2)
+
+
+@torch.no_grad()
+def test_one_crop_and_ten_are_those_of_a_plain_loop(
     trained: tuple[Path, Network], photographs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, model = trained
-    answers = predicted(capsys, photographs, "--checkpoint", run, "--batch", 4, "--top", 6)
-    names = sorted(str(path.relative_to(photographs)) for path in photographs.rglob("*.*"))
-    assert [a["path"] for a in answers] == [str(photographs / name) for name in names]
-
-    sizes = np.array([Image.open(photographs / name).size[::-1] for name in names])
-    labels = np.zeros(len(names), np.int64)
-    source = FolderDataset(SplitIndex(str(photographs), names, labels, sizes, CLASSES))
-    network = load_model(str(run))
-    engine = TorchLoader(source, network.normalization, device=CPU, threads=0)
-    batches = engine.batches(EvalPlan(sizes, 4, network.crop_fraction).batches(slice(None)))
-    with torch.no_grad():
-        wanted = torch.cat([model(batch.images).double().softmax(1) for batch in batches]).numpy()
-    np.testing.assert_allclose(by_class(answers), wanted, rtol=1e-4)
-    assert np.ptp(wanted, 0).min() > 0.1  # the images do make a difference
-    for answer in answers:
-        assert answer["probabilities"] == sorted(answer["probabilities"], reverse=True)
+    files = sorted(path for path in photographs.rglob("*.*"))
+    expected = [model(ten_crops(Image.open(file).convert("RGB"))).softmax(1) for file in files]
+    options = ["--checkpoint", run, "--top", 6, "--runtime.threads=2"]
+    one = predicted(capsys, photographs, *options)
+    ten = predicted(capsys, photographs, *options, "--ten_crop", "--data.threads=1")
+    # Pillow's resize is another
+    np.testing.assert_allclose(by_class(one), [probs[8] for probs in expected], atol=5e-3)
+    np.testing.assert_allclose(by_class(ten), [probs.mean(0) for probs in expected], atol=2e-3)
+    assert np.abs(by_class(one) - by_class(ten)).max() > 0.02
+    assert np.ptp(by_class(ten), 0).min() > 0.1  # the images do make a difference
+    for record in one:
+        assert record["probabilities"] == sorted(record["probabilities"], reverse=True)
+    assert [record["path"] for record in one] == [str(file) for file in files]
 
 
-def test_ten_views_are_averaged(
-    trained: tuple[Path, Network], photographs: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run, model = trained
-    files = sorted(photographs.rglob("*.png"))
-    answers = predicted(capsys, *files, "--checkpoint", run, "--ten_crop", "--top", 9)
-    wanted = []
-    for file in files:
-        image = Image.open(file)
-        short = min(image.size)
-        square = image.crop(
-            [x + d for d in (0, short) for x in ((image.width - short) // 2,
-                                                 (image.height - short) // 2)]
-        )  # fmt: skip
-        side = round(short * 67 / SIDE)
-        room, views = short - side, []
-        middle = [(length - side) // 2 - (length - short) // 2 for length in image.size]
-        for left, top in ((0, 0), (0, room), (room, 0), (room, room), middle):
-            cut = square.crop((left, top, left + side, top + side))
-            pixels = np.asarray(cut.resize((67, 67), Image.Resampling.BILINEAR), np.float32)
-            views += [pixels, pixels[:, ::-1]]
-        x = torch.tensor(np.array(views) - [120.5, 110.25, 99.0]).float().permute(0, 3, 1, 2)
-        with torch.no_grad():
-            wanted.append(model(x).softmax(1).mean(0).numpy())
-    np.testing.assert_allclose(by_class(answers), wanted, atol=2e-3)  # Pillow's resize is another
-    one = by_class(predicted(capsys, *files, "--checkpoint", run, "--top", 6))
-    assert np.abs(by_class(answers) - one).max() > 0.02
+def test_photographs_are_turned_upright(
+    trained: tuple[Path, Network], photographs: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    upright = Image.open(photographs / "a" / "01.png")
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = {6: 8, 8: 6}.get(orientation, orientation)  # what undoes it
+        image = upright.copy()
+        image.getexif()[0x0112] = orientation
+        turned = ImageOps.exif_transpose(image)
+        assert (turned.size == upright.size) == (orientation < 5)
+        turned.save(tmp_path / f"{orientation}.png", exif=exif)
+    probs = by_class(predicted(capsys, tmp_path, "--checkpoint", trained[0], "--top", 6))
+    assert len(probs) == 8
+    assert (probs == probs[0]).all()
 
 
 def test_what_cannot_be_read_is_named_and_the_rest_is_done(
@@ -111,27 +107,28 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_done(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     good = sorted(photographs.rglob("*.jpg"))
-    cut, empty = tmp_path / "cut.jpg", tmp_path / "empty"
+    cut, text, empty = tmp_path / "cut.jpg", tmp_path / "text.jpg", tmp_path / "empty"
     cut.write_bytes(good[1].read_bytes()[:-20])
+    text.write_text("text")
     empty.mkdir()
-    words = [good[0], cut, tmp_path / "none.jpg", empty, tmp_path / "*.png", good[2]]
-    with pytest.raises(SystemExit) as ended:
-        command(main, *words, "--checkpoint", trained[0], "--batch", 1)
-    assert ended.value.code == 1
-    said = capsys.readouterr()
-    assert [line for line in said.out.splitlines() if line[0] != " "] == [
-        str(good[0]),
-        str(good[2]),
-    ]
-    assert said.err.splitlines() == [
-        f"alexnet_dist: {path} cannot be read ({reason}): it is skipped"
-        for path, reason in (
-            (cut, "it is cut short: a JPEG without its end marker"),
-            (tmp_path / "none.jpg", "No such file or directory"),
-            (empty, "there is no image in this folder"),
-            (tmp_path / "*.png", "No such file or directory"),
-        )
-    ]
+    reasons = {
+        cut: "it is cut short: a JPEG without its end marker",
+        text: "it is no JPEG, PNG, WebP or BMP",
+        tmp_path / "none.jpg": "No such file or directory",
+        empty: "there is no image in this folder",
+        tmp_path / "*.png": "No such file or directory",
+    }
+    for options in ([], ["--ten_crop"]):
+        with pytest.raises(SystemExit) as ended:
+            command(main, good[0], *reasons, good[2], "--checkpoint", trained[0], *options)
+        assert ended.value.code == 1
+        printed = capsys.readouterr()
+        paths = [line for line in printed.out.splitlines() if line[0] != " "]
+        assert paths == [str(good[0]), str(good[2])]
+        assert printed.err.splitlines() == [
+            f"alexnet_dist: {path} cannot be read ({reason}): it is skipped"
+            for path, reason in reasons.items()
+        ]
 
 
 def test_lists_patterns_and_odd_names(
@@ -141,45 +138,41 @@ def test_lists_patterns_and_odd_names(
     odd = tmp_path / "odd [1] name.jpg"
     odd.write_bytes(next(photographs.rglob("*.jpg")).read_bytes())
     monkeypatch.setattr("sys.stdin", io.StringIO(f"{odd}\n\n{photographs}/b\n"))
-    answers = predicted(
-        capsys, f"{photographs}/**/0*.png", "-", "--checkpoint", trained[0], "--top", 2
-    )
+    words = [f"{photographs}/**/0*.png", "-", "--checkpoint", trained[0], "--top", 2]
+    records = predicted(capsys, *words)
     wanted = [*sorted(photographs.glob("a/*.png")), *sorted(photographs.glob("b/0*.png")), odd]
     wanted += sorted(photographs.glob("b/*"))
-    assert [a["path"] for a in answers] == [str(path) for path in wanted]
-    assert {len(a["labels"]) for a in answers} == {2}
+    assert [record["path"] for record in records] == [str(path) for path in wanted]
+    assert {len(record["labels"]) for record in records} == {2}
 
 
-def test_text_json_and_picture(
+def test_text_json_and_image(
     trained: tuple[Path, Network], photographs: Path, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    run, _ = trained
-    file, picture = tmp_path / "answers.jsonl", tmp_path / "picture.png"
-    words = [photographs / "b", "--checkpoint", run, "--json", file, "--save_image", picture]
+    file, image = tmp_path / "predictions.jsonl", tmp_path / "image.png"
+    words = [photographs / "b", "--checkpoint", trained[0], "--json", file, "--save_image", image]
     command(main, *words, "--runtime.device", "cpu", "--runtime.threads=1")
-    answers = [json.loads(line) for line in file.read_text().splitlines()]
-    assert len(answers) == 7
-    assert {label for answer in answers for label in answer["labels"]} == set(NAMES)
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    assert len(records) == 7
+    assert {label for record in records for label in record["labels"]} == set(NAMES)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 7 * 6
-    first = answers[0]
-    assert lines[:2] == [
-        first["path"], f"  {100 * first['probabilities'][0]:6.2f} %  {first['labels'][0]}"
-    ]  # fmt: skip
-    width, height = Image.open(picture).size
+    path, (label, *_), (probability, *_) = records[0].values()
+    assert lines[:2] == [path, f"  {100 * probability:6.2f} %  {label}"]
+    width, height = Image.open(image).size
     assert 1000 < width < 1300  # four columns
     assert 900 < height < 1300  # two rows
 
 
-def test_what_is_asked_for_wrongly(trained: tuple[Path, Network], tmp_path: Path) -> None:
+def test_wrong_options_are_named(trained: tuple[Path, Network], tmp_path: Path) -> None:
     run = ["--checkpoint", str(trained[0])]
     (tmp_path / "weights.txt").touch()
-    for words, sentence in (
+    for words, message in (
         ([*run], "required: IMAGE"),
         (["a.jpg"], "required: --checkpoint"),
         (["a.jpg", *run, "--views", "5"], "--views is now --ten_crop"),
-        (["a.jpg", *run, "--top", "0"], "--top is 0; it must be at least 1"),
+        (["a.jpg", *run, "--top", "0"], "--top: .*'0'"),
         (["a.jpg", *run, "--save_image", "a.gif"], r"must end in \.png or \.pdf"),
         (["a.jpg", *run, "--json", f"{tmp_path}/no/a"], "has no folder to lie in"),
         (["a.jpg", *run, "--runtime.devise=cpu"], "runtime.device"),
@@ -187,5 +180,5 @@ def test_what_is_asked_for_wrongly(trained: tuple[Path, Network], tmp_path: Path
         (["a.jpg", "--checkpoint", str(tmp_path)], "there is no checkpoint at"),
         (["a.jpg", "--checkpoint", f"{tmp_path}/weights.txt"], "holds no weights"),
     ):
-        with pytest.raises(UserError, match=sentence):
+        with pytest.raises(UserError, match=message):
             command(main, *words)

@@ -12,7 +12,7 @@ from io import BytesIO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 """Pillow's names of what is taken, whatever a file's own name says."""
@@ -56,12 +56,15 @@ def parse_jpeg_size(encoded: NDArray[np.uint8]) -> list[int] | None:
     return list(struct.unpack(">HH", found[found.lastindex or 0])) if found else None
 
 
-def decode(encoded: NDArray[np.uint8], near: int | None = None) -> Image.Image:
+def decode(
+    encoded: NDArray[np.uint8], near: int | None = None, *, upright: bool = False
+) -> Image.Image:
     """An image by Pillow, in RGB as DALI would give it: stored orientation, without its alpha.
 
     Args:
         encoded: the bytes of a file; pixels [H, W, 3] are taken as they are.
         near: a smaller image will do, if no side of it is shorter than this.
+        upright: turn it as its EXIF data say.
 
     Raises:
         OSError: Pillow gives up on it.
@@ -72,7 +75,7 @@ def decode(encoded: NDArray[np.uint8], near: int | None = None) -> Image.Image:
         with Image.open(BytesIO(encoded.tobytes()), formats=FORMATS) as image:
             if near is not None:
                 image.draft("RGB", (near, near))
-            return _rgb(image)
+            return _rgb(ImageOps.exif_transpose(image) if upright else image)
     except Exception as error:  # struct.error, SyntaxError, EOFError, ...: it depends on the file
         raise OSError(DECODE_ERROR) from error
 

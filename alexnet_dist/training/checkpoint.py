@@ -330,9 +330,8 @@ def find_checkpoint(path: str) -> Path:
     for name in ("best", "last"):
         if (given / "checkpoints" / name / _MANIFEST).is_file():
             return (given / "checkpoints" / name).resolve()
-    raise UserError(
-        f"there is no checkpoint at {path}: give a run's folder, or one of its checkpoints"
-    )
+    message = f"there is no checkpoint at {path}: give a run's folder, or one of its checkpoints"
+    raise UserError(message, on_all_ranks=True)
 
 
 def read_state(found: Path) -> dict[str, Any]:
