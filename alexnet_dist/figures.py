@@ -36,7 +36,7 @@ from alexnet_dist.parallel.precision import (
 )
 from alexnet_dist.tracking import Event, plots
 from alexnet_dist.tracking.console import ProgressReporter
-from alexnet_dist.tracking.logger import drop_superseded, read_events
+from alexnet_dist.tracking.logger import read_events
 
 TARGET_ERROR = 25.0
 """Training error (%) that figure 1 of the paper compares at."""
@@ -52,9 +52,7 @@ def main(arguments: list[str]) -> None:
     parser = _parser()
     args = _check(parser.parse(arguments).args)
     if {"curves", "1"} & set(args.only):
-        records = {
-            run: drop_superseded(read_events(Path(run, "metrics.jsonl"))) for run in args.runs
-        }
+        records = {run: read_events(Path(run)) for run in args.runs}
         if "curves" in args.only:
             plot_curves(args.out, records)
         if "1" in args.only:

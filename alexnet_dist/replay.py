@@ -9,7 +9,7 @@ from pathlib import Path
 from alexnet_dist.config import CommandParser
 from alexnet_dist.errors import UserError, run_command
 from alexnet_dist.tracking import Event
-from alexnet_dist.tracking.logger import drop_superseded, read_events
+from alexnet_dist.tracking.logger import read_events
 from alexnet_dist.tracking.run_dir import read_config
 from alexnet_dist.tracking.wandb import init_run, log_event, resolve_mode
 
@@ -61,7 +61,7 @@ def select_events(folder: Path) -> list[Event]:
     Raises:
         UserError: there are no records, or none of training.
     """
-    events = drop_superseded(read_events(folder / "metrics.jsonl"))
+    events = read_events(folder)
     if not any(event["event"] in ("train", "eval") for event in events):
         raise UserError(f"the records of {folder} have no step of training yet")
     last = {event["name"]: event for event in events if event["event"] == "image"}

@@ -4,9 +4,8 @@ torchrun --nproc_per_node=2 -m alexnet_dist.train --config configs/imagenette.ya
 """
 
 import contextlib
-import time
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 from torch.distributed.tensor import DTensor
@@ -15,7 +14,6 @@ from alexnet_dist import setup
 from alexnet_dist.config import (
     CommandParser,
     Config,
-    ParsedArgs,
     check_resume_compatible,
     diff_configs,
     time_limit,
@@ -28,8 +26,8 @@ from alexnet_dist.model import MODEL_REGISTRY
 from alexnet_dist.parallel.hang_detector import HangDetector
 from alexnet_dist.parallel.mesh import Mesh, init_distributed
 from alexnet_dist.parallel.precision import device_name
-from alexnet_dist.tracking.logger import QUICKSTART_HINT, Logger, end_message, start_message
-from alexnet_dist.tracking.run_dir import RunDir, read_config, resolve_run_dir, restart_info
+from alexnet_dist.tracking import plots, run_dir
+from alexnet_dist.tracking.logger import Logger
 from alexnet_dist.training.checkpoint import CheckpointManager
 from alexnet_dist.training.evaluation import check_all_images_counted, evaluate
 from alexnet_dist.training.preemption import INTERRUPT, Preempted, PreemptionHandler
@@ -41,11 +39,23 @@ MAX_CONSECUTIVE_NONFINITE = 10
 WANDB_FLUSH_TIMEOUT = 5.0
 """Seconds for Weights & Biases to receive the last events of a preempted run."""
 
+QUICKSTART_HINT = """
+next: Imagenette  --config configs/imagenette.yaml --data.root DIR
+      CIFAR-10    --data.root DIR (its own files, or folders of images)
+      ImageNet    --config configs/paper2012.yaml --data.root IMAGENET"""
+"""What to try after the embedded digits."""
+
 
 class Trainer:
-    """A training run: what it is made of, and how far it is."""
+    """A training run: what it is made of, and how far it is.
 
-    def __init__(self, config: Config, mesh: Mesh, run_dir: RunDir | None, path: Path) -> None:
+    Attributes:
+        path: the run's folder, which rank 0 has locked.
+        step, last_eval_step: the step reached, and the one after which was evaluated last.
+        last_step: where this attempt ends, at train.max_steps or where the run does.
+    """
+
+    def __init__(self, config: Config, mesh: Mesh, path: Path) -> None:
         self.config, self.mesh, self.path = config, mesh, path
         self.data = setup.build_data(config, mesh)
         self.state = setup.build_training(config, mesh, len(self.data.info.train.classes))
@@ -67,16 +77,14 @@ class Trainer:
             keep_every=config.checkpoint.keep_every,
             async_save=config.checkpoint.async_save,
         )
-        self.resumed_config, self.warnings = self._restore_or_initialize()
+        resumed_config, warnings = self._restore_or_initialize()
         self.logger = Logger(
-            run_dir,
+            path if mesh.rank == 0 else None,
             to_dict(config),
             total_steps=self.total_steps,
             steps_per_epoch=self.steps_per_epoch,
-            wandb_mode=config.wandb.mode,
-            wandb_project=config.wandb.project,
-            log_images=config.wandb.log_images,
         )
+        self._log_start(resumed_config, warnings)
 
     def train(self) -> None:
         """Train to the end of the run, or to train.max_steps of it, or until told to stop.
@@ -85,8 +93,14 @@ class Trainer:
             UserError: something that a person has to fix.
             SystemExit: it was stopped by Ctrl-C, and is saved.
         """
-        if self.step >= self.last_step and self.last_eval_step == self.step:
-            self._report_nothing_to_do()
+        if self.last_eval_step >= max(self.step, self.last_step):
+            message = (
+                f"{self.path} is at step {self.step} already, and was asked for {self.last_step}: "
+                "raise --train.max_steps or --train.epochs, or start another run by --run.resume "
+                "never"
+            )
+            self.logger.emit("warning", self.step, message=message)
+            self.logger.close("ended" if self.step >= self.total_steps else "stopped", self.step)
             return
         run = self.config.run
         self.hang_detector = HangDetector(self.mesh, self.config.runtime.hang_timeout)
@@ -99,14 +113,9 @@ class Trainer:
             before_exit=self.logger.stop_progress_bar,
         )
         try:
-            self._check_ranks_agree()
-            self._log_start()
             self.layout.warm_up(self.config.data.image_size)
-            while self.step < self.last_step or self.last_eval_step < self.step:
-                if not self._evaluation_due():
-                    self._train_epoch()
-                if self.metrics.has_unlogged_steps:
-                    self._log_step()
+            while self.last_eval_step < max(self.step, self.last_step):
+                self._train_epoch()
                 result = self._evaluate_and_save()
             self.checkpoints.wait()
             self.preemption.close()
@@ -114,18 +123,18 @@ class Trainer:
             self._finish(result)
         except Preempted as stop:
             self._save_and_exit(stop.reason)
-        except BaseException:
-            self.logger.stop_progress_bar()
-            raise
         finally:
             self.hang_detector.close()
+            self.logger.stop_progress_bar()
 
     def _train_epoch(self) -> None:
-        """Steps to the end of this epoch, or to the last step."""
+        """Steps to the end of this epoch, or to the last step; none if only an evaluation is
+        missing."""
         config, plan, state = self.config, self.data.plan, self.state
-        epoch, first = divmod(self.step, self.steps_per_epoch)
-        end = min(self.last_step, (epoch + 1) * self.steps_per_epoch)
-        samples = plan.epoch(epoch, first, self.mesh.batch_slice)
+        epoch = max(self.last_eval_step, 0) // self.steps_per_epoch
+        first, end = epoch * self.steps_per_epoch, (epoch + 1) * self.steps_per_epoch
+        end = min(end, self.last_step)
+        samples = plan.epoch(epoch, self.step - first, self.mesh.batch_slice)
         with contextlib.closing(self.data.loader.batches(samples)) as batches:
             self.timer.start()
             while self.step < end:
@@ -133,7 +142,7 @@ class Trainer:
                 batch = next(batches)
                 self.timer.mark_data_ready()
                 if self.step == 0:
-                    self._log_first_batch(batch)
+                    self._plot_first_batch(batch)
 
                 self.hang_detector.heartbeat(f"computing step {self.step + 1}")
                 set_lr(state.optimizer, state.schedule, self.step / self.steps_per_epoch)
@@ -145,43 +154,22 @@ class Trainer:
                 self.timer.mark_step_done()
 
                 if self.step % config.train.log_interval == 0:
-                    self._log_step()
+                    self._log_steps()
                 interval = config.checkpoint.interval_steps
                 if interval and self.step % interval == 0 and self.step < end:
                     self._save()
-                self.preemption.check_stop(
-                    2 * self.timer.longest_step + 2 * self.checkpoints.longest_save
-                )
-
-    def _evaluation_due(self) -> bool:
-        """Whether an epoch, or training, has ended, and was not evaluated before it was stopped."""
-        at_end = self.step % self.steps_per_epoch == 0 or self.step >= self.last_step
-        return self.step > 0 and at_end and self.last_eval_step < self.step
+                self._check_stop(self.timer)
+        if self.metrics.has_unlogged_steps:
+            self._log_steps()
 
     def _evaluate_and_save(self) -> dict[str, float]:
-        full_epoch = self.step % self.steps_per_epoch == 0 or self.step == self.total_steps
-        result = self.evaluate()
-        self._log_epoch()
-        self.last_eval_step = self.step
-        if full_epoch:
-            self.state.schedule.step_metric(result["top1_error"])
-            self.metrics.next_epoch()
-        self.checkpoints.wait()
-        best = self.checkpoints.best
-        is_best = full_epoch and (best is None or result["top1_error"] < best["top1_error"])
-        self._save(best={**result, "step": self.step} if is_best else None)
-        return result
-
-    def evaluate(self) -> dict[str, float]:
-        """Exact errors over the validation images, logged."""
-        started = last = time.perf_counter()
-        longest = 0.0
+        """Log exact errors over the validation images, and begin to write a checkpoint."""
+        timer = StepTimer()
 
         def after_batch() -> None:
-            nonlocal longest, last
-            longest, last = max(longest, time.perf_counter() - last), time.perf_counter()
+            timer.mark_step_done()
             self.hang_detector.heartbeat(f"evaluating after step {self.step}")
-            self.preemption.check_stop(2 * longest + 2 * self.checkpoints.longest_save)
+            self._check_stop(timer)
 
         loader, samples = self.data.eval_loader, self.data.eval_plan.batches(self.mesh.batch_slice)
         with contextlib.closing(loader.batches(samples)) as batches:
@@ -190,17 +178,36 @@ class Trainer:
         check_all_images_counted(result, skipped, len(self.data.info.val))
         if skipped:
             result["num_skipped"] = skipped
-        self._log("eval", **result, seconds=time.perf_counter() - started)
+        self.logger.emit("eval", self.step, **result, seconds=timer.pop_times()[0])
+        metrics = self.metrics
+        self.logger.emit(
+            "epoch",
+            self.step,
+            images=metrics.epoch_images,
+            sample_order_hash=metrics.sample_order_hash,
+            loss=metrics.epoch_loss / max(metrics.epoch_steps, 1),
+            top1_error=100.0 * (1 - metrics.epoch_num_correct / max(metrics.epoch_images, 1)),
+        )
+        self.last_eval_step, is_best = self.step, False
+        if self.step % self.steps_per_epoch == 0 or self.step == self.total_steps:
+            self.state.schedule.step_metric(result["top1_error"])
+            metrics.next_epoch()
+            self.checkpoints.wait()  # if the best one is lost, the one before it counts
+            best = self.checkpoints.best
+            is_best = best is None or result["top1_error"] < best["top1_error"]
+        self._save(best={**result, "step": self.step} if is_best else None)
         return result
+
+    def _check_stop(self, timer: StepTimer) -> None:
+        """Stop here if told to, or if the time left is for no more than a step and a save."""
+        self.preemption.check_stop(2 * timer.longest_step + 2 * self.checkpoints.longest_save)
 
     # checkpoints
 
     def _save(self, best: dict[str, Any] | None = None) -> None:
         """Begin to write a checkpoint of this step; ``best`` is its evaluation, if the best."""
         self.hang_detector.heartbeat(f"saving step {self.step}")
-        self._check_finite()
-        if not self.checkpoints.weights_finite():
-            self._stop_nonfinite(self.step, "a weight is not finite")
+        self._check_finite(weights=True)
         info = self.data.info
         state = {
             "run": self.path.name,
@@ -236,10 +243,8 @@ class Trainer:
             return state["config"], warnings
         setup.init_weights(self.config, self.layout, len(self.data.info.train.classes))
         path = self.config.model.pretrained
-        missing = self.checkpoints.load_pretrained(path) if path else []
-        if missing:
-            names = ", ".join(missing)
-            warnings.append(f"{path} has no {names} for this network: initialized from scratch")
+        if path and (missing := ", ".join(self.checkpoints.load_pretrained(path))):
+            warnings.append(f"{path} has no {missing} for this network: initialized from scratch")
         return None, warnings
 
     def _check_resumable(self, state: dict[str, Any]) -> None:
@@ -256,103 +261,40 @@ class Trainer:
                 on_all_ranks=True,
             )
 
-    def _save_and_exit(self, cause: str) -> None:
-        """Save, and end before the run does, to be resumed."""
-        here = (self.step, self.last_eval_step)
-        self.checkpoints.wait()
-        if self.checkpoints.last_saved != here:
-            self._save()
-            self.checkpoints.wait()
-        self._log("preempted", cause=cause)
-        by_hand = cause == INTERRUPT
-        self.logger.close("stopped" if by_hand else "preempted", self.step, WANDB_FLUSH_TIMEOUT)
-        saved = "saved" if self.checkpoints.last_saved == here else "NOT saved, as said above"
-        self.logger.print(
-            f"stopped by {cause} at step {self.step} of {self.total_steps}, {saved}; the same "
-            "command resumes"
-        )
-        self.data.close()
-        if by_hand:
-            raise SystemExit(130)
+    def _check_finite(self, *, weights: bool = False) -> None:
+        """Read the metrics, and log steps that were not finite; before they reach a checkpoint.
 
-    # steps that are not finite
-
-    def _check_finite(self) -> None:
-        """Read the metrics, and handle nonfinite steps before they can reach a checkpoint.
+        Args:
+            weights: check these, too: the last losses were finite, maybe not the update after them.
 
         Raises:
-            UserError: as train.on_nonfinite says.
+            UserError: training cannot go on, as train.on_nonfinite says.
         """
-        bad = self.metrics.reduce()
-        skip = self.config.train.on_nonfinite == "skip"
+        bad, skip = self.metrics.reduce(), self.config.train.on_nonfinite == "skip"
         path_of = self.data.loader.corrupt.dataset.path
-        for one in bad if skip else bad[:1]:  # otherwise the others follow from it
-            paths = [path_of(index) for index in one.indices.tolist()]
-            event = {"step": one.step, "what": one.description, "skipped": skip, "paths": paths}
-            self.logger.emit("nonfinite", **event)
+        for each in bad if skip else bad[:1]:  # otherwise the others follow from it
+            values = {"what": each.description, "skipped": skip}
+            paths = [path_of(index) for index in each.indices.tolist()]
+            self.logger.emit("nonfinite", each.step, **values, paths=paths)
+        problem = ""
         if bad and (not skip or self.metrics.consecutive_nonfinite >= MAX_CONSECUTIVE_NONFINITE):
-            self._stop_nonfinite(bad[0].step, bad[0].description)
-
-    def _stop_nonfinite(self, step: int, what: str) -> NoReturn:
-        raise UserError(
-            f"{what} at step {step}: take a smaller --optim.lr (it is {self.config.optim.lr:g}), "
-            "or a warm-up by --optim.schedule.warmup_epochs 1; the last checkpoint is intact",
-            on_all_ranks=True,
-        )
+            problem = f"{bad[0].description} at step {bad[0].step}"
+        elif weights and not self.checkpoints.weights_finite():
+            problem = f"a weight is not finite at step {self.step}"
+        if problem:
+            raise UserError(
+                f"{problem}: take a smaller --optim.lr (it is {self.config.optim.lr:g}), or a "
+                "warm-up by --optim.schedule.warmup_epochs 1; the last checkpoint is intact",
+                on_all_ranks=True,
+            )
 
     # what is logged
 
-    def _log(self, event: str, **values: Any) -> None:
-        self.logger.emit(event, step=self.step, epoch=self.step / self.steps_per_epoch, **values)
-
-    def _log_step(self) -> None:
-        """A line of the records: the steps since the last one."""
-        self._log_corrupt_images(self.data.loader)
-        self._check_finite()
-        self.checkpoints.wait(block=False)
-        epoch = (self.step - 1) / self.steps_per_epoch
-        lrs = set_lr(self.state.optimizer, self.state.schedule, epoch)
-        steps = len(self.metrics.losses)
-        loss, error = self.metrics.pop_averages()
-        seconds, data_seconds, timed_steps = self.timer.pop_times()
-        seconds = max(seconds, 1e-9)
-        self._log(
-            "train",
-            loss=loss,
-            top1_error=error,
-            lr=lrs["weights"],
-            lrs=lrs,
-            pca_noise_std=self.data.plan.pca_noise_std(epoch),
-            steps=steps,
-            images_per_second=timed_steps * self.config.data.batch_size / seconds,
-            data_time_fraction=data_seconds / seconds,
-            comm_time_fraction=self.layout.comm_timer.pop_seconds() / seconds,
-            seconds=seconds,
-        )
-
-    def _log_epoch(self) -> None:
-        """What the epoch so far was made of."""
-        self._log_corrupt_images(self.data.loader)
-        metrics = self.metrics
-        self._log(
-            "epoch",
-            images=metrics.epoch_images,
-            sample_order_hash=metrics.sample_order_hash,
-            loss=metrics.epoch_loss / max(metrics.epoch_steps, 1),
-            top1_error=100.0 * (1 - metrics.epoch_num_correct / max(metrics.epoch_images, 1)),
-        )
-
-    def _log_corrupt_images(self, loader: Loader) -> int:
-        """Log the images that any rank's loader substituted or skipped; how many."""
-        mine = loader.corrupt.pop_events() if self.mesh.is_replica_leader else []
-        events = [event for each in self.mesh.all_gather_object(mine) for event in each]
-        for event in events:
-            self.logger.emit("corrupt_image", step=self.step, **event)
-        return len(events)
-
-    def _log_start(self) -> None:
+    def _log_start(self, resumed_config: dict[str, Any] | None, warnings: list[str]) -> None:
         mesh, info = self.mesh, self.data.info
-        values = {
+        config = to_dict(self.config)
+        values: dict[str, Any] = {
+            "arch": self.config.model.arch,
             "world_size": mesh.world_size,
             "device": device_name(mesh.device),
             "precision": self.layout.precision,
@@ -365,27 +307,63 @@ class Trainer:
             "num_classes": len(info.train.classes),
             "train_images": len(info.train),
             "val_images": len(info.val),
-            "dataset_hash": info.dataset_hash,
             "versions": setup.VERSIONS,
-            "restarts": restart_info(),
+            "restarts": run_dir.restart_info(),
         }
-        self.logger.print(start_message(self.config.model.arch, values, self.path))
-        config = to_dict(self.config)
-        if self.resumed_config is None:
-            self._log("start", config=config, **values)
+        if resumed_config is None:
+            self.logger.emit("start", self.step, config=config, **values)
         else:
-            self._log("resume", changed=diff_configs(self.resumed_config, config), **values)
-        for message in self.warnings:
-            self._log("warning", message=message)
+            changed = diff_configs(resumed_config, config)
+            self.logger.emit("resume", self.step, changed=changed, **values)
+        for message in warnings:
+            self.logger.emit("warning", self.step, message=message)
 
-    def _log_first_batch(self, batch: Batch) -> None:
-        """What the network really sees, as a picture."""
-        if self.logger.is_active:
-            noise = self.data.plan.pca_noise_std(0)
+    def _log_steps(self) -> None:
+        """A line of the records: the steps since the last one."""
+        self._log_corrupt_images(self.data.loader)
+        self._check_finite()
+        self.checkpoints.wait(block=False)
+        epochs = (self.step - 1) / self.steps_per_epoch
+        steps = len(self.metrics.losses)
+        loss, error = self.metrics.pop_averages()
+        seconds, data_seconds, timed_steps = self.timer.pop_times()
+        seconds = max(seconds, 1e-9)
+        self.logger.emit(
+            "train",
+            self.step,
+            loss=loss,
+            top1_error=error,
+            lrs=set_lr(self.state.optimizer, self.state.schedule, epochs),
+            pca_noise_std=self.data.plan.pca_noise_std(epochs),
+            steps=steps,
+            images_per_second=timed_steps * self.config.data.batch_size / seconds,
+            data_time_fraction=data_seconds / seconds,
+            comm_time_fraction=self.layout.comm_timer.pop_seconds() / seconds,
+            seconds=seconds,
+        )
+
+    def _log_corrupt_images(self, loader: Loader) -> int:
+        """Log the images that any rank's loader substituted or skipped; how many."""
+        mine = loader.corrupt.pop_events() if self.mesh.is_replica_leader else []
+        events = [event for each in self.mesh.all_gather_object(mine) for event in each]
+        for event in events:
+            self.logger.emit("corrupt_image", self.step, **event)
+        return len(events)
+
+    def _plot_first_batch(self, batch: Batch) -> None:
+        """What the network really sees."""
+        if self.mesh.rank == 0:
+            noise, names = self.data.plan.pca_noise_std(0), self.data.info.short_names
             pixels = self.data.normalization.to_uint8_images(batch.images[:32], noise)
-            self.logger.log_labeled_images(pixels, batch.labels[:32], self.data.info.short_names)
+            captions = [names[label] for label in batch.labels[:32].tolist()]
+            title = "the first training batch, as the network sees it"
+            self.logger.plot(
+                "first_batch",
+                self.step,
+                lambda path: plots.plot_image_grid(path, pixels, captions, title),
+            )
 
-    def _log_predictions(self) -> None:
+    def _plot_predictions(self) -> None:
         """A few validation images with their best labels; all ranks call it together."""
         info, eval_batch = self.data.info, self.config.data.eval_batch_size
         count = min(16, len(info.val), max(eval_batch // self.mesh.dp_size, 1))
@@ -393,87 +371,81 @@ class Trainer:
         (batch,) = self.data.eval_loader.batches([samples])
         probs = self.layout.logits(batch.images).softmax(1)
         pixels = self.data.eval_normalization.to_uint8_images(batch.images)
-        self.logger.log_predictions(self.step, pixels, batch.labels, probs, info.short_names)
+        captions = [info.short_names[label] for label in batch.labels.tolist()]
+        best = plots.top_labels(probs, info.short_names)
+        self.logger.plot(
+            "predictions",
+            self.step,
+            lambda path: plots.plot_predictions(path, pixels, captions, best, columns=8),
+        )
 
-    def _log_kernels(self) -> None:
+    def _plot_kernels(self) -> None:
         first = next(t for t in self.checkpoints.state_tensors().values() if t.dim() == 4)
         kernels = first.full_tensor() if isinstance(first, DTensor) else first
         towers = MODEL_REGISTRY[self.config.model.arch].towers
-        self.logger.log_kernels(self.step, kernels.float().cpu().numpy(), towers)
+        title = f"first-layer kernels after {self.step} steps"
+        weights = kernels.float().cpu().numpy()
+        self.logger.plot(
+            "kernels", self.step, lambda path: plots.plot_kernels(path, weights, towers, title)
+        )
+
+    # the end
 
     def _finish(self, result: dict[str, float]) -> None:
         ended = self.step >= self.total_steps
-        self._log_predictions()
-        self._log_kernels()
+        self._plot_predictions()
+        self._plot_kernels()
         self.logger.plot_curves(self.step)
-        self._log("finished", ended=ended, **result, best=self.checkpoints.best)
+        self.logger.emit("finished", self.step, ended=ended, **result, best=self.checkpoints.best)
         self.logger.close("ended" if ended else "stopped", self.step)
         self.data.close()
-        stopped_at = "" if ended else f"step {self.step} of {self.total_steps}"
-        hint = QUICKSTART_HINT if Path(self.data.info.train.folder).parent.name == DIGITS else ""
-        self.logger.print(end_message(result, self.path, stopped_at=stopped_at, hint=hint))
+        if self.config.data.root in (None, DIGITS) and self.mesh.rank == 0:
+            print(QUICKSTART_HINT)
 
-    def _report_nothing_to_do(self) -> None:
-        self.logger.close("ended" if self.step >= self.total_steps else "stopped", self.step)
-        self.logger.print(
-            f"{self.path} is at step {self.step} already, and was asked for {self.last_step}: "
-            "raise --train.max_steps or --train.epochs, or start another run by --run.resume never"
+    def _save_and_exit(self, cause: str) -> None:
+        """Save, and end before the run does, to be resumed."""
+        here, by_hand = (self.step, self.last_eval_step), cause == INTERRUPT
+        self.checkpoints.wait()
+        if self.checkpoints.last_saved != here:
+            self._save()
+            self.checkpoints.wait()
+        self.logger.emit(
+            "preempted", self.step, cause=cause, saved=self.checkpoints.last_saved == here
         )
-
-    def _check_ranks_agree(self) -> None:
-        """See that all ranks were given the same run, and that they share each batch out exactly.
-
-        Raises:
-            UserError: they were not, or do not.
-        """
-        mine = (to_dict(self.config), self.data.info.dataset_hash, self.step)
-        batch, mesh = self.config.data.batch_size, self.mesh
-        positions = range(batch)[mesh.batch_slice] if mesh.is_replica_leader else range(0)
-        ranks = mesh.all_gather_object((mine, positions))
-        covered = sorted(position for _, positions in ranks for position in positions)
-        if any(other != mine for other, _ in ranks) or covered != list(range(batch)):
-            raise UserError(
-                "the processes of this run were started with different options, or do not all "
-                "reach the same run folder: give every machine the same command line",
-                on_all_ranks=True,
-            )
+        self.logger.close("stopped" if by_hand else "preempted", self.step, WANDB_FLUSH_TIMEOUT)
+        self.data.close()
+        if by_hand:
+            raise SystemExit(130)
 
 
 def main(arguments: list[str]) -> None:
     """Train as the command line says."""
     parser = CommandParser("train", __doc__, default_config="quickstart")
     parsed = parser.parse(arguments)
-    _, kept = _find_run(parsed)  # by every rank, before any of them writes
-    config = parser.parse(arguments, kept).config if kept else parsed.config
+    config, run = parsed.config, parsed.config.run
+    name = run.name or parsed.config_name
+    # by every rank, before any of them writes
+    path, kept = run_dir.resolve_run_dir(run.output_dir, name, run.resume)
+    if kept:
+        config = parser.parse(arguments, kept).config
     runtime = config.runtime
     mesh = init_distributed(runtime.device, runtime.threads, runtime.hang_timeout)
     setup.validate(config, mesh)
-    run_dirs: list[RunDir] = []
 
-    def open_run() -> Path:
-        run_dirs.append(RunDir(_find_run(parsed)[0]))
-        run_dirs[0].lock()
-        run_dirs[0].set_status("running")
-        return run_dirs[0].path
-
-    path = mesh.broadcast_from_rank0(open_run)
+    mine = (path, kept, to_dict(config))
+    if any(other != mine for other in mesh.all_gather_object(mine)):
+        raise UserError(
+            "the processes of this run were started with different options, or do not all reach "
+            "the same run folder: give every machine the same command line",
+            on_all_ranks=True,
+        )
+    mesh.broadcast_from_rank0(lambda: run_dir.lock(path))
     try:
-        mesh = mesh.with_layout(config.parallel.towers)
-        Trainer(config, mesh, run_dirs[0] if run_dirs else None, path).train()
+        Trainer(config, mesh.with_layout(config.parallel.towers), path).train()
     except UserError as error:  # a person has to fix it: a restart would not help
-        if run_dirs or not error.on_all_ranks:
-            RunDir(path).set_status("failed")
+        if mesh.rank == 0 or not error.on_all_ranks:
+            run_dir.set_status(path, "failed")
         raise
-
-
-def _find_run(parsed: ParsedArgs) -> tuple[Path, dict[str, Any]]:
-    """The run's folder, and the options that it keeps if the run resumes there."""
-    run = parsed.config.run
-    try:
-        path, resumes = resolve_run_dir(run.output_dir, run.name or parsed.config_name, run.resume)
-        return path, read_config(path) if resumes else {}
-    except UserError as error:
-        raise UserError(str(error), on_all_ranks=True) from None
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def train(options: list[str], seed: int) -> dict[str, Any]:
         command += [f"--run.output_dir={folder}", "--run.name=run", f"--train.seed={seed}"]
         begin = time.perf_counter()
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        events = read_events(Path(folder, "run/metrics.jsonl"))
+        events = read_events(Path(folder, "run"))
     errors = [event["top1_error"] for event in events if event["event"] == "eval"]
     return {"seed": seed, "top1_errors": errors, "seconds": round(time.perf_counter() - begin)}
 

@@ -29,8 +29,9 @@ import numpy as np
 from PIL import Image
 from safetensors import safe_open
 
+from alexnet_dist.errors import UserError
 from alexnet_dist.tracking import Event
-from alexnet_dist.tracking.logger import drop_superseded, read_events
+from alexnet_dist.tracking.logger import read_events
 from benchmarks.common import save_record
 
 SIZE, BATCH_SIZE, TRAIN_IMAGES, CORRUPT = 76, 7, 199, (17, 91, 154)
@@ -101,8 +102,9 @@ class Run:
         return False
 
     def events(self) -> list[Event]:
-        metrics = self.path / "metrics.jsonl"
-        return read_events(metrics) if metrics.exists() else []
+        with contextlib.suppress(UserError):
+            return read_events(self.path, superseded=True)
+        return []
 
     def step(self) -> int:
         """The last step recorded, whatever came of it."""
@@ -119,7 +121,7 @@ class Run:
 
     def sample_order(self) -> list[str]:
         """The hash of each epoch's order of samples."""
-        events = drop_superseded(self.events())
+        events = read_events(self.path)
         return [event["sample_order_hash"] for event in events if event["event"] == "epoch"]
 
     def processes(self) -> list[int]:

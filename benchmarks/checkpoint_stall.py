@@ -52,7 +52,7 @@ def train(images: Path, root: Path, kind: str) -> dict[str, Any]:
         "--optim.lr=0.0001",
     ]
     subprocess.run(command, check=True, capture_output=True)
-    events = read_events(root / kind / "metrics.jsonl")
+    events = read_events(root / kind)
     saves = [e for e in events if e["event"] == "checkpoint" and e["step"] < STEPS]
     steps = [e["seconds"] for e in events if e["event"] == "train"][1:]
     return {

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from alexnet_dist.tracking.logger import drop_superseded, read_events
+from alexnet_dist.tracking.logger import read_events
 from alexnet_dist.tracking.plots import save_figure
 from benchmarks.common import save_record
 
@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="where the JSON goes")
     parser.add_argument("--png", type=Path, help="where the picture goes")
     words = parser.parse_args()
-    events = drop_superseded(read_events(words.run / "metrics.jsonl"))
+    events = read_events(words.run)
     ours: dict[int, dict[str, float]] = {}
     for event in events:
         kind = {"epoch": "train", "eval": "validation"}.get(event["event"])

@@ -41,7 +41,7 @@ def train(tree: Path, options: list[str], processes: int, last: int) -> float:
         )
         if done.returncode:
             raise SystemExit(f"{tree}: {done.stderr[-3000:]}")
-        events = read_events(Path(folder, "run/metrics.jsonl"))
+        events = read_events(Path(folder, "run"))
     records = [event for event in events if event["event"] == "train"][-last:]
     images = sum(record["images_per_second"] * record["seconds"] for record in records)
     return float(images / sum(record["seconds"] for record in records))

@@ -16,7 +16,7 @@ from alexnet_dist import figures
 from alexnet_dist.errors import UserError
 from alexnet_dist.model import Network, build_model
 from alexnet_dist.tracking import plots
-from alexnet_dist.tracking.logger import EventLog, JsonlSink
+from alexnet_dist.tracking.logger import JsonlSink
 from tests.conftest import write_images
 from tests.networks import MEAN, command, save_network
 
@@ -26,14 +26,14 @@ SIZE = 67
 def write_records(run: Path, errors: list[float], steps: int = 4) -> str:
     """A run with a training error for each epoch."""
     run.mkdir(parents=True)
-    log = EventLog(JsonlSink(run / "metrics.jsonl"))
+    log = JsonlSink(run / "metrics.jsonl")
     for number, error in enumerate(errors):
         for step in range(steps * number + 1, steps * (number + 1) + 1):
             values = {"loss": error / 40, "top1_error": error, "lrs": {"weights": 0.1**number}}
-            log.emit("train", step=step, epoch=step / steps, **values)
+            log.log({"event": "train", "step": step, "epoch": step / steps, **values})
         for event in ("eval", "epoch"):
-            log.emit(event, step=step, epoch=number + 1.0, loss=error / 50, top1_error=error)
-    log.close()
+            values = {"loss": error / 50, "top1_error": error}
+            log.log({"event": event, "step": step, "epoch": number + 1.0, **values})
     return str(run)
 
 

@@ -2,7 +2,7 @@
 
 import math
 import time
-from typing import Self
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import (
@@ -20,7 +20,7 @@ LINE_SECONDS = 10.0
 """Where there is no terminal, long work prints a line this often."""
 
 
-class ProgressReporter:
+class ProgressReporter(Progress):
     """Progress of long work, with its speed and the time left; on standard error.
 
     Call it with what is being done, how much is done, and how much there is in all. The bar goes
@@ -28,8 +28,8 @@ class ProgressReporter:
     """
 
     def __init__(self, stderr: bool = True) -> None:
-        self.console = Console(stderr=stderr, highlight=False)
-        self._bar = Progress(
+        console = Console(stderr=stderr, highlight=False)
+        super().__init__(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None, complete_style="cyan", finished_style="green"),
             MofNCompleteColumn(),
@@ -37,99 +37,106 @@ class ProgressReporter:
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            console=self.console,
+            console=console,
             expand=True,
             transient=stderr,
+            disable=not console.is_terminal,
         )
+        self._task = self.add_task("", total=None, visible=False, values="")
         self._next_line = 0.0
 
     def __call__(self, description: str, done: int, total: int, values: str = "") -> None:
         """Show progress; ``values``: text beside the bar in the place of the speed."""
-        tasks = self._bar.tasks
-        if not tasks or total != tasks[0].total or done < tasks[0].completed:  # of something else
-            self.stop()
-            self._bar.add_task(description, total=total, values="")
+        (task,) = self.tasks
+        if total != task.total or done < task.completed:  # progress of something else
+            self.reset(self._task, total=total, visible=True)
+            self.start()
             self._next_line = time.monotonic() + LINE_SECONDS
-            if self.console.is_terminal:
-                self._bar.start()
-        task = self._bar.tasks[0]
-        self._bar.update(task.id, description=description, completed=done)
         speed = f"{task.speed or 0:,.0f}/s"
-        self._bar.update(task.id, values=values or speed)
+        self.update(self._task, description=description, completed=done, values=values or speed)
         if done >= total:
             self.stop()
-        elif not self.console.is_terminal and time.monotonic() > self._next_line:
+        elif self.disable and time.monotonic() > self._next_line:
             self._next_line = time.monotonic() + LINE_SECONDS
             left = time.strftime("%H:%M:%S", time.gmtime(task.time_remaining or 0))
-            self.print(f"{description}: {done:,} of {total:,}, {speed}, {left} left")
-
-    def print(self, text: str) -> None:
-        """Print lines, above the bar."""
-        self.console.print(text, markup=False, soft_wrap=True)
-
-    def stop(self) -> None:
-        if self._bar.tasks:
-            if self.console.is_terminal:
-                self._bar.stop()
-            self._bar.remove_task(self._bar.tasks[0].id)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
+            line = f"{description}: {done:,} of {total:,}, {speed}, {left} left"
+            self.print(line, markup=False, soft_wrap=True)
 
 
 class ConsoleSink:
-    """Shows events to a person on standard output; a bar follows "train" events."""
+    """Shows a run's events on standard output; a bar follows "train" events."""
 
-    def __init__(self, total_steps: int, steps_per_epoch: int) -> None:
-        self._bar = ProgressReporter(stderr=False)
-        self._total_steps, self._epochs = total_steps, -(-total_steps // steps_per_epoch)
-        self.print = self._bar.print
+    def __init__(self, run_dir: Path, total_steps: int, steps_per_epoch: int) -> None:
+        self.bar = ProgressReporter(stderr=False)
+        self._run_dir, self._total_steps = run_dir, total_steps
+        self._epochs = -(-total_steps // steps_per_epoch)
 
     def log(self, event: Event) -> None:
-        if event["event"] == "train":
-            self._log_step(event)
-        elif text := format_event(event):
-            self.print(text)
+        """Show an event, if it is one that is shown."""
+        if event["event"] in ("preempted", "finished"):
+            self.bar.stop()
+        text = self._format_step(event) if event["event"] == "train" else self._format(event)
+        if text:
+            self.bar.print(text, markup=False, soft_wrap=True)
 
-    def close(self, timeout: float | None = None) -> None:
-        self._bar.stop()
-
-    def _log_step(self, event: Event) -> None:
+    def _format_step(self, event: Event) -> str | None:
+        """A "train" event as a line; None where the bar shows it."""
         loss = "not finite" if event["loss"] is None else f"{event['loss']:.4f}"
         values = (
-            f"loss {loss}  lr {event['lr']:.2g}  {event['images_per_second']:.0f} img/s  "
-            f"data {event['data_time_fraction']:.0%}"
+            f"loss {loss}  lr {event['lrs']['weights']:.2g}  "
+            f"{event['images_per_second']:.0f} img/s  data {event['data_time_fraction']:.0%}"
         )
-        if event.get("comm_time_fraction"):
+        if event["comm_time_fraction"]:
             values += f"  comm {event['comm_time_fraction']:.0%}"
         epoch = f"epoch {max(math.ceil(event['epoch'] - 1e-9), 1)}/{self._epochs}"
-        if self._bar.console.is_terminal:
-            self._bar(epoch, event["step"], self._total_steps, values)
-        else:
-            self.print(f"{epoch}  step {event['step']}/{self._total_steps}  {values}")
+        if self.bar.disable:
+            return f"{epoch}  step {event['step']}/{self._total_steps}  {values}"
+        self.bar(epoch, event["step"], self._total_steps, values)
+        return None
 
-
-def format_event(event: Event) -> str | None:
-    """An event as a line; None for those that the console does not show."""
-    match event["event"]:
-        case "eval":
-            return (
-                f"epoch {event['epoch']:g}  step {event['step']}  validation: "
-                f"top-1 error {event['top1_error']:.2f} %  top-5 {event['top5_error']:.2f} %  "
-                f"loss {event['loss']:.4f}  ({event['images']} images, {event['seconds']:.1f} s)"
-            )
-        case "corrupt_image":
-            substitute = event.get("substitute")
-            action = f"replaced by {substitute}" if substitute else "skipped"
-            return f"corrupt image {event['path']} ({event['reason']}): {action}"
-        case "warning" | "checkpoint_failed":
-            return f"warning: {event['message']}"
-        case "nonfinite":
-            skipped = ": its update is skipped" if event["skipped"] else ""
-            return f"warning: {event['what']} at step {event['step']}{skipped}"
-        case "resume":
-            return f"resuming from step {event['step']}"
-    return None
+    def _format(self, event: Event) -> str | None:
+        """An event as lines; None for those that the console does not show."""
+        step = event.get("step")
+        match event["event"]:
+            case "start" | "resume" as kind:
+                modes = ", compiled" * event["compiled"]
+                modes += ", a step a CUDA graph" * event["cuda_graph"]
+                return (
+                    f"{event['arch']}: {event['parameters']:,} parameters, {event['num_classes']} "
+                    f"classes, {event['train_images']:,} training and {event['val_images']:,} "
+                    f"validation images\nworld size {event['world_size']} on {event['device']}, "
+                    f"{event['threads']} threads each, {event['precision']}{modes}; "
+                    f"{event['loader']}\n{event['layout']}\nthe run is in {self._run_dir}"
+                ) + f"\nresuming from step {step}" * (kind == "resume")
+            case "eval":
+                return (
+                    f"epoch {event['epoch']:g}  step {step}  validation: "
+                    f"top-1 error {event['top1_error']:.2f} %  top-5 {event['top5_error']:.2f} %  "
+                    f"loss {event['loss']:.4f}  ({event['images']} images, "
+                    f"{event['seconds']:.1f} s)"
+                )
+            case "corrupt_image":
+                substitute = event.get("substitute")
+                action = f"replaced by {substitute}" if substitute else "skipped"
+                return f"corrupt image {event['path']} ({event['reason']}): {action}"
+            case "warning" | "checkpoint_failed":
+                return f"warning: {event['message']}"
+            case "nonfinite":
+                skipped = ": its update is skipped" if event["skipped"] else ""
+                return f"warning: {event['what']} at step {step}{skipped}"
+            case "preempted":
+                saved = "saved" if event["saved"] else "NOT saved, as said above"
+                return (
+                    f"stopped by {event['cause']} at step {step} of {self._total_steps}, {saved}; "
+                    "the same command resumes"
+                )
+            case "finished":
+                stopped = f"\nstopped at step {step} of {self._total_steps}; the same command "
+                stopped += "resumes from here"
+                return (
+                    f"top-1 accuracy {100 - event['top1_error']:.2f} %  (error "
+                    f"{event['top1_error']:.2f} %, top-5 {event['top5_error']:.2f} %) on "
+                    f"{event['images']} validation images\n"
+                    f"records, curves and kernels: {self._run_dir}"
+                ) + stopped * (not event["ended"])
+        return None

@@ -1,4 +1,4 @@
-"""A run's folder: its name, who may write in it, and its status.
+"""A run's folder: its name, who may write in it, and its status. Rank 0 alone writes.
 
 RUN/config.yaml      the resolved options
 RUN/status.json      {"format": 2, "status": ..., "step": ..., "wandb_id": ...}
@@ -14,6 +14,7 @@ import os
 import socket
 import time
 import uuid
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,45 +30,38 @@ Status = Literal["running", "preempted", "stopped", "ended", "failed"]
 failed: a person has to fix something first. One that was killed stays running."""
 
 
-class RunDir:
-    """The folder of a run, for the process that writes in it (rank 0)."""
+def lock(path: Path) -> None:
+    """Create a run's folder, and keep other runs out of it until this process ends; it is running.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._lock: Any = None
-
-    def lock(self) -> None:
-        """Create the folder, and keep other live runs out of it.
-
-        Raises:
-            UserError: another run is at work in it, or it cannot be written.
-        """
-        try:
-            (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
-            self._lock = (self.path / ".lock").open("a")
-        except OSError as error:
-            raise UserError(
-                f"the run folder {self.path} cannot be written ({error.strerror}): give another "
-                "--run.output_dir"
-            ) from None
-        for _ in range(20):  # for 5 s: a process of the attempt before may still be ending
-            with contextlib.suppress(OSError):
-                return fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            time.sleep(0.25)
+    Raises:
+        UserError: another run is at work in it, or it cannot be written.
+    """
+    try:
+        (path / "checkpoints").mkdir(parents=True, exist_ok=True)
+        file = os.open(path / ".lock", os.O_WRONLY | os.O_CREAT, 0o666)
+    except OSError as error:
         raise UserError(
-            f"the run folder {self.path} is in use by another run that is alive: give this one "
-            "another --run.name"
-        )
+            f"the run folder {path} cannot be written ({error.strerror}): give another "
+            "--run.output_dir"
+        ) from None
+    for _ in range(20):  # for 5 s: a process of the attempt before may still be ending
+        with contextlib.suppress(OSError):
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            set_status(path, "running")
+            return
+        time.sleep(0.25)
+    raise UserError(
+        f"the run folder {path} is in use by another run that is alive: give this one another "
+        "--run.name"
+    )
 
-    def set_status(self, status: Status, **more: Any) -> dict[str, Any]:
-        """Write the status; what is written, even where the disk is full."""
-        record = read_status(self.path) | {"status": status, "launch": _launch_id(), **more}
-        record = {"format": FORMAT, "wandb_id": uuid.uuid4().hex[:8]} | record
-        _write(self.path / "status.json", json.dumps(record) + "\n")
-        return record
 
-    def save_config(self, config: dict[str, Any]) -> None:
-        _write(self.path / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+def set_status(path: Path, status: Status, **more: Any) -> dict[str, Any]:
+    """Write the status of the run in ``path``; what is written, even where the disk is full."""
+    record = read_status(path) | {"status": status, "launch": _launch_id(), **more}
+    record = {"format": FORMAT, "wandb_id": uuid.uuid4().hex[:8]} | record
+    _write(path / "status.json", json.dumps(record) + "\n")
+    return record
 
 
 def read_status(path: Path) -> dict[str, Any]:
@@ -77,6 +71,11 @@ def read_status(path: Path) -> dict[str, Any]:
         return status
     except (OSError, ValueError):
         return {}
+
+
+def save_config(path: Path, config: dict[str, Any]) -> None:
+    """Write the resolved options of the run in ``path``."""
+    _write(path / "config.yaml", yaml.safe_dump(config, sort_keys=False))
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -89,51 +88,42 @@ def read_config(path: Path) -> dict[str, Any]:
         config: dict[str, Any] = yaml.safe_load((path / "config.yaml").read_text())
     except (OSError, yaml.YAMLError):
         return {}
-    check_format(path)
-    return config
-
-
-def check_format(path: Path) -> None:
-    """Refuse the run folder of another version.
-
-    Raises:
-        UserError: the run in ``path`` has another format.
-    """
     status = read_status(path)
     if status and status.get("format") != FORMAT:
         version = "alexnet_dist 0.1.0" if "format" not in status else "a newer alexnet_dist"
         raise UserError(
             f"the run in {path} was written by {version}, whose options and records have other "
             "names: use it with that version, or begin another one by --run.name",
+            on_all_ranks=True,
         )
+    return config
 
 
-def resolve_run_dir(output_dir: str, name: str, resume: str) -> tuple[Path, bool]:
-    """The folder of a run of this name, and whether it resumes there.
+def resolve_run_dir(output_dir: str, name: str, resume: str) -> tuple[Path, dict[str, Any]]:
+    """The folder of a run of this name, and the options that it keeps if the run resumes there.
 
     Under "auto" an unfinished run resumes; a new one takes the name, or name-2, name-3, ... where
     runs of it have ended. Under "never" a run is new, unless this very launcher began it and
     restarts it after a fault. Any other ``resume`` is a run's folder.
 
     Raises:
-        UserError: ``resume`` names a folder without a run, or that of another version.
+        UserError: ``resume`` names a folder without a run, or the run is of another version.
     """
     if resume not in ("auto", "never"):
         path = Path(resume)
-        if not read_config(path):
-            raise UserError(f"there is no run at {resume}: give --run.resume a run's folder")
-        return path, True
-    number = 1
-    while True:
+        if config := read_config(path):
+            return path, config
+        message = f"there is no run at {resume}: give --run.resume a run's folder"
+        raise UserError(message, on_all_ranks=True)
+    for number in count(1):
         path = Path(output_dir) / (name if number == 1 else f"{name}-{number}")
         if not (path / "config.yaml").is_file():
-            return path, False
+            break
         status = read_status(path)
         ours = status.get("launch") and status["launch"] == _launch_id()
         if (resume == "auto" or ours) and status.get("status") != "ended":
-            check_format(path)
-            return path, True
-        number += 1
+            return path, read_config(path)
+    return path, {}
 
 
 def restart_info() -> dict[str, str]:

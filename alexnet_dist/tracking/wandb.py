@@ -4,16 +4,12 @@ import atexit
 import contextlib
 import os
 import threading
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from queue import Queue
-from typing import Any, Literal
+from typing import Any
 
 from alexnet_dist.errors import print_error
 from alexnet_dist.tracking import Event
-
-Mode = Literal["auto", "online", "offline", "off"]
 
 INIT_TIMEOUT = 30
 """Seconds for a server to answer at the start."""
@@ -21,19 +17,14 @@ INIT_TIMEOUT = 30
 CLOSE_TIMEOUT = 60.0
 """Seconds for all that is queued to be sent at the end."""
 
+_RATES = ("images_per_second", "data_time_fraction", "comm_time_fraction")
 _CURVES = {
-    "train": (
-        "loss",
-        "top1_error",
-        "images_per_second",
-        "data_time_fraction",
-        "comm_time_fraction",
-    ),
+    "train": ("loss", "top1_error", *_RATES),
     "eval": ("loss", "top1_error", "top5_error"),
 }
 
 
-def resolve_mode(mode: Mode) -> str:
+def resolve_mode(mode: str) -> str:
     """auto: WANDB_MODE if set; else online where there is an API key, and offline where not."""
     if mode != "auto":
         return mode
@@ -85,21 +76,15 @@ class WandbSink:
     """Sends events to one W&B run, which resumes when the training run does.
 
     Everything that touches W&B happens in one daemon thread, fed by a queue: where it fails or
-    hangs, ``warn`` is called once and training continues; the records are in metrics.jsonl.
+    hangs, one warning is printed and training continues; the records are in metrics.jsonl.
+
+    Args:
+        folder: of the run.
+        config: its resolved options.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        run_id: str,
-        config: dict[str, Any],
-        mode: Mode,
-        project: str,
-        warn: Callable[[str], None] = print_error,
-    ) -> None:
-        options = {"config": config, "name": folder.name, "project": project, "resume": "allow"}
-        self._init_run = partial(init_run, folder, run_id, **options)
-        self._mode, self._warn = resolve_mode(mode), warn
+    def __init__(self, folder: Path, run_id: str, config: dict[str, Any]) -> None:
+        self._folder, self._run_id, self._config = folder, run_id, config
         self._queue: Queue[Event | None] = Queue()
         self._failed = False
         self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
@@ -109,12 +94,13 @@ class WandbSink:
         if not self._failed:
             self._queue.put(event)
 
-    def close(self, timeout: float | None = None) -> None:
+    def close(self, timeout: float) -> None:
+        """Wait so many seconds until all is sent."""
         self._queue.put(None)
-        self._thread.join(CLOSE_TIMEOUT if timeout is None else timeout)
+        self._thread.join(timeout)
         if self._thread.is_alive():
             if not self._failed:
-                self._warn("Weights & Biases does not answer; the records are in metrics.jsonl")
+                print_error("Weights & Biases does not answer; the records are in metrics.jsonl")
             # W&B's own exit handler would wait for its service forever; what is registered last
             # runs first, and everything of ours is written by now
             atexit.register(os._exit, 0)
@@ -127,7 +113,7 @@ class WandbSink:
             run.finish()
         except BaseException as error:
             self._failed = True
-            self._warn(
+            print_error(
                 f"Weights & Biases failed ({type(error).__name__}: {error}); training continues, "
                 "the records are in metrics.jsonl"
             )
@@ -137,10 +123,13 @@ class WandbSink:
                 wandb.teardown()  # at exit it would fail again, with a traceback
 
     def _init(self) -> Any:
+        options = {"config": self._config, "name": self._folder.name, "resume": "allow"}
+        options["project"] = self._config["wandb"]["project"]
+        mode = resolve_mode(self._config["wandb"]["mode"])
         try:
-            return self._init_run(mode=self._mode)
+            return init_run(self._folder, self._run_id, mode=mode, **options)
         except Exception as error:  # without a network, curves are still kept for `wandb sync`
-            if self._mode != "online":
+            if mode != "online":
                 raise
-            self._warn(f"Weights & Biases: {error}; tracking continues offline")
-            return self._init_run(mode="offline")
+            print_error(f"Weights & Biases: {error}; tracking continues offline")
+            return init_run(self._folder, self._run_id, mode="offline", **options)

@@ -138,7 +138,7 @@ def test_a_harmless_change_is_recorded(images: Path, tmp_path: Path) -> None:
 def test_a_run_folder_in_use(images: Path, tmp_path: Path, runs: str) -> None:
     holder = (
         "import sys, time; from pathlib import Path; from alexnet_dist.tracking.run_dir import *; "
-        "folder = RunDir(Path(sys.argv[1])); folder.lock(); print('held', flush=True); "
+        "lock(Path(sys.argv[1])); print('held', flush=True); "
         "time.sleep(60)"
     )
     with subprocess.Popen(

@@ -10,8 +10,8 @@ from PIL import Image
 
 from alexnet_dist import replay
 from alexnet_dist.errors import UserError
-from alexnet_dist.tracking.logger import EventLog, JsonlSink
-from alexnet_dist.tracking.run_dir import RunDir
+from alexnet_dist.tracking.logger import JsonlSink
+from alexnet_dist.tracking.run_dir import lock, save_config, set_status
 from tests.conftest import launch
 from tests.tracking.offline import read_back
 
@@ -20,7 +20,7 @@ def record(run: Path, attempt: int, *events: tuple[str, int], truncated: str = "
     """Records of one attempt of a run: kinds of events, images by name, with their steps. Losses
     and errors tell which attempt it was."""
     path = run / "metrics.jsonl"
-    log = EventLog(JsonlSink(path))
+    sink = JsonlSink(path)
     for kind, step in events:
         values: dict[str, Any] = {"step": step, "epoch": step / 4}
         if kind in ("train", "eval", "best", "finished"):
@@ -29,8 +29,7 @@ def record(run: Path, attempt: int, *events: tuple[str, int], truncated: str = "
             values |= {"images_per_second": 10.0, "lrs": {"weights": 0.1}}
         if kind in ("first_batch", "curves", "kernels"):  # wherever the run's folder lay then
             values |= {"name": kind, "path": f"elsewhere/{kind}.png", "caption": "a"}
-        log.emit("image" if "name" in values else kind, **values)
-    log.close()
+        sink.log({"event": "image" if "name" in values else kind, **values})
     with path.open("a") as file:
         file.write(truncated)
 
@@ -44,10 +43,9 @@ def run(tmp_path: Path) -> Path:
     """Four attempts: the first without a checkpoint, then one killed after its checkpoint of step
     4, one that was preempted, and one that came to the run's end."""
     run = tmp_path / "run"
-    run_dir = RunDir(run)
-    run_dir.lock()
-    run_dir.save_config({"optim": {"lr": 0.25}, "wandb": {"project": "p"}})
-    run_dir.set_status("ended")
+    lock(run)
+    save_config(run, {"optim": {"lr": 0.25}, "wandb": {"project": "p"}})
+    set_status(run, "ended")
     for name in ("first_batch", "curves"):
         Image.new("RGB", (8, 8)).save(run / f"{name}.png")
     record(run, 1, ("start", 0), *steps(1, 3))
