@@ -9,7 +9,7 @@ from tests.conftest import TINY, environment
 
 PACKAGE = Path(alexnet_dist.__file__).parent
 BUDGETS = {  # lines of Python, docstrings included: the most allowed, which may only fall; the plan
-    "train.py": (483, 320),
+    "train.py": (452, 320),
     "evaluate.py": (139, 130),
     "predict.py": (159, 120),
     "export.py": (178, 180),
@@ -26,11 +26,11 @@ BUDGETS = {  # lines of Python, docstrings included: the most allowed, which may
     "data": (2007, 1500),
     "parallel": (1611, 1250),
     "training": (1472, 1000),
-    "tracking": (919, 700),
+    "tracking": (782, 700),
     "prepare": (1000, 1000),
     "__init__.py": (5, 5),
 }
-IN_ALL = {"alexnet_dist": (10940, 8700), "benchmarks": (2535, 2300), "tests": (8350, 6500)}
+IN_ALL = {"alexnet_dist": (10773, 8700), "benchmarks": (2528, 2300), "tests": (8281, 6500)}
 FILES_OF_A_STEP, LINES_OF_A_STEP = (23, 16), (4734, 2800)
 
 TRACER = """
