@@ -29,7 +29,7 @@ from alexnet_dist import setup
 from alexnet_dist.config import CommandParser, Config
 from alexnet_dist.data import dali
 from alexnet_dist.data.corrupt_images import Batch, Loader
-from alexnet_dist.data.datasets import open_datasets
+from alexnet_dist.data.index import open_datasets
 from alexnet_dist.errors import UserError, run_command
 from alexnet_dist.model.layer_stats import layer_stats, training_flops
 from alexnet_dist.parallel.mesh import Mesh, init_distributed

@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from alexnet_dist.config import CommandParser
-from alexnet_dist.data.datasets import SplitIndex, open_datasets
+from alexnet_dist.data.datasets import SplitIndex
+from alexnet_dist.data.index import open_datasets
 from alexnet_dist.errors import UserError, run_command
 from alexnet_dist.loaded_model import LoadedModel, load_model
 from alexnet_dist.model import MODEL_REGISTRY, Network

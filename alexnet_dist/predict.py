@@ -23,9 +23,10 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
 from alexnet_dist.config import CommandParser
-from alexnet_dist.data.datasets import ImageDataset, SplitIndex, is_image_name
+from alexnet_dist.data.datasets import ImageDataset, SplitIndex
+from alexnet_dist.data.eval_plan import NumCrops
 from alexnet_dist.data.formats import FORMATS, decode, validate_bytes
-from alexnet_dist.data.plan import NumCrops
+from alexnet_dist.data.index import is_image_name
 from alexnet_dist.errors import UserError, print_error, run_command
 from alexnet_dist.loaded_model import LoadedModel, load_model
 from alexnet_dist.parallel.mesh import Mesh, init_distributed

@@ -12,8 +12,10 @@ from alexnet_dist import __version__
 from alexnet_dist.config import Config
 from alexnet_dist.data import build_loader
 from alexnet_dist.data.corrupt_images import Loader, OnCorruptImage
-from alexnet_dist.data.datasets import DatasetInfo, ImageDataset, open_datasets, scan_dataset
-from alexnet_dist.data.plan import EvalPlan, SamplePlan
+from alexnet_dist.data.datasets import ImageDataset
+from alexnet_dist.data.eval_plan import EvalPlan
+from alexnet_dist.data.index import DatasetInfo, open_datasets, scan_dataset
+from alexnet_dist.data.plan import SamplePlan
 from alexnet_dist.data.transforms import Normalization, build_normalization
 from alexnet_dist.errors import UserError
 from alexnet_dist.model import MODEL_REGISTRY, Network, build_on_meta, iter_initial_weights
@@ -123,7 +125,7 @@ def pca_noise_schedule(config: Config) -> Callable[[float], float]:
     rows = data.pca_noise_schedule or [(0.0, data.pca_noise_std)]
     if data.pca_noise == "none":
         rows = [(0.0, 0.0)]
-    return lambda epochs: piecewise_value(rows, epochs / scale)
+    return partial(piecewise_value, [(epochs * scale, std) for epochs, std in rows])
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from alexnet_dist.config import (
     to_dict,
 )
 from alexnet_dist.data.corrupt_images import Batch, Loader
-from alexnet_dist.data.datasets import DIGITS
+from alexnet_dist.data.index import DIGITS
 from alexnet_dist.errors import UserError, run_command
 from alexnet_dist.model import MODEL_REGISTRY
 from alexnet_dist.parallel.hang_detector import HangDetector

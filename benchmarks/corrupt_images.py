@@ -18,8 +18,10 @@ import PIL
 import torch
 
 from alexnet_dist.data.corrupt_images import Loader
-from alexnet_dist.data.dali import DaliLoader, probe_decoder
-from alexnet_dist.data.datasets import ImageDataset, open_datasets, scan_dataset
+from alexnet_dist.data.dali import DaliLoader
+from alexnet_dist.data.dali_probe import probe_decoder
+from alexnet_dist.data.datasets import ImageDataset
+from alexnet_dist.data.index import open_datasets, scan_dataset
 from alexnet_dist.data.plan import SamplePlan
 from alexnet_dist.data.torch_loader import TorchLoader
 from alexnet_dist.data.transforms import Normalization

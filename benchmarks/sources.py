@@ -24,7 +24,8 @@ from torchvision.datasets.folder import default_loader
 from torchvision.transforms import functional as TF
 
 from alexnet_dist.data import build_loader
-from alexnet_dist.data.datasets import ImageDataset, open_datasets, scan_dataset
+from alexnet_dist.data.datasets import ImageDataset
+from alexnet_dist.data.index import open_datasets, scan_dataset
 from alexnet_dist.data.plan import SampleParams, SamplePlan
 from alexnet_dist.data.transforms import IMAGENET_MEAN, IMAGENET_STD, build_normalization
 from alexnet_dist.parallel.mesh import available_cpus, tune_malloc

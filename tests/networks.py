@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from alexnet_dist.config import Config, to_dict
-from alexnet_dist.model import Network, build_model
+from alexnet_dist.model import MODEL_REGISTRY, Network, build_model
 from alexnet_dist.parallel import mesh
 from alexnet_dist.training.checkpoint import CheckpointManager
 from tests.conftest import SIDE
@@ -98,7 +98,7 @@ def _sharpen(model: Network) -> None:
     """Have images make a difference to the scores, as they do to trained ones."""
     blotches = torch.rand(32, 3, 5, 5)
     images = torch.nn.functional.interpolate(blotches, size=67, mode="bicubic") * 255 - 110
-    images = images / 57 if model.spec.input_norm == "imagenet" else images
+    images = images / 57 if MODEL_REGISTRY[model.arch].input_norm == "imagenet" else images
     if any(not parameter.requires_grad for parameter in model.parameters()):
         model.train()(images)  # averages of something
     scores = model.eval()(images)

@@ -13,8 +13,9 @@ from PIL import Image
 
 from alexnet_dist import evaluate, loaded_model
 from alexnet_dist.config import Config, from_dict, to_dict
-from alexnet_dist.data.datasets import ImageDataset, SplitIndex, open_datasets, scan_dataset
-from alexnet_dist.data.plan import EvalPlan
+from alexnet_dist.data.datasets import ImageDataset, SplitIndex
+from alexnet_dist.data.eval_plan import EvalPlan
+from alexnet_dist.data.index import open_datasets, scan_dataset
 from alexnet_dist.errors import UserError
 from alexnet_dist.loaded_model import LoadedModel
 from alexnet_dist.model import build_model

@@ -4,11 +4,12 @@ from typing import Any, Literal
 
 import torch
 
-from alexnet_dist.data import dali
+from alexnet_dist.data import dali, dali_probe
 from alexnet_dist.data.corrupt_images import Loader, OnCorruptImage
 from alexnet_dist.data.datasets import ImageDataset, RawDataset
+from alexnet_dist.data.eval_plan import EvalPlan, needs_resize
 from alexnet_dist.data.gpu_cache import GpuCacheLoader, fits_in_gpu_memory
-from alexnet_dist.data.plan import EvalPlan, SamplePlan, needs_resize
+from alexnet_dist.data.plan import SamplePlan
 from alexnet_dist.data.torch_loader import TorchLoader
 from alexnet_dist.data.transforms import Normalization
 from alexnet_dist.errors import UserError
@@ -59,7 +60,7 @@ def build_loader(
         return TorchLoader(dataset, normalization, **options)
     decoder: dali.Decoder = "none"
     if not dataset.is_decoded:
-        decoder = dali.probe_decoder(device) if dali_decoder == "auto" else dali_decoder
+        decoder = dali_probe.probe_decoder(device) if dali_decoder == "auto" else dali_decoder
     return dali.DaliLoader(
         dataset,
         normalization,

@@ -8,25 +8,21 @@ pipelines take turns: one is fed, and parses its images, while the other decodes
 import functools
 import itertools
 import re
-import subprocess
-import sys
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.util import find_spec
-from io import BytesIO
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 
 from alexnet_dist.data import corrupt_images
 from alexnet_dist.data.corrupt_images import Batch, CorruptImagePolicy, OnCorruptImage
 from alexnet_dist.data.datasets import ImageDataset
 from alexnet_dist.data.formats import DECODE_ERROR, SIZE_MISMATCH, parse_jpeg_size
-from alexnet_dist.data.plan import EvalPlan, SampleParams
+from alexnet_dist.data.plan import SampleParams
 from alexnet_dist.data.transforms import Normalization
 from alexnet_dist.errors import UserError
 
@@ -137,48 +133,6 @@ def feed_batch(
     pipeline.feed_input("std", np.tile(stds, (len(images), 1)))
     pipeline.feed_input("mirror", samples.flips.astype(np.int32))
     pipeline.feed_input("index", np.ascontiguousarray(samples.indices))
-
-
-@functools.cache
-def probe_decoder(device: torch.device) -> Decoder:
-    """The best decoder that works here: roi, full or cpu.
-
-    Decoding a region on a GPU ends some machines' processes by a fault that no exception can
-    catch (NVIDIA/nvImageCodec issue 55), so each is tried in a process of its own first.
-    """
-    if device.type != "cuda":
-        return "roi"
-    candidates: tuple[Decoder, ...] = ("roi", "full")
-    for decoder in candidates:
-        command = [sys.executable, "-m", "alexnet_dist.data.dali", decoder, str(device.index or 0)]
-        try:
-            if subprocess.run(command, capture_output=True, timeout=120).returncode == 0:
-                return decoder
-        except subprocess.TimeoutExpired:
-            continue
-    return "cpu"
-
-
-def _probe(decoder: Decoder, device: torch.device) -> None:
-    """Decode JPEGs of several kinds as the loader would; for ``probe_decoder``."""
-    normalization = Normalization(np.zeros(3), np.ones(3), np.zeros((3, 3)), 224)
-    noise = np.random.default_rng(0).integers(0, 255, (300, 400, 3), np.uint8)
-    encoded = []
-    for mode, options in (("RGB", {}), ("RGB", {"progressive": True}), ("L", {})):
-        buffer = BytesIO()
-        Image.fromarray(noise).convert(mode).save(buffer, "JPEG", **options)
-        encoded.append(np.frombuffer(buffer.getvalue(), np.uint8))
-    encoded = encoded * 8
-    count = len(encoded)
-    samples = EvalPlan(np.tile([300, 400], (count, 1)), count).samples(np.arange(count))
-    pipeline = build_pipeline(
-        normalization, device=device, decoder=decoder, resize=True, max_batch_size=count, threads=2
-    )
-    for _ in range(4):
-        feed_batch(pipeline, encoded, samples, normalization)
-        images = torch.from_dlpack(pipeline.run()[0].as_tensor())
-        if not bool(torch.isfinite(images).all()):
-            raise RuntimeError("the decoded images are not finite")
 
 
 class DaliLoader:
@@ -353,7 +307,3 @@ class DaliLoader:
         if not failed:
             first = cause.partition("\n")[0] or type(error).__name__
             raise UserError(f"DALI failed on a batch whose images decode one by one: {first}")
-
-
-if __name__ == "__main__":
-    _probe(sys.argv[1], torch.device("cuda", int(sys.argv[2])))  # type: ignore[arg-type]

@@ -1,8 +1,14 @@
 """The networks: a table of their layers, one builder, and the layers that torch lacks."""
 
-from alexnet_dist.model.alexnet import Network, build_model, build_on_meta, iter_initial_weights
 from alexnet_dist.model.dropout import make_dropout_masks
-from alexnet_dist.model.networks import MODEL_REGISTRY, ModelSpec
+from alexnet_dist.model.networks import (
+    MODEL_REGISTRY,
+    ModelSpec,
+    Network,
+    build_model,
+    build_on_meta,
+    iter_initial_weights,
+)
 
 __all__ = [
     "MODEL_REGISTRY",

@@ -6,13 +6,15 @@ slice only, and a resumed run needs no RNG state.
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from alexnet_dist.model.lrn import is_triton_supported
-from alexnet_dist.model.networks import DropoutScaling
+
+DropoutScaling = Literal["2012", "inverted"]
 
 
 class Dropout(nn.Module):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from alexnet_dist.model.alexnet import build_on_meta
+from alexnet_dist.model.networks import build_on_meta
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The networks: a table of their layers, with its sources.
+"""The networks: a table of their layers with its sources, and the one builder that reads it.
 
 P is the paper (Krizhevsky, Sutskever, Hinton 2012), S the authors' own source code of 2012, whose
 file names (layers-145.cfg and so on) name the networks. A network of two towers is the paper's: the
@@ -6,10 +6,25 @@ halves of a layer's output channels that the authors put on two GPUs. Channels a
 both; a layer of two groups reads its own tower only.
 """
 
+import copy
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-DropoutScaling = Literal["2012", "inverted"]
+import torch
+from torch import Tensor, nn
+
+from alexnet_dist.model.alexnet import (
+    AdaptiveAvgPool,
+    AlexNet,
+    GroupedLinear,
+    StemConv2d,
+    TorchvisionAlexNet,
+)
+from alexnet_dist.model.batch_norm import BatchNorm
+from alexnet_dist.model.dropout import Dropout, DropoutScaling
+from alexnet_dist.model.lrn import LocalResponseNorm, WithinChannelLRN
+
 Init = Literal["source", "paper", "torch"]
 
 
@@ -164,3 +179,149 @@ MODEL_REGISTRY: dict[str, ModelSpec] = {
                              init="torch", dropout="inverted"),
 }
 # fmt: on
+
+Network = AlexNet | TorchvisionAlexNet
+
+
+def build_model(arch: str, *, init: Init | None = None, **options: Any) -> Network:
+    """Build a network with its initial weights, on torch's default device; see ``build_on_meta``
+    for the options, and ``iter_initial_weights``."""
+    model = build_on_meta(arch, **options)
+    weights = iter_initial_weights(model, init)
+    model = model.to_empty(device=torch.get_default_device())
+    model.load_state_dict(dict(weights))
+    return model
+
+
+def build_on_meta(
+    arch: str,
+    *,
+    num_classes: int = 1000,
+    dropout: float = 0.5,
+    image_size: int = 224,
+    pool_first: bool = True,
+) -> Network:
+    """Build a network on torch's meta device, without memory.
+
+    Args:
+        arch: a key of MODEL_REGISTRY.
+        num_classes: outputs of the last layer.
+        dropout: probability of dropping a unit, 0 for no dropout.
+        image_size: height and width of the images in pixels, from which fc6 gets its inputs.
+        pool_first: put ReLU behind the max pooling that follows it. They commute, and ReLU has a
+            quarter of the values to read there.
+
+    Raises:
+        ValueError: an unknown arch, or images that leave no pixels to pool.
+    """
+    if arch not in MODEL_REGISTRY:
+        raise ValueError(f"there is no arch '{arch}'; there are {', '.join(MODEL_REGISTRY)}")
+    spec = MODEL_REGISTRY[arch]
+    model: Network
+    with torch.device("meta"):
+        if arch == "torchvision":
+            model = TorchvisionAlexNet(num_classes, dropout, spec.dropout, pool_first)
+        else:
+            model = _build(arch, spec, num_classes, dropout, image_size, pool_first)
+    model.arch = arch
+    return model
+
+
+def _build(
+    arch: str,
+    spec: ModelSpec,
+    num_classes: int,
+    dropout: float,
+    image_size: int,
+    pool_first: bool,
+) -> AlexNet:
+    model = AlexNet()
+    channels, size = 3, image_size
+    for row in spec.layers:
+        out, groups = row.out_channels or num_classes, row.groups
+        layer: nn.Module
+        if row.kernel:
+            shape, bias = (channels, out, row.kernel, row.stride, row.padding), row.bias is not None
+            stem = row.stride > 1
+            layer = StemConv2d(*shape, bias) if stem else nn.Conv2d(*shape, 1, groups, bias)
+            size = _out_size(size + 2 * row.padding, row.kernel, row.stride)
+        else:
+            if not hasattr(model, "flatten"):
+                model.add_module("flatten", nn.Flatten())
+                channels *= size * size
+            args = channels, out
+            layer = nn.Linear(*args) if groups == 1 else GroupedLinear(*args, groups)
+        model.add_module(row.name, layer)
+        channels = out
+        ops = row.post_ops.replace("relu pool", "pool relu") if pool_first else row.post_ops
+        for op in ops.split():
+            model.add_module(f"{op}{row.number}", _post_op(op, spec, channels, dropout))
+            if op == "pool":
+                size = _out_size(size, *spec.pool)
+            elif op == "avgpool":
+                size = 6
+        if size < 1:
+            raise ValueError(
+                f"images of {image_size} pixels are too small for '{arch}': nothing is left "
+                f"behind {row.name}; take 224 or 227"
+            )
+    return model
+
+
+def _out_size(size: int, kernel: int, stride: int) -> int:
+    """Positions of a kernel along ``size`` pixels, of which the last may hang over the edge: S
+    rounds up everywhere."""
+    return -((kernel - size) // stride) + 1
+
+
+def _post_op(op: str, spec: ModelSpec, channels: int, dropout: float) -> nn.Module:
+    make: dict[str, Callable[[], nn.Module]] = {
+        "relu": nn.ReLU,
+        "tanh": nn.Tanh,
+        "lrn": lambda: LocalResponseNorm(5, spec.lrn_alpha, 0.75, 2.0, groups=spec.towers),
+        "cnorm": WithinChannelLRN,
+        "bn": lambda: BatchNorm(channels, eps=1e-4),
+        "pool": lambda: nn.MaxPool2d(*spec.pool, ceil_mode=True),
+        "avgpool": lambda: AdaptiveAvgPool(6),
+        "dropout": lambda: Dropout(channels, dropout, spec.dropout),
+    }
+    return make[op]()
+
+
+def iter_initial_weights(model: Network, init: Init | None = None) -> Iterator[tuple[str, Tensor]]:
+    """The initial value of each parameter by name, full and on the CPU, sampled from torch's global
+    generator one layer after another: whoever holds a shard takes its slice of each.
+
+    Args:
+        model: from ``build_on_meta``, still without memory; it may get memory afterwards.
+        init: "source" (S's deviations and biases), "paper" (P, section 5: std 0.01 everywhere) or
+            "torch"; by default the network's own.
+
+    Raises:
+        ValueError: an initialization that the network does not have.
+    """
+    spec = MODEL_REGISTRY[model.arch]
+    init = init or spec.init
+    if init != "torch" and not spec.layers:
+        raise ValueError(f"torchvision's network has torch's initialization, not '{init}'")
+    rows = {row.name: row for row in spec.layers}
+    layers = {
+        name: copy.deepcopy(layer)  # now, while it has no memory and contiguous strides
+        for name, layer in model.named_modules()
+        if isinstance(layer, (nn.Conv2d, nn.Linear, GroupedLinear, BatchNorm))
+    }
+
+    def sample() -> Iterator[tuple[str, Tensor]]:
+        for name in list(layers):
+            layer = layers.pop(name).to_empty(device="cpu")  # one at a time has memory
+            if init == "torch" or isinstance(layer, BatchNorm):
+                layer.reset_parameters()
+            else:  # Gaussian weights and constant biases (P, section 5; S)
+                row = rows[name]
+                nn.init.normal_(layer.weight, std=row.std if init == "source" else 0.01)
+                if row.bias is not None:
+                    nn.init.constant_(layer.get_parameter("bias"), row.bias)
+            for inner, value in layer.named_parameters():
+                yield f"{name}.{inner}", value.detach()
+
+    return sample()

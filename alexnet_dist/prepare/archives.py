@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from alexnet_dist.data.datasets import IMAGE_SUFFIXES, Progress, is_image_name
+from alexnet_dist.data.index import IMAGE_SUFFIXES, Progress, is_image_name
 from alexnet_dist.errors import UserError
 from alexnet_dist.prepare.listing import DatasetListing, ImageEntry, write_json
 

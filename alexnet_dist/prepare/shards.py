@@ -19,7 +19,8 @@ from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
-from alexnet_dist.data.datasets import PACKED_FORMAT, PREPARED
+from alexnet_dist.data.datasets import PREPARED
+from alexnet_dist.data.index import PACKED_FORMAT
 from alexnet_dist.data.statistics import stats_from_moments
 from alexnet_dist.errors import UserError
 from alexnet_dist.prepare.images import OutputFormat, compute_moments, resize_image

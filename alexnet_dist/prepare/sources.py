@@ -4,7 +4,7 @@ import csv
 import re
 from pathlib import Path
 
-from alexnet_dist.data.datasets import Progress, class_folders, list_images
+from alexnet_dist.data.index import Progress, class_folders, list_images
 from alexnet_dist.errors import UserError
 from alexnet_dist.prepare.archives import read_official_tars, read_parquet, read_webdataset
 from alexnet_dist.prepare.listing import DatasetListing, ImageEntry, sanitize_name, sanitize_names

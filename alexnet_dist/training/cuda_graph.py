@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from alexnet_dist.errors import UserError
-from alexnet_dist.training.optim import KrizhevskySGD
+from alexnet_dist.training.sgd2012 import KrizhevskySGD
 from alexnet_dist.training.step import Batch, Layout, train_step
 
 CAPTURE_WARMUP_STEPS = 3

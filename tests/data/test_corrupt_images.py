@@ -11,8 +11,9 @@ import torch
 from alexnet_dist.data import build_loader
 from alexnet_dist.data.corrupt_images import Batch, Loader, OnCorruptImage
 from alexnet_dist.data.dali import DaliLoader
-from alexnet_dist.data.datasets import ImageDataset, open_datasets, scan_dataset
+from alexnet_dist.data.datasets import ImageDataset
 from alexnet_dist.data.formats import decode, parse_jpeg_size, validate_bytes
+from alexnet_dist.data.index import open_datasets, scan_dataset
 from alexnet_dist.data.plan import SampleParams, SamplePlan, TrainCrop
 from alexnet_dist.data.transforms import Normalization
 from alexnet_dist.errors import UserError

@@ -10,9 +10,10 @@ import pytest
 from PIL import Image
 from torchvision.datasets import CIFAR10
 
-from alexnet_dist.data import datasets
+from alexnet_dist.data import index as datasets
 from alexnet_dist.data.corrupt_images import CorruptImagePolicy
-from alexnet_dist.data.datasets import DatasetInfo, FolderDataset, open_datasets, scan_dataset
+from alexnet_dist.data.datasets import FolderDataset
+from alexnet_dist.data.index import DatasetInfo, open_datasets, scan_dataset
 from alexnet_dist.data.statistics import ChannelStats
 from alexnet_dist.errors import UserError
 from tests.conftest import write_images

@@ -8,9 +8,11 @@ import torch
 
 from alexnet_dist.data import build_loader
 from alexnet_dist.data.corrupt_images import Batch, Loader
-from alexnet_dist.data.datasets import ImageDataset, RawDataset, open_datasets, scan_dataset
+from alexnet_dist.data.datasets import ImageDataset, RawDataset
+from alexnet_dist.data.eval_plan import EvalPlan
 from alexnet_dist.data.gpu_cache import GpuCacheLoader, fits_in_gpu_memory, resize_crops
-from alexnet_dist.data.plan import EvalPlan, SamplePlan, random_resized_crop_boxes
+from alexnet_dist.data.index import open_datasets, scan_dataset
+from alexnet_dist.data.plan import SamplePlan, random_resized_crop_boxes
 from alexnet_dist.data.transforms import Normalization, build_normalization, crop_resize_flip
 from alexnet_dist.errors import UserError
 from tests.conftest import events, losses, train, write_images

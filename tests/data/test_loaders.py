@@ -11,8 +11,10 @@ from PIL import Image
 from alexnet_dist.data import build_loader
 from alexnet_dist.data.corrupt_images import Batch, Loader
 from alexnet_dist.data.dali import DaliLoader
-from alexnet_dist.data.datasets import ImageDataset, open_datasets, scan_dataset
-from alexnet_dist.data.plan import EvalPlan, SampleParams, SamplePlan, needs_resize
+from alexnet_dist.data.datasets import ImageDataset
+from alexnet_dist.data.eval_plan import EvalPlan, needs_resize
+from alexnet_dist.data.index import open_datasets, scan_dataset
+from alexnet_dist.data.plan import SampleParams, SamplePlan
 from alexnet_dist.data.transforms import Normalization, build_normalization
 from alexnet_dist.errors import UserError
 from tests.conftest import write_images

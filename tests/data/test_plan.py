@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alexnet_dist.data.plan import EvalPlan, SamplePlan, center_crop_boxes, five_crop_boxes
+from alexnet_dist.data.eval_plan import EvalPlan, center_crop_boxes, five_crop_boxes
+from alexnet_dist.data.plan import SamplePlan
 
 sizes = st.lists(st.tuples(st.integers(1, 900), st.integers(1, 900)), min_size=5, max_size=60)
 

@@ -12,10 +12,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from alexnet_dist.data import build_loader, dali
+from alexnet_dist.data import build_loader, dali, dali_probe
 from alexnet_dist.data.corrupt_images import Batch
-from alexnet_dist.data.datasets import ImageDataset, open_datasets, scan_dataset
+from alexnet_dist.data.datasets import ImageDataset
 from alexnet_dist.data.gpu_cache import GpuCacheLoader
+from alexnet_dist.data.index import open_datasets, scan_dataset
 from alexnet_dist.data.plan import SamplePlan, TrainCrop
 from alexnet_dist.data.torch_loader import TorchLoader
 from alexnet_dist.data.transforms import Normalization, build_normalization
@@ -25,7 +26,7 @@ from alexnet_dist.model.lrn import LocalResponseNorm, lrn_triton
 from alexnet_dist.parallel.collectives import CommTimer
 from alexnet_dist.parallel.precision import SyncedGradScaler, resolve_precision
 from alexnet_dist.training import checkpoint
-from alexnet_dist.training.optim import KrizhevskySGD, sgd2012_update
+from alexnet_dist.training.sgd2012 import KrizhevskySGD, sgd2012_update
 from alexnet_dist.training.step import StepThrottle
 from tests.conftest import TINY, events, launch, losses, train, write_images
 from tests.data.corrupt_images import (
@@ -71,13 +72,13 @@ def assert_close(ours: Batch, reference: Batch, mean_difference: float) -> None:
 
 def skip_without(decoder: str) -> None:
     pytest.importorskip("nvidia.dali", reason="DALI is not installed here")
-    if decoder == "roi" and dali.probe_decoder(GPU) != "roi":
+    if decoder == "roi" and dali_probe.probe_decoder(GPU) != "roi":
         pytest.skip("decoding a region ends the process on this GPU (nvImageCodec issue 55)")
 
 
 def test_dali_probes_a_decoder_that_works() -> None:
     pytest.importorskip("nvidia.dali", reason="DALI is not installed here")
-    assert dali.probe_decoder(GPU) in ("roi", "full")
+    assert dali_probe.probe_decoder(GPU) in ("roi", "full")
 
 
 @pytest.mark.parametrize("decoder", ["roi", "full", "cpu"])
@@ -167,7 +168,7 @@ def test_dali_decodes_odd_images_and_names_corrupt_ones(decoder: str, tmp_path: 
 def test_dalis_memory_does_not_grow(jpegs: tuple[ImageDataset, Normalization]) -> None:
     pytest.importorskip("nvidia.dali", reason="DALI is not installed here")
     plan = SamplePlan(jpegs[0].index.sizes, 16, 1, crop="random_resized")
-    options: dict[str, Any] = {"decoder": dali.probe_decoder(GPU), "resize": True}
+    options: dict[str, Any] = {"decoder": dali_probe.probe_decoder(GPU), "resize": True}
     loader = dali.DaliLoader(*jpegs, device=GPU, max_batch_size=16, threads=2, **options)
 
     def used() -> int:

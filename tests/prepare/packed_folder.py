@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from alexnet_dist.data.datasets import scan_dataset
+from alexnet_dist.data.index import scan_dataset
 from alexnet_dist.prepare import shards
 from alexnet_dist.prepare.images import OutputFormat
 from alexnet_dist.prepare.sources import discover_dataset

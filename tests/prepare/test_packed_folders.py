@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from alexnet_dist.data.datasets import DatasetInfo, open_datasets, scan_dataset
 from alexnet_dist.data.formats import decode
+from alexnet_dist.data.index import DatasetInfo, open_datasets, scan_dataset
 from alexnet_dist.errors import UserError
 from tests.conftest import write_images
 from tests.prepare.packed_folder import write_prepared

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alexnet_dist.data.datasets import scan_dataset
 from alexnet_dist.data.formats import decode, validate_bytes
+from alexnet_dist.data.index import scan_dataset
 from alexnet_dist.errors import UserError
 from alexnet_dist.prepare import shards
 from alexnet_dist.prepare.__main__ import exclusive_lock, main

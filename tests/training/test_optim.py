@@ -8,12 +8,8 @@ import torch
 from torch import nn
 
 from alexnet_dist.errors import UserError
-from alexnet_dist.training.optim import (
-    KrizhevskySGD,
-    build_optimizer,
-    momentum_buffers,
-    sgd2012_update,
-)
+from alexnet_dist.training.optim import build_optimizer, momentum_buffers
+from alexnet_dist.training.sgd2012 import KrizhevskySGD, sgd2012_update
 
 
 @pytest.mark.parametrize("fused", [True, False])

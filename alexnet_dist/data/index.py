@@ -1,0 +1,355 @@
+"""Which images there are: class folders in ImageNet's layout, packed folders as ``python -m
+alexnet_dist.prepare`` writes them, CIFAR-10's own files, and the digits inside scikit-learn.
+
+Each split gets an index of names, labels and sizes, made once and cached.
+
+A packed folder is
+
+    DIR/prepared.json             what is there; written last
+    DIR/SPLIT.index.npz           names, labels and sizes of the images, and where each is
+    DIR/SPLIT-00000.tar, ...      kind "shards": encoded images, which webdataset reads, too
+    DIR/SPLIT.pixels              kind "pixels": uint8 [N, size, size, 3]
+    DIR/statistics.npz            what the training images are like
+
+Its index is in the order of class folders, so that the plan gives the same images from any form.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from alexnet_dist.data.datasets import (
+    DATASETS,
+    FIX,
+    PREPARED,
+    ImageDataset,
+    SplitIndex,
+    check_files,
+    read_cifar10,
+)
+from alexnet_dist.data.formats import FORMATS
+from alexnet_dist.data.statistics import ChannelStats, compute_stats
+from alexnet_dist.errors import UserError
+
+IMAGE_SUFFIXES = frozenset({".jpeg", ".jpg", ".png", ".webp", ".bmp"})
+DIGITS = "digits"
+PACKED_FORMAT = 1  # of packed folders; raise it when their meaning changes
+_CACHE_FORMAT = 3  # of cached indexes and statistics; raise it when their meaning changes
+_BEGUN = ("*-00000.tar*", "*.pixels*", "*.index.npz", "*.partial*", ".partial*")
+_OFFSETS = {"shards": ("shards", "offsets", "lengths"), "pixels": ("rows",)}
+
+Progress = Callable[[str, int, int], None]
+"""Is called with what is being done, images done, images in all."""
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """A data set without its pixels: sent from the process that scanned it to all others.
+
+    Attributes:
+        kind: folders, cifar10, shards or pixels.
+        stats: of the training images.
+        class_names: what people call classes that have such a name: {"n01440764": "tench, Tinca
+            tinca"}.
+    """
+
+    kind: str
+    train: SplitIndex
+    val: SplitIndex
+    stats: ChannelStats
+    class_names: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def short_names(self) -> list[str]:
+        """What to call each class in a word or two: "tench" of "tench, Tinca tinca"."""
+        names = [self.class_names.get(name, name) for name in self.train.classes]
+        return [name.partition(",")[0] for name in names]
+
+    @property
+    def dataset_hash(self) -> str:
+        """Of which images there are, wherever and however they are stored."""
+        digest = hashlib.sha256()
+        for index in (self.train, self.val):
+            digest.update(os.fsencode("\n".join(index.names)))
+            digest.update(index.labels.tobytes())
+            digest.update(index.sizes.tobytes())
+        return digest.hexdigest()[:16]
+
+
+def open_datasets(info: DatasetInfo) -> tuple[ImageDataset, ImageDataset]:
+    """Training and validation images, in whichever process."""
+    return DATASETS[info.kind](info.train), DATASETS[info.kind](info.val)
+
+
+def scan_dataset(root: str | None, cache_dir: str, progress: Progress) -> DatasetInfo:
+    """Find out what is at ``root``, and cache the answer.
+
+    Args:
+        root: a folder with train/ and val/ (or test/), each with a folder a class; a packed folder;
+            one with CIFAR-10's own files; None or "digits" for the embedded digits.
+        cache_dir: the folder for what is cached, where ``root`` cannot be written.
+
+    Raises:
+        UserError: there is no such folder, it is laid out otherwise, or its preparation has not
+            ended.
+    """
+    cache = Path(cache_dir).expanduser()
+    folder = _write_digits(cache / DIGITS) if root in (None, DIGITS) else Path(str(root)).absolute()
+    if not folder.is_dir():
+        raise UserError(
+            f"there is no folder {folder}: give --data.root the folder that holds train/ and val/"
+        )
+    if _is_packed(folder):
+        return _load_packed(folder)
+    if (folder / "cifar-10-batches-py").is_dir():
+        kind = "cifar10"
+        train, val = (_index_cifar10(folder, split) for split in ("train", "test"))
+    else:
+        kind = "folders"
+        train = _index_split(folder, _find_split(folder, "train"), cache, progress)
+        val = _index_split(folder, _find_split(folder, "val", "test"), cache, progress)
+    if train.classes != val.classes:
+        odd = sorted(set(train.classes) ^ set(val.classes))
+        raise UserError(
+            f"the classes of {train.folder} and {val.folder} differ ({', '.join(odd[:5])}"
+            f"{', ...' if len(odd) > 5 else ''}): give both the same class folders"
+        )
+    stats = _cached_stats(folder, DATASETS[kind](train), cache, progress)
+    return DatasetInfo(kind, train, val, stats)
+
+
+def class_folders(split: Path) -> dict[str, int]:
+    """Names of the class folders, sorted, with the time each was changed last."""
+    with os.scandir(split) as entries:
+        found = {
+            entry.name: entry.stat().st_mtime_ns
+            for entry in entries
+            if entry.is_dir() and not entry.name.startswith(".")
+        }
+    return dict(sorted(found.items()))
+
+
+def list_images(folder: Path) -> list[str]:
+    """Names of the image files in a folder, sorted."""
+    with os.scandir(folder) as entries:
+        return sorted(entry.name for entry in entries if is_image_name(entry.name))
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a file of this name is an image: by its extension, and not hidden."""
+    return Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith(".")
+
+
+def _find_split(folder: Path, *names: str) -> Path:
+    for name in names:
+        if (folder / name).is_dir():
+            return folder / name
+    raise UserError(
+        f"{folder} has no folder {' or '.join(f'{name}/' for name in names)}: data.root is the "
+        "folder that holds train/ and val/, each with a folder a class"
+    )
+
+
+def _index_split(root: Path, split: Path, cache: Path, progress: Progress) -> SplitIndex:
+    """The index of a split: the cached one, unless a class folder has changed since."""
+    folders = class_folders(split)
+    if not folders:
+        raise UserError(
+            f"{split} has no folders in it: it wants one for each class, full of images"
+        )
+    paths, key = _cache_paths(root, cache, f"{split.name}.npz"), _hash_json(list(folders.items()))
+    cached = _load_cache(paths, key)
+    if cached is not None:
+        names = json.loads(cached["names"].tobytes())
+        index = SplitIndex(str(split), names, cached["labels"], cached["sizes"], list(folders))
+        complete = len(index.labels) == len(index.sizes) == len(names)
+        # a file that is fixed leaves the time of its folder as it was
+        if complete and not any(any(_read_size(split / names[n])) for n in index.corrupt_indices()):
+            return index
+    index = _scan(split, list(folders), progress)
+    names_json = np.frombuffer(json.dumps(index.names).encode(), np.uint8)
+    _save_cache(paths, key, names=names_json, labels=index.labels, sizes=index.sizes)
+    return index
+
+
+def _scan(split: Path, classes: list[str], progress: Progress) -> SplitIndex:
+    names: list[str] = []
+    labels: list[int] = []
+    for label, name in enumerate(classes):
+        images = list_images(split / name)
+        names += [f"{name}/{image}" for image in images]
+        labels += [label] * len(images)
+    if not names:
+        suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
+        raise UserError(f"{split} has class folders but no images ({suffixes})")
+    sizes = np.zeros((len(names), 2), np.int64)
+    with ThreadPoolExecutor(16) as pool:  # network storage answers slowly, but many at once
+        for index, size in enumerate(pool.map(_read_size, [split / name for name in names])):
+            sizes[index] = size
+            progress(f"indexing {split}", index + 1, len(names))
+    return SplitIndex(str(split), names, np.array(labels, np.int64), sizes, classes)
+
+
+def _read_size(path: Path) -> tuple[int, int]:
+    """Stored height and width, from the header alone; (0, 0) where it cannot be read."""
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            return image.height, image.width
+    except Exception:  # struct.error, SyntaxError, EOFError, ...: it depends on the file
+        return 0, 0
+
+
+def _cached_stats(
+    root: Path, dataset: ImageDataset, cache: Path, progress: Progress
+) -> ChannelStats:
+    index = dataset.index
+    paths = _cache_paths(root, cache, "statistics.npz")
+    key = _hash_json([index.names, index.sizes.tolist()])
+    cached = _load_cache(paths, key)
+    if cached is not None:
+        return ChannelStats(**cached)
+    stats = compute_stats(len(index), dataset.read, lambda *at: progress("measuring colors", *at))
+    _save_cache(paths, key, **vars(stats))
+    return stats
+
+
+def _cache_paths(root: Path, cache: Path, name: str) -> tuple[Path, Path]:
+    """In the data folder, and in the cache for those that are read-only."""
+    key = hashlib.sha256(os.fsencode(root)).hexdigest()[:16]
+    return root / ".alexnet_dist" / name, cache / "indexes" / key / name
+
+
+def _hash_json(value: Any) -> str:
+    return hashlib.sha256(json.dumps([_CACHE_FORMAT, value]).encode()).hexdigest()
+
+
+def _load_cache(paths: tuple[Path, Path], key: str) -> dict[str, NDArray[Any]] | None:
+    """The arrays that were saved under ``key``."""
+    for path in paths:
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                found = dict(arrays)
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile):
+            continue
+        if str(found.pop("key", "")) == key:
+            return found
+    return None
+
+
+def _save_cache(paths: tuple[Path, Path], key: str, **arrays: NDArray[Any]) -> None:
+    """Save the arrays at the first path that can be written; without any nothing is cached."""
+    for path in paths:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, partial = tempfile.mkstemp(prefix=".partial-", dir=path.parent)
+            with os.fdopen(handle, "wb") as file:
+                np.savez(file, key=np.array(key), **arrays)  # type: ignore[arg-type]
+            os.replace(partial, path)
+            return
+        except OSError:
+            continue
+
+
+def _is_packed(folder: Path) -> bool:
+    """Whether this is a packed folder; raises UserError where it was to become one."""
+    if (folder / PREPARED).exists():
+        return True
+    plain = (folder / "train").is_dir()
+    if not plain and any(found for pattern in _BEGUN for found in folder.glob(pattern)):
+        raise UserError(
+            f"the preparation of {folder} did not finish: run the same python -m "
+            "alexnet_dist.prepare again, and it goes on"
+        )
+    return False
+
+
+def _load_packed(folder: Path) -> DatasetInfo:
+    with _wrap_read_errors(folder / PREPARED) as path:
+        facts = json.loads(path.read_text())
+        written = facts["format"]
+        if written != PACKED_FORMAT:
+            raise UserError(
+                f"{path} is of format {written}, this version reads {PACKED_FORMAT}: take the "
+                "version of alexnet_dist that wrote it, or prepare the images from scratch"
+            )
+        train, val = (_load_packed_index(folder, facts, split) for split in ("train", "val"))
+        class_names = dict(facts["class_names"])
+    with _wrap_read_errors(folder / "statistics.npz") as path, np.load(path) as kept:
+        stats = ChannelStats(*(kept[name] for name in ChannelStats.__annotations__))
+    return DatasetInfo(facts["kind"], train, val, stats, class_names)
+
+
+def _load_packed_index(folder: Path, facts: dict[str, Any], split: str) -> SplitIndex:
+    about, columns = facts["splits"][split], _OFFSETS[facts["kind"]]
+    files = {file["name"]: file["bytes"] for file in about["files"]}
+    with _wrap_read_errors(folder / f"{split}.index.npz") as path, np.load(path) as kept:
+        names = kept["names"].tobytes().decode().split("\n")
+        labels, sizes = kept["labels"], kept["sizes"]
+        offsets = np.column_stack([kept[name] for name in columns])
+        if not about["images"] == len(names) == len(labels) == len(sizes) == len(offsets):
+            raise ValueError(f"it is not of the {about['images']} images of {PREPARED}")
+    index = SplitIndex(str(folder / split), names, labels, sizes, facts["classes"], files, offsets)
+    check_files(index)
+    return index
+
+
+@contextmanager
+def _wrap_read_errors(path: Path) -> Iterator[Path]:
+    """For reading a file: what is wrong with it becomes a UserError."""
+    try:
+        yield path
+    except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"{error}"
+        raise UserError(f"{path} is corrupt ({reason or type(error).__name__}): {FIX}") from None
+
+
+def _index_cifar10(folder: Path, split: str) -> SplitIndex:
+    data = read_cifar10(str(folder), split)
+    labels, sizes = np.asarray(data.targets, np.int64), np.full((len(data), 2), 32, np.int64)
+    names = [str(index) for index in range(len(data))]
+    return SplitIndex(f"{folder}:{split}", names, labels, sizes, data.classes)
+
+
+def _write_digits(folder: Path) -> Path:
+    """Write the digits inside scikit-learn below ``folder`` as train/ and val/, once.
+
+    They are 1,797 scans in ten classes (UCI's test set of optical digits), enlarged to 256 x 256,
+    so that the paper's crop of 224 needs no resize.
+    """
+    if folder.is_dir():
+        return folder
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise UserError(
+            "the embedded digits come with scikit-learn, which is not installed: "
+            "pip install 'alexnet-dist[quickstart]', or give --data.root a folder of images"
+        ) from None
+    digits = load_digits()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=".digits-", dir=folder.parent))
+    order = np.random.Generator(np.random.Philox(2012)).permutation(len(digits.images))
+    for position, index in enumerate(order):
+        target = partial / ("val" if position < 500 else "train") / str(digits.target[index])
+        target.mkdir(parents=True, exist_ok=True)
+        pixels = (digits.images[index] * (255 / 16)).astype(np.uint8)
+        image = Image.fromarray(pixels).resize((256, 256), Image.Resampling.BICUBIC)
+        image.convert("RGB").save(target / f"{index:04d}.jpg", quality=90)
+    try:
+        partial.rename(folder)
+    except OSError:  # another run was faster
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
