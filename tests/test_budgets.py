@@ -23,14 +23,14 @@ BUDGETS = {  # lines of Python, docstrings included: the most allowed, which may
     "config.py": (595, 320),
     "errors.py": (72, 60),
     "model": (1127, 1000),
-    "data": (2057, 1500),
+    "data": (2058, 1500),
     "parallel": (1612, 1250),
     "training": (1490, 1000),
     "tracking": (782, 700),
     "prepare": (996, 1000),
     "__init__.py": (3, 5),
 }
-IN_ALL = {"alexnet_dist": (10869, 8700), "benchmarks": (2531, 2300), "tests": (8305, 6500)}
+IN_ALL = {"alexnet_dist": (10870, 8700), "benchmarks": (2403, 2300), "tests": (8286, 6500)}
 FILES_OF_A_STEP, LINES_OF_A_STEP = (16, 16), (3174, 2800)
 
 TRACER = """

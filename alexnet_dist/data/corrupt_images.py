@@ -1,11 +1,12 @@
 """What all loaders share: the batch that they hand over, running ahead of training, and what they
 do when an image cannot be decoded."""
 
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from alexnet_dist.data.datasets import ImageDataset
 from alexnet_dist.data.plan import SampleParams
+from alexnet_dist.data.transforms import Normalization
 from alexnet_dist.errors import UserError
 
 OnCorruptImage = Literal["stop", "substitute", "skip"]
@@ -33,17 +35,6 @@ class Batch:
     images: Tensor
     labels: Tensor
     indices: NDArray[np.int64]
-
-
-class Loader(Protocol):
-    """Loads samples: one batch for each ``SampleParams``, in order, ahead of need."""
-
-    corrupt: "CorruptImagePolicy"
-    description: str
-
-    def batches(self, samples: Iterable[SampleParams]) -> Generator[Batch, None, None]: ...
-
-    def close(self) -> None: ...
 
 
 @dataclass
@@ -121,6 +112,49 @@ class CorruptImagePolicy:
             f"{self.dataset.path(index)}{more} cannot be decoded ({self.errors[index]}): fix or "
             "remove it, or go on without it by --data.on_corrupt_image skip"
         )
+
+
+class Loader(ABC):
+    """Loads samples: one batch for each ``SampleParams``, in order, ahead of need.
+
+    Args:
+        device: what the batches are loaded to.
+        threads: that decode, or gather pixels.
+        on_corrupt: what is done with images that cannot be decoded.
+
+    Attributes:
+        description: one line for people.
+    """
+
+    description: str
+
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        normalization: Normalization,
+        *,
+        device: torch.device,
+        threads: int,
+        prefetch: int = 2,
+        on_corrupt: OnCorruptImage = "stop",
+    ) -> None:
+        """``prefetch``: batches that may wait to be taken."""
+        self.dataset, self.normalization, self.device = dataset, normalization, device
+        self.corrupt = CorruptImagePolicy(dataset, on_corrupt)
+        self._threads, self._prefetch = threads, prefetch
+        self._labels = torch.from_numpy(dataset.index.labels)
+
+    @abstractmethod
+    def batches(self, samples: Iterable[SampleParams]) -> Generator[Batch, None, None]:
+        """One batch for each of ``samples``.
+
+        Raises:
+            UserError: an image cannot be decoded and the policy is to stop.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """End its threads and processes."""
 
 
 def to_device(array: Any, device: torch.device) -> Tensor:

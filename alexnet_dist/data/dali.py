@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from alexnet_dist.data import corrupt_images
-from alexnet_dist.data.corrupt_images import Batch, CorruptImagePolicy, OnCorruptImage
+from alexnet_dist.data.corrupt_images import Batch, Loader
 from alexnet_dist.data.datasets import ImageDataset
 from alexnet_dist.data.formats import DECODE_ERROR, SIZE_MISMATCH, parse_jpeg_size
 from alexnet_dist.data.plan import SampleParams
@@ -135,15 +135,14 @@ def feed_batch(
     pipeline.feed_input("index", np.ascontiguousarray(samples.indices))
 
 
-class DaliLoader:
+class DaliLoader(Loader):
     """Loads samples with DALI.
 
     Args:
         decoder: as ``probe_decoder`` returns it; "none" where the dataset holds pixels.
         resize: whether any crop box has another side than ``normalization.size``.
         max_batch_size: the most samples in a batch of this process.
-        threads: of each pipeline.
-        prefetch: batches that may wait to be taken.
+        options: those of Loader; ``threads`` are of each pipeline.
     """
 
     def __init__(
@@ -151,47 +150,36 @@ class DaliLoader:
         dataset: ImageDataset,
         normalization: Normalization,
         *,
-        device: torch.device,
         decoder: Decoder,
         resize: bool,
         max_batch_size: int,
-        threads: int,
-        prefetch: int = 2,
-        on_corrupt: OnCorruptImage = "stop",
+        **options: Any,
     ) -> None:
         from nvidia.nvimgcodec import CodeStream
 
-        self.dataset, self.normalization, self.device = dataset, normalization, device
-        self.corrupt = CorruptImagePolicy(dataset, on_corrupt)
-        self._prefetch = prefetch
+        super().__init__(dataset, normalization, **options)
         self._parse_header = CodeStream
-        self._labels = torch.from_numpy(dataset.index.labels)
         self._build = functools.partial(
             build_pipeline,
             normalization,
-            device=device,
+            device=self.device,
             decoder=decoder,
             resize=resize,
             max_batch_size=max_batch_size,
-            threads=threads,
+            threads=self._threads,
         )
         self._idle = [self._build() for _ in range(PIPELINES)]
         self._workers = ThreadPoolExecutor(
-            PIPELINES, "dali", initializer=corrupt_images.use_device, initargs=(device,)
+            PIPELINES, "dali", initializer=corrupt_images.use_device, initargs=(self.device,)
         )
-        self._readers = ThreadPoolExecutor(max(threads, 8), "read")
-        self.description = f"DALI on {device.type}, decoder {decoder}, {threads} threads"
+        self._readers = ThreadPoolExecutor(max(self._threads, 8), "read")
+        where = self.device.type
+        self.description = f"DALI on {where}, decoder {decoder}, {self._threads} threads"
 
     def batches(self, samples: Iterable[SampleParams]) -> Generator[Batch, None, None]:
-        """One batch for each of ``samples``, in order.
-
-        Raises:
-            UserError: an image cannot be decoded and the policy is to stop.
-        """
         return corrupt_images.prefetch(self._in_order(samples), self._prefetch, self.device)
 
     def close(self) -> None:
-        """End the threads."""
         self._workers.shutdown(cancel_futures=True)
         self._readers.shutdown(cancel_futures=True)
 

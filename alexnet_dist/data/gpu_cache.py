@@ -7,6 +7,7 @@ that it can be tried there; DALI is faster on them.
 
 from collections.abc import Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from alexnet_dist.data import corrupt_images
-from alexnet_dist.data.corrupt_images import Batch, CorruptImagePolicy, OnCorruptImage, to_device
+from alexnet_dist.data.corrupt_images import Batch, Loader, to_device
 from alexnet_dist.data.datasets import ImageDataset, RawDataset
 from alexnet_dist.data.plan import SampleParams
 from alexnet_dist.data.transforms import Normalization
@@ -89,36 +90,31 @@ def _resize_weights(start: Tensor, length: Tensor, stored: int, size: int) -> Te
     return weights / weights.sum(2, keepdim=True)
 
 
-class GpuCacheLoader:
+class GpuCacheLoader(Loader):
     """Loads samples of raw pixels.
 
     Args:
-        in_gpu_memory: whether all pixels are to lie on ``device``.
-        threads: that gather pixels, where they are not.
-        prefetch: batches that may wait to be taken.
+        in_gpu_memory: whether all pixels are to lie on the device.
+        options: those of Loader.
 
     Raises:
         UserError: the dataset holds no raw pixels.
     """
+
+    dataset: RawDataset
 
     def __init__(
         self,
         dataset: ImageDataset,
         normalization: Normalization,
         *,
-        device: torch.device,
         in_gpu_memory: bool,
-        threads: int,
-        prefetch: int = 2,
-        on_corrupt: OnCorruptImage = "stop",
+        **options: Any,
     ) -> None:
-        self.dataset = _require_raw_pixels(dataset)
-        self.normalization, self.device = normalization, device
-        self.corrupt = CorruptImagePolicy(dataset, on_corrupt)
-        self._prefetch = prefetch
+        super().__init__(_require_raw_pixels(dataset), normalization, **options)
+        device, threads = self.device, self._threads
         self._rows = dataset.index.offsets[:, 0]
-        self._labels = torch.from_numpy(dataset.index.labels)
-        self._threads = ThreadPoolExecutor(threads, "gather")
+        self._readers = ThreadPoolExecutor(threads, "gather")
         self._cache = _upload(self.dataset.pixels, device) if in_gpu_memory else None
         gpu = device.type == "cuda"
         self._stream = torch.cuda.Stream(device) if gpu else None
@@ -128,7 +124,6 @@ class GpuCacheLoader:
         self.description = f"gpu_cache: {size} {where}"
 
     def batches(self, samples: Iterable[SampleParams]) -> Generator[Batch, None, None]:
-        """One batch for each of ``samples``, in order."""
         loaded = corrupt_images.prefetch(map(self._load, samples), self._prefetch, self.device)
         for batch, done in loaded:
             if done is not None:
@@ -139,8 +134,7 @@ class GpuCacheLoader:
             yield batch
 
     def close(self) -> None:
-        """End the threads."""
-        self._threads.shutdown(cancel_futures=True)
+        self._readers.shutdown(cancel_futures=True)
 
     def _load(self, samples: SampleParams) -> tuple[Batch, torch.Event | None]:
         """A batch, and on a GPU the event after which it is one."""
@@ -179,7 +173,7 @@ class GpuCacheLoader:
             some = slice(first, first + GATHER_CHUNK)
             np.take(pixels, rows[some], 0, out=gathered.numpy()[some], mode="clip")
 
-        list(self._threads.map(take, range(0, len(rows), GATHER_CHUNK)))
+        list(self._readers.map(take, range(0, len(rows), GATHER_CHUNK)))
         return gathered
 
 

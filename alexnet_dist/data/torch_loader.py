@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from alexnet_dist.data.corrupt_images import Batch, CorruptImagePolicy, OnCorruptImage, to_device
+from alexnet_dist.data.corrupt_images import Batch, Loader, to_device
 from alexnet_dist.data.datasets import ImageDataset
 from alexnet_dist.data.formats import SIZE_MISMATCH, decode
 from alexnet_dist.data.plan import SampleParams
@@ -62,35 +62,16 @@ def _ignore_signals(_: int) -> None:
         signal.signal(signal.Signals[name], signal.SIG_IGN)
 
 
-class TorchLoader:
+class TorchLoader(Loader):
     """Loads samples in ``threads`` worker processes (0: in this one), each of which keeps
     ``prefetch`` batches ready."""
 
-    def __init__(
-        self,
-        dataset: ImageDataset,
-        normalization: Normalization,
-        *,
-        device: torch.device,
-        threads: int,
-        prefetch: int = 2,
-        on_corrupt: OnCorruptImage = "stop",
-    ) -> None:
-        self.normalization, self.device = normalization, device
-        self.corrupt = CorruptImagePolicy(dataset, on_corrupt)
+    def __init__(self, dataset: ImageDataset, normalization: Normalization, **options: Any) -> None:
+        super().__init__(dataset, normalization, **options)
         self._decode = _DecodeDataset(dataset, normalization.size)
-        self._labels = torch.from_numpy(dataset.index.labels)
-        self._workers: dict[str, Any] = {"num_workers": threads, "worker_init_fn": _ignore_signals}
-        if threads:
-            self._workers["prefetch_factor"] = prefetch
-        self.description = f"DataLoader, {threads} worker processes"
+        self.description = f"DataLoader, {self._threads} worker processes"
 
     def batches(self, samples: Iterable[SampleParams]) -> Generator[Batch, None, None]:
-        """One batch for each of ``samples``, in order.
-
-        Raises:
-            UserError: an image cannot be decoded and the policy is to stop.
-        """
         pending: deque[tuple[SampleParams, SampleParams]] = deque()
 
         def sampler() -> Iterator[Params]:
@@ -99,15 +80,19 @@ class TorchLoader:
                 pending.append((planned, known))
                 yield known.indices, known.crop_boxes, known.flips
 
-        pin = self.device.type == "cuda"
         loader = DataLoader(
-            self._decode, batch_size=None, sampler=sampler(), pin_memory=pin, **self._workers
+            self._decode,
+            batch_size=None,
+            sampler=sampler(),
+            pin_memory=self.device.type == "cuda",
+            num_workers=self._threads,
+            prefetch_factor=self._prefetch if self._threads else None,
+            worker_init_fn=_ignore_signals,
         )
         for images, errors in loader:
             yield self._finish(*pending.popleft(), images, errors)
 
     def close(self) -> None:
-        """End the workers."""
         for worker in multiprocessing.active_children():
             worker.kill()  # they ignore anything gentler
 
