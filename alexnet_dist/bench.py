@@ -115,11 +115,11 @@ class TrainBenchmark:
         optim, parallel = replace(config.optim, lr=0.0), replace(config.parallel, powersgd_start=2)
         self.config = config = replace(config, optim=optim, parallel=parallel)
         self.mesh, self.batch_size = mesh, config.data.batch_size
-        self.threads = config.data.threads or mesh.threads
-        self.prefetched = config.data.prefetch * max(self.threads, 2) + 2  # more than any loader's
+        self.threads = mesh.threads
+        self.prefetched = 2 * max(self.threads, 2) + 2  # more than any loader's
         self.data = setup.build_data(config, mesh)
         self.train_set = open_datasets(self.data.info)[0]
-        self.num_classes = config.model.num_classes or len(self.data.info.train.classes)
+        self.num_classes = len(self.data.info.train.classes)
         self.state = setup.build_training(config, mesh, self.num_classes)
         setup.init_weights(config, self.state.layout, self.num_classes)
         self.state.layout.warm_up(config.data.image_size)
@@ -154,10 +154,7 @@ class TrainBenchmark:
             "checkpoint: until it is complete": {"unit": "ms", "median": round(1000 * save, 1)},
             "peak memory of training": {"unit": "GiB", "median": round(peak / 2**30, 2)},
         }
-        size = {
-            "num_classes": self.config.model.num_classes or self.num_classes,
-            "image_size": config.data.image_size,
-        }
+        size = {"num_classes": self.num_classes, "image_size": config.data.image_size}
         return {
             "config": f"{arch}, {self.state.layout.precision}, batch {self.batch_size}",
             "device": f"{mesh.world_size} x {device_name(mesh.device)}, {mesh.threads} threads",
@@ -264,7 +261,6 @@ class TrainBenchmark:
             self.state.layout,
             self.state.optimizer,
             emit=lambda _, **values: events.append(values),
-            async_save=self.config.checkpoint.async_save,
         )
         for step in (1, 2):  # the first allocates the memory that the second copies to
             manager.save({"step": step, "last_eval_step": -1})
@@ -294,7 +290,7 @@ def bottleneck(record: Mapping[str, Any]) -> str:
     elif record["dataset"] != "pixels":
         fix = "prepare raw pixels (python -m alexnet_dist.prepare ... --format pixels)"
     else:
-        fix = "take more --data.threads, or --data.loader gpu_cache"
+        fix = "take more --runtime.threads, or --data.loader gpu_cache"
     return f"waiting for data, {data:.0f}% of the time: {fix}"
 
 
@@ -313,7 +309,7 @@ def show(record: Mapping[str, Any]) -> None:
 
 def main(arguments: list[str]) -> None:
     """Measure as the command line says."""
-    parser = CommandParser("bench", __doc__, default_config="quickstart")
+    parser = CommandParser("bench", __doc__)
     parser.add_argument("--rounds", type=int, default=5, help="how often each part is timed (5)")
     parser.add_argument("--seconds", type=float, default=3.0, help="of each, at least (3)")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the record there")

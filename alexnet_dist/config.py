@@ -1,7 +1,8 @@
 """Every option with its default and meaning, and the one parser of all commands.
 
 Options are given as YAML (--config FILE) and as dotted words on the command line (--optim.lr 0.02);
-a command's own options (--checkpoint RUN) stand beside them. jsonargparse checks types and bounds.
+a command's own options (--checkpoint RUN) stand beside them. argparse reads the command line, and
+pydantic checks types and bounds.
 """
 
 import argparse
@@ -11,29 +12,71 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial, reduce
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NamedTuple,
+    NoReturn,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
+import docstring_parser
 import yaml
-from annotated_types import Ge, Gt, Lt
-from jsonargparse import ArgumentParser, get_loader, set_parsing_settings
-from pydantic import StringConstraints
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from alexnet_dist.errors import UserError
 
-PositiveInt = Annotated[int, Ge(1)]
-NonNegativeInt = Annotated[int, Ge(0)]
-PositiveFloat = Annotated[float, Gt(0)]
-NonNegativeFloat = Annotated[float, Ge(0)]
-BelowOne = Annotated[float, Ge(0), Lt(1)]
-Pixels = Annotated[int, Ge(16)]
-Duration = Annotated[str, StringConstraints(pattern=r"^((\d+-)?\d+:\d+:\d+|\d+:\d+|\d+)(\.\d+)?$")]
-Signal = Literal["SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGALRM"]
-MilestoneList = list[tuple[float, float]]
-Milestones = dict[str, MilestoneList]
+_error = partial(UserError, on_all_ranks=True)
 
-set_parsing_settings(docstring_parse_attribute_docstrings=True)
+TEXT_LOADER = yaml.BaseLoader
+"""Reads all values as text. What they are says an option's type, not YAML, to which off is false,
+1:30:00 is 5400 and 1e-3 no number."""
+NULLS = ("null", "~", "")
+
+
+def _from_yaml(value: object) -> object:
+    return yaml.load(value, TEXT_LOADER) if isinstance(value, str) else value
+
+
+def _seconds(duration: object) -> float:
+    days, dash, clock = str(duration).rpartition("-")
+    parts = [float(part) for part in clock.split(":")]
+    if len(parts) > 3 or (dash and len(parts) < 3):
+        raise ValueError
+    return 86400 * int(days if dash else 0) + reduce(lambda total, part: 60 * total + part, parts)
+
+
+FROM_YAML = BeforeValidator(_from_yaml)
+# types of options, each with what --help and errors say a value must be
+PositiveInt = Annotated[int, Field(ge=1), "a whole number of at least 1"]
+NonNegativeInt = Annotated[int, Field(ge=0), "a whole number of at least 0"]
+Pixels = Annotated[int, Field(ge=16), "a whole number of at least 16"]
+PositiveFloat = Annotated[float, Field(gt=0), "a number above 0"]
+NonNegativeFloat = Annotated[float, Field(ge=0), "a number of at least 0"]
+BelowOne = Annotated[float, Field(ge=0, lt=1), "a number from 0 up to, but not, 1"]
+Range = Annotated[tuple[float, float], FROM_YAML, "two numbers, as [0.1, 1]"]
+Switch = Annotated[bool | Literal["auto"], "true, false or auto"]
+Duration = Annotated[float, BeforeValidator(_seconds), "seconds, M:S, H:M:S or D-H:M:S"]
+Signal = Literal["SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGALRM"]
+Signals = Annotated[list[Signal], FROM_YAML, f"a list of {', '.join(get_args(Signal))}"]
+Multiples = Annotated[
+    dict[str, float], FROM_YAML, "numbers by name, as {biases: 2, conv1.weight: 0.1}"
+]
+MilestoneList = Annotated[
+    list[tuple[float, float]],
+    FROM_YAML,
+    "a list of [epochs done, value from then on], as [[0, 0.1], [66, 0]]",
+]
+Milestones = Annotated[
+    dict[str, list[tuple[float, float]]],
+    FROM_YAML,
+    "lists of [epochs done, lr from then on] by name, as {weights: [[0, 0.01], [24, 0.001]]}",
+]
 
 
 @dataclass
@@ -49,11 +92,7 @@ class DataConfig:
     eval_batch_size: PositiveInt = 256
     """Crops per step of an evaluation over all processes."""
     loader: Literal["auto", "dali", "torch", "gpu_cache"] = "auto"
-    """gpu_cache: raw pixels in the GPU's memory; auto: that for raw pixels, else DALI if it is
-    installed."""
-    dali_decoder: Literal["auto", "roi", "full", "cpu"] = "auto"
-    """DALI on a GPU decodes only the crop, the full image, or on the CPU; auto: the first that
-    works."""
+    """gpu_cache: raw pixels in GPU memory; auto: that for raw pixels, else DALI if installed."""
     image_size: Pixels = 224
     """Width and height of the network's input, in pixels."""
     resize_size: Pixels = 256
@@ -61,24 +100,18 @@ class DataConfig:
     train_crop: Literal["paper", "chunked", "random_resized"] = "paper"
     """paper: a square of fixed size in the central square (section 4.1); chunked: the same one for
     32 images in a row (the authors' program); random_resized: as torchvision's."""
-    scale: tuple[float, float] = (0.08, 1.0)
+    scale: Range = (0.08, 1.0)
     """random_resized: bounds of the crop's fraction of the image's area."""
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    ratio: Range = (3 / 4, 4 / 3)
     """random_resized: bounds of the crop's aspect ratio."""
     hflip: bool = True
     """Flip training images horizontally with probability 0.5."""
     pca_noise: Literal["none", "source", "paper"] = "none"
     """PCA lighting noise, as in the authors' program or as printed in the paper."""
-    pca_noise_std: NonNegativeFloat = 0.1
+    pca_noise_std: NonNegativeFloat | MilestoneList = 0.1
     """Standard deviation of its coefficients."""
-    pca_noise_schedule: MilestoneList = field(default_factory=list)
-    """[epochs done, pca_noise_std from there on]: [[0, 0.1], [66, 0]]."""
     on_corrupt_image: Literal["stop", "skip"] = "stop"
     """skip: use the next image in its place, and log it."""
-    threads: NonNegativeInt = 0
-    """Decoding threads per process; 0: as many as it has CPUs."""
-    prefetch: PositiveInt = 2
-    """Batches prepared ahead of the training step."""
 
 
 @dataclass
@@ -91,29 +124,25 @@ class ModelConfig:
     """Initial weights: the authors' program's, the paper's or torch's; null: the network's own."""
     dropout: BelowOne = 0.5
     """Probability with which fc6 and fc7 (in torchvision's network: their inputs) drop a unit."""
-    num_classes: PositiveInt | None = None
-    """Outputs; null: as many as the data has classes."""
     pretrained: str | None = None
     """Start from a run, a checkpoint, an exported .safetensors, or torchvision's AlexNet (.pth)."""
 
 
 @dataclass
 class ScheduleConfig:
-    """The learning rate's schedule. Epochs are real numbers."""
+    """The schedule of the learning rate; epochs are real numbers."""
 
     name: Literal["constant", "plateau", "one_cycle", "polynomial", "piecewise"] = "plateau"
-    """plateau: divide by ten when the validation error stops improving (the paper); polynomial:
-    quadratic to zero."""
+    """plateau: divide by ten when the validation error stops improving, three times at most (the
+    paper); polynomial: quadratic to zero."""
     warmup_epochs: NonNegativeFloat = 0.0
     """Epochs over which the lr rises from zero, before any other schedule."""
     patience: NonNegativeInt = 3
     """plateau: evaluations without a better error to wait for."""
-    max_drops: NonNegativeInt = 3
-    """plateau: how often the lr is divided by ten."""
-    pct_start: float = 0.3
+    pct_start: BelowOne = 0.3
     """one_cycle: fraction of the run in which the lr rises to optim.lr."""
     milestones: Milestones = field(default_factory=dict)
-    """piecewise: {weights: [[epochs done, lr from there on], ...], biases: ..., conv1.bias: ...}"""
+    """piecewise: the lr of weights, of biases, and of single parameters like conv1.bias."""
 
 
 @dataclass
@@ -124,16 +153,12 @@ class OptimConfig:
     """The paper's SGD (lr inside the velocity), torch's, or LARS (You, Gitman, Ginsburg 2017)."""
     lr: NonNegativeFloat = 0.01
     """Learning rate."""
-    bias_lr_mult: NonNegativeFloat = 1.0
-    """The biases' lr as a multiple of lr (2 in the authors' program; small with LARS)."""
-    lr_mults: dict[str, float] = field(default_factory=dict)
-    """Multiples of the scheduled lr by parameter: {conv1.weight: 0.1}."""
+    lr_mults: Multiples = field(default_factory=dict)
+    """Multiples of the scheduled lr, of biases (2 in the authors' program) or single parameters."""
     momentum: BelowOne = 0.9
     """Momentum."""
     weight_decay: NonNegativeFloat = 0.0005
     """Weight decay; never on biases."""
-    trust_coefficient: PositiveFloat = 0.001
-    """lars: a step is at most lr * trust_coefficient of a tensor's norm, before momentum."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
 
 
@@ -144,7 +169,7 @@ class TrainConfig:
     epochs: PositiveFloat = 90
     """Epochs (the paper: roughly 90)."""
     epochs_scale: PositiveFloat = 1.0
-    """Multiplies epochs and the epochs in optim.schedule and data.pca_noise_schedule."""
+    """Multiplies epochs and the epochs in optim.schedule and data.pca_noise_std."""
     max_steps: PositiveInt | None = None
     """Stop early; schedules keep to train.epochs, and the run can resume."""
     grad_accum_steps: PositiveInt = 1
@@ -167,8 +192,6 @@ class CheckpointConfig:
     """Newest ones kept, besides the best; if the last is corrupt, the one before it is used."""
     keep_every: PositiveInt | None = None
     """Keep the checkpoint of every so many steps forever."""
-    async_save: bool = True
-    """Write checkpoints while training continues."""
 
 
 @dataclass
@@ -182,9 +205,8 @@ class RunConfig:
     resume: str = "auto"
     """auto: an unfinished run of this name; never; or a run's folder."""
     time_limit: Duration | None = None
-    """Save and exit before this process is so old: seconds, M:S, H:M:S or D-H:M:S. The limit of a
-    SLURM job is known."""
-    preempt_signals: list[Signal] = field(default_factory=lambda: ["SIGUSR2"])
+    """Save and exit before this process is so old. The limit of a SLURM job is known."""
+    preempt_signals: Signals = field(default_factory=lambda: ["SIGUSR2"])
     """Save and exit on these, on SIGTERM, on Ctrl-C, and on a file PREEMPT in the run's folder."""
     sigterm_grace: PositiveFloat = 20.0
     """Seconds after SIGTERM until a process exits in any case; torchrun kills it after 30."""
@@ -194,7 +216,7 @@ class RunConfig:
 class ParallelConfig:
     """How the network is laid out on the processes; never what it computes."""
 
-    towers: Literal[1, 2] = 1
+    towers: Annotated[int, Field(ge=1, le=2), "1 or 2"] = 1
     """2: model parallel as on the paper's two GPUs: two neighboring ranks hold a tower each."""
     fc: Literal["replicated", "sharded"] = "replicated"
     """sharded: the fully connected layers are split over all ranks ("One weird trick")."""
@@ -214,14 +236,14 @@ class RuntimeConfig:
     """auto: GPUs where there are any."""
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
     """auto: bf16 where the device is fast at it, else fp32. Weights stay in fp32."""
-    compile: bool | Literal["auto"] = False
+    compile: Switch = False
     """Compile the network with torch.compile; auto: on GPUs."""
-    cuda_graph: bool | Literal["auto"] = False
+    cuda_graph: Switch = False
     """Launch a step as one CUDA graph; auto: where that is possible."""
     deterministic: bool = False
     """The same bits on a GPU in each run, more slowly; CPUs give them anyway."""
     threads: NonNegativeInt = 0
-    """Computing threads per process; 0: as many as it has CPUs."""
+    """Threads per process to compute and to load images; 0: as many as it has CPUs."""
     hang_timeout: PositiveFloat = 600.0
     """Seconds without a step after which the run ends, and names the process that hangs."""
 
@@ -234,8 +256,6 @@ class WandbConfig:
     """auto: online if an API key is found, else offline."""
     project: str = "alexnet_dist"
     """The project."""
-    log_images: bool = True
-    """Log images of kernels and of labeled predictions."""
 
 
 @dataclass
@@ -255,83 +275,82 @@ class Config:
 
 IMMUTABLE_ON_RESUME = (
     *("data.batch_size", "data.image_size", "data.resize_size", "data.train_crop", "data.scale"),
-    *("data.ratio", "data.hflip", "data.pca_noise", "data.pca_noise_std"),
-    *("model", "optim.name", "train.seed"),
+    *("data.ratio", "data.hflip", "data.pca_noise", "model", "optim.name", "train.seed"),
 )
-"""Options that cannot change when a run resumes."""
+"""Options, and sections of them, that cannot change when a run resumes."""
 
 NOT_PERSISTED = ("train.max_steps", "run.resume", "run.output_dir", "run.name", "run.time_limit")
 """Options of one start of a run, which do not carry over when it resumes."""
 
 _OLD_NAMES = """
-data.engine>data.loader data.decoder>data.dali_decoder data.resize>data.resize_size
-data.crop>data.train_crop data.flip>data.hflip data.on_bad_image>data.on_corrupt_image
-data.colour>data.pca_noise data.colour_strength>data.pca_noise_std data.ahead>data.prefetch
-data.colour_table>data.pca_noise_schedule data.cache>data.cache_dir
-data.loader=dataloader>torch data.loader=resident>gpu_cache data.dali_decoder=region>roi
-model.variant>model.arch model.weights>model.pretrained
-optim.bias_lr>optim.bias_lr_mult optim.factors>optim.lr_mults optim.name=paper>sgd2012
-optim.trust>optim.trust_coefficient optim.schedule.table>optim.schedule.milestones
-optim.schedule.warmup>optim.schedule.warmup_epochs optim.schedule.rise>optim.schedule.pct_start
-optim.schedule.drops>optim.schedule.max_drops optim.schedule.name=table>piecewise
-train.accumulate>train.grad_accum_steps train.log_every>train.log_interval
-train.on_nan>train.on_nonfinite train.on_nonfinite=rollback> train.stretch>train.epochs_scale
-checkpoint.every_steps>checkpoint.interval_steps checkpoint.keep>checkpoint.keep_last
-checkpoint.asynchronous>checkpoint.async_save
-run.root>run.output_dir run.signals>run.preempt_signals run.grace>run.sigterm_grace
-parallel.compress>parallel.grad_compression parallel.fc_schedule> runtime.lrn> runtime.stem>
-runtime.timeout>runtime.hang_timeout runtime.pool_first> runtime.update> runtime.weight_copies>
-track.wandb>wandb.mode track.project>wandb.project track.images>wandb.log_images
-views>ten_crop picture>save_image
+data.engine>data.loader data.loader=dataloader>torch data.loader=resident>gpu_cache
+data.crop>data.train_crop data.colour>data.pca_noise data.colour_table>data.pca_noise_std
+data.decoder> data.dali_decoder> data.ahead> data.prefetch>
+model.variant>model.arch model.weights>model.pretrained model.num_classes>
+optim.name=paper>sgd2012 optim.bias_lr>optim.lr_mults optim.factors>optim.lr_mults
+optim.trust> optim.trust_coefficient> optim.schedule.drops> optim.schedule.max_drops>
+optim.schedule.table>optim.schedule.milestones optim.schedule.name=table>piecewise
+optim.schedule.rise>optim.schedule.pct_start train.stretch>train.epochs_scale
+train.on_nonfinite=rollback> checkpoint.asynchronous> checkpoint.async_save>
+run.root>run.output_dir run.grace>run.sigterm_grace parallel.fc_schedule> runtime.lrn>
+runtime.stem> runtime.pool_first> runtime.update> runtime.weight_copies>
+track.wandb>wandb.mode track.images> wandb.log_images> views>ten_crop picture>save_image
 """
 OLD_NAMES: dict[str, str] = dict(re.findall(r"(\S+)>(\S*)", _OLD_NAMES))
-"""New names of options, and of values (option=value), of alexnet_dist 0.1.0; "" if it is gone."""
+"""New names of options, and of values (option=value), of earlier versions, where the nearest name
+is another; "" if it is gone."""
 
 
-def _option_types(section: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, hint in get_type_hints(section, include_extras=True).items():
-        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-            yield from _option_types(hint, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", hint
+def _sections(section: Any, prefix: str = "") -> Iterator[tuple[str, type]]:
+    yield prefix, section
+    for name, hint in get_type_hints(section).items():
+        if dataclasses.is_dataclass(hint):
+            yield from _sections(hint, f"{prefix}{name}.")
 
 
-OPTIONS: dict[str, Any] = dict(_option_types(Config))
+SECTIONS: dict[str, type] = dict(_sections(Config))
+"""The dataclass of each section by the prefix of its options: "optim.schedule."."""
+
+OPTIONS: dict[str, Any] = {
+    f"{prefix}{name}": hint
+    for prefix, section in SECTIONS.items()
+    for name, hint in get_type_hints(section, include_extras=True).items()
+    if not dataclasses.is_dataclass(hint)
+}
 """The type of each option by its dotted name."""
 
 
-@dataclass(frozen=True)
-class ParsedArgs:
-    """A parsed command line.
+@cache
+def _option_docs() -> dict[str, str]:
+    return {
+        f"{prefix}{option.arg_name}": str(option.description)
+        for prefix, section in SECTIONS.items()
+        for option in docstring_parser.parse_from_object(section).params
+    }
 
-    Attributes:
-        config: all options of the trainer.
-        config_name: the config file's name without its ending, the default of run.name.
-        args: the command's own options.
-    """
+
+class ParsedArgs(NamedTuple):
+    """A parsed command line."""
 
     config: Config
+    """All options of the trainer."""
     config_name: str
+    """The config file's name without its ending, the default of run.name."""
     args: argparse.Namespace
+    """The command's own options."""
 
 
 class CommandParser(argparse.ArgumentParser):
     """Parser of a command: its own options, by ``add_argument``, beside those of the trainer.
 
     Args:
-        command: "train" for `python -m alexnet_dist.train`.
+        command: "train" for `python -m alexnet_dist.train`, whose help shows the trainer's options.
         description: the command's docstring.
         trainer_options: take --config, --print_config and the dotted options.
-        default_config: config file of the package where neither --config nor --data.root is given.
     """
 
     def __init__(
-        self,
-        command: str,
-        description: str | None,
-        *,
-        trainer_options: bool = True,
-        default_config: str | None = None,
+        self, command: str, description: str | None, *, trainer_options: bool = True
     ) -> None:
         super().__init__(
             prog=f"python -m alexnet_dist.{command}",
@@ -339,11 +358,28 @@ class CommandParser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
-        self.trainer_options, self.default_config = trainer_options, default_config
-        if trainer_options:
-            self.add_argument("--config", metavar="FILE", help="a YAML file of dotted options")
-            self.add_argument("--print_config", action="store_true", help="print them all and exit")
         self.add_argument("--debug", action="store_true", help="print an error's traceback")
+        self.trainer_options = trainer_options
+        if trainer_options:
+            self.add_argument("--config", metavar="FILE", help="a YAML file of trainer options")
+            self.add_argument("--print_config", action="store_true", help="print them and exit")
+            self._add_trainer_options(with_help=command == "train")
+
+    def _add_trainer_options(self, *, with_help: bool) -> None:
+        self.epilog = "also: the trainer's options (python -m alexnet_dist.train --help)"
+        docs: dict[str, str] = {}
+        if with_help:
+            self.usage, self.epilog = "%(prog)s [--config FILE] [--OPTION VALUE ...]", None
+            docs = {n: f"{doc} ({_expected(OPTIONS[n])})" for n, doc in _option_docs().items()}
+        defaults = flatten(to_dict(Config()))
+        for prefix, section in SECTIONS.items():
+            group = self.add_argument_group(str(section.__doc__).rstrip("."))
+            for name in (f"{prefix}{option.name}" for option in dataclasses.fields(section)):
+                if name in OPTIONS:
+                    text, default = docs.get(name, argparse.SUPPRESS), _as_text(defaults[name])
+                    group.add_argument(
+                        f"--{name}", metavar=default, help=text, default=argparse.SUPPRESS
+                    )
 
     def parse(self, arguments: list[str], base_config: dict[str, Any] | None = None) -> ParsedArgs:
         """Parse a command line. Needs no process group.
@@ -356,59 +392,43 @@ class CommandParser(argparse.ArgumentParser):
             UserError: an unknown option, a wrong value, a missing or unreadable config file.
             SystemExit: after --help or --print_config.
         """
-        own_words, dotted = self._split(arguments)
-        args = self.parse_args(own_words)
+        known = [name.removeprefix("--") for name in self._option_string_actions]
+        for word in arguments:
+            if word.startswith("--"):  # argparse has no suggestion
+                _check_name(word[2:].partition("=")[0], known, None)
+        args = self.parse_args(arguments)
         if not self.trainer_options:
             return ParsedArgs(Config(), "", args)
+        dotted = {name: text for name, text in vars(args).items() if name in OPTIONS}
         path = args.config
         if path is None and base_config is None and "data.root" not in dotted:
-            path = self.default_config and str(config_dir() / f"{self.default_config}.yaml")
-        kept = flatten(to_dict(from_dict(base_config))) if base_config else {}
-        record = {name: value for name, value in kept.items() if name not in NOT_PERSISTED}
-        record |= _read_config_file(path) if path else {}
-        config = _build(record, path, dotted)
+            path = str(config_dir() / "quickstart.yaml")
+        kept = flatten(base_config or {})
+        config = from_dict({name: kept[name] for name in kept if name not in NOT_PERSISTED})
+        if path:
+            _set_options(config, _read_config_file(path), path)
+        _set_options(config, dotted, None)
+        _check_combinations(config)
         if args.print_config:
             print(yaml.safe_dump(to_dict(config), sort_keys=False), end="")
             raise SystemExit(0)
         return ParsedArgs(config, Path(path).stem if path else "run", args)
-
-    def _split(self, arguments: list[str]) -> tuple[list[str], dict[str, str]]:
-        """The command's own words, and the values of dotted options."""
-        own_words: list[str] = []
-        dotted: dict[str, str] = {}
-        own_names = [name.removeprefix("--") for name in self._option_string_actions]
-        words = iter(arguments)
-        for word in words:
-            name, has_value, value = word.removeprefix("--").partition("=")
-            if not word.startswith("--") or name in own_names:
-                own_words.append(word)
-                continue
-            _check_name(name, own_names + [*OPTIONS] * self.trainer_options, "--", "")
-            dotted[name] = value if has_value else next(words, "--")
-            if dotted[name].startswith("--"):
-                raise _error(f"option {name} needs a value")
-        return own_words, dotted
-
-    def format_help(self) -> str:
-        """The command's own options, and for train all others."""
-        more = "\nalso: the trainer's options; python -m alexnet_dist.train --help lists them\n"
-        if self.prog.endswith(".train"):
-            more = "\n" + _trainer_parser().format_help()
-        return super().format_help() + more * self.trainer_options
 
     def error(self, message: str) -> NoReturn:
         """Raise a UserError, where argparse would exit."""
         raise _error(f"{message}; --help lists all options")
 
 
-def parse(
-    arguments: list[str],
-    description: str | None = None,
-    base_config: dict[str, Any] | None = None,
-) -> ParsedArgs:
+def parse(arguments: list[str], description: str | None = None) -> ParsedArgs:
     """Parse a command line of the trainer; see ``CommandParser.parse``."""
-    parser = CommandParser("train", description, default_config="quickstart")
-    return parser.parse(arguments, base_config)
+    return CommandParser("train", description).parse(arguments)
+
+
+def positive_int(text: str) -> int:
+    """The type of a command's own option that counts something."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"it must be {_expected(PositiveInt)}, not {text}")
+    return int(text)
 
 
 def from_dict(record: dict[str, Any], where: str = "the run's config.yaml") -> Config:
@@ -417,12 +437,13 @@ def from_dict(record: dict[str, Any], where: str = "the run's config.yaml") -> C
     Raises:
         UserError: an option or a value that this version does not know.
     """
-    flat = flatten(record)
-    if any(name not in OPTIONS and name in OLD_NAMES for name in flat):
+    values = flatten(record)
+    if any(name in OLD_NAMES for name in values):
         raise _error(f"{where} was written by alexnet_dist 0.1.0: use it with that version")
-    for name in flat:
-        _check_name(name, [*OPTIONS], "", f" in {where}")
-    return _build(flat, where, {})
+    config = Config()
+    _set_options(config, values, where)
+    _check_combinations(config)
+    return config
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -467,71 +488,43 @@ def config_dir() -> Path:
     return installed if installed.is_dir() else Path(__file__).parents[1] / "configs"
 
 
-def time_limit(run: RunConfig) -> float | None:
-    """run.time_limit in seconds."""
-    if run.time_limit is None:
-        return None
-    days, _, clock = run.time_limit.rpartition("-")
-    seconds = 0.0
-    for part in clock.split(":"):
-        seconds = 60 * seconds + float(part)
-    return 86400 * int(days or 0) + seconds
-
-
-@cache
-def _trainer_parser() -> ArgumentParser:
-    parser = ArgumentParser(
-        usage=argparse.SUPPRESS, add_help=False, exit_on_error=False, allow_abbrev=False
-    )
-    parser.add_class_arguments(Config, None)
-    return parser
-
-
 def _read_config_file(path: str) -> dict[str, Any]:
     """The options in a YAML file, by dotted name."""
     if not Path(path).is_file():
         names = ", ".join(sorted(file.stem for file in config_dir().glob("*.yaml")))
         raise _error(f"there is no config {path}; the package brings {names} in {config_dir()}")
     try:
-        content = get_loader("yaml")(Path(path).read_text())  # unlike YAML, reads 1e-3 as a number
+        content = yaml.load(Path(path).read_text(), TEXT_LOADER) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise _error(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content or {}, dict):
+    if not isinstance(content, dict):
         raise _error(f"{path} holds no options: it needs lines like 'optim: {{lr: 0.01}}'")
-    sections = get_type_hints(Config)
-    flat = flatten(content or {})
-    flat = {name: flat[name] for name in flat if flat[name] is not None or name not in sections}
-    for name, value in flat.items():
-        _check_name(name, [*OPTIONS], "", f" in {path}")
-        kinds = {OPTIONS[name], *get_args(OPTIONS[name])}
-        if kinds & {str, Duration} and isinstance(value, (int, float)):
-            flat[name] = str(value)  # a run named 150, or 1:30:00, which YAML reads as 5400
-        elif "off" in kinds and value is False:
-            flat[name] = "off"  # which YAML reads as false
-    return flat
+    values = flatten(content)
+    return {name: value for name, value in values.items() if value or f"{name}." not in SECTIONS}
 
 
-def _build(record: dict[str, Any], where: str | None, dotted: dict[str, str]) -> Config:
-    """The config of flat values from ``where``, and of a command line's above them.
+def _set_options(config: Config, values: dict[str, Any], where: str | None) -> None:
+    """Set options by dotted name, from a file or a record ``where``, or from the command line.
 
     Raises:
-        UserError: a value is not of its option's type, or out of bounds.
+        UserError: there is no such option, or a value is not of its type, or out of bounds.
     """
-    for name, value in record.items():
-        if value is None and type(None) not in get_args(OPTIONS[name]):  # jsonargparse allows it
-            raise _value_error(name, "null", where)
-    parser, given = _trainer_parser(), record
-    try:
-        values = parser.parse_object(record)
-        given, where = dotted, None
-        values = parser.parse_args([f"--{n}={v}" for n, v in dotted.items()], namespace=values)
-        sections = parser.instantiate(values)
-    except (argparse.ArgumentError, TypeError, ValueError, KeyError) as error:
-        name = (re.findall(r'"([\w.]+)"', str(error)) or [""])[0]
-        if name in OPTIONS:
-            raise _value_error(name, given.get(name), where) from None
-        raise _error(" ".join(str(error).split())) from None
-    config = Config(**{f.name: sections[f.name] for f in dataclasses.fields(Config)})
+    rules = ConfigDict(allow_inf_nan=False)
+    for name, value in values.items():
+        _check_name(name, [*OPTIONS], where)
+        try:
+            known = None if value in NULLS else value
+            checked = TypeAdapter(OPTIONS[name], config=rules).validate_python(known)
+        except (ValidationError, yaml.YAMLError):
+            new = OLD_NAMES.get(f"{name}={value}")
+            hint = "" if new is None else f" (now {new})" if new else " (which is gone)"
+            message = f"option {name} must be {_expected(OPTIONS[name])}, not {_as_text(value)}"
+            raise _error(f"{where}: " * bool(where) + message + hint) from None
+        *sections, option = name.split(".")
+        setattr(reduce(getattr, sections, config), option, checked)
+
+
+def _check_combinations(config: Config) -> None:
     data, schedule = config.data, config.optim.schedule
     if data.image_size > data.resize_size:
         raise _error(
@@ -541,55 +534,31 @@ def _build(record: dict[str, Any], where: str | None, dotted: dict[str, str]) ->
     if schedule.name == "piecewise" and "weights" not in schedule.milestones:
         fix = "give optim.schedule.milestones {weights: [[0, 0.01], ...]}"
         raise _error(f"optim.schedule.name is piecewise, but there is no lr of weights: {fix}")
-    return config
 
 
-_EXPECTED: dict[Any, str] = {
-    bool: "true or false",
-    str: "text",
-    PositiveInt: "a whole number of at least 1",
-    NonNegativeInt: "a whole number of at least 0",
-    Pixels: "a whole number of at least 16",
-    float: "a number",
-    PositiveFloat: "a number above 0",
-    NonNegativeFloat: "a number of at least 0",
-    BelowOne: "a number from 0 up to, but not, 1",
-    Duration: "seconds, M:S, H:M:S or D-H:M:S",
-    tuple[float, float]: "two numbers, as [0.1, 1]",
-    list[Signal]: f"a list of {', '.join(get_args(Signal))}",
-    MilestoneList: "a list of [epochs, value], as [[0, 0.1], [66, 0]]",
-    Milestones: "lists of [epochs, lr] by name, as {weights: [[0, 0.01], [24, 0.001]]}",
-    dict[str, float]: "numbers by name, as {conv1.weight: 0.1}",
-}
-
-
-def _expected(hint: Any) -> str:
-    if get_origin(hint) is Literal:
-        return "one of " + ", ".join(str(value) for value in get_args(hint))
-    if hint in _EXPECTED:
-        return _EXPECTED[hint]
-    return " or ".join(_expected(kind) for kind in get_args(hint) if kind is not type(None))
-
-
-def _error(message: str) -> UserError:
-    return UserError(message, on_all_ranks=True)
-
-
-def _value_error(name: str, value: Any, where: str | None) -> UserError:
-    new = OLD_NAMES.get(f"{name}={value}")
-    hint = "" if new is None else f" (now {new})" if new else " (which is gone)"
-    place = f"{where}: " if where else ""
-    return _error(f"{place}option {name} must be {_expected(OPTIONS[name])}, not {value}{hint}")
-
-
-def _check_name(name: str, known: list[str], dashes: str, where: str) -> None:
+def _check_name(name: str, known: list[str], where: str | None) -> None:
     """Refuse an unknown option, with its new name or the nearest one."""
     if name in known:
         return
+    dashes, place = ("", f" in {where}") if where else ("--", "")
     if name in OLD_NAMES and OLD_NAMES[name] in ("", *known):
         new = f"now {dashes}{OLD_NAMES[name]}" if OLD_NAMES[name] else "gone: leave it out"
-        raise _error(f"option {dashes}{name}{where} is {new}")
+        raise _error(f"option {dashes}{name}{place} is {new}")
     same_end = [option for option in known if option.split(".")[-1] == name.split(".")[-1]]
     near = difflib.get_close_matches(name, same_end or known, 1, 0.0 if same_end else 0.5)
     fix = f"did you mean {dashes}{near[0]}?" if near else "--help lists all options"
-    raise _error(f"there is no option {dashes}{name}{where}; {fix}")
+    raise _error(f"there is no option {dashes}{name}{place}; {fix}")
+
+
+def _expected(hint: Any) -> str:
+    """What a value of this type must be."""
+    if hasattr(hint, "__metadata__"):
+        return str(hint.__metadata__[-1])
+    if get_origin(hint) is Literal:
+        return "one of " + ", ".join(str(value) for value in get_args(hint))
+    kinds = [kind for kind in get_args(hint) if kind is not type(None)]
+    return {str: "text", bool: "true or false"}.get(hint) or " or ".join(map(_expected, kinds))
+
+
+def _as_text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)

@@ -18,11 +18,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from jsonargparse.typing import PositiveInt
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from alexnet_dist.config import CommandParser
+from alexnet_dist.config import CommandParser, positive_int
 from alexnet_dist.data.datasets import SplitIndex
 from alexnet_dist.data.index import open_datasets
 from alexnet_dist.errors import UserError, run_command
@@ -72,7 +71,8 @@ def main(arguments: list[str]) -> None:
 
 def _parser() -> CommandParser:
     parser = CommandParser("figures", __doc__)
-    add, count = parser.add_argument, {"type": PositiveInt, "metavar": "N"}
+    add = parser.add_argument
+    count: dict[str, Any] = {"type": positive_int, "metavar": "N"}
     only = ("curves", "1", "3", "4")
     add("runs", nargs="*", metavar="RUN", help="a run's folder")
     add("--only", nargs="+", choices=only, help="1 is of several runs")

@@ -34,9 +34,8 @@ class LoadedModel:
 
     @property
     def labels(self) -> list[str]:
-        """What to call each output: its class, or its index where there are more than classes."""
-        classes, outputs = self.state["classes"], self.config.model.num_classes or 0
-        return classes + [str(index) for index in range(len(classes), outputs)]
+        """The class of each output."""
+        return list(self.state["classes"])
 
     @property
     def normalization(self) -> Normalization:

@@ -14,15 +14,15 @@ from argparse import Namespace
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, nullcontext
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from jsonargparse.typing import PositiveInt
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
-from alexnet_dist.config import CommandParser
+from alexnet_dist.config import CommandParser, positive_int
 from alexnet_dist.data.datasets import ImageDataset, SplitIndex
 from alexnet_dist.data.eval_plan import NumCrops
 from alexnet_dist.data.formats import FORMATS, decode, validate_bytes
@@ -85,7 +85,7 @@ def main(arguments: list[str]) -> None:
     add("images", nargs="+", metavar="IMAGE", help="a file, a folder, a pattern, or -")
     add("--checkpoint", required=True, metavar="RUN", help=source)
     add("--ten_crop", action="store_true", help="average ten crops of each image")
-    add("--top", type=PositiveInt, default=5, metavar="N", help="labels for each image (5)")
+    add("--top", type=positive_int, default=5, metavar="N", help="labels for each image (5)")
     add("--json", metavar="FILE", help="JSON lines; - for standard output instead of text")
     add("--save_image", metavar="FILE.png", help="plot the first images with their labels")
     args = parser.parse(arguments).args
@@ -129,7 +129,7 @@ def predict(
         sizes = np.array(list(pool.map(read_size, paths)), np.int64)
     dataset = Photographs(SplitIndex("", paths, np.zeros(len(paths), np.int64), sizes, []))
     data = model.config.data
-    data.threads = min(data.threads or mesh.threads, -(-len(paths) // BATCH))
+    mesh = replace(mesh, threads=min(mesh.threads, -(-len(paths) // BATCH)))
     # DALI would hold a batch of photographs at full size, this loader one in each worker
     data.loader, data.on_corrupt_image = "torch", "skip"
     plan, loader = model.eval_loader(mesh, dataset, BATCH, num_crops)

@@ -112,9 +112,7 @@ def loader_for(
         plan,
         device=mesh.device,
         max_batch_size=max(mesh.local_batch(plan.batch_size), 1) * getattr(plan, "num_crops", 1),
-        threads=data.threads or mesh.threads,
-        prefetch=data.prefetch,
-        dali_decoder=data.dali_decoder,
+        threads=mesh.threads,
         on_corrupt=on_corrupt if data.on_corrupt_image == "skip" else "stop",
     )
 
@@ -122,9 +120,8 @@ def loader_for(
 def pca_noise_schedule(config: Config) -> Callable[[float], float]:
     """Epochs done -> standard deviation of the color noise's coefficients."""
     data, scale = config.data, config.train.epochs_scale
-    rows = data.pca_noise_schedule or [(0.0, data.pca_noise_std)]
-    if data.pca_noise == "none":
-        rows = [(0.0, 0.0)]
+    std = 0.0 if data.pca_noise == "none" else data.pca_noise_std
+    rows = std if isinstance(std, list) else [(0.0, std)]
     return partial(piecewise_value, [(epochs * scale, std) for epochs, std in rows])
 
 
@@ -167,12 +164,10 @@ def build_training(config: Config, mesh: Mesh, num_classes: int) -> TrainState:
         momentum=optim.momentum,
         weight_decay=optim.weight_decay,
         separate_groups={*optim.schedule.milestones, *optim.lr_mults},
-        trust=optim.trust_coefficient,
         all_reduce_norms=layout.sharding.all_reduce_partial_sums,
     )
     schedule = Schedule(
         lr=optim.lr,
-        bias_lr_mult=optim.bias_lr_mult,
         lr_mults=optim.lr_mults,
         epochs=config.train.epochs,
         epochs_scale=config.train.epochs_scale,
@@ -190,8 +185,7 @@ def init_weights(config: Config, layout: Layout, num_classes: int) -> None:
 
 
 def build_model(config: Config, num_classes: int) -> Network:
-    """The network on the meta device, with an output for each class unless model.num_classes says
-    otherwise.
+    """The network on the meta device.
 
     Raises:
         UserError: there is no such network, or not for images of this size.
@@ -199,7 +193,7 @@ def build_model(config: Config, num_classes: int) -> Network:
     try:
         return build_on_meta(
             config.model.arch,
-            num_classes=config.model.num_classes or num_classes,
+            num_classes=num_classes,
             dropout=config.model.dropout,
             image_size=config.data.image_size,
         )
@@ -256,7 +250,7 @@ def validate(config: Config, mesh: Mesh) -> None:
 
 def _check_batch(config: Config, mesh: Mesh, info: DatasetInfo) -> None:
     batch, images, folder = config.data.batch_size, len(info.train), info.train.folder
-    classes, asked = len(info.train.classes), config.model.num_classes
+    classes = len(info.train.classes)
     local, steps = batch // mesh.dp_size, config.train.grad_accum_steps
     error = ""
     if local < 1:
@@ -274,10 +268,5 @@ def _check_batch(config: Config, mesh: Mesh, info: DatasetInfo) -> None:
         error = f"data.batch_size {batch} is more than the {images} images of {folder}: lower it"
     elif classes < 2:
         error = f"{folder} has only one class: it needs a folder for each of several classes"
-    elif asked is not None and asked < classes:
-        error = (
-            f"model.num_classes is {asked}, but {folder} has {classes} classes: leave it out, "
-            "and the data decides"
-        )
     if error:
         raise UserError(error, on_all_ranks=True)

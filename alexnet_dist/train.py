@@ -16,7 +16,6 @@ from alexnet_dist.config import (
     Config,
     check_resume_compatible,
     diff_configs,
-    time_limit,
     to_dict,
 )
 from alexnet_dist.data.corrupt_images import Batch, Loader
@@ -75,7 +74,6 @@ class Trainer:
             emit=lambda event, **values: self.logger.emit(event, **values),
             keep_last=config.checkpoint.keep_last,
             keep_every=config.checkpoint.keep_every,
-            async_save=config.checkpoint.async_save,
         )
         resumed_config, warnings = self._restore_or_initialize()
         self.logger = Logger(
@@ -108,7 +106,7 @@ class Trainer:
             self.path,
             self.mesh.long_timeout_group,
             signals=tuple(run.preempt_signals),
-            time_limit=time_limit(run),
+            time_limit=run.time_limit,
             grace=run.sigterm_grace,
             before_exit=self.logger.stop_progress_bar,
         )
@@ -420,7 +418,7 @@ class Trainer:
 
 def main(arguments: list[str]) -> None:
     """Train as the command line says."""
-    parser = CommandParser("train", __doc__, default_config="quickstart")
+    parser = CommandParser("train", __doc__)
     parsed = parser.parse(arguments)
     config, run = parsed.config, parsed.config.run
     name = run.name or parsed.config_name

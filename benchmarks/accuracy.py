@@ -24,7 +24,7 @@ COMMON = [*SMALL, "--data.ratio=[1.0,1.0]", "--train.epochs=4", "--wandb.mode=of
 FAST = ["--config=configs/fast.yaml", "--model.arch=paper", "--data.batch_size=64"]
 EAGER = ["--runtime.compile=false", "--runtime.cuda_graph=false", "--data.loader=torch"]
 LARS = ["--config=configs/large512.yaml", "--train.epochs=10"]
-SGD = [*LARS, "--optim.name=sgd2012", "--optim.bias_lr_mult=1"]
+SGD = [*LARS, "--optim.name=sgd2012", "--optim.lr_mults={}"]
 SETS: dict[str, dict[str, list[str]]] = {
     "fast": {
         "fast": [*FAST, "--runtime.precision=bf16"],

@@ -37,7 +37,7 @@ from benchmarks.common import save_record
 SIZE, BATCH_SIZE, TRAIN_IMAGES, CORRUPT = 76, 7, 199, (17, 91, 154)
 OPTIONS = f"""
     --data.image_size=67 --data.resize_size={SIZE} --data.batch_size={BATCH_SIZE}
-    --data.eval_batch_size=8 --data.threads=1 --data.on_corrupt_image=skip
+    --data.eval_batch_size=8 --data.on_corrupt_image=skip
     --runtime.precision=fp32 --runtime.threads=1 --runtime.hang_timeout=8
     --train.log_interval=1 --optim.lr=0.001 --optim.schedule.name=constant
     --checkpoint.interval_steps=5 --wandb.mode=offline --run.name=run""".split()

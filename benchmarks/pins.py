@@ -22,7 +22,6 @@ from safetensors import safe_open
 COMMON = [
     "--config=configs/quickstart.yaml",
     "--data.batch_size=12",
-    "--data.threads=1",
     "--model.dropout=0",
     "--optim.schedule.name=constant",
     "--train.max_steps=12",

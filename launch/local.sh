@@ -13,7 +13,7 @@
 #   PYTHON      the interpreter (python)
 # and set for the processes:
 #   OMP_NUM_THREADS=1   as torchrun would, with a warning; the trainer sets its threads itself
-#                       (--runtime.threads, --data.threads)
+#                       (--runtime.threads)
 #   RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT   by torchrun, with a
 #                       free port, so that several runs can share a machine
 set -eu

@@ -19,7 +19,7 @@
 #   PYTHON      the interpreter (python)
 # and set for the processes:
 #   OMP_NUM_THREADS=1   as torchrun would, with a warning; the trainer sets its threads itself
-#                       (--runtime.threads, --data.threads)
+#                       (--runtime.threads)
 #   NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME   INTERFACE, if it is given; else each library takes the
 #                       first that it finds, which other machines may not reach
 #   RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT   by torchrun

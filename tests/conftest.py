@@ -22,7 +22,6 @@ TINY = [
     f"--data.resize_size={SIDE}",
     "--data.batch_size=7",
     "--data.eval_batch_size=8",
-    "--data.threads=1",
     "--runtime.precision=fp32",
     "--runtime.threads=1",
     "--train.epochs=2",

@@ -33,17 +33,15 @@ def command(main: Callable[[list[str]], None], *words: object) -> None:
         mesh.destroy_distributed()
 
 
-def save_network(folder: Path, variant: str, *, more_outputs: int = 0) -> tuple[Path, Network]:
+def save_network(folder: Path, variant: str) -> tuple[Path, Network]:
     """A run with a checkpoint of random weights, as training would leave it, and the network."""
     config = Config()
     config.model.arch = variant
-    config.model.num_classes = len(CLASSES) + more_outputs if more_outputs else None
     config.data.image_size, config.data.resize_size = 67, SIDE
     config.data.root = config.run.output_dir = str(folder)
     config.runtime.precision = "fp32"
     torch.manual_seed(5)
-    outputs = config.model.num_classes or len(CLASSES)
-    model = build_model(variant, num_classes=outputs, image_size=67).eval()
+    model = build_model(variant, num_classes=len(CLASSES), image_size=67).eval()
     _sharpen(model)
     state = {
         "run": folder.name,

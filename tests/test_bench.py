@@ -83,7 +83,7 @@ def _record(data: float, ranks: float, dataset: str = "folders") -> dict[str, An
     [
         (_record(1, 2), "computing, at 50% of what matrix products alone would allow"),
         (_record(31, 2), "waiting for data, 31% of the time: prepare raw pixels"),
-        (_record(31, 2, "pixels"), "waiting for data, 31% of the time: take more --data.thr"),
+        (_record(31, 2, "pixels"), "waiting for data, 31% of the time: take more --runtime.thr"),
         (_record(31, 40), "waiting for other ranks, 40% of the time: take a larger data.batch"),
     ],
 )

@@ -136,11 +136,12 @@ def test_ten_crops_are_a_loop_over_crops(
         config = Config()
         config.data.loader = loader  # type: ignore[assignment]
         config.data.image_size, config.data.resize_size = SIDES[arch], 40
-        config.data.eval_batch_size, config.data.threads = 25, 1
+        config.data.eval_batch_size = 25
         config.data.on_corrupt_image = "skip"
-        config.model.arch, config.model.num_classes = arch, CLASSES
+        config.model.arch = arch
         config.runtime.precision = "fp32"
-        state = {"classes": info.val.classes, "statistics": info.stats.to_json()}
+        classes = [str(n) for n in range(CLASSES)]
+        state = {"classes": classes, "statistics": info.stats.to_json()}
         trained.append(LoadedModel(Path(arch), state, config))
 
     def load(path: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -187,10 +188,9 @@ def _crop_probs(
     return rows
 
 
-def _checkpoint(folder: Path, classes: list[str], **model: object) -> str:
+def _checkpoint(folder: Path, classes: list[str]) -> str:
     """A checkpoint without tensors."""
     config = to_dict(Config())
-    config["model"] |= model
     folder.mkdir()
     (folder / "state.json").write_text(
         json.dumps({"format": checkpoint.FORMAT, "config": config, "classes": classes})
@@ -201,19 +201,16 @@ def _checkpoint(folder: Path, classes: list[str], **model: object) -> str:
 
 def test_networks_of_other_classes_have_no_average(tmp_path: Path) -> None:
     first = _checkpoint(tmp_path / "first", ["cat", "dog"])
-    for other in (
-        _checkpoint(tmp_path / "other", ["cat", "emu"]),
-        _checkpoint(tmp_path / "wider", ["cat", "dog"], num_classes=9),
-    ):
-        with pytest.raises(UserError, match=r"has other classes than .*first") as failure:
-            evaluate.main(["--checkpoint", first, first, other])
-        assert other in str(failure.value)
-        assert failure.value.on_all_ranks
+    other = _checkpoint(tmp_path / "other", ["cat", "emu"])
+    with pytest.raises(UserError, match=r"has other classes than .*first") as failure:
+        evaluate.main(["--checkpoint", first, first, other])
+    assert other in str(failure.value)
+    assert failure.value.on_all_ranks
 
 
-def _three_threads(kept: dict[str, Any]) -> Config:
+def _skip_corrupt(kept: dict[str, Any]) -> Config:
     config = from_dict(kept)
-    config.data.threads = 3
+    config.data.on_corrupt_image = "skip"
     return config
 
 
@@ -224,8 +221,8 @@ def test_each_network_keeps_its_size_and_the_first_ones_images(tmp_path: Path) -
         state = json.loads(file.read_text())
         state["config"]["data"] |= {"image_size": size, "root": path, "eval_batch_size": size}
         file.write_text(json.dumps(state))
-    one, two = (model.config.data for model in evaluate.load_models(paths, _three_threads))
+    one, two = (model.config.data for model in evaluate.load_models(paths, _skip_corrupt))
     assert (one.image_size, two.image_size) == (224, 192)
-    assert (one.threads, two.threads) == (3, 3)
+    assert one.on_corrupt_image == two.on_corrupt_image == "skip"
     assert one.root == two.root == paths[0]
     assert one.eval_batch_size == two.eval_batch_size == 224

@@ -110,8 +110,7 @@ def test_nearest_neighbors_are_those_of_a_plain_loop() -> None:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Network]:
-    """A network with a fourth output that has no class."""
-    return save_network(tmp_path_factory.mktemp("runs") / "run", "paper", more_outputs=1)
+    return save_network(tmp_path_factory.mktemp("runs") / "run", "paper")
 
 
 def test_figures_3_and_4_show_a_checkpoint(
@@ -146,7 +145,7 @@ def test_figures_3_and_4_show_a_checkpoint(
     stored = np.asarray(Image.open(labeled[0]))
     assert np.abs(pixels[0] - stored[4:71, 4:71].astype(int)).mean() < 1  # the central 67 of 76
     images = torch.from_numpy(pixels - np.float32(MEAN)).permute(0, 3, 1, 2)
-    names = np.array(["azure", "green", captions[0], "3"])
+    names = np.array(["azure", "green", captions[0]])
     for row, best in zip(model(images).detach().softmax(1), predictions, strict=True):
         assert [name for name, _ in best] == names[row.argsort().flip(0)].tolist()
         assert [p for _, p in best] == pytest.approx(row.sort(descending=True)[0].tolist(), 1e-4)
@@ -175,7 +174,7 @@ def test_what_cannot_be_plotted_is_an_error_message(
         ("good", "--only", "1"): "figure 1 compares runs",
         ("good", "empty", "--only", "1"): "the records of empty have no complete epoch",
         ("good", "--only", "2"): "--only: invalid choice: '2'",
-        ("good", "--queries", "0"): "--queries: .* '0'",
+        ("good", "--queries", "0"): "--queries: it must be a whole number of at least 1, not 0",
         ("good", "--names", "nowhere"): "nowhere cannot be read",
         ("good", "--only=curves", "--out=good/metrics.jsonl/x"): "cannot be written .*: give --out",
         (run, "--only=4", "--data.root=none"): "there is no folder .*none: give --data.root",

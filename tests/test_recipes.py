@@ -24,7 +24,6 @@ def build_schedule(config: Config) -> tuple[Schedule, torch.optim.SGD]:
     optim = config.optim
     schedule = Schedule(
         lr=optim.lr,
-        bias_lr_mult=optim.bias_lr_mult,
         epochs=config.train.epochs,
         **vars(optim.schedule),
     )
@@ -137,8 +136,8 @@ def test_a_schedule_changes_in_the_epochs_that_its_authors_noted(name: str) -> N
             set_lr(optimizer, schedule, epoch)
             found = [groups.get(name, groups[kind])["lr"] for name, kind in PARAMETERS]
             noise = config.data.pca_noise_std
-            if config.data.pca_noise_schedule:
-                noise = piecewise_value(config.data.pca_noise_schedule, epoch)
+            if isinstance(noise, list):
+                noise = piecewise_value(noise, epoch)
             assert [*found, noise] == pytest.approx(list(expected), rel=1e-5), epoch
 
 

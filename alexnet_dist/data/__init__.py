@@ -24,7 +24,6 @@ def build_loader(
     device: torch.device,
     max_batch_size: int,
     threads: int,
-    prefetch: int = 2,
     dali_decoder: Literal["auto", "roi", "full", "cpu"] = "auto",
     on_corrupt: OnCorruptImage = "stop",
 ) -> Loader:
@@ -46,7 +45,6 @@ def build_loader(
     options: dict[str, Any] = {
         "device": device,
         "threads": threads,
-        "prefetch": prefetch,
         "on_corrupt": on_corrupt,
     }
     fits = (

@@ -66,7 +66,6 @@ class CheckpointManager:
         emit: takes events: "checkpoint", "checkpoint_failed", "best".
         keep_last: how many of the newest are kept, besides the best.
         keep_every: checkpoints of every so many steps are kept for good.
-        async_save: whether training continues while a checkpoint is written.
 
     Attributes:
         best: the best evaluation so far. Its checkpoint can be loaded, or is being written.
@@ -84,14 +83,13 @@ class CheckpointManager:
         *,
         keep_last: int = 2,
         keep_every: int | None = None,
-        async_save: bool = True,
     ) -> None:
         self.folder, self.keep_last, self.keep_every = folder, keep_last, keep_every
         self.best: dict[str, Any] | None = None
         self.last_saved: tuple[int, int] | None = None
         self.longest_save = 0.0
         self._group, self._layout, self._optimizer = group, layout, optimizer
-        self._emit, self._async_save = emit, async_save
+        self._emit = emit
         self._device = next(iter(layout.parameters.values())).device
         self._pending: _Writer | None = None
 
@@ -150,8 +148,6 @@ class CheckpointManager:
         assert isinstance(future, Future)
         writer.future, writer.stall = future, time.perf_counter() - begun
         self._pending, self.best = writer, best or self.best
-        if not self._async_save:
-            self.wait()
 
     def wait(self, *, block: bool = True) -> None:
         """Log how the pending save has ended, if it has; a failed one does not end the run.

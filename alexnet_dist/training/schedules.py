@@ -17,8 +17,7 @@ class Schedule:
         lr: the base learning rate; the peak of one_cycle.
         epochs: of the whole run, before ``epochs_scale``.
         epochs_scale: every epoch of the schedule stands for so many.
-        bias_lr_mult: learning rate of biases as a multiple of that of weights.
-        lr_mults: multipliers of some groups, whatever the schedule.
+        lr_mults: multiples of some groups, whatever the schedule.
         num_decays, best, num_bad_epochs: of plateau.
     """
 
@@ -26,10 +25,8 @@ class Schedule:
     lr: float
     epochs: float
     epochs_scale: float = 1.0
-    bias_lr_mult: float = 1.0
     warmup_epochs: float = 0.0
     patience: int = 3
-    max_drops: int = 3
     pct_start: float = 0.3
     milestones: dict[str, Milestones] = field(default_factory=dict)
     lr_mults: dict[str, float] = field(default_factory=dict)
@@ -37,13 +34,13 @@ class Schedule:
     best: float | None = None
     num_bad_epochs: int = 0
 
-    def lr_at(self, group: str, epoch: float, *, bias: bool = False) -> float:
+    def lr_at(self, group: str, epoch: float) -> float:
         """The learning rate of ``group`` in the step that begins at ``epoch``."""
         epoch /= self.epochs_scale
         if group in self.milestones and self.name == "piecewise":
             lr = piecewise_value(self.milestones[group], epoch)
         else:
-            lr = self._base_lr(epoch) * (self.bias_lr_mult if bias else 1.0)
+            lr = self._base_lr(epoch)
         lr *= self.lr_mults.get(group, 1.0)
         return lr * min(1.0, epoch / self.warmup_epochs) if self.warmup_epochs > 0 else lr
 
@@ -60,12 +57,12 @@ class Schedule:
 
     def step_metric(self, error: float) -> None:
         """Take an epoch's validation error; plateau divides the learning rate by ten after
-        ``patience`` of them without a better one, at most ``max_drops`` times."""
+        ``patience`` of them without a better one, at most three times, as in the paper."""
         if self.best is None or error < self.best:
             self.best, self.num_bad_epochs = error, 0
             return
         self.num_bad_epochs += 1
-        if self.num_bad_epochs >= self.patience and self.num_decays < self.max_drops:
+        if self.num_bad_epochs >= self.patience and self.num_decays < 3:
             self.num_decays, self.num_bad_epochs = self.num_decays + 1, 0
 
     def state_dict(self) -> dict[str, Any]:

@@ -44,7 +44,7 @@ def set_lr(optimizer: torch.optim.Optimizer, schedule: Schedule, epoch: float) -
     """Set each group's lr for the step that begins at ``epoch``; returns them by group."""
     lrs = {"weights": schedule.lr_at("weights", epoch)}
     for group in optimizer.param_groups:
-        group["lr"] = lrs[group["name"]] = schedule.lr_at(group["name"], epoch, bias=group["bias"])
+        group["lr"] = lrs[group["name"]] = schedule.lr_at(group["name"], epoch)
     return lrs
 
 

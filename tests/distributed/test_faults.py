@@ -83,7 +83,7 @@ def test_a_run_that_is_told_to_leave_saves_and_goes_on(
 @pytest.mark.slow
 def test_signals_to_every_process_do_not_take_the_images_away(images: Path, tmp_path: Path) -> None:
     """As a cluster sends them: to the processes that load images for training, too."""
-    engine = ["--data.loader=torch", "--data.threads=2", FEW]
+    engine = ["--data.loader=torch", "--runtime.threads=2", FEW]
     run = tmp_path / "run"
     with running(2, images, tmp_path, *engine) as launcher:
         trainers = workers(launcher.pid)

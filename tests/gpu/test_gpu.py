@@ -303,7 +303,7 @@ def test_sgd2012_compiled_is_the_plain_function() -> None:
     [
         [],
         ["--runtime.compile=true"],
-        ["--optim.name=lars", "--optim.trust_coefficient=0.01", "--train.grad_accum_steps=2"],
+        ["--optim.name=lars", "--optim.lr=0.02", "--train.grad_accum_steps=2"],
     ],
 )
 def test_a_cuda_graph_step_is_the_eager_one(options: list[str], tmp_path: Path) -> None:

@@ -22,12 +22,14 @@ def test_milestones_hold_from_the_first_step_of_an_epoch() -> None:
         "weights": [(0.0, 0.01), (24.0, 0.001)],
         "conv1.weight": [(0.0, 0.01), (2.0, 0.0)],
     }
-    schedule = Schedule("piecewise", lr=9.0, epochs=90, milestones=milestones, bias_lr_mult=2.0)
+    schedule = Schedule(
+        "piecewise", lr=9.0, epochs=90, milestones=milestones, lr_mults={"biases": 2.0}
+    )
     steps = 7
     assert schedule.lr_at("weights", (24 * steps - 1) / steps) == 0.01
     assert schedule.lr_at("weights", (24 * steps) / steps) == 0.001
     assert schedule.lr_at("conv1.weight", 2.0) == 0.0
-    assert schedule.lr_at("biases", 0.0, bias=True) == 0.02
+    assert schedule.lr_at("biases", 0.0) == 0.02
 
 
 def test_one_cycle_rises_to_its_peak_and_falls_to_zero() -> None:
@@ -47,7 +49,7 @@ def test_polynomial_falls_as_the_square_of_what_is_left() -> None:
     assert schedule.lr_at("weights", 100.0) == 0
 
 
-def test_lr_mults_bias_lr_mult_and_warmup_multiply_any_schedule() -> None:
+def test_lr_mults_and_warmup_multiply_any_schedule() -> None:
     for name in ("constant", "plateau", "one_cycle", "polynomial", "piecewise"):
         schedule = Schedule(
             name,
@@ -55,12 +57,11 @@ def test_lr_mults_bias_lr_mult_and_warmup_multiply_any_schedule() -> None:
             epochs=4,
             milestones={"weights": [(0.0, 0.01), (2.0, 0.004)]},
             warmup_epochs=0.5,
-            lr_mults={"fc8.weight": 0.05},
-            bias_lr_mult=2.0,
+            lr_mults={"fc8.weight": 0.05, "biases": 2.0},
         )
         for epoch in (0.25, 1.0, 2.0, 3.5):
             lr = schedule.lr_at("weights", epoch)
             assert schedule.lr_at("fc8.weight", epoch) == pytest.approx(0.05 * lr)
-            assert schedule.lr_at("biases", epoch, bias=True) == pytest.approx(2 * lr)
+            assert schedule.lr_at("biases", epoch) == pytest.approx(2 * lr)
         assert schedule.lr_at("weights", 0.0) == 0
     assert Schedule("constant", 0.01, 5, warmup_epochs=2).lr_at("weights", 1.0) == 0.005
