@@ -9,28 +9,28 @@ from tests.conftest import TINY, environment
 
 PACKAGE = Path(alexnet_dist.__file__).parent
 BUDGETS = {  # lines of Python, docstrings included: the most allowed, which may only fall; the plan
-    "train.py": (452, 320),
+    "train.py": (450, 320),
     "evaluate.py": (140, 130),
     "predict.py": (160, 120),
     "export.py": (178, 180),
     "figures.py": (255, 250),
     "summary.py": (63, 70),
-    "bench.py": (339, 260),
+    "bench.py": (335, 260),
     "submit.py": (78, 80),
     "replay.py": (80, 80),
-    "setup.py": (283, 220),
-    "loaded_model.py": (107, 0),
-    "config.py": (595, 320),
+    "setup.py": (272, 220),
+    "loaded_model.py": (106, 0),
+    "config.py": (564, 320),
     "errors.py": (72, 60),
     "model": (1127, 1000),
-    "data": (2058, 1500),
+    "data": (2056, 1500),
     "parallel": (1612, 1250),
-    "training": (1490, 1000),
+    "training": (1483, 1000),
     "tracking": (782, 700),
     "prepare": (996, 1000),
     "__init__.py": (3, 5),
 }
-IN_ALL = {"alexnet_dist": (10870, 8700), "benchmarks": (2403, 2300), "tests": (8286, 6500)}
+IN_ALL = {"alexnet_dist": (10812, 8700), "benchmarks": (2395, 2300), "tests": (8286, 6500)}
 FILES_OF_A_STEP, LINES_OF_A_STEP = (16, 16), (3174, 2800)
 
 TRACER = """
