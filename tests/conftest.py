@@ -13,9 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.warm import MODULES, Warm
+from tests.processes import run_group, run_main
 
-WARM = Warm()
 SIDE = 76
 TINY = [
     "--data.image_size=67",
@@ -34,15 +33,15 @@ TINY = [
 
 
 def write_images(root: Path, *, train: int = 31, val: int = 13, side: int = SIDE) -> Path:
-    """A folder of three classes of coloured noise, in ImageNet's layout."""
+    """A folder of three classes of colored noise, in ImageNet's layout."""
     generator = np.random.default_rng(7)
-    colours = {"blue": (40, 60, 200), "green": (40, 190, 60), "red": (200, 50, 40)}
+    colors = {"blue": (40, 60, 200), "green": (40, 190, 60), "red": (200, 50, 40)}
     for split, count in (("train", train), ("val", val)):
         for number in range(count):
-            name = list(colours)[number % 3]
+            name = list(colors)[number % 3]
             folder = root / split / name
             folder.mkdir(parents=True, exist_ok=True)
-            noise = generator.normal(0, 40, (side, side, 3)) + colours[name]
+            noise = generator.normal(0, 40, (side, side, 3)) + colors[name]
             image = Image.fromarray(noise.clip(0, 255).astype(np.uint8))
             image.save(folder / f"{number:03d}.jpg", quality=95)
     return root
@@ -63,7 +62,7 @@ class Result:
 
     @property
     def said(self) -> list[str]:
-        """The sentences of ours in what it wrote to standard error."""
+        """The error messages of ours in what it wrote to standard error."""
         return [
             line.split("alexnet_dist: ", 1)[1]
             for line in self.err.splitlines()
@@ -96,9 +95,9 @@ def launch(
     timeout: int = 240,
     **env: str,
 ) -> Result:
-    """Run a command of the package to its end."""
-    if processes == 0 and module in MODULES:
-        return Result(*WARM.run(module, list(options), environment(**env), timeout))
+    """Run a command of the package to its end, by torchrun unless ``processes`` is 0."""
+    if processes == 0:
+        return Result(*run_group(0, environment(**env), timeout, run_main, module, *options))
     done = subprocess.run(
         command(processes, module, *options),
         capture_output=True,
@@ -111,10 +110,9 @@ def launch(
 
 
 def train(processes: int, root: Path, runs: Path, *options: str, **env: str) -> Result:
-    """Train the tiny network; fails the test where that fails."""
-    words = [*TINY, f"--data.root={root}", f"--run.output_dir={runs}", *options]
-    # torchrun itself is there in the tests of errors and of faults
-    result = Result(*WARM.run("alexnet_dist.train", words, environment(**env), 240, processes))
+    """Train the tiny network without torchrun; fails the test where that fails."""
+    words = ["alexnet_dist.train", *TINY, f"--data.root={root}", f"--run.output_dir={runs}"]
+    result = Result(*run_group(processes, environment(**env), 240, run_main, *words, *options))
     assert result.code == 0, result.err[-3000:]
     return result
 

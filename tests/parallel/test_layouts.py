@@ -1,8 +1,6 @@
 """Every layout computes the network of one device, in real groups of processes."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,177 +15,138 @@ from alexnet_dist.parallel.mesh import Mesh
 from alexnet_dist.parallel.sharded_loss import ShardedClasses, to_counts
 from alexnet_dist.parallel.sharding import ShardSpec
 from tests.conftest import environment
-
-
-def group(processes: int, *jobs: str, on: str = "cpu") -> list[Any]:
-    """The answers of so many processes to each of the ``jobs``, see worker.py."""
-    launcher = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
-    words = " / ".join(jobs).split()
-    done = subprocess.run(
-        [*launcher, f"--nproc_per_node={processes}", "-m", "tests.parallel.worker", *words],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        cwd=Path(__file__).parents[2],
-        env=environment(PYTHONWARNINGS="ignore", LAYOUT_TEST_ON=on),
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-
+from tests.parallel import worker
+from tests.processes import run_group
 
 LAYOUTS = ("ddp", "towers", "sharded")
-GRADIENTS = {
-    1: ["sharded paper 7 4"],
-    2: [
-        "ddp paper 7 5",
-        "towers paper 7 5",
-        "towers original150 3 5",
-        "towers original146 3 4",
-        "sharded original150 7 6",
-        "sharded paper 7 5",
-        "ddp*2 paper 7 5",  # microbatches of 1 and 2 images on one process, 1 and 1 on the other
-        "towers*3 paper 7 5",
-        "sharded*2 paper 7 7",
-        "ddp alexnet_bn 7 5",
-        "towers alexnet_bn 7 5",
-        "sharded bn_everywhere 7 5",
-    ],
-    # uneven shards of outputs, one without classes; 3, 2, 2 images on the processes
-    3: ["sharded owt 2 7", "ddp alexnet_bn 2 7", "sharded bn_everywhere 2 7"],
-    4: ["towers alexnet_bn 10 5", "towers paper 10 6", "sharded paper 10 9"],
-}
-EVALUATION = {
-    2: ["ddp 10 6", "towers 10 6", "sharded 10 6"],
-    3: ["sharded 2 4", "ddp 2 4"],
-    4: ["towers 7 5", "sharded 10 6"],
-}
-LARS = {2: ["lars towers 7", "lars sharded 7"], 3: ["lars sharded 2"]}
-BATCH_NORM = {
-    1: ["steps ddp 3 7 alexnet_bn"],
-    2: [f"steps {layout} 3 7 alexnet_bn" for layout in LAYOUTS],
-    3: ["steps ddp 3 7 alexnet_bn"],
-}
-CHECKPOINTS = {  # groups run in this order; three shards of four classes are of 2, 2, 0
-    2: [f"write {name} FOLDER/{name}" for name in LAYOUTS]
-    + [f"read {name} FOLDER/{other}" for name in LAYOUTS for other in LAYOUTS],
-    3: ["write sharded FOLDER/thirds"]
-    + [f"read {name} FOLDER/{other}" for name in ("ddp", "sharded") for other in LAYOUTS]
-    + ["read ddp FOLDER/thirds"],
-    4: ["write towers FOLDER/pairs"]
-    + [f"read {name} FOLDER/{other}" for name in LAYOUTS for other in ("pairs", "thirds")],
-}
 COMPRESSED = ("ddp", "ddp+bf16", "ddp+fp16", "ddp+powersgd")
-OVERFLOW = ("towers 0", "towers all", "sharded 0", "sharded all", "ddp all")
-Answers = dict[tuple[int, str], Any]
+OVERFLOW = tuple(
+    f"overflow {job}" for job in ("towers 0", "towers all", "sharded 0", "sharded all", "ddp all")
+)
 
 
-@pytest.fixture(scope="module")
-def answers(tmp_path_factory: pytest.TempPathFactory) -> Answers:
-    """What groups of 1, 2, 3 and 4 processes answer to all jobs of the tests below: starting a
-    group takes longer than most of them."""
-    folder = tmp_path_factory.mktemp("checkpoints")
-    jobs: dict[int, list[str]] = {
-        1: ["steps ddp 20 6 paper"],
-        2: [f"steps {layout} 20 6 paper" for layout in LAYOUTS]
-        + [f"steps {layout} 6 6 paper" for layout in COMPRESSED]
-        + [f"overflow {job}" for job in OVERFLOW],
-        3: ["resumed ddp FOLDER/resumed"],
-        4: [],
-    }
-    for table, kind in ((GRADIENTS, "gradients "), (EVALUATION, "evaluation "), (LARS, "")):
-        for n, some in table.items():
-            jobs[n] += [kind + job for job in some]
-    for table in (BATCH_NORM, CHECKPOINTS):
-        for n, some in table.items():
-            jobs[n] += some
-    found: Answers = {}
-    for n, some in jobs.items():
-        given = group(n, *(job.replace("FOLDER", str(folder)) for job in some))
-        found |= {(n, job): answer for job, answer in zip(some, given, strict=True)}
-    return found
+def group(processes: int, *jobs: str, on: str = "cpu") -> dict[str, Any]:
+    """The answers of so many processes to the ``jobs``, see worker.py."""
+    env = environment(PYTHONWARNINGS="ignore")
+    code, out, err = run_group(processes, env, 240, worker.main, jobs, on)
+    assert code == 0, err[-3000:]
+    answers = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+    return dict(zip(jobs, answers, strict=True))
 
 
-def check_gradients(answer: dict[str, Any], job: str) -> None:
-    assert answer["loss"] < 1e-9, job
-    assert answer["correct"][0] == answer["correct"][1], job
-    assert max(answer["gradients"].values()) < 1e-9, job
+def check(answers: dict[str, Any]) -> None:
+    """That layouts have computed what one device does."""
+    for job, answer in answers.items():
+        match job.split()[0]:
+            case "gradients":
+                assert answer["loss"] < 1e-9, job
+                assert answer["correct"][0] == answer["correct"][1], job
+                assert max(answer["gradients"].values()) < 1e-9, job
+                assert max(answer["updated"].values()) < 1e-9, job
+            case "evaluation":
+                assert answer["got"][1:] == answer["expected"][1:], job
+                assert answer["got"][0] == pytest.approx(answer["expected"][0], rel=1e-6), job
+                assert answer["logits"] < 1e-5, job
+            case "overflow":
+                assert answer == {"ok": True}, job
+            case "read":
+                # parameters and their momentum, and ten running averages
+                assert answer == {"equal": 54, "of": 2 * 22 + 10}, job
 
 
-def check_counts(answer: dict[str, Any], job: str) -> None:
-    assert answer["got"][1:] == answer["expected"][1:], job
+@pytest.mark.parametrize(
+    ("processes", "jobs"),
+    [
+        (1, ["sharded paper 7 4"]),
+        (
+            2,
+            [
+                "ddp paper 7 5",
+                "towers paper 7 5",
+                "towers original150 3 5",
+                "towers original146 3 4",
+                "sharded original150 7 6",
+                "sharded paper 7 5",
+                # microbatches of 1 and 2 images on one process, 1 and 1 on the other
+                "ddp*2 paper 7 5",
+                "towers*3 paper 7 5",
+                "sharded*2 paper 7 7",
+                "ddp alexnet_bn 7 5",
+                "towers alexnet_bn 7 5",
+                "sharded fc_bn 7 5",
+            ],
+        ),
+        # uneven shards of outputs, one without classes; 3, 2, 2 images on the processes
+        (3, ["sharded owt 2 7", "ddp alexnet_bn 2 7", "sharded fc_bn 2 7"]),
+        (4, ["towers alexnet_bn 10 5", "towers paper 10 6", "sharded paper 10 9"]),
+    ],
+)
+def test_loss_gradients_and_updates_are_those_of_one_device(
+    processes: int, jobs: list[str]
+) -> None:
+    check(group(processes, *(f"gradients {job}" for job in jobs)))
 
 
-def test_loss_and_gradients_are_those_of_one_device(answers: Answers) -> None:
-    for n, jobs in GRADIENTS.items():
-        for job in jobs:
-            check_gradients(answers[n, f"gradients {job}"], job)
+@pytest.mark.parametrize(
+    ("processes", "jobs"),
+    [
+        (2, ["ddp 10 6", "towers 10 6", "sharded 10 6"]),
+        (3, ["sharded 2 4", "ddp 2 4"]),
+        (4, ["towers 7 5", "sharded 10 6"]),
+    ],
+)
+def test_evaluation_counts_every_image_once(processes: int, jobs: list[str]) -> None:
+    check(group(processes, *(f"evaluation {job}" for job in jobs)))
 
 
-def test_steps_with_dropout_are_those_of_one_device(answers: Answers) -> None:
-    alone = answers[1, "steps ddp 20 6 paper"]["losses"]
-    for layout in LAYOUTS:
-        assert answers[2, f"steps {layout} 20 6 paper"]["losses"] == pytest.approx(alone, rel=1e-4)
-    assert len(set(alone)) == 20
+def test_steps_with_dropout_are_those_of_one_device() -> None:
+    (alone,) = group(1, "steps ddp 20 6 paper").values()
+    assert len(set(alone["losses"])) == 20
+    for answer in group(2, *(f"steps {layout} 20 6 paper" for layout in LAYOUTS)).values():
+        assert answer["losses"] == pytest.approx(alone["losses"], rel=1e-4)
 
 
-def test_batch_norm_has_the_statistics_of_the_global_batch(answers: Answers) -> None:
-    alone = answers[1, "steps ddp 3 7 alexnet_bn"]
+def test_batch_norm_has_the_statistics_of_the_global_batch() -> None:
+    (alone,) = group(1, "steps ddp 3 7 alexnet_bn").values()
     assert len(alone["averages"]) == 10
-    for n, jobs in BATCH_NORM.items():
-        for job in jobs:
-            answer = answers[n, job]
-            assert answer["unmoved"], job  # by DDP's warm-up
-            assert answer["same_bits"], job
-            assert answer["losses"] == pytest.approx(alone["losses"], rel=1e-5), job
-            for name, wanted in alone["averages"].items():
-                near = pytest.approx(wanted, rel=1e-4, abs=1e-4 * max(map(abs, wanted)))
-                assert answer["averages"][name] == near, (job, name)
+    together = group(2, *(f"steps {layout} 3 7 alexnet_bn" for layout in LAYOUTS))
+    for answer in (alone, *together.values(), *group(3, "steps ddp 3 7 alexnet_bn").values()):
+        assert answer["unmoved"]  # by DDP's warm-up
+        assert answer["same_bits"]
+        assert answer["losses"] == pytest.approx(alone["losses"], rel=1e-5)
+        for name, wanted in alone["averages"].items():
+            near = pytest.approx(wanted, rel=1e-4, abs=1e-4 * max(map(abs, wanted)))
+            assert answer["averages"][name] == near, name
 
 
-def test_resume_on_three_processes_has_the_same_bits(answers: Answers) -> None:
-    answer = answers[3, "resumed ddp FOLDER/resumed"]
-    assert answer["losses"][0] == answer["losses"][1]
-    assert answer["equal"] == answer["of"] == 32 + 22  # ten running averages have no momentum
-
-
-def test_lars_has_the_norms_of_full_tensors(answers: Answers) -> None:
-    for n, jobs in LARS.items():
-        for job in jobs:
-            assert max(answers[n, job]["errors"].values()) < 1e-5, job
-
-
-def test_compressed_gradients_train_nearly_alike(answers: Answers) -> None:
-    plain, *others = (answers[2, f"steps {layout} 6 6 paper"]["losses"] for layout in COMPRESSED)
+def test_compressed_gradients_train_nearly_alike() -> None:
+    answers = group(2, *(f"steps {layout} 6 6 paper" for layout in COMPRESSED)).values()
+    plain, *others = (answer["losses"] for answer in answers)
     for losses in others:
         assert losses[0] == plain[0]
         assert losses != plain
         assert losses == pytest.approx(plain, rel=1e-2)
 
 
-def test_evaluation_counts_every_image_once(answers: Answers) -> None:
-    for n, jobs in EVALUATION.items():
-        for job in jobs:
-            answer = answers[n, f"evaluation {job}"]
-            check_counts(answer, job)
-            assert answer["got"][0] == pytest.approx(answer["expected"][0], rel=1e-6), job
-            assert answer["logits"] < 1e-5, job
+def test_checkpoint_of_any_layout_is_read_under_any_other(tmp_path: Path) -> None:
+    def write_and_read(processes: int, write: dict[str, str], read: tuple[str, ...]) -> None:
+        folders.extend(write)
+        jobs = [f"write {layout} {tmp_path}/{name}" for name, layout in write.items()]
+        jobs += [f"read {layout} {tmp_path}/{name}" for layout in read for name in folders]
+        check(group(processes, *jobs))
+
+    folders: list[str] = []
+    write_and_read(2, {layout: layout for layout in LAYOUTS}, LAYOUTS)
+    write_and_read(3, {"thirds": "sharded"}, ("ddp", "sharded"))  # of four classes 2, 2, 0
+    write_and_read(4, {"pairs": "towers"}, LAYOUTS)
 
 
-def test_checkpoint_of_any_layout_is_read_under_any_other(answers: Answers) -> None:
-    reads = [(n, job) for n, jobs in CHECKPOINTS.items() for job in jobs if job.startswith("read")]
-    assert len(reads) == 22
-    for read in reads:
-        assert answers[read] == {"equal": 32, "of": 32}, read
-
-
-def test_fp16_skips_a_step_on_all_processes(answers: Answers) -> None:
-    for job in OVERFLOW:
-        assert answers[2, f"overflow {job}"] == {"ok": True}, job
+def test_fp16_skips_a_step_on_all_processes() -> None:
+    check(group(2, *OVERFLOW))
 
 
 def test_memory_of_layouts_that_split_layers() -> None:
-    (full,), (tower,), (sharded,) = (group(2, f"memory {layout}") for layout in LAYOUTS)
+    full, tower, sharded = (group(2, job)[job] for job in (f"memory {one}" for one in LAYOUTS))
     convolutions = 0.1155 * full["tensors"]  # of this network, for images of 67 pixels
     assert tower["tensors"] == pytest.approx(full["tensors"] / 2, rel=0.01)
     assert sharded["tensors"] == pytest.approx((full["tensors"] + convolutions) / 2, rel=0.01)
@@ -198,8 +157,7 @@ def test_memory_of_layouts_that_split_layers() -> None:
 
 @pytest.mark.slow
 def test_torchvisions_network_is_sharded() -> None:
-    (answer,) = group(2, "gradients sharded torchvision 7 4")
-    check_gradients(answer, "torchvision")
+    check(group(2, "gradients sharded torchvision 7 4"))
 
 
 @pytest.mark.gpu
@@ -210,22 +168,13 @@ def test_layouts_on_gpus(on: str, tmp_path: Path) -> None:
     jobs = [f"gradients {layout} paper 7 5" for layout in LAYOUTS]
     jobs += [f"evaluation {layout} 10 6" for layout in LAYOUTS]
     jobs += [f"steps {layout} 6 6 paper" for layout in COMPRESSED]
-    jobs += [f"overflow {job}" for job in OVERFLOW]
     jobs += [f"write {layout} {tmp_path}/{layout}" for layout in LAYOUTS]
     jobs += [f"read {layout} {tmp_path}/{other}" for layout in LAYOUTS for other in LAYOUTS]
-    found = dict(zip(jobs, group(2, *jobs, on=on), strict=True))
-    for job, answer in found.items():
-        if job.startswith("gradients"):
-            check_gradients(answer, job)
-        elif job.startswith("evaluation"):
-            check_counts(answer, job)
-        elif job.startswith("steps"):
-            plain = found["steps ddp 6 6 paper"]["losses"]
-            assert answer["losses"] == pytest.approx(plain, rel=1e-2), job
-        elif job.startswith("overflow"):
-            assert answer == {"ok": True}, job
-        elif job.startswith("read"):
-            assert answer == {"equal": 32, "of": 32}, job
+    answers = group(2, *jobs, *OVERFLOW, on=on)
+    check(answers)
+    plain, *others = (answers[f"steps {layout} 6 6 paper"]["losses"] for layout in COMPRESSED)
+    for losses in others:
+        assert losses == pytest.approx(plain, rel=1e-2)
 
 
 @pytest.mark.parametrize(
