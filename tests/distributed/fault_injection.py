@@ -1,9 +1,12 @@
-"""Training in which the images of some steps, or the weights after them, are not finite.
+"""Training with a fault that the environment names, FAULT=KIND[:STEPS].
 
-SPOIL=IMAGES:3,4 or WEIGHTS:3 names the steps; weights are spoilt once only, as by a flipped bit.
+images:6,18     the images of these steps are not finite
+weights:8       nor is a weight after this step
+evaluation      a file PREEMPT appears in RUN during the first evaluation
 """
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,36 +15,36 @@ import torch
 from alexnet_dist import setup, train
 from alexnet_dist.errors import run_command
 
-what, _, words = os.environ["SPOIL"].partition(":")
-steps = {int(word) for word in words.split(",")}
+kind, _, words = os.environ["FAULT"].partition(":")
+steps = [int(word) for word in words.split(",") if word]
 count = 0
-plain_step = setup.train_step
-plain_restore = train.Trainer._restore_or_initialize
+train_step, evaluate = setup.train_step, train.evaluate
 
 
-def restore(run: train.Trainer) -> Any:
-    global count
-    result = plain_restore(run)
-    count = run.step
-    return result
-
-
-def train_step(layout: Any, optimizer: Any, batch: Any, masks: Any) -> torch.Tensor:
+def faulty_train_step(layout: Any, optimizer: Any, batch: Any, masks: Any) -> torch.Tensor:
     global count
     count += 1
-    if what == "IMAGES" and count in steps:
+    if kind == "images" and count in steps:
         batch.images.mul_(float("nan"))
-    result = plain_step(layout, optimizer, batch, masks)
-    once = Path(os.environ["SPOIL_ONCE"] + os.environ.get("RANK", "0"))
-    if what == "WEIGHTS" and count in steps and not once.exists():
-        once.touch()
+    result = train_step(layout, optimizer, batch, masks)
+    if kind == "weights" and count in steps:
         with torch.no_grad():
             next(iter(layout.parameters.values())).fill_(float("inf"))
     return result
 
 
-setup.train_step = train_step
-train.Trainer._restore_or_initialize = restore  # type: ignore[method-assign]
+def preempted_evaluate(layout: Any, batches: Any, device: Any, after_batch: Any) -> Any:
+    def touch() -> None:
+        Path(os.environ["RUN"], "PREEMPT").touch()
+        time.sleep(1.1)
+        after_batch()
+
+    return evaluate(layout, batches, device, touch)
+
+
+setup.train_step = faulty_train_step
+if kind == "evaluation":
+    train.evaluate = preempted_evaluate
 
 if __name__ == "__main__":
     run_command(train.main)

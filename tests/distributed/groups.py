@@ -3,7 +3,10 @@
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
+
+from safetensors.torch import load_file
 
 from tests.conftest import TINY, command, environment, losses
 
@@ -23,14 +26,14 @@ def running(
         env=environment(),
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # shells may ignore it
     )
-    before = len(losses(runs / "run")) if (runs / "run/metrics.jsonl").exists() else 0
-    wait_for(lambda: started(runs / "run", before + 1))
+    before = steps(runs / "run")
+    wait_for(lambda: steps(runs / "run") > before + 1)
     return launcher
 
 
-def started(run: Path, steps: int) -> bool:
-    """Whether the run has recorded so many steps."""
-    return (run / "metrics.jsonl").exists() and len(losses(run)) > steps
+def steps(run: Path) -> int:
+    """How many steps the run has recorded."""
+    return len(losses(run)) if (run / "metrics.jsonl").exists() else 0
 
 
 def workers(launcher: int) -> list[int]:
@@ -39,6 +42,7 @@ def workers(launcher: int) -> list[int]:
 
 
 def alive(word: str) -> list[str]:
+    """The command lines of running processes that have ``word`` in them."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
@@ -50,21 +54,19 @@ def alive(word: str) -> list[str]:
     return found
 
 
-def wait_for(condition: object, seconds: float = 120) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
     end = time.monotonic() + seconds
-    while not condition():  # type: ignore[operator]
+    while not condition():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.2)
 
 
 def tensors(run: Path) -> dict[str, bytes]:
     """Every tensor of the run's last checkpoint, to the bit."""
-    from safetensors import safe_open
-
-    found = {}
-    for file in sorted((run / "checkpoints/last").resolve().glob("*.safetensors")):
-        with safe_open(file, "pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (no mapping)
-                found[f"{file.name} {name}"] = tensors.get_tensor(name).numpy().tobytes()
+    found = {
+        f"{file.name} {name}": tensor.numpy().tobytes()
+        for file in sorted((run / "checkpoints/last").resolve().glob("*.safetensors"))
+        for name, tensor in load_file(file).items()
+    }
     assert any("velocity." in name for name in found)
     return found
