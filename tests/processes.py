@@ -41,7 +41,7 @@ def run_group(
         finally:
             for process in group:
                 process.kill()
-        return code, *(Path(folder, name).read_text() for name in ("out", "err"))
+        return code, Path(folder, "out").read_text(), Path(folder, "err").read_text()
 
 
 def run_main(module: str, *options: str) -> None:
