@@ -96,7 +96,7 @@ def _silent_mesh(name: str, rank: int, n: int) -> Iterator[Mesh]:
     try:
         group = dist.group.WORLD
         assert group is not None
-        mesh = Mesh(rank, n, 0, 1, CPU, 1, group, group)
+        mesh = Mesh(rank, n, CPU, 1, group, group)
         size = (dist.get_world_size(), 1)
         yield replace(mesh, device_mesh=init_device_mesh("cpu", size, mesh_dim_names=("dp", "mp")))
     finally:

@@ -24,13 +24,13 @@ BUDGETS = {  # lines of Python, docstrings included: the most allowed, which may
     "errors.py": (72, 60),
     "model": (1127, 1000),
     "data": (2056, 1500),
-    "parallel": (1612, 1250),
+    "parallel": (1604, 1250),
     "training": (1483, 1000),
     "tracking": (782, 700),
     "prepare": (996, 1000),
     "__init__.py": (3, 5),
 }
-IN_ALL = {"alexnet_dist": (10812, 8700), "benchmarks": (2395, 2300), "tests": (7934, 6500)}
+IN_ALL = {"alexnet_dist": (10804, 8700), "benchmarks": (2293, 2300), "tests": (7938, 6500)}
 FILES_OF_A_STEP, LINES_OF_A_STEP = (16, 16), (3174, 2800)
 
 TRACER = """

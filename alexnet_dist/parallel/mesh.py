@@ -46,19 +46,12 @@ class Mesh:
 
     rank: int
     world_size: int
-    local_rank: int
-    local_world_size: int
     device: torch.device
     threads: int
     long_timeout_group: dist.ProcessGroup
     checkpoint_group: dist.ProcessGroup
     split_size: int = 1
     device_mesh: DeviceMesh | None = None
-
-    @property
-    def split_rank(self) -> int:
-        """Which process of its replica this is."""
-        return self.rank % self.split_size
 
     @property
     def dp_size(self) -> int:
@@ -73,7 +66,7 @@ class Mesh:
     @property
     def is_replica_leader(self) -> bool:
         """True on one process of each replica: what a replica counts is counted there."""
-        return self.split_rank == 0
+        return self.rank % self.split_size == 0
 
     def with_layout(self, split_size: int) -> "Mesh":
         """The same processes with ``split_size`` neighbors in a replica."""
@@ -170,8 +163,7 @@ def init_distributed(
     atexit.register(destroy_distributed)
     threads = threads or max(available_cpus() // local_world_size, 1)
     torch.set_num_threads(threads)
-    ranks = rank, world_size, local_rank, local_world_size
-    return Mesh(*ranks, torch_device, threads, _gloo_group(), _gloo_group())
+    return Mesh(rank, world_size, torch_device, threads, _gloo_group(), _gloo_group())
 
 
 def _gloo_group() -> dist.ProcessGroup:
