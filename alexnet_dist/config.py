@@ -10,20 +10,12 @@ import dataclasses
 import difflib
 import json
 import re
+import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache, partial, reduce
 from pathlib import Path
-from typing import (
-    Annotated,
-    Any,
-    Literal,
-    NamedTuple,
-    NoReturn,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+from typing import Annotated, Any, Literal, NamedTuple, NoReturn
 
 import docstring_parser
 import yaml
@@ -63,17 +55,14 @@ Range = Annotated[tuple[float, float], FROM_YAML, "two numbers, as [0.1, 1]"]
 Switch = Annotated[bool | Literal["auto"], "true, false or auto"]
 Duration = Annotated[float, BeforeValidator(_seconds), "seconds, M:S, H:M:S or D-H:M:S"]
 Signal = Literal["SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGALRM"]
-Signals = Annotated[list[Signal], FROM_YAML, f"a list of {', '.join(get_args(Signal))}"]
-Multiples = Annotated[
-    dict[str, float], FROM_YAML, "numbers by name, as {biases: 2, conv1.weight: 0.1}"
-]
+Signals = Annotated[list[Signal], FROM_YAML, f"a list of {', '.join(typing.get_args(Signal))}"]
+Multiples = Annotated[dict[str, float], FROM_YAML, "numbers by name, as {biases: 2, fc8.bias: 1}"]
+Pairs = list[tuple[float, float]]
 MilestoneList = Annotated[
-    list[tuple[float, float]],
-    FROM_YAML,
-    "a list of [epochs done, value from then on], as [[0, 0.1], [66, 0]]",
+    Pairs, FROM_YAML, "a list of [epochs done, value from then on], as [[0, 0.1], [66, 0]]"
 ]
 Milestones = Annotated[
-    dict[str, list[tuple[float, float]]],
+    dict[str, Pairs],
     FROM_YAML,
     "lists of [epochs done, lr from then on] by name, as {weights: [[0, 0.01], [24, 0.001]]}",
 ]
@@ -303,7 +292,7 @@ is another; "" if it is gone."""
 
 def _sections(section: Any, prefix: str = "") -> Iterator[tuple[str, type]]:
     yield prefix, section
-    for name, hint in get_type_hints(section).items():
+    for name, hint in typing.get_type_hints(section).items():
         if dataclasses.is_dataclass(hint):
             yield from _sections(hint, f"{prefix}{name}.")
 
@@ -314,19 +303,21 @@ SECTIONS: dict[str, type] = dict(_sections(Config))
 OPTIONS: dict[str, Any] = {
     f"{prefix}{name}": hint
     for prefix, section in SECTIONS.items()
-    for name, hint in get_type_hints(section, include_extras=True).items()
+    for name, hint in typing.get_type_hints(section, include_extras=True).items()
     if not dataclasses.is_dataclass(hint)
 }
 """The type of each option by its dotted name."""
 
 
 @cache
-def _option_docs() -> dict[str, str]:
-    return {
-        f"{prefix}{option.arg_name}": str(option.description)
+def _option_help() -> dict[str, str]:
+    """What each option means, and what its value must be."""
+    docs = {
+        f"{prefix}{option.arg_name}": option.description
         for prefix, section in SECTIONS.items()
         for option in docstring_parser.parse_from_object(section).params
     }
+    return {name: f"{docs[name]} ({_expected(hint)})" for name, hint in OPTIONS.items()}
 
 
 class ParsedArgs(NamedTuple):
@@ -366,19 +357,18 @@ class CommandParser(argparse.ArgumentParser):
             self._add_trainer_options(with_help=command == "train")
 
     def _add_trainer_options(self, *, with_help: bool) -> None:
-        self.epilog = "also: the trainer's options (python -m alexnet_dist.train --help)"
-        docs: dict[str, str] = {}
         if with_help:
-            self.usage, self.epilog = "%(prog)s [--config FILE] [--OPTION VALUE ...]", None
-            docs = {n: f"{doc} ({_expected(OPTIONS[n])})" for n, doc in _option_docs().items()}
-        defaults = flatten(to_dict(Config()))
+            self.usage = "%(prog)s [--config FILE] [--OPTION VALUE ...]"
+        else:
+            self.epilog = "also: the trainer's options (python -m alexnet_dist.train --help)"
+        texts, defaults = _option_help() if with_help else {}, flatten(to_dict(Config()))
         for prefix, section in SECTIONS.items():
             group = self.add_argument_group(str(section.__doc__).rstrip("."))
             for name in (f"{prefix}{option.name}" for option in dataclasses.fields(section)):
                 if name in OPTIONS:
-                    text, default = docs.get(name, argparse.SUPPRESS), _as_text(defaults[name])
+                    text, shown = texts.get(name, argparse.SUPPRESS), _as_text(defaults[name])
                     group.add_argument(
-                        f"--{name}", metavar=default, help=text, default=argparse.SUPPRESS
+                        f"--{name}", metavar=shown, help=text, default=argparse.SUPPRESS
                     )
 
     def parse(self, arguments: list[str], base_config: dict[str, Any] | None = None) -> ParsedArgs:
@@ -419,9 +409,9 @@ class CommandParser(argparse.ArgumentParser):
         raise _error(f"{message}; --help lists all options")
 
 
-def parse(arguments: list[str], description: str | None = None) -> ParsedArgs:
+def parse(arguments: list[str]) -> ParsedArgs:
     """Parse a command line of the trainer; see ``CommandParser.parse``."""
-    return CommandParser("train", description).parse(arguments)
+    return CommandParser("train", None).parse(arguments)
 
 
 def positive_int(text: str) -> int:
@@ -448,8 +438,7 @@ def from_dict(record: dict[str, Any], where: str = "the run's config.yaml") -> C
 
 def to_dict(config: Config) -> dict[str, Any]:
     """The config as plain values, tuples as lists."""
-    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
-    return plain
+    return dict(json.loads(json.dumps(dataclasses.asdict(config))))
 
 
 def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -554,9 +543,9 @@ def _expected(hint: Any) -> str:
     """What a value of this type must be."""
     if hasattr(hint, "__metadata__"):
         return str(hint.__metadata__[-1])
-    if get_origin(hint) is Literal:
-        return "one of " + ", ".join(str(value) for value in get_args(hint))
-    kinds = [kind for kind in get_args(hint) if kind is not type(None)]
+    if typing.get_origin(hint) is Literal:
+        return "one of " + ", ".join(str(value) for value in typing.get_args(hint))
+    kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
     return {str: "text", bool: "true or false"}.get(hint) or " or ".join(map(_expected, kinds))
 
 

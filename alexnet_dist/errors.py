@@ -22,9 +22,6 @@ class UserError(Exception):
         super().__init__(message)
         self.on_all_ranks = on_all_ranks
 
-    def __reduce__(self) -> tuple[type["UserError"], tuple[str]]:
-        return UserError, (str(self),)
-
 
 def print_error(message: str) -> None:
     """Print one line to stderr."""
@@ -33,12 +30,12 @@ def print_error(message: str) -> None:
 
 def run_command(main: Callable[[list[str]], None]) -> NoReturn:
     """Run a command; a UserError ends it with its message, exit code 1 and no traceback."""
-    rank, code = os.environ.get("RANK", "0"), 1
+    rank, debug, code = os.environ.get("RANK", "0"), "--debug" in sys.argv, 1
     try:
         main(sys.argv[1:])
         sys.exit(0)
     except UserError as error:
-        if "--debug" in sys.argv:
+        if debug:
             traceback.print_exc()
         if rank == "0" or not error.on_all_ranks:
             print_error(str(error))
@@ -52,14 +49,12 @@ def run_command(main: Callable[[list[str]], None]) -> NoReturn:
     except BrokenPipeError:  # "... | head" has read enough
         os._exit(1)
     except Exception as error:
-        lost_peer = isinstance(error, RuntimeError) and re.search(LOST_PEER, str(error))
-        if lost_peer and "--debug" not in sys.argv:
+        if debug or not isinstance(error, RuntimeError) or not re.search(LOST_PEER, str(error)):
+            traceback.print_exc()
+        else:
             time.sleep(1)  # the one that exited first says why
             print_error(f"process {rank} exits, since it lost another process of this run")
-        else:
-            traceback.print_exc()
     sys.stdout.flush()
-    sys.stderr.flush()
     os._exit(code)  # a normal exit would wait for threads, and for processes that are gone
 
 

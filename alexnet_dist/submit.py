@@ -16,7 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from alexnet_dist.config import CommandParser, parse
+from alexnet_dist.config import CommandParser
 from alexnet_dist.errors import UserError, run_command
 
 
@@ -34,7 +34,7 @@ def main(arguments: list[str]) -> None:
         parser.parse(words)
         print(f"job {_sbatch(flags, script, words, dry_run)} evaluates")
         return
-    parsed = parse(words, __doc__)
+    parsed = CommandParser("submit", __doc__).parse(words)
     run = parsed.config.run
     if run.resume != "auto":
         raise UserError("leave out run.resume: a job resumes its own run (see --run.name)")
