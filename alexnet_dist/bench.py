@@ -15,23 +15,21 @@ import resource
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
-from rich.table import Table
 
 from alexnet_dist import setup
-from alexnet_dist.config import CommandParser, Config
+from alexnet_dist.config import CommandParser, Config, positive_int
 from alexnet_dist.data import dali
 from alexnet_dist.data.corrupt_images import Batch, Loader
 from alexnet_dist.data.index import open_datasets
 from alexnet_dist.errors import UserError, run_command
-from alexnet_dist.model.layer_stats import layer_stats, training_flops
+from alexnet_dist.model.layer_stats import layer_stats
 from alexnet_dist.parallel.mesh import Mesh, init_distributed
 from alexnet_dist.parallel.precision import device_name
 from alexnet_dist.training.checkpoint import CheckpointManager
@@ -55,30 +53,10 @@ class BenchCase:
     on_start: Callable[[], object] = lambda: None
 
 
-@dataclass(frozen=True)
-class BenchResult:
-    """Units per second, one value per round."""
-
-    rounds: tuple[float, ...]
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.rounds)
-
-    def speedup_over(self, other: "BenchResult") -> float:
-        """The median of the ratios to ``other``, round by round."""
-        return statistics.median(a / b for a, b in zip(self.rounds, other.rounds, strict=True))
-
-    def summary(self) -> dict[str, float]:
-        """Median, lowest and highest, to four significant digits."""
-        values = {"median": self.median, "low": min(self.rounds), "high": max(self.rounds)}
-        return {name: float(f"{value:.4g}") for name, value in values.items()}
-
-
 def time_interleaved(
     cases: Mapping[str, BenchCase], *, rounds: int, seconds: float
-) -> dict[str, BenchResult]:
-    """Units per second of each case, over at least ``seconds`` in each of ``rounds``.
+) -> dict[str, list[float]]:
+    """Units per second of each case by round, over at least ``seconds`` in each of ``rounds``.
 
     The cases take turns, so that whatever else the machine does meanwhile slows all of them. In a
     process group all ranks call this together, and run each case equally often.
@@ -95,7 +73,7 @@ def time_interleaved(
                 units += sum(case.run() for _ in range(repeats))
                 repeats *= 2
             speeds[name].append(units / passed)
-    return {name: BenchResult(tuple(values)) for name, values in speeds.items()}
+    return speeds
 
 
 def _elapsed(begin: float) -> float:
@@ -108,6 +86,12 @@ def _elapsed(begin: float) -> float:
     return float(seconds)
 
 
+def summarize(rounds: Sequence[float]) -> dict[str, float]:
+    """Median, lowest and highest, to four significant digits."""
+    values = {"median": statistics.median(rounds), "low": min(rounds), "high": max(rounds)}
+    return {name: float(f"{value:.4g}") for name, value in values.items()}
+
+
 class TrainBenchmark:
     """Data, model and optimizer of a config, ready to be timed."""
 
@@ -115,20 +99,21 @@ class TrainBenchmark:
         optim, parallel = replace(config.optim, lr=0.0), replace(config.parallel, powersgd_start=2)
         self.config = config = replace(config, optim=optim, parallel=parallel)
         self.mesh, self.batch_size = mesh, config.data.batch_size
-        self.threads = mesh.threads
-        self.prefetched = 2 * max(self.threads, 2) + 2  # more than any loader's
+        self.prefetched = 2 * max(mesh.threads, 2) + 2  # more than any loader's
         self.data = setup.build_data(config, mesh)
         self.train_set = open_datasets(self.data.info)[0]
-        self.num_classes = len(self.data.info.train.classes)
-        self.state = setup.build_training(config, mesh, self.num_classes)
-        setup.init_weights(config, self.state.layout, self.num_classes)
+        num_classes = len(self.data.info.train.classes)
+        network = config.model.arch, num_classes, config.data.image_size
+        self.flops_per_image = training_flops(*network)
+        self.state = setup.build_training(config, mesh, num_classes)
+        setup.init_weights(config, self.state.layout, num_classes)
         self.state.layout.warm_up(config.data.image_size)
         self.steps, self.timer = itertools.count(), StepTimer()
         self.throttle = StepThrottle(mesh.device)
 
     def run(self, *, rounds: int, seconds: float) -> dict[str, Any]:
         """Measure everything; returns the record that --out writes."""
-        config, mesh, arch = self.config, self.mesh, self.config.model.arch
+        mesh, model = self.mesh, self.config.model
         batches = self.batches(self.data.loader)
         batch = next(batches)
         for _ in range(CAPTURE_WARMUP_STEPS + 2):
@@ -141,39 +126,40 @@ class TrainBenchmark:
         cases |= {EVALUATION: self.evaluation_case(), COMPUTE: BenchCase(lambda: self.step(batch))}
         cases[TRAINING] = self.training_case(batches)
         timed = time_interleaved(cases, rounds=rounds, seconds=seconds)
-        total, data, _ = self.timer.pop_times()  # the last round's
-        ranks = self.state.layout.comm_timer.pop_seconds()
+        total, data_wait, _ = self.timer.pop_times()  # the last round's
+        rank_wait = self.state.layout.comm_timer.pop_seconds()
         stall, save = self.save_checkpoint()
         results: dict[str, dict[str, Any]] = {
-            name: {"unit": UNITS.get(name, "images/s"), **result.summary()}
-            for name, result in timed.items()
-        } | {
-            DATA_WAIT: {"unit": "%", "median": round(100 * data / total, 1)},
-            RANK_WAIT: {"unit": "%", "median": round(100 * ranks / total, 1)},
-            "checkpoint: stall of training": {"unit": "ms", "median": round(1000 * stall, 1)},
-            "checkpoint: until it is complete": {"unit": "ms", "median": round(1000 * save, 1)},
-            "peak memory of training": {"unit": "GiB", "median": round(peak / 2**30, 2)},
+            name: {"unit": UNITS.get(name, "images/s"), **summarize(speeds)}
+            for name, speeds in timed.items()
         }
-        size = {"num_classes": self.num_classes, "image_size": config.data.image_size}
-        return {
-            "config": f"{arch}, {self.state.layout.precision}, batch {self.batch_size}",
+        for name, value, unit in (
+            (DATA_WAIT, 100 * data_wait / total, "%"),
+            (RANK_WAIT, 100 * rank_wait / total, "%"),
+            ("checkpoint: stall of training", 1000 * stall, "ms"),
+            ("checkpoint: until it is complete", 1000 * save, "ms"),
+            ("peak memory of training", peak / 2**30, "GiB"),
+        ):
+            results[name] = {"unit": unit, "median": round(value, 2)}
+        record = {
+            "config": f"{model.arch}, {self.state.layout.precision}, batch {self.batch_size}",
             "device": f"{mesh.world_size} x {device_name(mesh.device)}, {mesh.threads} threads",
             "torch": torch.__version__,
             "dataset": self.data.info.kind,
             "loader": self.data.loader.description,
-            "flops_per_image": training_flops(layer_stats(arch, **size)),
+            "flops_per_image": self.flops_per_image,
             "results": results,
         }
+        return record | {"bottleneck": bottleneck(record)}
 
-    def batches(self, loader: Loader) -> Generator[Batch, None, None]:
+    def batches(self, loader: Loader) -> Iterator[Batch]:
         """This rank's training batches, epoch after epoch."""
         for epoch in itertools.count():
             yield from loader.batches(self.data.plan.epoch(epoch, 0, self.mesh.batch_slice))
 
     def step(self, batch: Batch) -> float:
         """One training step; returns the images of the global batch."""
-        masks = self.state.layout.dropout_masks(0, next(self.steps))
-        self.state.train_step(batch, masks)
+        self.state.train_step(batch, self.state.layout.dropout_masks(0, next(self.steps)))
         self.throttle.step_launched(batch)
         return float(self.batch_size)
 
@@ -200,17 +186,11 @@ class TrainBenchmark:
     def loaders(self) -> dict[str, Loader]:
         """Those that there are for this machine and these images, by name."""
         found: dict[str, Loader] = {}
+        what = self.mesh, self.train_set, self.data.normalization, self.data.plan
         for name in LOADERS:
             config = replace(self.config, data=replace(self.config.data, loader=name))
             with contextlib.suppress(UserError):
-                found[name] = setup.loader_for(
-                    config,
-                    self.mesh,
-                    self.train_set,
-                    self.data.normalization,
-                    self.data.plan,
-                    on_corrupt="substitute",
-                )
+                found[name] = setup.loader_for(config, *what, on_corrupt="substitute")
         return found
 
     def evaluation_case(self) -> BenchCase:
@@ -242,7 +222,7 @@ class TrainBenchmark:
 
             encoded = [self.train_set.read(i) for i in range(mesh.local_batch(self.batch_size))]
             gpu = mesh.device.index if on_gpu else None
-            pipeline = Pipeline(len(encoded), self.threads, gpu)
+            pipeline = Pipeline(len(encoded), mesh.threads, gpu)
             with pipeline:
                 files = fn.external_source(lambda: encoded, no_copy=True)
                 images = fn.decoders.image(files, device="mixed" if on_gpu else "cpu")
@@ -253,15 +233,12 @@ class TrainBenchmark:
 
     def save_checkpoint(self) -> tuple[float, float]:
         """Seconds for which a save stops training, and until it is complete."""
-        pid, events = self.mesh.broadcast_from_rank0(os.getpid), []
-        folder = Path(self.config.run.output_dir, f".bench-{pid}")
-        manager = CheckpointManager(
-            folder,
-            self.mesh.checkpoint_group,
-            self.state.layout,
-            self.state.optimizer,
-            emit=lambda _, **values: events.append(values),
+        events: list[dict[str, Any]] = []
+        folder = self.mesh.broadcast_from_rank0(
+            lambda: Path(self.config.run.output_dir, f".bench-{os.getpid()}")
         )
+        what = self.mesh.checkpoint_group, self.state.layout, self.state.optimizer
+        manager = CheckpointManager(folder, *what, lambda _, **values: events.append(values))
         for step in (1, 2):  # the first allocates the memory that the second copies to
             manager.save({"step": step, "last_eval_step": -1})
             time.sleep(2 * manager.longest_save)  # training would continue meanwhile
@@ -269,8 +246,17 @@ class TrainBenchmark:
         if self.mesh.rank == 0:
             shutil.rmtree(folder, ignore_errors=True)
         if "message" in events[-1]:
-            raise UserError(str(events[-1]["message"]), on_all_ranks=True)
+            raise UserError(events[-1]["message"], on_all_ranks=True)
         return events[-1]["stall"], events[-1]["seconds"]
+
+
+def training_flops(arch: str, num_classes: int, image_size: int) -> int:
+    """Floating-point operations of a training step for one image: two for each multiply-add
+    forward, and twice as many backward, where the first layer computes no gradient of its input.
+    Normalization and pooling do not count."""
+    layers = layer_stats(arch, num_classes=num_classes, image_size=image_size)
+    products = [layer.multiply_adds for layer in layers if layer.multiply_adds]
+    return 2 * (3 * sum(products) - products[0])
 
 
 def bottleneck(record: Mapping[str, Any]) -> str:
@@ -296,35 +282,30 @@ def bottleneck(record: Mapping[str, Any]) -> str:
 
 def show(record: Mapping[str, Any]) -> None:
     """Print the record as a table."""
-    table = Table(box=None, pad_edge=False)
-    for title in ("", "median", "lowest", "highest", ""):
-        table.add_column(title, justify="right" if title else "left")
+    print(f"{record['config']}; {record['device']}; {record['loader']}")
+    print(f"{'':<34}{'median':>10}{'lowest':>10}{'highest':>10}")
     for name, result in record["results"].items():
         numbers = (f"{result[k]:,.4g}" if k in result else "" for k in ("median", "low", "high"))
-        table.add_row(name, *numbers, result["unit"])
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(f"{record['config']}; {record['device']}; {record['loader']}", table, sep="\n")
-    console.print(f"bottleneck: {record['bottleneck']}")
+        print(f"{name:<34}", *(f"{number:>10}" for number in numbers), f" {result['unit']}", sep="")
+    print(f"bottleneck: {record['bottleneck']}")
 
 
 def main(arguments: list[str]) -> None:
     """Measure as the command line says."""
     parser = CommandParser("bench", __doc__)
-    parser.add_argument("--rounds", type=int, default=5, help="how often each part is timed (5)")
-    parser.add_argument("--seconds", type=float, default=3.0, help="of each, at least (3)")
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the record there")
+    add = parser.add_argument
+    add("--rounds", type=positive_int, default=5, help="how often each part is timed (5)")
+    add("--seconds", type=float, default=3.0, help="of each, at least (3)")
+    add("--out", type=Path, metavar="FILE.json", help="write the record there")
     parsed = parser.parse(arguments)
     options, config = parsed.args, parsed.config
-    if options.rounds < 1:
-        raise UserError(f"--rounds is {options.rounds}; it must be at least 1", on_all_ranks=True)
     if options.out and not options.out.absolute().parent.is_dir():
         raise UserError(f"there is no folder for --out {options.out}: make it", on_all_ranks=True)
     runtime = config.runtime
     mesh = init_distributed(runtime.device, runtime.threads, runtime.hang_timeout)
     setup.validate(config, mesh)
-    mesh = mesh.with_layout(config.parallel.towers)
-    record = TrainBenchmark(config, mesh).run(rounds=options.rounds, seconds=options.seconds)
-    record["bottleneck"] = bottleneck(record)
+    benchmark = TrainBenchmark(config, mesh.with_layout(config.parallel.towers))
+    record = benchmark.run(rounds=options.rounds, seconds=options.seconds)
     if mesh.rank == 0:
         show(record)
         if options.out:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torchvision
 from torch import nn
@@ -22,7 +23,7 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from alexnet_dist.bench import BenchCase, BenchResult, TrainBenchmark, time_interleaved
+from alexnet_dist.bench import BenchCase, TrainBenchmark, summarize, time_interleaved
 from alexnet_dist.config import parse
 from alexnet_dist.data import dali
 from alexnet_dist.data.transforms import IMAGENET_MEAN, IMAGENET_STD
@@ -137,7 +138,7 @@ def measure(case: str, data: Path, seconds: float, options: list[str]) -> float:
             if case == "our training"
             else benchmark.loading_case(loader)
         )
-    return time_interleaved({case: bench_case}, rounds=1, seconds=seconds)[case].median
+    return time_interleaved({case: bench_case}, rounds=1, seconds=seconds)[case][0]
 
 
 def main() -> None:
@@ -166,14 +167,13 @@ def main() -> None:
                 raise SystemExit(f"{case} failed")
             found.append(float(done.stdout.split()[-1]))
             print(f"{case}: {found[-1]:,.1f} images/s", flush=True)
-    results = {case: BenchResult(tuple(found)) for case, found in speeds.items()}
-    ratios = {
-        f"{ours} over {case}": round(results[ours].speedup_over(results[case]), 2)
+    ratios = {  # the median of the ratios round by round
+        f"{ours} over {case}": round(float(np.median(np.divide(speeds[ours], speeds[case]))), 2)
         for ours, kind in (("our training", "training"), ("our loading", "loading"))
         for case in cases
         if case.endswith(kind) and case != ours
     }
-    summary = {case: result.summary() for case, result in results.items()}
+    summary = {case: summarize(found) for case, found in speeds.items()}
     save_record(
         "vs_pytorch_example.py",
         {"options": more, "images_per_second": summary, "speedup": ratios},

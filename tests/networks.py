@@ -1,12 +1,14 @@
 """Small trained networks, made in this process: a checkpoint, and its commands."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image
 from torch import Tensor, nn
 
 from alexnet_dist.config import Config, to_dict
@@ -89,6 +91,20 @@ def save_weights(folder: Path, state: dict[str, Any], parameters: Mapping[str, T
     manager.save({"last_eval_step": -1, **state}, best)
     manager.wait()
     assert [event["event"] for event in events] == ["checkpoint", "best"]
+
+
+def ten_crops(image: Image.Image, fraction: float, size: int, mean: Sequence[float]) -> Tensor:
+    """The crops [10, 3, size, size] by Pillow, less ``mean``: ``fraction`` of the central square in
+    its corners and its center, each followed by its flip."""
+    short = min(image.size)
+    left, top = (image.width - short) // 2, (image.height - short) // 2
+    side, crops = round(short * fraction), []
+    room, center = short - side, ((image.width - side) // 2, (image.height - side) // 2)
+    for x, y in (*((left + dx, top + dy) for dy in (0, room) for dx in (0, room)), center):
+        crop = image.crop((x, y, x + side, y + side))
+        pixels = np.asarray(crop.resize((size, size), Image.Resampling.BILINEAR))
+        crops += [pixels, pixels[:, ::-1]]
+    return torch.tensor(np.array(crops) - mean).float().permute(0, 3, 1, 2)
 
 
 @torch.no_grad()

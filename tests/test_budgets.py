@@ -15,14 +15,14 @@ BUDGETS = {  # lines of Python, docstrings included: the most allowed, which may
     "export.py": (178, 180),
     "figures.py": (255, 250),
     "summary.py": (63, 70),
-    "bench.py": (335, 260),
+    "bench.py": (316, 260),
     "submit.py": (78, 80),
     "replay.py": (80, 80),
     "setup.py": (272, 220),
     "loaded_model.py": (106, 0),
     "config.py": (553, 320),
     "errors.py": (67, 60),
-    "model": (1127, 1000),
+    "model": (1118, 1000),
     "data": (2056, 1500),
     "parallel": (1604, 1250),
     "training": (1483, 1000),
@@ -30,7 +30,7 @@ BUDGETS = {  # lines of Python, docstrings included: the most allowed, which may
     "prepare": (996, 1000),
     "__init__.py": (3, 5),
 }
-IN_ALL = {"alexnet_dist": (10788, 8700), "benchmarks": (2293, 2300), "tests": (7934, 6500)}
+IN_ALL = {"alexnet_dist": (10760, 8700), "benchmarks": (2293, 2300), "tests": (7880, 6500)}
 FILES_OF_A_STEP, LINES_OF_A_STEP = (16, 16), (3174, 2800)
 
 TRACER = """

@@ -151,31 +151,24 @@ def test_what_cannot_be_exported_is_refused(
 ) -> None:
     run = ["--checkpoint", paper[0], "--out", tmp_path]
     (tmp_path / "file").touch()
-    for words, message in (
-        ([*run, "--format", "caffe"], "invalid choice: 'caffe'"),
-        ([*run[:3], tmp_path / "file/x"], "cannot be made"),
-        ([*run, "--format", "torchvision"], "another network than paper"),
-    ):
+
+    def assert_refused(message: str, *words: object) -> None:
         with pytest.raises(UserError, match=message):
             command(main, *words)
+
+    assert_refused("invalid choice: 'caffe'", *run, "--format", "caffe")
+    assert_refused("cannot be made", *run[:3], tmp_path / "file/x")
+    assert_refused("another network than paper", *run, "--format", "torchvision")
     with monkeypatch.context() as patch:
         patch.setattr(export.importlib.util, "find_spec", lambda name: None)
-        with pytest.raises(UserError, match=r"pip install 'alexnet-dist\[export\]'"):
-            command(main, *run, "--format", "onnx")
+        assert_refused(r"pip install 'alexnet-dist\[export\]'", *run, "--format", "onnx")
+    with monkeypatch.context() as patch:
+        patch.setattr(export, "_read", lambda *_: lambda x: x.new_zeros(len(x), 3))
+        assert_refused("would not compute what the network", *run)
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    for name, change, message in (
-        (
-            "_read",
-            lambda *_: lambda x: x.new_zeros(len(x), 3),
-            "would not compute what the network",
-        ),
-        ("_write", full, r"cannot be written \(No space left on device\)"),
-    ):
-        with monkeypatch.context() as patch:
-            patch.setattr(export, name, change)
-            with pytest.raises(UserError, match=message):
-                command(main, *run)
+    monkeypatch.setattr(export, "_write", full)
+    assert_refused(r"cannot be written \(No space left on device\)", *run)
     assert os.listdir(tmp_path) == ["file"]

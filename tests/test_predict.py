@@ -13,7 +13,7 @@ from alexnet_dist.errors import UserError
 from alexnet_dist.model import Network
 from alexnet_dist.predict import main
 from tests.conftest import SIDE
-from tests.networks import CLASSES, MEAN, command, save_network
+from tests.networks import CLASSES, MEAN, command, save_network, ten_crops
 
 SIZES = [(SIDE, SIDE), (90, 130), (200, 77), (50, 60), (SIDE, 99)]
 
@@ -49,26 +49,14 @@ def by_class(records: list[dict]) -> np.ndarray:
     return np.array([[probs[name] for name in CLASSES] for probs in found])
 
 
-def ten_crops(image: Image.Image) -> torch.Tensor:
-    """The crops [10, 3, 67, 67] by Pillow, normalized: corners and center, each with its flip."""
-    short = min(image.size)
-    left, top = (image.width - short) // 2, (image.height - short) // 2
-    side = round(short * 67 / SIDE)
-    center = (image.width - side) // 2, (image.height - side) // 2
-    room, crops = short - side, []
-    for x, y in (*((left + dx, top + dy) for dy in (0, room) for dx in (0, room)), center):
-        crop = image.crop((x, y, x + side, y + side)).resize((67, 67), Image.Resampling.BILINEAR)
-        crops += [np.asarray(crop), np.asarray(crop)[:, ::-1]]
-    return torch.tensor(np.array(crops) - MEAN).float().permute(0, 3, 1, 2)
-
-
 @torch.no_grad()
 def test_one_crop_and_ten_are_those_of_a_plain_loop(
     trained: tuple[Path, Network], photographs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, model = trained
     files = sorted(path for path in photographs.rglob("*.*"))
-    expected = [model(ten_crops(Image.open(file).convert("RGB"))).softmax(1) for file in files]
+    crops = [ten_crops(Image.open(file), 67 / SIDE, 67, MEAN) for file in files]
+    expected = [model(one).softmax(1) for one in crops]
     options = ["--checkpoint", run, "--top", 6, "--runtime.threads=2"]
     one = predicted(capsys, photographs, *options)
     ten = predicted(capsys, photographs, *options, "--ten_crop", "--runtime.threads=1")

@@ -45,12 +45,3 @@ def layer_stats(arch: str, *, num_classes: int = 1000, image_size: int = 224) ->
             layer.register_forward_hook(hook)
     model(torch.empty(1, 3, image_size, image_size, device="meta"))
     return stats
-
-
-def training_flops(layers: list[LayerStats]) -> int:
-    """Floating-point operations of a training step for one image: two for each multiply-add
-    forward, and twice as many backward, where the first layer computes no gradient of its input.
-    Normalization and pooling do not count."""
-    forward = sum(layer.multiply_adds for layer in layers)
-    first = next(layer.multiply_adds for layer in layers if layer.multiply_adds)
-    return 2 * (3 * forward - first)
