@@ -35,10 +35,7 @@ from alexnet_dist.training.step import StepThrottle, StepTimer, TrainMetrics, se
 MAX_CONSECUTIVE_NONFINITE = 10
 """After so many steps without a finite loss and gradient, more of them will not help."""
 
-WANDB_FLUSH_TIMEOUT = 5.0
-"""Seconds for Weights & Biases to receive the last events of a preempted run."""
-
-QUICKSTART_HINT = """
+QUICKSTART_HINT = """\
 next: Imagenette  --config configs/imagenette.yaml --data.root DIR
       CIFAR-10    --data.root DIR (its own files, or folders of images)
       ImageNet    --config configs/paper2012.yaml --data.root IMAGENET"""
@@ -93,9 +90,8 @@ class Trainer:
         """
         if self.last_eval_step >= max(self.step, self.last_step):
             message = (
-                f"{self.path} is at step {self.step} already, and was asked for {self.last_step}: "
-                "raise --train.max_steps or --train.epochs, or start another run by --run.resume "
-                "never"
+                f"{self.path} has no step left to train: raise --train.max_steps or "
+                "--train.epochs, or start another run by --run.resume never"
             )
             self.logger.emit("warning", self.step, message=message)
             self.logger.close("ended" if self.step >= self.total_steps else "stopped", self.step)
@@ -219,7 +215,6 @@ class Trainer:
             "statistics": info.stats.to_json(),
             "dataset_hash": info.dataset_hash,
             "images": {"train": len(info.train), "val": len(info.val)},
-            "wandb_id": self.logger.wandb_id,
             "versions": setup.VERSIONS,
         }
         self.checkpoints.save(state, best)
@@ -355,45 +350,32 @@ class Trainer:
             pixels = self.data.normalization.to_uint8_images(batch.images[:32], noise)
             captions = [names[label] for label in batch.labels[:32].tolist()]
             title = "the first training batch, as the network sees it"
-            self.logger.plot(
-                "first_batch",
-                self.step,
-                lambda path: plots.plot_image_grid(path, pixels, captions, title),
-            )
+            self.logger.plot("first_batch", 0, plots.plot_image_grid, pixels, captions, title)
 
-    def _plot_predictions(self) -> None:
-        """A few validation images with their best labels; all ranks call it together."""
-        info, eval_batch = self.data.info, self.config.data.eval_batch_size
-        count = min(16, len(info.val), max(eval_batch // self.mesh.dp_size, 1))
+    def _plot_results(self) -> None:
+        """A few validation images with their best labels, kernels and curves; all ranks call it
+        together."""
+        info, step, config = self.data.info, self.step, self.config
+        count = min(16, len(info.val), max(config.data.eval_batch_size // self.mesh.dp_size, 1))
         samples = self.data.eval_plan.samples(np.linspace(0, len(info.val) - 1, count, dtype=int))
         (batch,) = self.data.eval_loader.batches([samples])
         probs = self.layout.logits(batch.images).softmax(1)
         pixels = self.data.eval_normalization.to_uint8_images(batch.images)
         captions = [info.short_names[label] for label in batch.labels.tolist()]
         best = plots.top_labels(probs, info.short_names)
-        self.logger.plot(
-            "predictions",
-            self.step,
-            lambda path: plots.plot_predictions(path, pixels, captions, best, columns=8),
-        )
-
-    def _plot_kernels(self) -> None:
+        self.logger.plot("predictions", step, plots.plot_predictions, pixels, captions, best, "", 8)
         first = next(t for t in self.checkpoints.state_tensors().values() if t.dim() == 4)
-        kernels = first.full_tensor() if isinstance(first, DTensor) else first
-        towers = MODEL_REGISTRY[self.config.model.arch].towers
-        title = f"first-layer kernels after {self.step} steps"
-        weights = kernels.float().cpu().numpy()
-        self.logger.plot(
-            "kernels", self.step, lambda path: plots.plot_kernels(path, weights, towers, title)
-        )
+        kernels = (first.full_tensor() if isinstance(first, DTensor) else first).float().cpu()
+        towers = MODEL_REGISTRY[config.model.arch].towers
+        title = f"first-layer kernels after {step} steps"
+        self.logger.plot("kernels", step, plots.plot_kernels, kernels.numpy(), towers, title)
+        self.logger.plot_curves(step)
 
     # the end
 
     def _finish(self, result: dict[str, float]) -> None:
         ended = self.step >= self.total_steps
-        self._plot_predictions()
-        self._plot_kernels()
-        self.logger.plot_curves(self.step)
+        self._plot_results()
         self.logger.emit("finished", self.step, ended=ended, **result, best=self.checkpoints.best)
         self.logger.close("ended" if ended else "stopped", self.step)
         self.data.close()
@@ -407,10 +389,9 @@ class Trainer:
         if self.checkpoints.last_saved != here:
             self._save()
             self.checkpoints.wait()
-        self.logger.emit(
-            "preempted", self.step, cause=cause, saved=self.checkpoints.last_saved == here
-        )
-        self.logger.close("stopped" if by_hand else "preempted", self.step, WANDB_FLUSH_TIMEOUT)
+        saved = self.checkpoints.last_saved == here
+        self.logger.emit("preempted", self.step, cause=cause, saved=saved)
+        self.logger.close("stopped" if by_hand else "preempted", self.step, wandb_timeout=5)
         self.data.close()
         if by_hand:
             raise SystemExit(130)
@@ -420,16 +401,13 @@ def main(arguments: list[str]) -> None:
     """Train as the command line says."""
     parser = CommandParser("train", __doc__)
     parsed = parser.parse(arguments)
-    config, run = parsed.config, parsed.config.run
+    run = parsed.config.run
     name = run.name or parsed.config_name
-    # by every rank, before any of them writes
     path, kept = run_dir.resolve_run_dir(run.output_dir, name, run.resume)
-    if kept:
-        config = parser.parse(arguments, kept).config
+    config = parser.parse(arguments, kept).config if kept else parsed.config
     runtime = config.runtime
     mesh = init_distributed(runtime.device, runtime.threads, runtime.hang_timeout)
     setup.validate(config, mesh)
-
     mine = (path, kept, to_dict(config))
     if any(other != mine for other in mesh.all_gather_object(mine)):
         raise UserError(

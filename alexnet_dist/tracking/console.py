@@ -49,11 +49,11 @@ class ProgressReporter(Progress):
         """Show progress; ``values``: text beside the bar in the place of the speed."""
         (task,) = self.tasks
         if total != task.total or done < task.completed:  # progress of something else
-            self.reset(self._task, total=total, visible=True)
+            self.reset(self._task, total=total, visible=True, description=description)
             self.start()
             self._next_line = time.monotonic() + LINE_SECONDS
         speed = f"{task.speed or 0:,.0f}/s"
-        self.update(self._task, description=description, completed=done, values=values or speed)
+        self.update(self._task, completed=done, description=description, values=values or speed)
         if done >= total:
             self.stop()
         elif self.disable and time.monotonic() > self._next_line:

@@ -36,24 +36,20 @@ class Logger:
         run_dir: the locked run folder, on rank 0. Elsewhere None: the methods do nothing, so that
             the training loop need not ask for its rank.
         config: the resolved options, saved in the folder.
-
-    Attributes:
-        wandb_id: the run's id in W&B, on rank 0.
     """
 
     def __init__(
         self, run_dir: Path | None, config: dict[str, Any], total_steps: int, steps_per_epoch: int
     ) -> None:
         self._run_dir, self._steps_per_epoch = run_dir, steps_per_epoch
-        self.wandb_id: str | None = None
         self._sinks: list[JsonlSink | ConsoleSink | WandbSink] = []
         if run_dir is not None:
             save_config(run_dir, config)
-            self.wandb_id = set_status(run_dir, "running")["wandb_id"]
+            wandb_id = set_status(run_dir, "running")["wandb_id"]
             self._console = ConsoleSink(run_dir, total_steps, steps_per_epoch)
             self._sinks = [JsonlSink(run_dir / "metrics.jsonl"), self._console]
             if config["wandb"]["mode"] != "off":
-                self._sinks.append(WandbSink(run_dir, self.wandb_id, config))
+                self._sinks.append(WandbSink(run_dir, wandb_id, config))
 
     def emit(self, event: str, step: int, **values: Any) -> None:
         """Log an event after ``step`` steps."""
@@ -62,14 +58,14 @@ class Logger:
         for sink in self._sinks:
             sink.log(record)
 
-    def plot(self, name: str, step: int, plot: Callable[[Path], None]) -> None:
-        """Plot as RUN/name.png, where ``plot`` is told to; a full disk costs the plot, and not the
-        run."""
+    def plot(self, name: str, step: int, plot: Callable[..., None], *args: Any) -> None:
+        """Call ``plot`` of plots.py with the path RUN/name.png and ``args``; a full disk costs the
+        plot, and not the run."""
         if self._run_dir is None:
             return
         path = self._run_dir / f"{name}.png"
         try:
-            plot(path)
+            plot(path, *args)
         except OSError as error:
             message = f"{path} could not be written ({error.strerror}): make room there"
             self.emit("warning", step=step, message=message)
@@ -80,7 +76,7 @@ class Logger:
         """Plot the run so far, from its records, as RUN/curves.png."""
         if self._run_dir is not None:
             runs = {self._run_dir.name: read_events(self._run_dir)}
-            self.plot("curves", step, lambda path: plots.plot_curves(path, runs))
+            self.plot("curves", step, plots.plot_curves, runs)
 
     def close(self, status: Status, step: int, wandb_timeout: float = CLOSE_TIMEOUT) -> None:
         """Note the run's status and end all that is open; W&B may take ``wandb_timeout`` seconds

@@ -187,11 +187,7 @@ def plot_curves(path: Path, runs: Mapping[str, Sequence[Event]]) -> None:
     save_figure(figure, path)
 
 
-def plot_figure1(
-    path: Path,
-    runs: Mapping[str, Mapping[int, float]],
-    target_error: float,
-) -> None:
+def plot_figure1(path: Path, runs: Mapping[str, Mapping[int, float]], target_error: float) -> None:
     """Figure 1: of each run the training error (%) by epochs; the first run is solid."""
     figure = Figure(figsize=(5.6, 4.2), layout="constrained")
     axis = figure.subplots()

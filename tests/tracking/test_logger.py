@@ -55,7 +55,7 @@ def test_a_full_disk_costs_a_plot_and_not_the_run(
     logger = Logger(tmp_path, {"wandb": {"mode": "off"}}, total_steps=9, steps_per_epoch=3)
     monkeypatch.setattr(plots, "save_figure", full_disk)
     kernels = np.ones((96, 3, 11, 11), np.float32)
-    logger.plot("kernels", 9, lambda path: plots.plot_kernels(path, kernels, 2))
+    logger.plot("kernels", 9, plots.plot_kernels, kernels, 2)
     logger.close("ended", 9)
     assert "kernels.png could not be written (No space left on device)" in capsys.readouterr().out
     assert read_status(tmp_path)["status"] == "ended"
