@@ -345,12 +345,11 @@ class Trainer:
 
     def _plot_first_batch(self, batch: Batch) -> None:
         """What the network really sees."""
-        if self.mesh.rank == 0:
-            noise, names = self.data.plan.pca_noise_std(0), self.data.info.short_names
-            pixels = self.data.normalization.to_uint8_images(batch.images[:32], noise)
-            captions = [names[label] for label in batch.labels[:32].tolist()]
-            title = "the first training batch, as the network sees it"
-            self.logger.plot("first_batch", 0, plots.plot_image_grid, pixels, captions, title)
+        noise, names = self.data.plan.pca_noise_std(0), self.data.info.short_names
+        pixels = self.data.normalization.to_uint8_images(batch.images[:32], noise)
+        captions = [names[label] for label in batch.labels[:32].tolist()]
+        title = "the first training batch, as the network sees it"
+        self.logger.plot("first_batch", 0, plots.plot_image_grid, pixels, captions, title)
 
     def _plot_results(self) -> None:
         """A few validation images with their best labels, kernels and curves; all ranks call it

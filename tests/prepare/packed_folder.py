@@ -6,22 +6,14 @@ import numpy as np
 from PIL import Image
 
 from alexnet_dist.data.index import scan_dataset
-from alexnet_dist.prepare import shards
-from alexnet_dist.prepare.images import OutputFormat
-from alexnet_dist.prepare.sources import discover_dataset
+from alexnet_dist.prepare.__main__ import main
 
 
 def write_prepared(plain: Path, folder: Path, kind: str) -> Path:
-    """The images of a folder of squares as they are, 16 a tar or as raw pixels."""
-    (folder / shards.PARTIAL).mkdir(parents=True)
-    listing = discover_dataset(plain, folder, lambda *_: None)
-    listing.class_names = {name: f"the color {name}" for name in listing.classes}
-    size = Image.open(listing.entries[0].file).height
-    form = OutputFormat(kind, size, "center", 95)  # type: ignore[arg-type]
-    jobs = list(shards.plan_jobs(folder, listing, form, 16))
-    for job in jobs:
-        shards.write_shard("stop", job)
-    shards.finalize(folder, listing, jobs, vars(form))
+    """The images of a folder of squares as they are, in small tars or as raw pixels."""
+    size = Image.open(next(plain.glob("train/*/*"))).height
+    words = [f"--format={kind}", f"--size={size}", "--crop=center", "--shard_mb=0.5", "--workers=1"]
+    main([str(plain), f"--out={folder}", *words])
     # those that training measures of a folder differ by rounding
     stats = scan_dataset(str(plain), str(plain), lambda *_: None).stats
     np.savez(folder / "statistics.npz", **vars(stats))

@@ -32,7 +32,6 @@ def test_packed_folders_give_the_same_images(kind: str, folders: dict[str, Path]
     info, plain = pickle.loads(pickle.dumps(scan(folders[kind]))), scan(folders["plain"])
     assert info.dataset_hash == plain.dataset_hash
     assert info.train.classes == ["blue", "green", "red"]
-    assert info.class_names["red"] == "the color red"
     for dataset, original in zip(open_datasets(info), open_datasets(plain), strict=True):
         sent = pickle.dumps(dataset)  # to another process
         assert len(sent) < 20_000

@@ -1,8 +1,10 @@
-"""What the command writes, and what a kill, a full disk or a corrupt file leave."""
+"""The forms of ImageNet that the command reads, what it writes, and what a kill, a full disk or a
+corrupt file leave."""
 
 import contextlib
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -24,7 +26,8 @@ from alexnet_dist.prepare.images import OutputFormat, resize_image
 from alexnet_dist.prepare.sources import discover_dataset
 from tests.conftest import command, environment
 from tests.data.corrupt_images import corrupt_files, encode, odd_images, photograph
-from tests.prepare.imagenet import CLASSES, IMAGES, class_folders, official_tars, parquet, write
+from tests.prepare import imagenet
+from tests.prepare.imagenet import CLASSES, IMAGES, tar, write
 
 FORM = OutputFormat("shards", 48, "none", 95)
 CORRUPT = ["n01440764_3", "n02102040_1"]
@@ -34,20 +37,13 @@ CORRUPT = ["n01440764_3", "n02102040_1"]
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that holds ``in`` and, made of it by one worker and by four, ``one``, ``four``."""
     root = tmp_path_factory.mktemp("prepared")
-    class_folders(root / "in")
-    write(root / "in/train/n01440764/n01440764_3.JPEG", b"no image")
-    cut = root / "in/train/n02102040/n02102040_1.JPEG"
+    train = imagenet.kaggle(root / "in") / "ILSVRC/Data/CLS-LOC/train"
+    bad, cut = (train / f"{name[:9]}/{name}.JPEG" for name in CORRUPT)
+    bad.write_bytes(b"no image")
     cut.write_bytes(cut.read_bytes()[:900])
+    words = [f"{root}/in", "--size=48", "--shard_mb=0.01"]
     for name, workers in (("one", 1), ("four", 4)):
-        main(
-            [
-                f"{root}/in",
-                f"--out={root / name}",
-                "--size=48",
-                "--shard_mb=0.01",
-                f"--workers={workers}",
-            ]
-        )
+        main([*words, f"--out={root / name}", f"--workers={workers}"])
     return root
 
 
@@ -74,6 +70,7 @@ def test_one_worker_and_four_write_the_same_bytes(prepared: Path) -> None:
 def test_shards_are_read_by_tarfile_and_by_the_index(prepared: Path) -> None:
     out = prepared / "one"
     facts = json.loads((out / "prepared.json").read_text())
+    assert facts["class_names"] == CLASSES
     assert facts["classes"] == list(CLASSES)
     for split, count in (("train", 10), ("val", 6)):
         names, index = read_index(out, split)
@@ -107,11 +104,10 @@ def test_corrupt_images_are_listed_and_skipped_or_stop_the_command(prepared: Pat
 
 
 def test_statistics_are_those_that_training_measures(tmp_path: Path) -> None:
-    plain, out = class_folders(tmp_path / "in"), tmp_path / "out"
+    plain, out = imagenet.class_folders(tmp_path / "in"), tmp_path / "out"
     main([str(plain), f"--out={out}", "--size=4096", "--workers=1"])  # images as they are
-    ours, expected = (
-        scan_dataset(str(p), str(tmp_path), lambda *_: None).stats for p in (out, plain)
-    )
+    scanned = (scan_dataset(str(root), str(tmp_path), lambda *_: None) for root in (out, plain))
+    ours, expected = (info.stats for info in scanned)
     for name, value in vars(expected).items():
         assert np.allclose(getattr(ours, name), value), name
 
@@ -155,7 +151,7 @@ def test_a_finished_folder_is_kept(prepared: Path, capsys: pytest.CaptureFixture
 
 
 def test_a_damaged_shard_is_found_when_read_back(tmp_path: Path) -> None:
-    listing = discover_dataset(class_folders(tmp_path / "in"), tmp_path, lambda *_: None)
+    listing = discover_dataset(imagenet.class_folders(tmp_path / "in"), tmp_path, lambda *_: None)
     (tmp_path / "out/.partial").mkdir(parents=True)
     job = next(shards.plan_jobs(tmp_path / "out", listing, FORM, 5))
     shards.write_shard("skip", job)
@@ -166,6 +162,52 @@ def test_a_damaged_shard_is_found_when_read_back(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not read back as it was written"):
         shards.verify_shard(job)
     assert not job.record.exists()
+
+
+@pytest.mark.parametrize("form", imagenet.FORMS)
+def test_every_form_gives_the_same_images(form: str, tmp_path: Path) -> None:
+    listing = discover_dataset(imagenet.FORMS[form](tmp_path / "given"), tmp_path, lambda *_: None)
+    found = {
+        (e.split, e.label, e.name.removesuffix(f"_{e.label}")): e.read().tobytes()
+        for e in listing.entries
+    }
+    assert len(listing.entries) == len(IMAGES)
+    assert found == {(split, c, Path(name).stem): data for (split, c, name), data in IMAGES.items()}
+    if form in ("Kaggle", "parquet", "webdataset") or form.startswith("official"):
+        assert listing.class_names == CLASSES
+
+
+def test_classes_are_named_by_index_where_file_names_do_not_tell(tmp_path: Path) -> None:
+    listing = discover_dataset(
+        imagenet.parquet(tmp_path / "in", paths=False), tmp_path, lambda *_: None
+    )
+    assert listing.class_names == dict(zip("012", CLASSES.values(), strict=True))
+
+
+def test_hostile_tars_write_nothing_elsewhere_and_make_no_odd_names(tmp_path: Path) -> None:
+    given = imagenet.webdataset(tmp_path / "given")
+    names = ["../../outside/a", "/etc/b", "train/../../n1/c\nd", "n1/\t", "n1/e f", "n1/e_f"]
+    names += ["n1/e:f", f"n1/{'long' * 70}", "../.../x/y", "n1/\udcff", "n1/?"]
+    image = encode(photograph(20, 20), "JPEG")
+    files = {f"{name}.jpg": image for name in names} | {f"{name}.cls": b"0" for name in names}
+    write(given / "train-2.tar", tar(files))
+    with tarfile.open(given / "train-2.tar", "a") as file:
+        for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE):
+            info = tarfile.TarInfo(f"n1/special-{kind!r}.jpg")
+            info.type, info.linkname = kind, "/etc/passwd"
+            file.addfile(info)
+    before = set(tmp_path.rglob("*"))
+    out = tmp_path / "out"
+    main([str(given), "--out", str(out), "--workers", "1"])
+    assert {path for path in tmp_path.rglob("*") if not path.is_relative_to(out)} == before
+    with tarfile.open(out / "train-00000.tar") as file:
+        members = file.getmembers()
+    assert len({member.name for member in members}) == len(members) == 2 * (len(names) + 12)
+    for member in members:
+        assert member.isreg()
+        assert re.fullmatch(r"[012]/[^./][^./]*\.(jpg|png|cls)", member.name)
+        assert member.name.isprintable()
+        assert len(member.name) < 130
 
 
 def test_errors_name_the_fix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,7 +227,7 @@ def test_errors_name_the_fix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert "classes without training images (dog)" in message(folder)
     write(folder / "val/a.JPEG", b"")
     assert "put Kaggle's LOC_val_solution.csv into" in message(folder)
-    good = class_folders(tmp_path / "good")
+    good = imagenet.class_folders(tmp_path / "good")
     assert "is in the source" in message(good, "--out", good / "out")
     assert "has other files in it" in message(good, "--out", tmp_path)
     with exclusive_lock(out):
@@ -193,30 +235,40 @@ def test_errors_name_the_fix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 9}))
         assert "GB free: make room" in message(good)
-    official = official_tars(tmp_path / "official")
+    official = imagenet.official_tars(tmp_path / "official")
     write(official / "ILSVRC2012_img_val.tar", b"cut")
     assert "compressed, corrupt or cut short" in message(official)
     write(official / "ILSVRC2012_devkit_t12.tar.gz", b"cut")
     assert "not ImageNet's devkit" in message(official)
-    tables = parquet(tmp_path / "tables")
+    tables = imagenet.parquet(tmp_path / "tables")
     write(tables / "train-0.parquet", b"cut")
     assert "train-0.parquet is corrupt" in message(tables)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     assert "pip install 'alexnet-dist[prepare]'" in message(tables)
 
 
-def many_images(root: Path) -> Path:
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder of 120 images that are large files."""
+    root = tmp_path_factory.mktemp("many")
     noise = np.random.default_rng(1).integers(0, 255, (300, 300, 3), np.uint8)
     for number in range(120):
         image = encode(Image.fromarray(np.roll(noise, number, 0)), "PNG", compress_level=0)
         write(root / f"{'train' if number < 100 else 'val'}/{number % 2}/{number}.png", image)
-    return root
+    return str(root)
+
+
+def resume(words: list[str], out: Path) -> None:
+    """Run a command that was interrupted again: ``out`` is as if it had never been."""
+    reference = out.with_name("reference")
+    for folder in (out, reference):
+        main([*words, f"--out={folder}"])
+    assert content(out) == content(reference)
 
 
 @pytest.mark.slow
-def test_a_killed_command_resumes_without_writing_a_shard_twice(tmp_path: Path) -> None:
-    source, out = many_images(tmp_path / "in"), tmp_path / "out"
-    words = [f"{source}", "--size=200", "--shard_mb=0.3", "--workers=2"]
+def test_a_killed_command_resumes_without_writing_a_shard_twice(many: str, tmp_path: Path) -> None:
+    words, out = [many, "--size=200", "--shard_mb=0.3", "--workers=2"], tmp_path / "out"
     running = subprocess.Popen(
         command(0, "alexnet_dist.prepare", *words, f"--out={out}"),
         start_new_session=True,
@@ -232,18 +284,18 @@ def test_a_killed_command_resumes_without_writing_a_shard_twice(tmp_path: Path) 
             time.sleep(0.05)
     tars = [out / path.with_suffix(".tar").name for path in out.glob(".partial/train-*.json")]
     before = {path: path.stat().st_mtime_ns for path in tars}
-    main([*words, f"--out={tmp_path}/reference"])
-    assert 2 <= len(before) < len(list((tmp_path / "reference").glob("*.tar")))
-    main([*words, f"--out={out}"])
+    resume(words, out)
+    assert 2 <= len(before) < len(list(out.glob("*.tar")))
     assert {path: path.stat().st_mtime_ns for path in tars} == before
-    assert content(out) == content(tmp_path / "reference")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["shards", "pixels"])
-def test_a_full_disk_is_one_error_message_and_loses_nothing(kind: str, tmp_path: Path) -> None:
-    source, out = many_images(tmp_path / "in"), tmp_path / "out"
-    words = [f"{source}", f"--format={kind}", "--crop=center", "--size=100", "--shard_mb=0.2"]
+def test_a_full_disk_is_one_error_message_and_loses_nothing(
+    kind: str, many: str, tmp_path: Path
+) -> None:
+    words, out = [many, f"--format={kind}", "--crop=center", "--size=100"], tmp_path / "out"
+    words.append("--shard_mb=0.2")
     run = shlex.join(command(0, "alexnet_dist.prepare", *words, f"--out={out}"))
     shell = ["bash", "-c", f"ulimit -f 150; {run}"]
     done = subprocess.run(shell, capture_output=True, text=True, env=environment(), check=False)
@@ -251,6 +303,4 @@ def test_a_full_disk_is_one_error_message_and_loses_nothing(kind: str, tmp_path:
     assert done.stderr.count("alexnet_dist: ") == 1
     assert "cannot be written or read (File too large): make room" in done.stderr
     assert "Traceback" not in done.stderr
-    main([*words, f"--out={out}"])
-    main([*words, f"--out={tmp_path}/reference"])
-    assert content(out) == content(tmp_path / "reference")
+    resume(words, out)
