@@ -9,7 +9,7 @@ from tests.conftest import TINY, environment
 
 PACKAGE = Path(alexnet_dist.__file__).parent
 BUDGETS = {  # lines of Python, docstrings included: the most allowed, which may only fall; the plan
-    "train.py": (450, 320),
+    "train.py": (427, 320),
     "evaluate.py": (140, 130),
     "predict.py": (160, 120),
     "export.py": (178, 180),
@@ -26,11 +26,11 @@ BUDGETS = {  # lines of Python, docstrings included: the most allowed, which may
     "data": (2056, 1500),
     "parallel": (1604, 1250),
     "training": (1483, 1000),
-    "tracking": (782, 700),
+    "tracking": (774, 700),
     "prepare": (996, 1000),
     "__init__.py": (3, 5),
 }
-IN_ALL = {"alexnet_dist": (10760, 8700), "benchmarks": (2293, 2300), "tests": (7870, 6500)}
+IN_ALL = {"alexnet_dist": (10729, 8700), "benchmarks": (2293, 2300), "tests": (7859, 6500)}
 FILES_OF_A_STEP, LINES_OF_A_STEP = (16, 16), (3174, 2800)
 
 TRACER = """
