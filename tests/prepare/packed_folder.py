@@ -12,7 +12,7 @@ from alexnet_dist.prepare.__main__ import main
 def write_prepared(plain: Path, folder: Path, kind: str) -> Path:
     """The images of a folder of squares as they are, in small tars or as raw pixels."""
     size = Image.open(next(plain.glob("train/*/*"))).height
-    words = [f"--format={kind}", f"--size={size}", "--crop=center", "--shard_mb=0.5", "--workers=1"]
+    words = [f"--format={kind}", f"--size={size}", "--crop=center", "--shard_mb=0.3", "--workers=1"]
     main([str(plain), f"--out={folder}", *words])
     # those that training measures of a folder differ by rounding
     stats = scan_dataset(str(plain), str(plain), lambda *_: None).stats
