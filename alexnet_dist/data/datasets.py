@@ -128,6 +128,9 @@ class RawDataset(ImageDataset):
         check_files(index)
         pixels = np.memmap(_file_paths(index)[0], np.uint8, "r").view(np.ndarray)
         self.pixels = pixels.reshape(-1, *index.sizes[0].tolist(), 3)
+        rows, (count, *size, _) = index.offsets[:, 0], self.pixels.shape
+        if (rows != rows.clip(0, count - 1)).any() or (index.sizes != size).any():
+            raise UserError(f"the index of {index.folder} does not fit its pixels: {FIX}")
 
     def read(self, index: int) -> NDArray[np.uint8]:
         return self.pixels[self.index.offsets[index, 0]]

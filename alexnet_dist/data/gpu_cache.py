@@ -27,9 +27,6 @@ RESIZE_CHUNK = 64
 GATHER_CHUNK = 16
 """Images that a thread gathers at a time."""
 
-UPLOAD_CHUNK = 1024
-"""Images that are uploaded at a time when the data set is copied to the GPU."""
-
 
 def fits_in_gpu_memory(dataset: RawDataset, device: torch.device) -> bool:
     """Whether a GPU has room for the pixels, with half of its memory left for training."""
@@ -189,9 +186,9 @@ def _require_raw_pixels(dataset: ImageDataset) -> RawDataset:
 
 
 def _upload(pixels: NDArray[np.uint8], device: torch.device) -> Tensor:
-    """All pixels, on the device."""
+    """All pixels, on the device, where they come 1024 images at a time."""
     uploaded = torch.empty(pixels.shape, dtype=torch.uint8, device=device)
-    for first in range(0, len(pixels), UPLOAD_CHUNK):
-        some = slice(first, first + UPLOAD_CHUNK)
+    for first in range(0, len(pixels), 1024):
+        some = slice(first, first + 1024)
         uploaded[some].copy_(torch.from_numpy(pixels[some].copy()))  # the map is not writable
     return uploaded

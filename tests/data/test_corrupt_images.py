@@ -6,60 +6,24 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
-from alexnet_dist.data import build_loader
-from alexnet_dist.data.corrupt_images import Batch, Loader, OnCorruptImage
+from alexnet_dist.data.corrupt_images import Batch, OnCorruptImage
 from alexnet_dist.data.dali import DaliLoader
 from alexnet_dist.data.datasets import ImageDataset
+from alexnet_dist.data.eval_plan import EvalPlan
 from alexnet_dist.data.formats import decode, parse_jpeg_size, validate_bytes
-from alexnet_dist.data.index import open_datasets, scan_dataset
 from alexnet_dist.data.plan import SampleParams, SamplePlan, TrainCrop
-from alexnet_dist.data.transforms import Normalization
 from alexnet_dist.errors import UserError
 from tests.data import corrupt_images
 from tests.data.corrupt_images import Content, encode, photograph, png_of_16_bits, put, write_folder
+from tests.data.loading import SIZE, build, load, open_train
 
 LOADERS = ["dali", "torch"]
-SIZE = 64
-BYTES = Normalization(np.zeros(3), np.ones(3), np.zeros((3, 3)), SIZE)
-
-
-def open_folder(root: Path) -> ImageDataset:
-    return open_datasets(scan_dataset(str(root), str(root / "cache"), lambda *_: None))[0]
 
 
 def plan_for(dataset: ImageDataset, crop: TrainCrop = "paper") -> SamplePlan:
     """All images in one batch; by the paper's crop 64 of 96 pixels, without a resize."""
     return SamplePlan(dataset.index.sizes, len(dataset.index), 3, crop, SIZE / 96)
-
-
-def build(name: str, dataset: ImageDataset, plan: SamplePlan, policy: OnCorruptImage) -> Loader:
-    return build_loader(
-        name,  # type: ignore[arg-type]
-        dataset,
-        BYTES,
-        plan,
-        device=torch.device("cpu"),
-        max_batch_size=plan.batch_size,
-        threads=0 if name == "torch" else 2,
-        on_corrupt=policy,
-    )
-
-
-def load(
-    name: str,
-    dataset: ImageDataset,
-    plan: SamplePlan,
-    *samples: SampleParams,
-    policy: OnCorruptImage = "stop",
-) -> tuple[list[Batch], list[dict[str, Any]]]:
-    """A loader's batches, and its events."""
-    loader = build(name, dataset, plan, policy)
-    try:
-        return list(loader.batches(samples)), loader.corrupt.pop_events()
-    finally:
-        loader.close()
 
 
 def one_of(samples: SampleParams, dataset: ImageDataset, path: Path) -> SampleParams:
@@ -72,7 +36,7 @@ def write_corrupt(
     """A folder of corrupt files; "after" they were indexed as good ones."""
     good = encode(photograph(), "JPEG")
     paths = write_folder(root, contents if when == "before" else dict.fromkeys(contents, good))
-    dataset = open_folder(root)
+    dataset = open_train(root)
     for kind, path in paths.items():
         if when == "after":
             put(path, contents[kind])
@@ -82,10 +46,10 @@ def write_corrupt(
 @pytest.mark.parametrize("crop", ["paper", "random_resized"])
 def test_odd_images_are_decoded_alike(crop: TrainCrop, tmp_path: Path) -> None:
     paths = write_folder(tmp_path, corrupt_images.odd_images())
-    dataset = open_folder(tmp_path)
+    dataset = open_train(tmp_path)
     plan = plan_for(dataset, crop)
     samples = plan.sample(0, 0)
-    (dali,), (reference,) = (load(name, dataset, plan, samples)[0] for name in LOADERS)
+    (dali,), (reference,) = (load(name, dataset, plan, [samples])[0] for name in LOADERS)
     for kind, path in paths.items():
         (row,) = np.flatnonzero(samples.indices == dataset.index.names.index(f"all/{path.name}"))
         difference = (dali.images[row] - reference.images[row]).abs()
@@ -128,7 +92,7 @@ def test_corrupt_images_are_substituted_or_skipped_and_named(
     samples, count = plan.sample(0, 0), len(dataset.index)
     reasons = {}
     for name in LOADERS:
-        (batch,), events = load(name, dataset, plan, samples, policy=policy)
+        (batch,), events = load(name, dataset, plan, [samples], on_corrupt=policy)
         by_path = {event["path"]: event["reason"] for event in events}
         assert set(by_path) == {str(path) for path in paths.values()}
         reasons[name] = {kind: by_path[str(path)] for kind, path in paths.items()}
@@ -159,7 +123,7 @@ def test_corrupt_images_are_substituted_or_skipped_and_named(
 def test_each_corrupt_image_stops_by_its_name(name: str, tmp_path: Path) -> None:
     dataset, paths = write_corrupt(tmp_path, corrupt_images.corrupt_files())
     plan = plan_for(dataset)
-    loader = build(name, dataset, plan, "stop")
+    loader = build(name, dataset, plan)
     for path in paths.values():
         with pytest.raises(UserError) as failure:
             list(loader.batches([one_of(plan.sample(0, 0), dataset, path)]))
@@ -167,6 +131,16 @@ def test_each_corrupt_image_stops_by_its_name(name: str, tmp_path: Path) -> None
         assert str(failure.value).endswith("go on without it by --data.on_corrupt_image skip")
         loader.corrupt.errors.clear()
     loader.close()
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_evaluation_skips_corrupt_images(name: str, tmp_path: Path) -> None:
+    dataset, paths = write_corrupt(tmp_path, {"it": b""})
+    plan = EvalPlan(dataset.index.sizes, 8, SIZE / 96)
+    batches, events = load(name, dataset, plan, list(plan.batches(slice(None))), on_corrupt="skip")
+    (corrupt,) = (event["index"] for event in events)
+    assert dataset.path(corrupt) == str(paths["it"])
+    assert [n for b in batches for n in b.indices.tolist()] == [1 - corrupt]
 
 
 def test_a_baseline_header_is_one_that_dalis_parser_reads() -> None:
@@ -203,7 +177,7 @@ def test_dali_names_images_that_fail_alone_or_only_in_a_batch(
     dataset, paths = write_corrupt(tmp_path, contents)
     plan = plan_for(dataset)
     samples = plan.sample(0, 0)
-    (batch,), events = load("dali", dataset, plan, samples, policy="substitute")
+    (batch,), events = load("dali", dataset, plan, [samples], on_corrupt="substitute")
     assert {event["path"] for event in events} == {str(paths["1"]), str(paths["2"])}
 
     third, run = dataset.index.names.index(f"all/{paths['3'].name}"), DaliLoader._run
@@ -215,7 +189,7 @@ def test_dali_names_images_that_fail_alone_or_only_in_a_batch(
         return run(self, samples, images)
 
     monkeypatch.setattr(DaliLoader, "_run", fail_together)
-    (batch,), events = load("dali", dataset, plan, samples, policy="substitute")
+    (batch,), events = load("dali", dataset, plan, [samples], on_corrupt="substitute")
     assert {event["path"] for event in events} == {str(path) for path in paths.values()}
     assert third not in batch.indices
 
@@ -224,7 +198,7 @@ def test_dali_names_images_that_fail_alone_or_only_in_a_batch(
 
     monkeypatch.setattr(DaliLoader, "_run", fail)
     with pytest.raises(UserError, match=r"whose images decode one by one: out of memory$"):
-        load("dali", dataset, plan, one_of(samples, dataset, paths["3"]), policy="substitute")
+        load("dali", dataset, plan, [one_of(samples, dataset, paths["3"])], on_corrupt="substitute")
 
 
 @pytest.mark.parametrize("name", LOADERS)
@@ -233,7 +207,7 @@ def test_an_image_of_another_size_than_indexed_is_named(name: str, tmp_path: Pat
     other = [encode(photograph(*size), "JPEG") for size in ((40, 50), (200, 150))]
     dataset, paths = write_corrupt(tmp_path, {str(n): other[n % 2] for n in range(40)})
     plan = plan_for(dataset)
-    (batch,), events = load(name, dataset, plan, plan.sample(0, 0), policy="skip")
+    (batch,), events = load(name, dataset, plan, [plan.sample(0, 0)], on_corrupt="skip")
     assert len(batch.indices) == 40
     assert {event["path"] for event in events} == {str(path) for path in paths.values()}
     assert {event["reason"] for event in events} == {"it has another size than when it was indexed"}
@@ -246,5 +220,5 @@ def test_dali_judges_damage_inside_alike_whatever_the_box(tmp_path: Path) -> Non
         samples = one_of(plan.sample(0, 0), dataset, path)
         boxes = [np.array([[top, 30, SIZE, SIZE]]) for top in (0, 16, 32)]
         each = [replace(samples, crop_boxes=box) for box in boxes]
-        _, events = load("dali", dataset, plan, *each, policy="skip")
+        _, events = load("dali", dataset, plan, each, on_corrupt="skip")
         assert len(events) in (0, 3), path

@@ -13,15 +13,12 @@ from torchvision.datasets import CIFAR10
 from alexnet_dist.data import index as datasets
 from alexnet_dist.data.corrupt_images import CorruptImagePolicy
 from alexnet_dist.data.datasets import FolderDataset
-from alexnet_dist.data.index import DatasetInfo, open_datasets, scan_dataset
+from alexnet_dist.data.index import open_datasets
 from alexnet_dist.data.statistics import ChannelStats
 from alexnet_dist.errors import UserError
 from tests.conftest import write_images
 from tests.data.corrupt_images import corrupt_files, encode, photograph, write_folder
-
-
-def scan(root: Path, cache: Path) -> DatasetInfo:
-    return scan_dataset(str(root), str(cache), lambda *_: None)
+from tests.data.loading import scan
 
 
 def test_index_of_class_folders(images: Path, tmp_path: Path) -> None:

@@ -109,12 +109,12 @@ def test_evaluation_has_each_image_once_and_as_many_batches_everywhere(ranks: in
 
     ten = replace(full, num_crops=10)
     for rows, batches in ((slice(r, None, ranks), each[r]) for r in range(ranks)):
-        for views, center in zip(ten.batches(rows), batches, strict=True):
-            assert views.indices.tolist() == np.repeat(center.indices, 10).tolist()
-            assert np.array_equal(views.crop_boxes_for(views.indices), views.crop_boxes)
+        for crops, center in zip(ten.batches(rows), batches, strict=True):
+            assert crops.indices.tolist() == np.repeat(center.indices, 10).tolist()
+            assert np.array_equal(crops.crop_boxes_for(crops.indices), crops.crop_boxes)
 
 
-def test_the_papers_ten_views_of_a_stored_256_image() -> None:
+def test_the_papers_ten_crops_of_a_stored_256_image() -> None:
     (samples,) = EvalPlan(np.full((2, 2), 256), 2, num_crops=10).batches(slice(None))
     corners = [(0, 0), (0, 32), (32, 0), (32, 32), (16, 16)]
     wanted = {(n, *at, 224, 224, flip) for n in (0, 1) for at in corners for flip in (False, True)}

@@ -239,7 +239,7 @@ def test_a_gpu_trains_as_a_cpu_does(tmp_path: Path) -> None:
     assert losses(tmp_path / "gpu") == pytest.approx(losses(tmp_path / "cpu"), rel=1e-3)
 
 
-def test_response_normalisation() -> None:
+def test_response_normalization() -> None:
     x = torch.randn(2, 96, 9, 9, device=GPU, dtype=torch.float64)
     ours, cpu = LocalResponseNorm(groups=2)(x), LocalResponseNorm(groups=2)(x.cpu())
     assert torch.allclose(ours.cpu(), cpu, rtol=1e-12)
@@ -249,7 +249,7 @@ def test_response_normalisation() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("shape", "groups"), [((3, 96, 55, 55), 2), ((5, 256, 27, 27), 2)])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_response_normalisation_by_triton(
+def test_response_normalization_by_triton(
     shape: tuple[int, ...], groups: int, dtype: torch.dtype, compiled: bool
 ) -> None:
     x = torch.randn(shape, device=GPU).mul_(60).to(dtype).to(memory_format=torch.channels_last)
@@ -346,7 +346,7 @@ def test_a_process_keeps_near_its_device() -> None:
     assert torch.cuda.current_stream().query()
 
 
-def test_batch_normalisation_is_that_of_the_cpu(tmp_path: Path) -> None:
+def test_batch_normalization_is_that_of_the_cpu(tmp_path: Path) -> None:
     """Losses, and the running averages that an evaluation reads."""
     root = write_images(tmp_path / "i")
     options = ["--model.arch=alexnet_bn", "--train.max_steps=3", "--runtime.precision=fp32"]

@@ -1,4 +1,4 @@
-"""Batch normalisation against torch's, and what becomes of its running averages."""
+"""Batch normalization against torch's, and what becomes of its running averages."""
 
 from collections.abc import Callable
 
@@ -71,9 +71,9 @@ def test_what_is_not_finite_leaves_no_trace_in_the_averages(
     x = torch.randn(4, 3, 2, 2, generator=torch.Generator().manual_seed(1))
     layer(x)
     before = layer.running_mean.clone(), layer.running_var.clone()
-    spoilt = x.clone()
-    spoilt[1, 2] = wrong
-    layer(spoilt)
+    nonfinite = x.clone()
+    nonfinite[1, 2] = wrong
+    layer(nonfinite)
     assert torch.equal(layer.running_mean, before[0])
     assert torch.equal(layer.running_var, before[1])
     layer(x)
