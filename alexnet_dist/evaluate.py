@@ -25,7 +25,7 @@ from alexnet_dist.errors import UserError, run_command
 from alexnet_dist.loaded_model import LoadedModel, load_model
 from alexnet_dist.parallel.mesh import Mesh, init_distributed
 from alexnet_dist.parallel.sharded_loss import ShardedClasses, to_counts
-from alexnet_dist.training.evaluation import EvalMetrics, check_all_images_counted, evaluate
+from alexnet_dist.training.evaluation import EvalMetrics, count_skipped, evaluate
 
 
 def main(arguments: list[str]) -> None:
@@ -80,7 +80,8 @@ def evaluate_one(model: LoadedModel, mesh: Mesh, dataset: ImageDataset) -> dict[
     plan, loader = model.eval_loader(mesh, dataset, batch_size)
     with closing(loader):
         result = evaluate(layout, loader.batches(plan.batches(mesh.batch_slice)), mesh.device)
-        return _check_count(result, _skipped(loader, mesh), dataset)
+        skipped = _skipped(loader, mesh)
+    return count_skipped(result, len(skipped), len(dataset.index))
 
 
 def evaluate_average(
@@ -120,20 +121,13 @@ def evaluate_average(
     parts = (tensor.split(eval_batch_size) for tensor in (log_probs[complete], labels))
     for some, correct in zip(*parts, strict=True):
         metrics.update(to_counts(*classes.label_ranks(some, correct)))
-    return _check_count(metrics.compute(), skipped, dataset)
+    return count_skipped(metrics.compute(), len(skipped), len(dataset.index))
 
 
 def _skipped(loader: Loader, mesh: Mesh) -> set[Any]:
     """Indices of the images that any rank's loader has skipped."""
     ranks = mesh.all_gather_object(loader.corrupt.pop_events())
     return {event["index"] for events in ranks for event in events}
-
-
-def _check_count(
-    result: dict[str, float], skipped: set[Any], dataset: ImageDataset
-) -> dict[str, float]:
-    check_all_images_counted(result, len(skipped), len(dataset.index))
-    return result | ({"num_skipped": len(skipped)} if skipped else {})
 
 
 if __name__ == "__main__":

@@ -28,12 +28,7 @@ from alexnet_dist.errors import UserError, run_command
 from alexnet_dist.loaded_model import LoadedModel, load_model
 from alexnet_dist.model import MODEL_REGISTRY, Network
 from alexnet_dist.parallel.mesh import Mesh, init_distributed
-from alexnet_dist.parallel.precision import (
-    Precision,
-    autocast,
-    configure_backends,
-    resolve_precision,
-)
+from alexnet_dist.parallel.precision import Precision, autocast, use_precision
 from alexnet_dist.tracking import Event, plots
 from alexnet_dist.tracking.console import ProgressReporter
 from alexnet_dist.tracking.logger import read_events
@@ -165,8 +160,8 @@ def plot_figure4(args: Namespace, model: LoadedModel, network: Network, mesh: Me
     candidates = np.sort(generator.permutation(len(info.train))[: args.train_images])
     if args.images:
         labeled = find_images(info.val, args.images)
-    precision = resolve_precision(config.runtime.precision, mesh.device)
-    configure_backends(precision, config.runtime.deterministic)
+    runtime = config.runtime
+    precision = use_precision(runtime.precision, mesh.device, runtime.deterministic)
     extract = partial(extract_features, network, precision)
     size = max(config.data.eval_batch_size, len(labeled), args.queries, args.neighbors)
     (train_plan, train_loader), (val_plan, val_loader) = (

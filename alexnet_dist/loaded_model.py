@@ -18,7 +18,7 @@ from alexnet_dist.errors import UserError
 from alexnet_dist.model import MODEL_REGISTRY, Network
 from alexnet_dist.parallel import Layout, LayoutConfig, parallelize
 from alexnet_dist.parallel.mesh import Mesh
-from alexnet_dist.parallel.precision import configure_backends, resolve_precision
+from alexnet_dist.parallel.precision import use_precision
 from alexnet_dist.setup import build_model, loader_for
 from alexnet_dist.tracking.console import ProgressReporter
 from alexnet_dist.training.checkpoint import find_checkpoint, load_tensors, read_state
@@ -77,8 +77,8 @@ class LoadedModel:
 
     def layout(self, mesh: Mesh, batch_size: int) -> Layout:
         """The network with its weights on every rank; all ranks call it together."""
-        precision = resolve_precision(self.config.runtime.precision, mesh.device)
-        configure_backends(precision, self.config.runtime.deterministic)
+        runtime = self.config.runtime
+        precision = use_precision(runtime.precision, mesh.device, runtime.deterministic)
         model = build_model(self.config, len(self.state["classes"]))
         layout = parallelize(model, mesh, LayoutConfig(batch_size, precision=precision))
         self.load_weights(layout.parameters)

@@ -21,7 +21,7 @@ from alexnet_dist.errors import UserError
 from alexnet_dist.model import MODEL_REGISTRY, Network, build_on_meta, iter_initial_weights
 from alexnet_dist.parallel import Layout, LayoutConfig, parallelize, validate_parallel_config
 from alexnet_dist.parallel.mesh import Mesh
-from alexnet_dist.parallel.precision import configure_backends, resolve_precision
+from alexnet_dist.parallel.precision import resolve_precision, use_precision
 from alexnet_dist.tracking.console import ProgressReporter
 from alexnet_dist.training.cuda_graph import CudaGraphStep, why_not_capturable
 from alexnet_dist.training.optim import build_optimizer
@@ -142,9 +142,8 @@ class TrainState:
 
 def build_training(config: Config, mesh: Mesh, num_classes: int) -> TrainState:
     """Network, optimizer and schedule, still without weights; see ``init_weights``."""
-    precision = resolve_precision(config.runtime.precision, mesh.device)
-    configure_backends(precision, config.runtime.deterministic)
-    parallel, optim = config.parallel, config.optim
+    parallel, optim, runtime = config.parallel, config.optim, config.runtime
+    precision = use_precision(runtime.precision, mesh.device, runtime.deterministic)
     options = LayoutConfig(
         batch_size=config.data.batch_size,
         grad_accum_steps=config.train.grad_accum_steps,

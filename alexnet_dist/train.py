@@ -28,7 +28,7 @@ from alexnet_dist.parallel.precision import device_name
 from alexnet_dist.tracking import plots, run_dir
 from alexnet_dist.tracking.logger import Logger
 from alexnet_dist.training.checkpoint import CheckpointManager
-from alexnet_dist.training.evaluation import check_all_images_counted, evaluate
+from alexnet_dist.training.evaluation import count_skipped, evaluate
 from alexnet_dist.training.preemption import INTERRUPT, Preempted, PreemptionHandler
 from alexnet_dist.training.step import StepThrottle, StepTimer, TrainMetrics, set_lr
 
@@ -169,9 +169,7 @@ class Trainer:
         with contextlib.closing(loader.batches(samples)) as batches:
             result = evaluate(self.layout, batches, self.mesh.device, after_batch)
         skipped = self._log_corrupt_images(loader)
-        check_all_images_counted(result, skipped, len(self.data.info.val))
-        if skipped:
-            result["num_skipped"] = skipped
+        result = count_skipped(result, skipped, len(self.data.info.val))
         self.logger.emit("eval", self.step, **result, seconds=timer.pop_times()[0])
         metrics = self.metrics
         self.logger.emit(

@@ -10,17 +10,15 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+Wanted = Precision | Literal["auto"]
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def resolve_precision(
-    wanted: Literal["auto", "fp32", "tf32", "bf16", "fp16"], device: torch.device
-) -> Precision:
+def resolve_precision(wanted: Wanted, device: torch.device) -> Precision:
     """What "auto" stands for: bf16 where the device is fast at it, else fp16 on GPUs, fp32 on CPUs.
 
-    Intel CPUs are fast where they have AMX: one without it, which had bf16's other instructions,
-    took 1.45 times as long in bf16 as in fp32.
+    An Intel CPU with bf16's instructions but no AMX took 1.45 times as long in bf16 as in fp32.
     """
     if wanted != "auto":
         return wanted
@@ -34,14 +32,16 @@ def resolve_precision(
     return "bf16" if fast else "fp32"
 
 
-def configure_backends(precision: str, deterministic: bool) -> None:
-    """TF32 only where asked for; cuDNN's fastest kernels unless ``deterministic``."""
+def use_precision(wanted: Wanted, device: torch.device, deterministic: bool) -> Precision:
+    """Have torch take TF32 only where asked for, and its fastest kernels unless ``deterministic``."""
+    precision = resolve_precision(wanted, device)
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
     torch.backends.cudnn.benchmark = not deterministic
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+    return precision
 
 
 def device_name(device: torch.device) -> str:

@@ -1,6 +1,6 @@
 """An exact evaluation: every image counts once, on any number of processes."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -55,13 +55,13 @@ def evaluate(
     return metrics.compute()
 
 
-def check_all_images_counted(
-    result: Mapping[str, float], num_skipped: int, num_images: int
-) -> None:
-    """Raise a UserError unless an evaluation has counted every image once."""
-    if result["images"] + num_skipped != num_images:
+def count_skipped(result: dict[str, float], skipped: int, images: int) -> dict[str, float]:
+    """The result of an evaluation, with ``skipped`` if there are any; raises a UserError unless
+    every image was counted once."""
+    if result["images"] + skipped != images:
         raise UserError(
-            f"evaluation counted {result['images']} images and skipped {num_skipped}, but there "
-            f"are {num_images}: this is a defect, please report it",
+            f"evaluation counted {result['images']} images and skipped {skipped}, but there "
+            f"are {images}: this is a defect, please report it",
             on_all_ranks=True,
         )
+    return result | ({"num_skipped": skipped} if skipped else {})
