@@ -33,7 +33,7 @@ def resolve_precision(wanted: Wanted, device: torch.device) -> Precision:
 
 
 def use_precision(wanted: Wanted, device: torch.device, deterministic: bool) -> Precision:
-    """Have torch take TF32 only where asked for, and its fastest kernels unless ``deterministic``."""
+    """Have torch take TF32 only where asked for; cuDNN its fastest kernels if it may."""
     precision = resolve_precision(wanted, device)
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
