@@ -26,8 +26,8 @@ import torch.distributed as dist
 from alexnet_dist import setup
 from alexnet_dist.config import CommandParser, Config, positive_int
 from alexnet_dist.data import dali
-from alexnet_dist.data.corrupt_images import Batch, Loader
 from alexnet_dist.data.index import open_datasets
+from alexnet_dist.data.loader import Batch, Loader
 from alexnet_dist.errors import UserError, run_command
 from alexnet_dist.model.layer_stats import layer_stats
 from alexnet_dist.parallel.mesh import Mesh, init_distributed

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 
 from alexnet_dist.config import CommandParser, Config
-from alexnet_dist.data.corrupt_images import Loader
 from alexnet_dist.data.datasets import ImageDataset
 from alexnet_dist.data.eval_plan import EvalPlan, NumCrops
 from alexnet_dist.data.index import open_datasets
+from alexnet_dist.data.loader import Loader
 from alexnet_dist.errors import UserError, run_command
 from alexnet_dist.loaded_model import LoadedModel, load_model
 from alexnet_dist.parallel.mesh import Mesh, init_distributed

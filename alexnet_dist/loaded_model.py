@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from alexnet_dist.config import Config, from_dict
-from alexnet_dist.data.corrupt_images import Loader
 from alexnet_dist.data.datasets import ImageDataset
 from alexnet_dist.data.eval_plan import EvalPlan, NumCrops
 from alexnet_dist.data.index import DatasetInfo, scan_dataset
+from alexnet_dist.data.loader import Loader
 from alexnet_dist.data.statistics import ChannelStats
 from alexnet_dist.data.transforms import Normalization, build_normalization
 from alexnet_dist.errors import UserError

@@ -11,10 +11,10 @@ from torch import Tensor
 from alexnet_dist import __version__
 from alexnet_dist.config import Config
 from alexnet_dist.data import build_loader
-from alexnet_dist.data.corrupt_images import Loader, OnCorruptImage
 from alexnet_dist.data.datasets import ImageDataset
 from alexnet_dist.data.eval_plan import EvalPlan
 from alexnet_dist.data.index import DatasetInfo, open_datasets, scan_dataset
+from alexnet_dist.data.loader import Loader, OnCorruptImage
 from alexnet_dist.data.plan import SamplePlan
 from alexnet_dist.data.transforms import Normalization, build_normalization
 from alexnet_dist.errors import UserError
@@ -26,7 +26,7 @@ from alexnet_dist.tracking.console import ProgressReporter
 from alexnet_dist.training.cuda_graph import CudaGraphStep, why_not_capturable
 from alexnet_dist.training.optim import build_optimizer
 from alexnet_dist.training.schedules import Schedule, piecewise_value
-from alexnet_dist.training.step import Batch, train_step
+from alexnet_dist.training.step import LabeledImages, train_step
 
 VERSIONS = {
     "alexnet_dist": __version__,
@@ -137,7 +137,7 @@ class TrainState:
     layout: Layout
     optimizer: torch.optim.SGD
     schedule: Schedule
-    train_step: Callable[[Batch, Iterable[Tensor]], Tensor]
+    train_step: Callable[[LabeledImages, Iterable[Tensor]], Tensor]
 
 
 def build_training(config: Config, mesh: Mesh, num_classes: int) -> TrainState:

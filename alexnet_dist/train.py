@@ -18,8 +18,8 @@ from alexnet_dist.config import (
     diff_configs,
     to_dict,
 )
-from alexnet_dist.data.corrupt_images import Batch, Loader
 from alexnet_dist.data.index import DIGITS
+from alexnet_dist.data.loader import Batch, Loader
 from alexnet_dist.errors import UserError, run_command
 from alexnet_dist.model import MODEL_REGISTRY
 from alexnet_dist.parallel.hang_detector import HangDetector
@@ -30,7 +30,7 @@ from alexnet_dist.tracking.logger import Logger
 from alexnet_dist.training.checkpoint import CheckpointManager
 from alexnet_dist.training.evaluation import count_skipped, evaluate
 from alexnet_dist.training.preemption import INTERRUPT, Preempted, PreemptionHandler
-from alexnet_dist.training.step import StepThrottle, StepTimer, TrainMetrics, set_lr
+from alexnet_dist.training.step import StepThrottle, StepTimer, TrainMetrics, lrs_at, set_lr
 
 MAX_CONSECUTIVE_NONFINITE = 10
 """After so many steps without a finite loss and gradient, more of them will not help."""
@@ -324,7 +324,7 @@ class Trainer:
             self.step,
             loss=loss,
             top1_error=error,
-            lrs=set_lr(self.state.optimizer, self.state.schedule, epochs),
+            lrs=lrs_at(self.state.optimizer, self.state.schedule, epochs),
             pca_noise_std=self.data.plan.pca_noise_std(epochs),
             steps=steps,
             images_per_second=timed_steps * self.config.data.batch_size / seconds,

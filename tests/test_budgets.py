@@ -22,15 +22,15 @@ BUDGETS = {  # lines of Python, docstrings included: the most allowed, which may
     "loaded_model.py": (106, 0),
     "config.py": (553, 320),
     "errors.py": (67, 60),
-    "model": (1118, 1000),
-    "data": (2056, 1500),
-    "parallel": (1604, 1250),
-    "training": (1483, 1000),
+    "model": (1119, 1000),
+    "data": (2058, 1500),
+    "parallel": (1608, 1250),
+    "training": (1499, 1000),
     "tracking": (774, 700),
     "prepare": (996, 1000),
     "__init__.py": (3, 5),
 }
-IN_ALL = {"alexnet_dist": (10715, 8700), "benchmarks": (2293, 2300), "tests": (7773, 6500)}
+IN_ALL = {"alexnet_dist": (10738, 8700), "benchmarks": (2293, 2300), "tests": (7786, 6500)}
 FILES_OF_A_STEP, LINES_OF_A_STEP = (16, 16), (3174, 2800)
 
 TRACER = """

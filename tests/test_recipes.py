@@ -9,7 +9,7 @@ from alexnet_dist.config import Config, config_dir, parse
 from alexnet_dist.model import build_on_meta
 from alexnet_dist.training.optim import build_optimizer
 from alexnet_dist.training.schedules import Schedule, piecewise_value
-from alexnet_dist.training.step import set_lr
+from alexnet_dist.training.step import lrs_at, set_lr
 from tests.conftest import TINY, events, launch
 
 CONFIGS = sorted(path.stem for path in config_dir().glob("*.yaml"))
@@ -44,7 +44,7 @@ def build_schedule(config: Config) -> tuple[Schedule, torch.optim.SGD]:
 def test_a_config_resolves(name: str) -> None:
     config = resolve(name)
     schedule, optimizer = build_schedule(config)
-    assert set_lr(optimizer, schedule, 0.5)["weights"] > 0
+    assert lrs_at(optimizer, schedule, 0.5)["weights"] > 0
 
 
 PARAMETERS = [

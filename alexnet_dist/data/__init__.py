@@ -5,10 +5,10 @@ from typing import Any, Literal
 import torch
 
 from alexnet_dist.data import dali, dali_probe
-from alexnet_dist.data.corrupt_images import Loader, OnCorruptImage
 from alexnet_dist.data.datasets import ImageDataset, RawDataset
 from alexnet_dist.data.eval_plan import EvalPlan, needs_resize
 from alexnet_dist.data.gpu_cache import GpuCacheLoader, fits_in_gpu_memory
+from alexnet_dist.data.loader import Loader, OnCorruptImage
 from alexnet_dist.data.plan import SamplePlan
 from alexnet_dist.data.torch_loader import TorchLoader
 from alexnet_dist.data.transforms import Normalization

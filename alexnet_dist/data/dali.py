@@ -18,10 +18,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from alexnet_dist.data import corrupt_images
-from alexnet_dist.data.corrupt_images import Batch, Loader
 from alexnet_dist.data.datasets import ImageDataset
 from alexnet_dist.data.formats import DECODE_ERROR, SIZE_MISMATCH, parse_jpeg_size
+from alexnet_dist.data.loader import Batch, Loader, prefetch, to_device, use_device
 from alexnet_dist.data.plan import SampleParams
 from alexnet_dist.data.transforms import Normalization
 from alexnet_dist.errors import UserError
@@ -170,14 +169,14 @@ class DaliLoader(Loader):
         )
         self._idle = [self._build() for _ in range(PIPELINES)]
         self._workers = ThreadPoolExecutor(
-            PIPELINES, "dali", initializer=corrupt_images.use_device, initargs=(self.device,)
+            PIPELINES, "dali", initializer=use_device, initargs=(self.device,)
         )
         self._readers = ThreadPoolExecutor(max(self._threads, 8), "read")
         where = self.device.type
         self.description = f"DALI on {where}, decoder {decoder}, {self._threads} threads"
 
     def batches(self, samples: Iterable[SampleParams]) -> Generator[Batch, None, None]:
-        return corrupt_images.prefetch(self._in_order(samples), self._prefetch, self.device)
+        return prefetch(self._in_order(samples), self._prefetch, self.device)
 
     def close(self) -> None:
         self._workers.shutdown(cancel_futures=True)
@@ -265,7 +264,7 @@ class DaliLoader(Loader):
         finally:
             self._idle.append(pipeline)
         indices = np.array(out.as_tensor())
-        labels = corrupt_images.to_device(self._labels[indices], self.device)
+        labels = to_device(self._labels[indices], self.device)
         # DALI's own memory, which it gets back when torch frees the tensor
         tensor = torch.from_dlpack(normalized.as_tensor()).permute(0, 3, 1, 2)
         return Batch(tensor, labels, indices)
@@ -273,8 +272,8 @@ class DaliLoader(Loader):
     def _find_corrupt_images(
         self, samples: SampleParams, images: list[NDArray[np.uint8]], error: Exception
     ) -> None:
-        """Mark the images that made a batch fail: the one that DALI names, though it may decode
-        alone or on the CPU; else all that fail there one by one."""
+        """Mark the image that DALI names in its error; if it names none, decode each alone on the
+        CPU and mark those that fail."""
         cause = str(error).rpartition("encountered:")[2].strip()
         named = re.search(r"Failed to decode sample #(\d+)", cause)
         if named:

@@ -31,7 +31,7 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def validate_bytes(encoded: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """The bytes of a file as all decoders take them alike: nearly always these very ones.
+    """Bytes that every decoder reads alike: those given, but for a PNG of 16 bits a channel.
 
     Raises:
         OSError: with the reason, where decoders would not agree that this is an image.
@@ -50,8 +50,8 @@ def validate_bytes(encoded: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def parse_jpeg_size(encoded: NDArray[np.uint8]) -> list[int] | None:
-    """Stored height and width of a JPEG whose header is as libjpeg writes it unless it is asked for
-    more, and so one that every parser reads; else None."""
+    """[height, width] of a baseline JPEG with libjpeg's plain header, which every parser reads;
+    else None."""
     found = _BASELINE_JPEG.match(encoded.data)
     return list(struct.unpack(">HH", found[found.lastindex or 0])) if found else None
 

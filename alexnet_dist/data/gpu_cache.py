@@ -14,9 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from alexnet_dist.data import corrupt_images
-from alexnet_dist.data.corrupt_images import Batch, Loader, to_device
 from alexnet_dist.data.datasets import ImageDataset, RawDataset
+from alexnet_dist.data.loader import Batch, Loader, prefetch, to_device
 from alexnet_dist.data.plan import SampleParams
 from alexnet_dist.data.transforms import Normalization
 from alexnet_dist.errors import UserError
@@ -121,7 +120,7 @@ class GpuCacheLoader(Loader):
         self.description = f"gpu_cache: {size} {where}"
 
     def batches(self, samples: Iterable[SampleParams]) -> Generator[Batch, None, None]:
-        loaded = corrupt_images.prefetch(map(self._load, samples), self._prefetch, self.device)
+        loaded = prefetch(map(self._load, samples), self._prefetch, self.device)
         for batch, done in loaded:
             if done is not None:
                 current = torch.cuda.current_stream(self.device)

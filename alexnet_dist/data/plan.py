@@ -23,7 +23,8 @@ CROP_CHUNK = 32
 
 RANDOMS_PER_SAMPLE = 32
 """Uniform numbers for each position: 0 the flip, 1 to 4 the PCA coefficients, 5 and 6 the box's
-top-left corner, 8 to 27 ten attempts at a random resized crop. Philox makes four at each count."""
+top-left corner, 8 to 27 ten attempts at a random resized crop; the others are spare. Philox makes
+four at each count."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class SampleParams:
         crop_boxes: [b, 4], top, left, height, width in pixels of the stored image.
         flips: [b], bool.
         pca_coeffs: [b, 3], coefficients of the PCA noise, N(0, 1).
-        crop_boxes_for: the boxes [b, 4] of other images [b] under the same random numbers.
+        crop_boxes_for: draws the boxes [b, 4] of any images [b] from this batch's random numbers.
         pca_noise_std: standard deviation that the coefficients are scaled to; 0 for no noise.
     """
 
@@ -119,6 +120,8 @@ class SamplePlan:
     Attributes:
         sizes: [N, 2], height and width of the stored images in pixels; 0 where unreadable.
         batch_size: images in a global batch, B.
+        crop: paper, chunked (the same position and flip for CROP_CHUNK images in a row), or
+            random_resized.
         crop_fraction: side of the paper's crop over that of the central square, 224/256.
         scale, ratio: of random resized crops.
         pca_noise_std: of the PCA noise after so many (fractional) epochs.

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from alexnet_dist.data.corrupt_images import Batch, Loader, to_device
 from alexnet_dist.data.datasets import ImageDataset
 from alexnet_dist.data.formats import SIZE_MISMATCH, decode
+from alexnet_dist.data.loader import Batch, Loader, to_device
 from alexnet_dist.data.plan import SampleParams
 from alexnet_dist.data.transforms import Normalization, crop_resize_flip, normalize
 

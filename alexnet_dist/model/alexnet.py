@@ -111,7 +111,8 @@ def forward_layers(layers: Iterable[nn.Module], x: Tensor, masks: Iterable[Tenso
     """``x`` through ``layers`` in order, each Dropout with the next of ``masks``."""
     remaining = iter(masks)
     for layer in layers:
-        x = layer(x, next(remaining, None)) if isinstance(layer, Dropout) else layer(x)
+        drops = isinstance(layer, Dropout) and layer.p > 0  # others have no mask
+        x = layer(x, next(remaining, None)) if drops else layer(x)
     return x
 
 

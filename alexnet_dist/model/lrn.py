@@ -54,7 +54,7 @@ class LocalResponseNorm(nn.Module):
     def __init__(
         self,
         size: int = 5,
-        alpha: float = 1e-4,
+        alpha: float = 5e-4,
         beta: float = 0.75,
         k: float = 2.0,
         groups: int = 1,

@@ -108,7 +108,8 @@ class DDPLayout:
         self.parameters = dict(self._model.named_parameters())
         shapes = {n: sharding.shapes.get(n, p.shape) for n, p in self.parameters.items()}
         trained = [shapes[n] for n, p in self.parameters.items() if p.requires_grad]
-        self.num_parameters, num_classes = sum(map(math.prod, trained)), trained[-1][0]
+        self.num_parameters = sum(map(math.prod, trained))
+        num_classes = trained[-1][0]  # the last layer's bias
         self._data_parallel = wrap_ddp(self._replicated_part(), mesh, config, comm_timer)
         ddp = self._data_parallel
         self._no_sync = ddp.no_sync if isinstance(ddp, DistributedDataParallel) else nullcontext
@@ -126,7 +127,9 @@ class DDPLayout:
             config.batch_size, mesh.dp_size, config.grad_accum_steps
         )
         self._dropout_rows = mesh.batch_slice
-        self._loss_scale = mesh.dp_size  # DDP averages over replicas what is to be summed
+        # the loss is divided by the global batch, so that gradients are to be summed over the
+        # replicas; DDP divides the sum by their number, which this undoes
+        self._loss_scale = mesh.dp_size
         part = "a tower" if mesh.split_size > 1 else "the full network"
         self.description = f"{part} in each process"
         if mesh.dp_size > 1:
@@ -163,7 +166,7 @@ class DDPLayout:
         masks = tuple(masks)
         result = torch.zeros(2, dtype=torch.float64, device=images.device)
         for rows in self._microbatches:
-            last = rows is self._microbatches[-1]  # with which the gradients of all are sent
+            last = rows is self._microbatches[-1]  # DDP sends gradients in the last one only
             with nullcontext() if last else self._no_sync():
                 with self._autocast:
                     logits, targets = self._forward(images[rows], labels[rows], masks, rows)

@@ -18,9 +18,9 @@ All of it is sent between the two (dimension "mp" of the mesh) in the precision 
 an image in bf16 for ``paper``, forward and backward together. Gradients are averaged over the
 replicas (dimension "dp") by DistributedDataParallel, each tower with its like.
 
-An exchange is an all-gather of two; its backward, a reduce-scatter of two, is an exchange again
-and one addition, which is the one that autograd makes for a tensor used twice. While the other
-tower's half is in flight, the product with one's own half is computed, forward and backward.
+An exchange is an all-gather of two. Backward, the gradients are exchanged the same way, and
+autograd adds the one that arrives to one's own. While the other tower's half is in flight, the
+product with one's own half is computed, forward and backward.
 
 The authors' source keeps fc8 on one GPU, since its layers are placed as a whole and a softmax wants
 all classes at once. Here it is split like the others: the loss needs four numbers of each side, no
@@ -76,9 +76,9 @@ class _ExchangeLayer(nn.Module):
         the gradient that the other tower waits for is in flight under that product's backward."""
         halves, rank = self.weight.split(self.weight.shape[1] // 2, 1), self.group.rank
         exchange = _PeerExchange(self.group)
-        in_flight = _SendActivation.apply(x, exchange)
+        in_flight = _StartExchange.apply(x, exchange)
         own = self.product(x, halves[rank], self.bias)
-        theirs = _RecvActivation.apply(in_flight, exchange)
+        theirs = _FinishExchange.apply(in_flight, exchange)
         return own + self.product(theirs, halves[1 - rank], None)
 
 
@@ -91,7 +91,7 @@ class _PeerExchange:
         self.received: Tensor | None = None
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def send(self, x: Tensor) -> Tensor:
+    def start(self, x: Tensor) -> Tensor:
         """Start to exchange ``x``; what is returned has the other tower's values after ``wait``."""
         # maps as they lie in memory, channels last, so that nothing is copied to be sent
         packed = x.permute(0, 2, 3, 1) if x.dim() == 4 else x
@@ -106,13 +106,13 @@ class _PeerExchange:
         self._in_flight = None
 
 
-class _SendActivation(torch.autograd.Function):
+class _StartExchange(torch.autograd.Function):
     """Forward: start to send ``x``. Backward: its gradient has arrived from the other tower."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, exchange: _PeerExchange) -> Tensor:
         ctx.exchange = exchange
-        exchange.received = exchange.send(x)
+        exchange.received = exchange.start(x)
         return x.new_empty(()).expand_as(x)  # stands for what is in flight, and takes no memory
 
     @staticmethod
@@ -121,9 +121,10 @@ class _SendActivation(torch.autograd.Function):
         return grads[0], None
 
 
-class _RecvActivation(torch.autograd.Function):
+class _FinishExchange(torch.autograd.Function):
     """Forward: the other tower's activations have arrived. Backward: start to send their gradient,
-    and return the memory of one's own, which is there when ``_SendActivation`` passes it on."""
+    and return the buffer for the other tower's gradient of one's own activations, which has arrived
+    when ``_StartExchange`` passes it on."""
 
     @staticmethod
     def forward(ctx: Any, _: Tensor, exchange: _PeerExchange) -> Tensor:
@@ -135,7 +136,7 @@ class _RecvActivation(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        return ctx.exchange.send(grads[0]), None
+        return ctx.exchange.start(grads[0]), None
 
 
 def _ungroup(half: Any, _: TimedGroup) -> nn.Module:

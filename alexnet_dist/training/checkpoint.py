@@ -41,14 +41,14 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from alexnet_dist.errors import UserError
 from alexnet_dist.training.optim import momentum_buffers
-from alexnet_dist.training.step import Layout
+from alexnet_dist.training.step import TrainableLayout
 
 FORMAT = 3
 """Of checkpoints and exported files. Those of alexnet_dist 0.1.0, whose options have other names,
 do not have it in their state."""
 
 _MANIFEST, _STATE = "manifest.json", "state.json"
-_PARTIAL, _CORRUPT = ".partial-", "corrupt-"
+_PARTIAL, _REPLACED, _CORRUPT = ".partial-", ".replaced-", "corrupt-"
 _FILES = (".safetensors", ".pth", ".pt")
 
 warnings.filterwarnings("ignore", module=r"torch\.distributed\.checkpoint")  # of its own internals
@@ -77,7 +77,7 @@ class CheckpointManager:
         self,
         folder: Path,
         group: dist.ProcessGroup | None,
-        layout: Layout,
+        layout: TrainableLayout,
         optimizer: torch.optim.SGD,
         emit: Callable[..., None],
         *,
@@ -191,8 +191,7 @@ class CheckpointManager:
             Its state, None where there is none; and a warning for each corrupt one.
         """
         if dist.get_rank() == 0:
-            for partial in self.folder.glob(f"{_PARTIAL}*"):  # of a process that was killed
-                shutil.rmtree(partial, ignore_errors=True)
+            self._remove_partial()
         corrupt: list[str] = []
         while checkpoint := self._find_latest():
             problem = verify_checksums(checkpoint)
@@ -229,6 +228,17 @@ class CheckpointManager:
             missing += [n for n in mine if n not in shapes]
         load_tensors(found, {n: t for n, t in mine.items() if n not in missing})
         return [name.removeprefix("model.") for name in missing]
+
+    def _remove_partial(self) -> None:
+        """Remove what a process that was killed has left, and undo a replacement it has begun."""
+        for partial in self.folder.glob(f"{_PARTIAL}*"):
+            shutil.rmtree(partial, ignore_errors=True)
+        for replaced in self.folder.glob(f"{_REPLACED}*"):
+            final = self.folder / replaced.name.removeprefix(_REPLACED)
+            if final.exists():
+                shutil.rmtree(replaced, ignore_errors=True)
+            else:
+                replaced.rename(final)
 
     def _find_latest(self) -> Path | None:
         names: list[Any] = [path.name for path in _oldest_first(self.folder)[-1:]] or [None]
@@ -292,7 +302,8 @@ class _Writer(HuggingFaceStorageWriter):
         return done
 
     def finish(self, metadata: Any, results: list[list[Any]]) -> None:
-        """On the first process, once all have written: make it a checkpoint."""
+        """Overrides DCP's, which calls it on the first process once all have written: make the
+        folder a checkpoint."""
         partial, folder = Path(self.path), self.manager.folder
         (partial / _STATE).write_text(self.state)
         files = dict(checksum for each in results for checksum in each)
@@ -301,11 +312,11 @@ class _Writer(HuggingFaceStorageWriter):
         for name in (_STATE, _MANIFEST):
             _sync(partial / name)
         _sync(partial)
-        before = folder / f"{_PARTIAL}before-{self.final.name}"
+        replaced = folder / f"{_REPLACED}{self.final.name}"
         if self.final.exists():  # the same step again, now with its evaluation
-            self.final.rename(before)
-        partial.rename(self.final)
-        shutil.rmtree(before, ignore_errors=True)
+            self.final.rename(replaced)
+        partial.rename(self.final)  # from here on it is a checkpoint
+        shutil.rmtree(replaced, ignore_errors=True)
         _link(folder / "last", self.final.name)
         if self.best:
             _link(folder / "best", self.final.name)

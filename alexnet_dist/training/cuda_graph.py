@@ -17,7 +17,7 @@ from torch import Tensor
 
 from alexnet_dist.errors import UserError
 from alexnet_dist.training.sgd2012 import KrizhevskySGD
-from alexnet_dist.training.step import Batch, Layout, train_step
+from alexnet_dist.training.step import LabeledImages, TrainableLayout, train_step
 
 CAPTURE_WARMUP_STEPS = 3
 """Eager steps before the one that is captured."""
@@ -26,14 +26,14 @@ CAPTURE_WARMUP_STEPS = 3
 class CudaGraphStep:
     """``train_step`` of a layout and an optimizer, for batches of one shape."""
 
-    def __init__(self, layout: Layout, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, layout: TrainableLayout, optimizer: torch.optim.Optimizer) -> None:
         assert isinstance(optimizer, KrizhevskySGD)
         self._layout, self._optimizer = layout, optimizer
         self._eager_steps = 0
         self._inputs: list[Tensor] = []
         self._captured: tuple[torch.cuda.CUDAGraph, Tensor] | None = None
 
-    def __call__(self, batch: Batch, masks: Iterable[Tensor]) -> Tensor:
+    def __call__(self, batch: LabeledImages, masks: Iterable[Tensor]) -> Tensor:
         """One update of the parameters; returns what ``train_step`` does.
 
         Raises:

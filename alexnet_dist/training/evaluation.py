@@ -7,7 +7,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from alexnet_dist.errors import UserError
-from alexnet_dist.training.step import Batch, Layout
+from alexnet_dist.training.step import LabeledImages, TrainableLayout
 
 
 class EvalMetrics(Metric):
@@ -39,8 +39,8 @@ class EvalMetrics(Metric):
 
 
 def evaluate(
-    layout: Layout,
-    batches: Iterable[Batch],
+    layout: TrainableLayout,
+    batches: Iterable[LabeledImages],
     device: torch.device,
     after_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:

@@ -16,9 +16,10 @@ class Schedule:
     Attributes: those of config.ScheduleConfig, and
         lr: the base learning rate; the peak of one_cycle.
         epochs: of the whole run, before ``epochs_scale``.
-        epochs_scale: every epoch of the schedule stands for so many.
+        epochs_scale: stretches the schedule by this factor.
         lr_mults: multiples of some groups, whatever the schedule.
-        num_decays, best, num_bad_epochs: of plateau.
+        num_decays, best, num_bad_epochs: of plateau: how often the lr was divided, the lowest
+            error, and the evaluations since.
     """
 
     name: Literal["constant", "plateau", "one_cycle", "polynomial", "piecewise"]
@@ -37,14 +38,10 @@ class Schedule:
     def lr_at(self, group: str, epoch: float) -> float:
         """The learning rate of ``group`` in the step that begins at ``epoch``."""
         epoch /= self.epochs_scale
-        if group in self.milestones and self.name == "piecewise":
-            lr = piecewise_value(self.milestones[group], epoch)
-        else:
-            lr = self._base_lr(epoch)
-        lr *= self.lr_mults.get(group, 1.0)
+        lr = self._scheduled_lr(group, epoch) * self.lr_mults.get(group, 1.0)
         return lr * min(1.0, epoch / self.warmup_epochs) if self.warmup_epochs > 0 else lr
 
-    def _base_lr(self, epoch: float) -> float:
+    def _scheduled_lr(self, group: str, epoch: float) -> float:
         if self.name == "plateau":
             return self.lr * 0.1**self.num_decays
         if self.name == "one_cycle":
@@ -52,7 +49,7 @@ class Schedule:
         if self.name == "polynomial":  # of power 2, as You, Gitman and Ginsburg 2017 have it
             return self.lr * max(1 - epoch / self.epochs, 0.0) ** 2
         if self.name == "piecewise":
-            return piecewise_value(self.milestones["weights"], epoch)
+            return piecewise_value(self.milestones.get(group, self.milestones["weights"]), epoch)
         return self.lr
 
     def step_metric(self, error: float) -> None:

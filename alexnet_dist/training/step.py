@@ -1,6 +1,7 @@
 """A training step: what it computes, what is counted of it, and how long it takes."""
 
 import hashlib
+import math
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from alexnet_dist.training.schedules import Schedule
 
 
-class Layout(Protocol):
+class TrainableLayout(Protocol):
     """What training needs of a layout; see parallel/ddp.py for the meaning of each."""
 
     parameters: dict[str, nn.Parameter]
@@ -30,7 +31,7 @@ class Layout(Protocol):
     def eval_counts(self, images: Tensor, labels: Tensor) -> Tensor: ...
 
 
-class Batch(Protocol):
+class LabeledImages(Protocol):
     """images [B, 3, H, W] and labels [B] of this process, on its device."""
 
     @property
@@ -40,16 +41,23 @@ class Batch(Protocol):
     def labels(self) -> Tensor: ...
 
 
-def set_lr(optimizer: torch.optim.Optimizer, schedule: Schedule, epoch: float) -> dict[str, float]:
-    """Set each group's lr for the step that begins at ``epoch``; returns them by group."""
-    lrs = {"weights": schedule.lr_at("weights", epoch)}
+def set_lr(optimizer: torch.optim.Optimizer, schedule: Schedule, epoch: float) -> None:
+    """Set each parameter group's lr for the step that begins at ``epoch``."""
     for group in optimizer.param_groups:
-        group["lr"] = lrs[group["name"]] = schedule.lr_at(group["name"], epoch)
-    return lrs
+        group["lr"] = schedule.lr_at(group["name"], epoch)
+
+
+def lrs_at(optimizer: torch.optim.Optimizer, schedule: Schedule, epoch: float) -> dict[str, float]:
+    """The lr of each parameter group, and of weights in general, at ``epoch``."""
+    names = ["weights", *(group["name"] for group in optimizer.param_groups)]
+    return {name: schedule.lr_at(name, epoch) for name in names}
 
 
 def train_step(
-    layout: Layout, optimizer: torch.optim.Optimizer, batch: Batch, masks: Iterable[Tensor]
+    layout: TrainableLayout,
+    optimizer: torch.optim.Optimizer,
+    batch: LabeledImages,
+    masks: Iterable[Tensor],
 ) -> Tensor:
     """One update of the parameters.
 
@@ -82,7 +90,7 @@ class NonFiniteStep:
 
     @property
     def description(self) -> str:
-        finite = self.loss - self.loss == 0
+        finite = math.isfinite(self.loss)
         return "a gradient is not finite" if finite else f"the loss is {self.loss}"
 
 
@@ -140,7 +148,7 @@ class TrainMetrics:
             )
             self.sample_order_hash = hashlib.sha256(link).hexdigest()
             self.epoch_images += len(indices)
-            if any(skipped) or loss - loss != 0:
+            if any(skipped) or not math.isfinite(loss):
                 nonfinite.append(NonFiniteStep(step, loss, indices))
                 self.consecutive_nonfinite += 1
                 continue
@@ -199,9 +207,9 @@ class StepThrottle:
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
-        self._in_flight: deque[tuple[torch.cuda.Event, Batch]] = deque()
+        self._in_flight: deque[tuple[torch.cuda.Event, LabeledImages]] = deque()
 
-    def step_launched(self, batch: Batch) -> None:
+    def step_launched(self, batch: LabeledImages) -> None:
         """Wait until another step may be launched."""
         if self._on_gpu:
             done = torch.cuda.Event()

@@ -7,10 +7,10 @@ import numpy as np
 import torch
 
 from alexnet_dist.data import build_loader
-from alexnet_dist.data.corrupt_images import Batch, Loader
 from alexnet_dist.data.datasets import ImageDataset
 from alexnet_dist.data.eval_plan import EvalPlan
 from alexnet_dist.data.index import DatasetInfo, open_datasets, scan_dataset
+from alexnet_dist.data.loader import Batch, Loader
 from alexnet_dist.data.plan import SampleParams, SamplePlan
 from alexnet_dist.data.transforms import Normalization
 

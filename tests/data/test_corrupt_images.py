@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from alexnet_dist.data.corrupt_images import Batch, OnCorruptImage
 from alexnet_dist.data.dali import DaliLoader
 from alexnet_dist.data.datasets import ImageDataset
 from alexnet_dist.data.eval_plan import EvalPlan
 from alexnet_dist.data.formats import decode, parse_jpeg_size, validate_bytes
+from alexnet_dist.data.loader import Batch, OnCorruptImage
 from alexnet_dist.data.plan import SampleParams, SamplePlan, TrainCrop
 from alexnet_dist.errors import UserError
 from tests.data import corrupt_images

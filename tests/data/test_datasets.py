@@ -11,9 +11,9 @@ from PIL import Image
 from torchvision.datasets import CIFAR10
 
 from alexnet_dist.data import index as datasets
-from alexnet_dist.data.corrupt_images import CorruptImagePolicy
 from alexnet_dist.data.datasets import FolderDataset
 from alexnet_dist.data.index import open_datasets
+from alexnet_dist.data.loader import CorruptImagePolicy
 from alexnet_dist.data.statistics import ChannelStats
 from alexnet_dist.errors import UserError
 from tests.conftest import write_images

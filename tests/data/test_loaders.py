@@ -9,13 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
-from alexnet_dist.data.corrupt_images import Batch
 from alexnet_dist.data.dali import DaliLoader
 from alexnet_dist.data.datasets import ImageDataset, RawDataset
 from alexnet_dist.data.eval_plan import EvalPlan, needs_resize
 from alexnet_dist.data.formats import decode
 from alexnet_dist.data.gpu_cache import GpuCacheLoader, fits_in_gpu_memory, resize_crops
 from alexnet_dist.data.index import open_datasets
+from alexnet_dist.data.loader import Batch
 from alexnet_dist.data.plan import SampleParams, SamplePlan, TrainCrop, random_resized_crop_boxes
 from alexnet_dist.data.transforms import Normalization, build_normalization, crop_resize_flip
 from alexnet_dist.errors import UserError

@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 
 from alexnet_dist.data import build_loader, dali, dali_probe
-from alexnet_dist.data.corrupt_images import Batch
 from alexnet_dist.data.datasets import ImageDataset
 from alexnet_dist.data.gpu_cache import GpuCacheLoader
 from alexnet_dist.data.index import open_datasets, scan_dataset
+from alexnet_dist.data.loader import Batch
 from alexnet_dist.data.plan import SamplePlan, TrainCrop
 from alexnet_dist.data.torch_loader import TorchLoader
 from alexnet_dist.data.transforms import Normalization, build_normalization

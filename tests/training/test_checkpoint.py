@@ -89,6 +89,19 @@ def test_checkpoint_retention(tmp_path: Path) -> None:
     assert (tmp_path / "best").resolve().name == "step-00000002"
 
 
+def test_a_kill_while_a_checkpoint_is_replaced_loses_none(tmp_path: Path) -> None:
+    manager, _ = weights_manager(tmp_path, weights())
+    path = save(manager, 1, loss=0.5)
+    path.rename(tmp_path / ".replaced-step-00000001")  # as it is between the two renames
+    (tmp_path / ".partial-step-00000001").mkdir()
+    found, warnings = manager.restore(lambda state: None)
+    assert (found["loss"], warnings) == (0.5, [])
+    assert names(tmp_path) == ["last", "step-00000001"]
+    save(manager, 1, loss=0.25)
+    assert read_state(path)["loss"] == 0.25
+    assert names(tmp_path) == ["last", "step-00000001"]
+
+
 def test_checkpoint_survives_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manager, events = weights_manager(tmp_path, weights())
     first = save(manager, 1, best={"loss": 2.0})

@@ -41,9 +41,10 @@ class Batch:
 class CorruptImagePolicy:
     """Which images cannot be decoded, and what is done about it.
 
-    ``policy``: "stop" raises. "substitute" takes the next image that can be decoded, whatever its
+    ``policy``: "stop" raises. Where data.on_corrupt_image is skip, training has "substitute" and an
+    evaluation "skip". "substitute" takes the next image that can be decoded, whatever its
     class, so that it is the same one in every epoch and on any number of processes. "skip" makes
-    the batch smaller (in an evaluation, which must not count another image twice).
+    the batch smaller, since an evaluation must not count another image twice.
 
     Attributes:
         errors: why, by index.
