@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from alexnet_dist.data.datasets import scan_dataset
+from alexnet_dist.data.index import scan_dataset
 from alexnet_dist.model import Network
 from tests.conftest import SIDE, launch
 from tests.networks import CLASSES, MEAN, save_network
