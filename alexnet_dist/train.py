@@ -113,7 +113,7 @@ class Trainer:
                 result = self._evaluate_and_save()
             self.checkpoints.wait()
             self.preemption.close()
-            self.hang_detector.close()
+            self.hang_detector.close()  # plots may take long
             self._finish(result)
         except Preempted as stop:
             self._save_and_exit(stop.reason)
@@ -125,6 +125,7 @@ class Trainer:
         """Steps to the end of this epoch, or to the last step; none if only an evaluation is
         missing."""
         config, plan, state = self.config, self.data.plan, self.state
+        # not of self.step: at an epoch's end its evaluation may be missing still
         epoch = max(self.last_eval_step, 0) // self.steps_per_epoch
         first, end = epoch * self.steps_per_epoch, (epoch + 1) * self.steps_per_epoch
         end = min(end, self.last_step)
@@ -157,7 +158,8 @@ class Trainer:
             self._log_steps()
 
     def _evaluate_and_save(self) -> dict[str, float]:
-        """Log exact errors over the validation images, and begin to write a checkpoint."""
+        """Log exact errors over the validation images, end the epoch if it is complete (schedule,
+        metrics, whether it is the best), and begin to write a checkpoint."""
         timer = StepTimer()
 
         def after_batch() -> None:
