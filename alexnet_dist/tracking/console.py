@@ -3,6 +3,7 @@
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -63,6 +64,30 @@ class ProgressReporter(Progress):
             self.print(line, markup=False, soft_wrap=True)
 
 
+_START = (
+    "{arch}: {parameters:,} parameters, {num_classes} classes, {train_images:,} training and "
+    "{val_images:,} validation images\nworld size {world_size} on {device}, {threads} threads "
+    "each, {precision}{modes}; {loader}\n{layout}\nthe run is in {run}"
+)
+_LINES = {
+    "start": _START,
+    "resume": _START + "\nresuming from step {step}",
+    "train": "loss {loss:.4f}  lr {lrs[weights]:.2g}  {images_per_second:.0f} img/s  "
+    "data {data_time_fraction:.0%}",
+    "eval": "epoch {epoch:g}  step {step}  validation: top-1 error {top1_error:.2f} %  "
+    "top-5 {top5_error:.2f} %  loss {loss:.4f}  ({images} images, {seconds:.1f} s)",
+    "corrupt_image": "corrupt image {path} ({reason}): {action}",
+    "nonfinite": "warning: {what} at step {step}{skipped}",
+    "warning": "warning: {message}",
+    "checkpoint_failed": "warning: {message}",
+    "preempted": "stopped by {cause} at step {step} of {total}, {saved}; the same command resumes",
+    "finished": "top-1 accuracy {accuracy:.2f} %  (error {top1_error:.2f} %, top-5 "
+    "{top5_error:.2f} %) on {images} validation images\n"
+    "records, curves and kernels: {run}{stopped}",
+}
+"""How events are shown; those of other kinds are not."""
+
+
 class ConsoleSink:
     """Shows a run's events on standard output; a bar follows "train" events."""
 
@@ -73,70 +98,35 @@ class ConsoleSink:
 
     def log(self, event: Event) -> None:
         """Show an event, if it is one that is shown."""
-        if event["event"] in ("preempted", "finished"):
+        kind = event["event"]
+        if kind in ("preempted", "finished"):
             self.bar.stop()
-        text = self._format_step(event) if event["event"] == "train" else self._format(event)
-        if text:
-            self.bar.print(text, markup=False, soft_wrap=True)
+        if kind not in _LINES:
+            return
+        line = _LINES[kind].format(**event | self._words(event))
+        if kind == "train":
+            if event["comm_time_fraction"]:
+                line += f"  comm {event['comm_time_fraction']:.0%}"
+            epoch = f"epoch {max(math.ceil(event['epoch'] - 1e-9), 1)}/{self._epochs}"
+            if not self.bar.disable:
+                self.bar(epoch, event["step"], self._total_steps, line)
+                return
+            line = f"{epoch}  step {event['step']}/{self._total_steps}  {line}"
+        self.bar.print(line, markup=False, soft_wrap=True)
 
-    def _format_step(self, event: Event) -> str | None:
-        """A "train" event as a line; None where the bar shows it."""
-        loss = "not finite" if event["loss"] is None else f"{event['loss']:.4f}"
-        values = (
-            f"loss {loss}  lr {event['lrs']['weights']:.2g}  "
-            f"{event['images_per_second']:.0f} img/s  data {event['data_time_fraction']:.0%}"
-        )
-        if event["comm_time_fraction"]:
-            values += f"  comm {event['comm_time_fraction']:.0%}"
-        epoch = f"epoch {max(math.ceil(event['epoch'] - 1e-9), 1)}/{self._epochs}"
-        if self.bar.disable:
-            return f"{epoch}  step {event['step']}/{self._total_steps}  {values}"
-        self.bar(epoch, event["step"], self._total_steps, values)
-        return None
-
-    def _format(self, event: Event) -> str | None:
-        """An event as lines; None for those that the console does not show."""
-        step = event.get("step")
-        match event["event"]:
-            case "start" | "resume" as kind:
-                modes = ", compiled" * event["compiled"]
-                modes += ", a step a CUDA graph" * event["cuda_graph"]
-                return (
-                    f"{event['arch']}: {event['parameters']:,} parameters, {event['num_classes']} "
-                    f"classes, {event['train_images']:,} training and {event['val_images']:,} "
-                    f"validation images\nworld size {event['world_size']} on {event['device']}, "
-                    f"{event['threads']} threads each, {event['precision']}{modes}; "
-                    f"{event['loader']}\n{event['layout']}\nthe run is in {self._run_dir}"
-                ) + f"\nresuming from step {step}" * (kind == "resume")
-            case "eval":
-                return (
-                    f"epoch {event['epoch']:g}  step {step}  validation: "
-                    f"top-1 error {event['top1_error']:.2f} %  top-5 {event['top5_error']:.2f} %  "
-                    f"loss {event['loss']:.4f}  ({event['images']} images, "
-                    f"{event['seconds']:.1f} s)"
-                )
-            case "corrupt_image":
-                substitute = event.get("substitute")
-                action = f"replaced by {substitute}" if substitute else "skipped"
-                return f"corrupt image {event['path']} ({event['reason']}): {action}"
-            case "warning" | "checkpoint_failed":
-                return f"warning: {event['message']}"
-            case "nonfinite":
-                skipped = ": its update is skipped" if event["skipped"] else ""
-                return f"warning: {event['what']} at step {step}{skipped}"
-            case "preempted":
-                saved = "saved" if event["saved"] else "NOT saved, as said above"
-                return (
-                    f"stopped by {event['cause']} at step {step} of {self._total_steps}, {saved}; "
-                    "the same command resumes"
-                )
-            case "finished":
-                stopped = f"\nstopped at step {step} of {self._total_steps}; the same command "
-                stopped += "resumes from here"
-                return (
-                    f"top-1 accuracy {100 - event['top1_error']:.2f} %  (error "
-                    f"{event['top1_error']:.2f} %, top-5 {event['top5_error']:.2f} %) on "
-                    f"{event['images']} validation images\n"
-                    f"records, curves and kernels: {self._run_dir}"
-                ) + stopped * (not event["ended"])
-        return None
+    def _words(self, event: Event) -> dict[str, Any]:
+        """What lines say besides an event's values."""
+        compiled, graph = event.get("compiled", False), event.get("cuda_graph", False)
+        substitute = event.get("substitute")
+        stopped = f"\nstopped at step {event.get('step')} of {self._total_steps}; the same command "
+        return {
+            "run": self._run_dir,
+            "total": self._total_steps,
+            "loss": math.nan if event.get("loss") is None else event["loss"],
+            "accuracy": 100 - event.get("top1_error", 0),
+            "modes": ", compiled" * compiled + ", a step a CUDA graph" * graph,
+            "action": f"replaced by {substitute}" if substitute else "skipped",
+            "skipped": ": its update is skipped" * event.get("skipped", False),
+            "saved": "saved" if event.get("saved") else "NOT saved, as said above",
+            "stopped": "" if event.get("ended") else stopped + "resumes from here",
+        }

@@ -9,6 +9,7 @@ import pytest
 
 from alexnet_dist.errors import UserError
 from alexnet_dist.tracking import plots
+from alexnet_dist.tracking.console import ConsoleSink
 from alexnet_dist.tracking.logger import JsonlSink, Logger, read_events
 from alexnet_dist.tracking.run_dir import (
     lock,
@@ -75,6 +76,21 @@ def test_steps_after_the_checkpoint_are_superseded(tmp_path: Path) -> None:
     assert log(*first, ("train", 3), *resumed) == first + resumed
     assert log(("start", 0), ("train", 1)) == [("start", 0), ("train", 1)]
     assert len(read_events(tmp_path, superseded=True)) == 7
+
+
+def test_the_console_has_a_line_for_a_step_where_there_is_no_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sink = ConsoleSink(tmp_path, total_steps=6, steps_per_epoch=3)
+    event = {"event": "train", "step": 4, "epoch": 4 / 3, "loss": None, "lrs": {"weights": 0.01}}
+    speeds = {"images_per_second": 9, "data_time_fraction": 0.25, "comm_time_fraction": 0}
+    sink.log(event | speeds)
+    sink.log({"event": "warning", "step": 4, "message": "[a] {b}"})
+    sink.log({"event": "checkpoint", "step": 4})  # is not shown
+    assert capsys.readouterr().out.splitlines() == [
+        "epoch 2/2  step 4/6  loss nan  lr 0.01  9 img/s  data 25%",
+        "warning: [a] {b}",
+    ]
 
 
 def make_run(path: Path, **status: Any) -> Path:
