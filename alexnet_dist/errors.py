@@ -7,6 +7,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from errno import ENOSPC
 from typing import NoReturn
 
 LOST_PEER = "closed by peer|reset by peer|Broken pipe|NCCL|Connection refused"
@@ -49,11 +50,14 @@ def run_command(main: Callable[[list[str]], None]) -> NoReturn:
     except BrokenPipeError:  # "... | head" has read enough
         os._exit(1)
     except Exception as error:
-        if debug or not isinstance(error, RuntimeError) or not re.search(LOST_PEER, str(error)):
-            traceback.print_exc()
-        else:
+        if not debug and isinstance(error, RuntimeError) and re.search(LOST_PEER, str(error)):
             time.sleep(1)  # the one that exited first says why
             print_error(f"process {rank} exits, since it lost another process of this run")
+        elif not debug and isinstance(error, OSError) and (error.filename or error.errno == ENOSPC):
+            fix = "give a path that can be read and written, with room on its disk"
+            print_error(f"{error.filename or 'a file'}: {error.strerror}: {fix}")
+        else:
+            traceback.print_exc()
     sys.stdout.flush()
     os._exit(code)  # a normal exit would wait for threads, and for processes that are gone
 
