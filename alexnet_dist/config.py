@@ -75,7 +75,7 @@ class DataConfig:
     root: str | None = None
     """Folder with train/ and val/, or one that prepare wrote, or CIFAR-10's; or "digits"."""
     cache_dir: str = "~/.cache/alexnet_dist"
-    """For the digits, and for the indices of data folders that are read-only."""
+    """For the digits, and for the indices and statistics of data folders."""
     batch_size: PositiveInt = 128
     """Images per step over all processes (the paper, section 5)."""
     eval_batch_size: PositiveInt = 256

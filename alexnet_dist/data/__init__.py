@@ -24,7 +24,6 @@ def build_loader(
     device: torch.device,
     max_batch_size: int,
     threads: int,
-    dali_decoder: Literal["auto", "roi", "full", "cpu"] = "auto",
     on_corrupt: OnCorruptImage = "stop",
 ) -> Loader:
     """The loader for the samples of ``plan``.
@@ -42,27 +41,24 @@ def build_loader(
             "--data.loader torch",
             on_all_ranks=True,
         )
-    options: dict[str, Any] = {
-        "device": device,
-        "threads": threads,
-        "on_corrupt": on_corrupt,
-    }
-    fits = (
-        device.type == "cuda"
-        and isinstance(dataset, RawDataset)
-        and fits_in_gpu_memory(dataset, device)
-    )
-    if name == "gpu_cache" or (name == "auto" and fits):
-        return GpuCacheLoader(dataset, normalization, in_gpu_memory=fits, **options)
+    if name == "gpu_cache" and not isinstance(dataset, RawDataset):
+        raise UserError(
+            f"data.loader gpu_cache wants raw pixels, and {dataset.index.folder} holds none: "
+            "prepare them by python -m alexnet_dist.prepare IN --out DIR --crop center --format "
+            "pixels, or take --data.loader auto",
+            on_all_ranks=True,
+        )
+    options: dict[str, Any] = {"device": device, "threads": threads, "on_corrupt": on_corrupt}
+    if isinstance(dataset, RawDataset) and name in ("auto", "gpu_cache"):
+        fits = fits_in_gpu_memory(dataset, device)
+        if fits or name == "gpu_cache":
+            return GpuCacheLoader(dataset, normalization, in_gpu_memory=fits, **options)
     if name == "torch" or not dali.available():
         return TorchLoader(dataset, normalization, **options)
-    decoder: dali.Decoder = "none"
-    if not dataset.is_decoded:
-        decoder = dali_probe.probe_decoder(device) if dali_decoder == "auto" else dali_decoder
     return dali.DaliLoader(
         dataset,
         normalization,
-        decoder=decoder,
+        decoder="none" if dataset.is_decoded else dali_probe.probe_decoder(device),
         resize=needs_resize(plan, normalization.size),
         max_batch_size=max_batch_size,
         **options,

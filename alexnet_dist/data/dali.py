@@ -8,9 +8,8 @@ pipelines take turns: one is fed, and parses its images, while the other decodes
 import functools
 import itertools
 import re
-from collections import deque
-from collections.abc import Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Generator, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -20,7 +19,7 @@ from numpy.typing import NDArray
 
 from alexnet_dist.data.datasets import ImageDataset
 from alexnet_dist.data.formats import DECODE_ERROR, SIZE_MISMATCH, parse_jpeg_size
-from alexnet_dist.data.loader import Batch, Loader, prefetch, to_device, use_device
+from alexnet_dist.data.loader import Batch, Loader, load_ahead, to_device
 from alexnet_dist.data.plan import SampleParams
 from alexnet_dist.data.transforms import Normalization
 from alexnet_dist.errors import UserError
@@ -168,46 +167,33 @@ class DaliLoader(Loader):
             threads=self._threads,
         )
         self._idle = [self._build() for _ in range(PIPELINES)]
-        self._workers = ThreadPoolExecutor(
-            PIPELINES, "dali", initializer=use_device, initargs=(self.device,)
-        )
         self._readers = ThreadPoolExecutor(max(self._threads, 8), "read")
-        where = self.device.type
-        self.description = f"DALI on {where}, decoder {decoder}, {self._threads} threads"
+        self.description = f"DALI on {self.device.type}, decoder {decoder}, {self._threads} threads"
 
     def batches(self, samples: Iterable[SampleParams]) -> Generator[Batch, None, None]:
-        return prefetch(self._in_order(samples), self._prefetch, self.device)
+        for planned, batch in load_ahead(self._load, samples, self.device, PIPELINES):
+            self.corrupt.log_substitutions(planned)
+            yield batch
 
     def close(self) -> None:
-        self._workers.shutdown(cancel_futures=True)
         self._readers.shutdown(cancel_futures=True)
 
-    def _in_order(self, samples: Iterable[SampleParams]) -> Iterator[Batch]:
-        pending: deque[tuple[SampleParams, Future[Batch]]] = deque()
-
-        def oldest() -> Batch:
-            planned, future = pending.popleft()
-            batch = future.result()
-            self.corrupt.log_substitutions(planned)
-            return batch
-
-        for planned in samples:
-            pending.append((planned, self._workers.submit(self._load, planned)))
-            if len(pending) == PIPELINES:
-                yield oldest()
-        while pending:
-            yield oldest()
-
-    def _load(self, planned: SampleParams) -> Batch:
+    def _load(self, planned: SampleParams) -> tuple[SampleParams, Batch]:
+        """``planned``, and the batch of its samples or their substitutes."""
         while True:
             samples = self.corrupt.substitute(planned)
             images = self._read(samples)
             if images is None:
                 continue
             try:
-                return self._run(samples, images)
+                return planned, self._run(samples, images)
             except Exception as error:
-                self._find_corrupt_images(samples, images, error)
+                cause = str(error).rpartition("encountered:")[2].strip()
+                named = re.search(r"Failed to decode sample #(\d+)", cause)
+                if named is None:
+                    reason = cause.partition("\n")[0] or type(error).__name__
+                    raise UserError(f"DALI failed on a batch of images: {reason}") from error
+                self.corrupt.mark_corrupt(int(samples.indices[int(named[1])]), DECODE_ERROR)
 
     def _read(self, samples: SampleParams) -> list[NDArray[np.uint8]] | None:
         """What ``feed_batch`` takes, or None where an image has turned out to be corrupt."""
@@ -268,29 +254,3 @@ class DaliLoader(Loader):
         # DALI's own memory, which it gets back when torch frees the tensor
         tensor = torch.from_dlpack(normalized.as_tensor()).permute(0, 3, 1, 2)
         return Batch(tensor, labels, indices)
-
-    def _find_corrupt_images(
-        self, samples: SampleParams, images: list[NDArray[np.uint8]], error: Exception
-    ) -> None:
-        """Mark the image that DALI names in its error; if it names none, decode each alone on the
-        CPU and mark those that fail."""
-        cause = str(error).rpartition("encountered:")[2].strip()
-        named = re.search(r"Failed to decode sample #(\d+)", cause)
-        if named:
-            self.corrupt.mark_corrupt(int(samples.indices[int(named[1])]), DECODE_ERROR)
-            return
-        decoder = "none" if self.dataset.is_decoded else "roi"
-        alone = {"device": torch.device("cpu"), "decoder": decoder, "max_batch_size": 1}
-        build = functools.partial(self._build, **alone, threads=1)
-        pipeline, failed = build(), False
-        for row, index in enumerate(samples.indices.tolist()):
-            one = samples.select(np.arange(len(images)) == row)
-            try:
-                feed_batch(pipeline, [images[row]], one, self.normalization)
-                pipeline.run()
-            except Exception:
-                pipeline, failed = build(), True
-                self.corrupt.mark_corrupt(index, DECODE_ERROR)
-        if not failed:
-            first = cause.partition("\n")[0] or type(error).__name__
-            raise UserError(f"DALI failed on a batch whose images decode one by one: {first}")

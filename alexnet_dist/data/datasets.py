@@ -34,8 +34,7 @@ class SplitIndex:
         sizes: [N, 2], stored height and width in pixels; 0 where the header cannot be read.
         classes: names, in the order of their indices.
         files: of a packed folder: the files that hold the images, and their bytes.
-        offsets: of a packed folder: [N, 3], index of the file, offset and length in bytes; or, of
-            raw pixels, [N, 1], row of the array.
+        offsets: of a packed folder: [N, 3], index of the file, offset and length in bytes.
     """
 
     folder: str
@@ -91,12 +90,23 @@ class FolderDataset(ImageDataset):
         return validate_bytes(np.frombuffer(encoded, np.uint8))
 
 
-class TarDataset(ImageDataset):
-    """Encoded images in tar files."""
+class _PackedDataset(ImageDataset):
+    """Images in the files of a packed folder."""
 
     def __init__(self, index: SplitIndex) -> None:
         super().__init__(index)
         check_files(index)
+
+    def path(self, index: int) -> str:
+        file = _file_paths(self.index)[self.index.offsets[index, 0]]
+        return f"{file}: {self.index.names[index]}"
+
+
+class TarDataset(_PackedDataset):
+    """Encoded images in tar files."""
+
+    def __init__(self, index: SplitIndex) -> None:
+        super().__init__(index)
         allowed, limit = resource.getrlimit(resource.RLIMIT_NOFILE)  # a thousand unless asked
         wanted = allowed + len(index.files)
         wanted = wanted if limit == resource.RLIM_INFINITY else min(wanted, limit)
@@ -109,34 +119,28 @@ class TarDataset(ImageDataset):
         encoded = os.pread(self._files[file].fileno(), length, offset)
         return validate_bytes(np.frombuffer(encoded, np.uint8))
 
-    def path(self, index: int) -> str:
-        file = _file_paths(self.index)[self.index.offsets[index, 0]]
-        return f"{file}: {self.index.names[index]}"
 
-
-class RawDataset(ImageDataset):
+class RawDataset(_PackedDataset):
     """Raw pixels in one file, seen through a memory map.
 
     Attributes:
-        pixels: uint8 [N, H, W, 3], in the order of the file; see ``SplitIndex.offsets``.
+        pixels: uint8 [N, H, W, 3], in the order of the file.
+        rows: [N], of the images in ``pixels``.
     """
 
     is_decoded = True
 
     def __init__(self, index: SplitIndex) -> None:
         super().__init__(index)
-        check_files(index)
         pixels = np.memmap(_file_paths(index)[0], np.uint8, "r").view(np.ndarray)
         self.pixels = pixels.reshape(-1, *index.sizes[0].tolist(), 3)
-        rows, (count, *size, _) = index.offsets[:, 0], self.pixels.shape
-        if (rows != rows.clip(0, count - 1)).any() or (index.sizes != size).any():
+        self.rows, rest = np.divmod(index.offsets[:, 1], self.pixels[0].nbytes)
+        outside = self.rows != self.rows.clip(0, len(self.pixels) - 1)
+        if rest.any() or outside.any() or (index.sizes != index.sizes[0]).any():
             raise UserError(f"the index of {index.folder} does not fit its pixels: {FIX}")
 
     def read(self, index: int) -> NDArray[np.uint8]:
-        return self.pixels[self.index.offsets[index, 0]]
-
-    def path(self, index: int) -> str:
-        return f"{_file_paths(self.index)[0]}: {self.index.names[index]}"
+        return self.pixels[self.rows[index]]
 
 
 class Cifar10Dataset(ImageDataset):

@@ -14,11 +14,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from alexnet_dist.data.datasets import ImageDataset, RawDataset
-from alexnet_dist.data.loader import Batch, Loader, prefetch, to_device
+from alexnet_dist.data.datasets import RawDataset
+from alexnet_dist.data.loader import Batch, Loader, load_ahead, to_device
 from alexnet_dist.data.plan import SampleParams
 from alexnet_dist.data.transforms import Normalization
-from alexnet_dist.errors import UserError
 
 RESIZE_CHUNK = 64
 """Images that are resized at a time: as float32 they take 50 MB."""
@@ -28,7 +27,10 @@ GATHER_CHUNK = 16
 
 
 def fits_in_gpu_memory(dataset: RawDataset, device: torch.device) -> bool:
-    """Whether a GPU has room for the pixels, with half of its memory left for training."""
+    """Whether this is a GPU that has room for the pixels, with half of its memory left for
+    training."""
+    if device.type != "cuda":
+        return False
     free, total = torch.cuda.mem_get_info(device)
     return dataset.pixels.nbytes <= free - total // 2
 
@@ -92,36 +94,31 @@ class GpuCacheLoader(Loader):
     Args:
         in_gpu_memory: whether all pixels are to lie on the device.
         options: those of Loader.
-
-    Raises:
-        UserError: the dataset holds no raw pixels.
     """
 
     dataset: RawDataset
 
     def __init__(
         self,
-        dataset: ImageDataset,
+        dataset: RawDataset,
         normalization: Normalization,
         *,
         in_gpu_memory: bool,
         **options: Any,
     ) -> None:
-        super().__init__(_require_raw_pixels(dataset), normalization, **options)
+        super().__init__(dataset, normalization, **options)
         device, threads = self.device, self._threads
-        self._rows = dataset.index.offsets[:, 0]
         self._readers = ThreadPoolExecutor(threads, "gather")
-        self._cache = _upload(self.dataset.pixels, device) if in_gpu_memory else None
+        self._cache = _upload(dataset.pixels, device) if in_gpu_memory else None
         gpu = device.type == "cuda"
         self._stream = torch.cuda.Stream(device) if gpu else None
         self._crop = torch.compile(crop_normalize, dynamic=True) if gpu else crop_normalize
-        size = f"{self.dataset.pixels.nbytes / 1e9:.1f} GB of raw pixels"
+        size = f"{dataset.pixels.nbytes / 1e9:.1f} GB of raw pixels"
         where = "on the GPU" if in_gpu_memory else f"in host memory, gathered by {threads} threads"
         self.description = f"gpu_cache: {size} {where}"
 
     def batches(self, samples: Iterable[SampleParams]) -> Generator[Batch, None, None]:
-        loaded = prefetch(map(self._load, samples), self._prefetch, self.device)
-        for batch, done in loaded:
+        for batch, done in load_ahead(self._load, samples, self.device, 1):
             if done is not None:
                 current = torch.cuda.current_stream(self.device)
                 current.wait_event(done)
@@ -136,7 +133,7 @@ class GpuCacheLoader(Loader):
         """A batch, and on a GPU the event after which it is one."""
         normalization, size = self.normalization, self.normalization.size
         with torch.cuda.stream(self._stream):  # None on CPUs, which changes nothing
-            found, images = self._rows[samples.indices], self._cache
+            found, images = self.dataset.rows[samples.indices], self._cache
             if images is None:
                 images, found = to_device(self._gather(found), self.device), np.arange(len(found))
             rows, boxes, flips, means, scales, labels = (
@@ -171,17 +168,6 @@ class GpuCacheLoader(Loader):
 
         list(self._readers.map(take, range(0, len(rows), GATHER_CHUNK)))
         return gathered
-
-
-def _require_raw_pixels(dataset: ImageDataset) -> RawDataset:
-    if isinstance(dataset, RawDataset):
-        return dataset
-    raise UserError(
-        f"data.loader gpu_cache wants raw pixels, and {dataset.index.folder} holds none: prepare "
-        "them by python -m alexnet_dist.prepare IN --out DIR --crop center --format pixels, or "
-        "take --data.loader auto",
-        on_all_ranks=True,
-    )
 
 
 def _upload(pixels: NDArray[np.uint8], device: torch.device) -> Tensor:

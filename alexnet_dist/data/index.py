@@ -5,11 +5,10 @@ Each split gets an index of names, labels and sizes, made once and cached.
 
 A packed folder is
 
-    DIR/prepared.json             what is there; written last
+    DIR/prepared.json             what is there, and the training images' statistics; written last
     DIR/SPLIT.index.npz           names, labels and sizes of the images, and where each is
     DIR/SPLIT-00000.tar, ...      kind "shards": encoded images, which webdataset reads, too
     DIR/SPLIT.pixels              kind "pixels": uint8 [N, size, size, 3]
-    DIR/statistics.npz            what the training images are like
 
 Its index is in the order of class folders, so that the plan gives the same images from any form.
 """
@@ -21,8 +20,9 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -46,10 +46,9 @@ from alexnet_dist.errors import UserError
 
 IMAGE_SUFFIXES = frozenset({".jpeg", ".jpg", ".png", ".webp", ".bmp"})
 DIGITS = "digits"
-PACKED_FORMAT = 1  # of packed folders; raise it when their meaning changes
-_CACHE_FORMAT = 3  # of cached indexes and statistics; raise it when their meaning changes
+PACKED_FORMAT = 2  # of packed folders; raise it when their meaning changes
+_CACHE_FORMAT = 4  # of cached indexes and statistics; raise it when their meaning changes
 _BEGUN = ("*-00000.tar*", "*.pixels*", "*.index.npz", "*.partial*", ".partial*")
-_OFFSETS = {"shards": ("shards", "offsets", "lengths"), "pixels": ("rows",)}
 
 Progress = Callable[[str, int, int], None]
 """Is called with what is being done, images done, images in all."""
@@ -100,7 +99,7 @@ def scan_dataset(root: str | None, cache_dir: str, progress: Progress) -> Datase
     Args:
         root: a folder with train/ and val/ (or test/), each with a folder a class; a packed folder;
             one with CIFAR-10's own files; None or "digits" for the embedded digits.
-        cache_dir: the folder for what is cached, where ``root`` cannot be written.
+        cache_dir: the folder for the digits, indices and statistics.
 
     Raises:
         UserError: there is no such folder, it is laid out otherwise, or its preparation has not
@@ -114,21 +113,27 @@ def scan_dataset(root: str | None, cache_dir: str, progress: Progress) -> Datase
         )
     if _is_packed(folder):
         return _load_packed(folder)
+    cache = cache / "indexes" / hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]
     if (folder / "cifar-10-batches-py").is_dir():
         kind = "cifar10"
         train, val = (_index_cifar10(folder, split) for split in ("train", "test"))
     else:
         kind = "folders"
-        train = _index_split(folder, _find_split(folder, "train"), cache, progress)
-        val = _index_split(folder, _find_split(folder, "val", "test"), cache, progress)
+        train = _index_split(_find_split(folder, "train"), cache, progress)
+        val = _index_split(_find_split(folder, "val", "test"), cache, progress)
     if train.classes != val.classes:
         odd = sorted(set(train.classes) ^ set(val.classes))
         raise UserError(
             f"the classes of {train.folder} and {val.folder} differ ({', '.join(odd[:5])}"
             f"{', ...' if len(odd) > 5 else ''}): give both the same class folders"
         )
-    stats = _cached_stats(folder, DATASETS[kind](train), cache, progress)
-    return DatasetInfo(kind, train, val, stats)
+    dataset, measured = DATASETS[kind](train), partial(progress, "measuring colors")
+    stats = _cached(
+        cache / "statistics.npz",
+        [train.names, train.sizes.tolist()],
+        lambda: vars(compute_stats(len(train), dataset.read, measured)),
+    )
+    return DatasetInfo(kind, train, val, ChannelStats(**stats))
 
 
 def class_folders(split: Path) -> dict[str, int]:
@@ -163,29 +168,28 @@ def _find_split(folder: Path, *names: str) -> Path:
     )
 
 
-def _index_split(root: Path, split: Path, cache: Path, progress: Progress) -> SplitIndex:
+def _index_split(split: Path, cache: Path, progress: Progress) -> SplitIndex:
     """The index of a split: the cached one, unless a class folder has changed since."""
     folders = class_folders(split)
     if not folders:
         raise UserError(
             f"{split} has no folders in it: it wants one for each class, full of images"
         )
-    paths, key = _cache_paths(root, cache, f"{split.name}.npz"), _hash_json(list(folders.items()))
-    cached = _load_cache(paths, key)
-    if cached is not None:
-        names = json.loads(cached["names"].tobytes())
-        index = SplitIndex(str(split), names, cached["labels"], cached["sizes"], list(folders))
-        complete = len(index.labels) == len(index.sizes) == len(names)
-        # a file that is fixed leaves the time of its folder as it was
-        if complete and not any(any(_read_size(split / names[n])) for n in index.corrupt_indices()):
-            return index
-    index = _scan(split, list(folders), progress)
-    names_json = np.frombuffer(json.dumps(index.names).encode(), np.uint8)
-    _save_cache(paths, key, names=names_json, labels=index.labels, sizes=index.sizes)
+    arrays = _cached(
+        cache / f"{split.name}.npz",
+        list(folders.items()),
+        lambda: _scan(split, list(folders), progress),
+    )
+    names, sizes = unpack_names(arrays["names"]), arrays["sizes"]
+    index = SplitIndex(str(split), names, arrays["labels"], sizes, list(folders))
+    for corrupt in index.corrupt_indices():
+        # read again: a file that is fixed leaves the time of its folder as it was
+        sizes[corrupt] = _read_size(split / names[corrupt])
     return index
 
 
-def _scan(split: Path, classes: list[str], progress: Progress) -> SplitIndex:
+def _scan(split: Path, classes: list[str], progress: Progress) -> dict[str, NDArray[Any]]:
+    """Names, labels and sizes of the images of a split."""
     names: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
@@ -200,7 +204,7 @@ def _scan(split: Path, classes: list[str], progress: Progress) -> SplitIndex:
         for index, size in enumerate(pool.map(_read_size, [split / name for name in names])):
             sizes[index] = size
             progress(f"indexing {split}", index + 1, len(names))
-    return SplitIndex(str(split), names, np.array(labels, np.int64), sizes, classes)
+    return {"names": pack_names(names), "labels": np.array(labels, np.int64), "sizes": sizes}
 
 
 def _read_size(path: Path) -> tuple[int, int]:
@@ -212,55 +216,25 @@ def _read_size(path: Path) -> tuple[int, int]:
         return 0, 0
 
 
-def _cached_stats(
-    root: Path, dataset: ImageDataset, cache: Path, progress: Progress
-) -> ChannelStats:
-    index = dataset.index
-    paths = _cache_paths(root, cache, "statistics.npz")
-    key = _hash_json([index.names, index.sizes.tolist()])
-    cached = _load_cache(paths, key)
-    if cached is not None:
-        return ChannelStats(**cached)
-    stats = compute_stats(len(index), dataset.read, lambda *at: progress("measuring colors", *at))
-    _save_cache(paths, key, **vars(stats))
-    return stats
-
-
-def _cache_paths(root: Path, cache: Path, name: str) -> tuple[Path, Path]:
-    """In the data folder, and in the cache for those that are read-only."""
-    key = hashlib.sha256(os.fsencode(root)).hexdigest()[:16]
-    return root / ".alexnet_dist" / name, cache / "indexes" / key / name
-
-
-def _hash_json(value: Any) -> str:
-    return hashlib.sha256(json.dumps([_CACHE_FORMAT, value]).encode()).hexdigest()
-
-
-def _load_cache(paths: tuple[Path, Path], key: str) -> dict[str, NDArray[Any]] | None:
-    """The arrays that were saved under ``key``."""
-    for path in paths:
-        try:
-            with np.load(path, allow_pickle=False) as arrays:
-                found = dict(arrays)
-        except (OSError, ValueError, KeyError, EOFError, BadZipFile):
-            continue
-        if str(found.pop("key", "")) == key:
-            return found
-    return None
-
-
-def _save_cache(paths: tuple[Path, Path], key: str, **arrays: NDArray[Any]) -> None:
-    """Save the arrays at the first path that can be written; without any nothing is cached."""
-    for path in paths:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle, partial = tempfile.mkstemp(prefix=".partial-", dir=path.parent)
-            with os.fdopen(handle, "wb") as file:
-                np.savez(file, key=np.array(key), **arrays)  # type: ignore[arg-type]
-            os.replace(partial, path)
-            return
-        except OSError:
-            continue
+def _cached(
+    path: Path, key: Any, make: Callable[[], dict[str, NDArray[Any]]]
+) -> dict[str, NDArray[Any]]:
+    """What ``make`` returns, or what it returned when it was called for the same ``key`` before."""
+    digest = hashlib.sha256(json.dumps([_CACHE_FORMAT, key]).encode()).hexdigest()
+    try:
+        with np.load(path, allow_pickle=False) as saved:
+            arrays = dict(saved)
+        if str(arrays.pop("key")) == digest:
+            return arrays
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile):
+        pass
+    arrays = make()
+    with suppress(OSError):  # where nothing can be written, nothing is cached
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as file:
+            np.savez(file, key=np.array(digest), **arrays)  # type: ignore[arg-type]
+        os.replace(file.name, path)
+    return arrays
 
 
 def _is_packed(folder: Path) -> bool:
@@ -285,25 +259,33 @@ def _load_packed(folder: Path) -> DatasetInfo:
                 f"{path} is of format {written}, this version reads {PACKED_FORMAT}: take the "
                 "version of alexnet_dist that wrote it, or prepare the images from scratch"
             )
+        stats = ChannelStats.from_json(facts["statistics"])
         train, val = (_load_packed_index(folder, facts, split) for split in ("train", "val"))
-        class_names = dict(facts["class_names"])
-    with _wrap_read_errors(folder / "statistics.npz") as path, np.load(path) as kept:
-        stats = ChannelStats(*(kept[name] for name in ChannelStats.__annotations__))
-    return DatasetInfo(facts["kind"], train, val, stats, class_names)
+        return DatasetInfo(facts["kind"], train, val, stats, facts["class_names"])
 
 
 def _load_packed_index(folder: Path, facts: dict[str, Any], split: str) -> SplitIndex:
-    about, columns = facts["splits"][split], _OFFSETS[facts["kind"]]
+    about = facts["splits"][split]
     files = {file["name"]: file["bytes"] for file in about["files"]}
-    with _wrap_read_errors(folder / f"{split}.index.npz") as path, np.load(path) as kept:
-        names = kept["names"].tobytes().decode().split("\n")
-        labels, sizes = kept["labels"], kept["sizes"]
-        offsets = np.column_stack([kept[name] for name in columns])
+    with _wrap_read_errors(folder / f"{split}.index.npz") as path, np.load(path) as saved:
+        names = unpack_names(saved["names"])
+        labels, sizes, offsets = saved["labels"], saved["sizes"], saved["offsets"]
         if not about["images"] == len(names) == len(labels) == len(sizes) == len(offsets):
             raise ValueError(f"it is not of the {about['images']} images of {PREPARED}")
     index = SplitIndex(str(folder / split), names, labels, sizes, facts["classes"], files, offsets)
     check_files(index)
     return index
+
+
+def pack_names(names: list[str]) -> NDArray[np.uint8]:
+    """Names as bytes for an .npz: JSON, as a file's name may have any character in it."""
+    return np.frombuffer(json.dumps(names).encode(), np.uint8)
+
+
+def unpack_names(packed: NDArray[np.uint8]) -> list[str]:
+    """What ``pack_names`` was given."""
+    names: list[str] = json.loads(packed.tobytes())
+    return names
 
 
 @contextmanager

@@ -3,10 +3,10 @@ do when an image cannot be decoded."""
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Generator, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +20,9 @@ from alexnet_dist.errors import UserError
 
 OnCorruptImage = Literal["stop", "substitute", "skip"]
 T = TypeVar("T")
+
+PREFETCH = 2
+"""Batches that are ready before they are taken."""
 
 
 @dataclass(frozen=True)
@@ -136,13 +139,11 @@ class Loader(ABC):
         *,
         device: torch.device,
         threads: int,
-        prefetch: int = 2,
         on_corrupt: OnCorruptImage = "stop",
     ) -> None:
-        """``prefetch``: batches that may wait to be taken."""
         self.dataset, self.normalization, self.device = dataset, normalization, device
         self.corrupt = CorruptImagePolicy(dataset, on_corrupt)
-        self._threads, self._prefetch = threads, prefetch
+        self._threads = threads
         self._labels = torch.from_numpy(dataset.index.labels)
 
     @abstractmethod
@@ -166,20 +167,36 @@ def to_device(array: Any, device: torch.device) -> Tensor:
     return tensor
 
 
-def use_device(device: torch.device) -> None:
+def load_ahead(
+    load: Callable[[SampleParams], T],
+    samples: Iterable[SampleParams],
+    device: torch.device,
+    threads: int,
+) -> Generator[T, None, None]:
+    """What ``load`` returns for each of ``samples``, in their order; ``threads`` of them are loaded
+    at a time, and PREFETCH more wait to be taken."""
+    source = iter(samples)
+    planning = ThreadPoolExecutor(1, "plan")
+    loading = ThreadPoolExecutor(threads, "load", initializer=_use_device, initargs=(device,))
+
+    def load_next(planned: Future[SampleParams | None]) -> T | None:
+        sample = planned.result()
+        return None if sample is None else load(sample)
+
+    def submit() -> Future[T | None]:
+        return loading.submit(load_next, planning.submit(next, source, None))
+
+    try:
+        pending = deque(submit() for _ in range(threads + PREFETCH))
+        while (loaded := pending.popleft().result()) is not None:
+            pending.append(submit())
+            yield loaded
+    finally:
+        loading.shutdown(cancel_futures=True)
+        planning.shutdown(cancel_futures=True)
+
+
+def _use_device(device: torch.device) -> None:
     """To be called first in a thread that touches CUDA: threads begin on device 0."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
-
-
-def prefetch(items: Iterable[T], count: int, device: torch.device) -> Generator[T, None, None]:
-    """The ``items``, made in a thread that stays ``count`` of them ahead."""
-    source, end = iter(items), object()
-    thread = ThreadPoolExecutor(1, "prefetch", initializer=use_device, initargs=(device,))
-    try:
-        pending = deque(thread.submit(next, source, end) for _ in range(count + 1))
-        while (item := pending.popleft().result()) is not end:
-            pending.append(thread.submit(next, source, end))
-            yield cast(T, item)
-    finally:
-        thread.shutdown(cancel_futures=True)

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from alexnet_dist.data.datasets import ImageDataset
 from alexnet_dist.data.formats import SIZE_MISMATCH, decode
-from alexnet_dist.data.loader import Batch, Loader, to_device
+from alexnet_dist.data.loader import PREFETCH, Batch, Loader, to_device
 from alexnet_dist.data.plan import SampleParams
 from alexnet_dist.data.transforms import Normalization, crop_resize_flip, normalize
 
@@ -64,7 +64,7 @@ def _ignore_signals(_: int) -> None:
 
 class TorchLoader(Loader):
     """Loads samples in ``threads`` worker processes (0: in this one), each of which keeps
-    ``prefetch`` batches ready."""
+    PREFETCH batches ready."""
 
     def __init__(self, dataset: ImageDataset, normalization: Normalization, **options: Any) -> None:
         super().__init__(dataset, normalization, **options)
@@ -86,7 +86,7 @@ class TorchLoader(Loader):
             sampler=sampler(),
             pin_memory=self.device.type == "cuda",
             num_workers=self._threads,
-            prefetch_factor=self._prefetch if self._threads else None,
+            prefetch_factor=PREFETCH if self._threads else None,
             worker_init_fn=_ignore_signals,
         )
         for images, errors in loader:

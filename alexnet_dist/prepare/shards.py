@@ -20,8 +20,8 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 
 from alexnet_dist.data.datasets import PREPARED
-from alexnet_dist.data.index import PACKED_FORMAT
-from alexnet_dist.data.statistics import stats_from_moments
+from alexnet_dist.data.index import PACKED_FORMAT, pack_names
+from alexnet_dist.data.statistics import ChannelStats, stats_from_moments
 from alexnet_dist.errors import UserError
 from alexnet_dist.prepare.images import OutputFormat, compute_moments, resize_image
 from alexnet_dist.prepare.listing import DatasetListing, ImageEntry, write_json
@@ -165,11 +165,16 @@ def finalize(
         records = [json.loads(job.record.read_text()) for job in mine]
         corrupt += [image for record in records for image in record["corrupt"]]
         if split == "train":
-            _write_statistics(out / "statistics.npz", records)
-        paths = dict.fromkeys(job.path for job in mine)
+            stats = _merge_statistics(out, records)
+        paths = list(dict.fromkeys(job.path for job in mine))
         files = [{"name": path.name, "bytes": path.stat().st_size} for path in paths]
-        num_images = _write_index(out / f"{split}.index.npz", records, mine[0].form)
-        splits[split] = {"images": num_images, "files": files}
+        images = [
+            (*name.split("/"), *rest, paths.index(job.path))
+            for job, record in zip(mine, records, strict=True)
+            for name, *rest in record["images"]
+        ]
+        _write_index(out / f"{split}.index.npz", images)
+        splits[split] = {"images": len(images), "files": files}
     if corrupt:
         corrupt.sort(key=lambda image: (image["split"], image["name"]))
         lines = [json.dumps(image, ensure_ascii=False) + "\n" for image in corrupt]
@@ -179,6 +184,7 @@ def finalize(
         "source": listing.source,
         "classes": listing.classes,
         "class_names": listing.class_names,
+        "statistics": stats.to_json(),
         "splits": splits,
         "num_corrupt": len(corrupt),
         **request,
@@ -188,34 +194,28 @@ def finalize(
     return prepared
 
 
-def _write_index(path: Path, records: list[dict[str, Any]], form: OutputFormat) -> int:
-    """The index of a split, sorted by class and file name; how many images it has."""
-    rows = [
-        (*name.split("/"), *rest, shard)
-        for shard, record in enumerate(records)
-        for name, *rest in record["images"]
-    ]
-    rows.sort()
-    names = "\n".join(f"{label}/{name}" for label, name, *_ in rows)
-    columns = np.array([row[2:] for row in rows], np.int64).reshape(-1, 6)
-    labels, _, _, offsets, lengths, shards = columns.T
-    places = {"shards": shards, "offsets": offsets, "lengths": lengths}
-    if form.kind == "pixels":
-        places = {"rows": offsets // (form.size**2 * 3)}
-    name_bytes = np.frombuffer(names.encode(), np.uint8)
-    np.savez(path, names=name_bytes, labels=labels, sizes=columns[:, 1:3], **places)  # type: ignore[arg-type]
-    return len(rows)
+def _write_index(path: Path, images: list[tuple[Any, ...]]) -> None:
+    """The index of a split, sorted by class and file name.
+
+    ``images``: of each the class, the file's name, label, height, width, offset and length in
+    bytes, and the number of the file that it is in.
+    """
+    images.sort()
+    names = pack_names([f"{label}/{name}" for label, name, *_ in images])
+    columns = np.array([image[2:] for image in images], np.int64).reshape(-1, 6)
+    labels, sizes, offsets = columns[:, 0], columns[:, 1:3], columns[:, [5, 3, 4]]
+    np.savez(path, names=names, labels=labels, sizes=sizes, offsets=offsets)
 
 
-def _write_statistics(path: Path, records: list[dict[str, Any]]) -> None:
+def _merge_statistics(out: Path, records: list[dict[str, Any]]) -> ChannelStats:
     count = sum(record["count"] for record in records)
     if count == 0:
         raise UserError(
-            f"not one training image could be decoded: fix the source, remove {path.parent}, and "
+            f"not one training image could be decoded: fix the source, remove {out}, and "
             "run the same command again"
         )
     first, second = (sum(np.array(r[key]) for r in records) for key in ("first", "second"))
-    np.savez(path, **vars(stats_from_moments(first / count, second / count)))
+    return stats_from_moments(first / count, second / count)
 
 
 def _add_member(file: BinaryIO, name: str, content: bytes) -> tuple[int, int]:

@@ -25,6 +25,8 @@ from tests.prepare.packed_folder import write_prepared
 
 ALL = slice(None)
 SIDE = 128
+IMAGE = SIDE * SIDE * 3
+"""Bytes of raw pixels."""
 NAMES = ["dali", "torch", "gpu_cache"]
 
 
@@ -199,11 +201,13 @@ def test_gpu_cache_refuses_what_are_no_raw_pixels(folders: dict[str, Path]) -> N
     assert not isinstance(build("auto", dataset, plan), GpuCacheLoader)  # on CPUs
 
 
-@pytest.mark.parametrize("wrong", [{"offsets": 31}, {"offsets": -1}, {"sizes": 1}])
+@pytest.mark.parametrize(
+    "wrong", [{"offsets": 31 * IMAGE}, {"offsets": -IMAGE}, {"offsets": IMAGE // 2}, {"sizes": 1}]
+)
 def test_raw_pixels_that_an_index_does_not_fit_are_refused(
     wrong: dict[str, int], folders: dict[str, Path]
 ) -> None:
-    """A row before or beyond the pixels, or an image of another size."""
+    """An image before, beyond or across those of the file, or one of another size."""
     index = open_train(folders["pixels"]).index
     for name, value in wrong.items():
         column = getattr(index, name).copy()
@@ -218,7 +222,7 @@ def test_gpu_cache_leaves_half_of_the_gpu_to_training(
 ) -> None:
     dataset = open_train(folders["pixels"])
     assert isinstance(dataset, RawDataset)
-    size, total = 31 * SIDE * SIDE * 3, 10_000_000
+    size, total = 31 * IMAGE, 10_000_000
     for free, wanted in ((total // 2 + size, True), (total // 2 + size - 1, False)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free, total))
         assert fits_in_gpu_memory(dataset, torch.device("cuda", 0)) is wanted

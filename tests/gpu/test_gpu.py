@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from alexnet_dist.data import build_loader, dali, dali_probe
-from alexnet_dist.data.datasets import ImageDataset
+from alexnet_dist.data.datasets import ImageDataset, RawDataset
 from alexnet_dist.data.gpu_cache import GpuCacheLoader
 from alexnet_dist.data.index import open_datasets, scan_dataset
 from alexnet_dist.data.loader import Batch
@@ -118,7 +118,11 @@ def test_gpu_cache_gives_the_torch_loaders_batches(
     for a rank without any image."""
     opened = open_pixels(tmp_path, 112)
     plan = SamplePlan(opened[0].index.sizes, 7, 1, crop, 0.7, pca_noise_std=lambda _: 0.1)
-    ours = GpuCacheLoader(*opened, device=GPU, in_gpu_memory=in_gpu_memory, threads=2)
+    dataset, normalization = opened
+    assert isinstance(dataset, RawDataset)
+    ours = GpuCacheLoader(
+        dataset, normalization, device=GPU, in_gpu_memory=in_gpu_memory, threads=2
+    )
     theirs = TorchLoader(*opened, device=GPU, threads=0)
     samples = [*plan.epoch(0, 0, slice(None)), plan.sample(0, 0, slice(7, None, 8))]
     kept = list(ours.batches(samples))

@@ -1,8 +1,8 @@
 """Packed folders for the tests of loaders."""
 
+import json
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
 from alexnet_dist.data.index import scan_dataset
@@ -16,5 +16,6 @@ def write_prepared(plain: Path, folder: Path, kind: str) -> Path:
     main([str(plain), f"--out={folder}", *words])
     # those that training measures of a folder differ by rounding
     stats = scan_dataset(str(plain), str(plain), lambda *_: None).stats
-    np.savez(folder / "statistics.npz", **vars(stats))
+    facts = json.loads((folder / "prepared.json").read_text()) | {"statistics": stats.to_json()}
+    (folder / "prepared.json").write_text(json.dumps(facts))
     return folder

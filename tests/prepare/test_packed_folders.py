@@ -57,10 +57,10 @@ def test_an_incomplete_packed_folder_is_refused(folders: dict[str, Path], tmp_pa
         assert f"{name} has 3 bytes where prepared.json says" in message(kind, name, b"cut")
         assert f"{name} cannot be read (No such file or directory)" in message(kind, name, None)
         assert "run the same python -m alexnet_dist.prepare" in message(kind, "prepared.json", None)
-    for name in ("prepared.json", "train.index.npz", "statistics.npz"):
+    for name in ("prepared.json", "train.index.npz"):
         assert name in message("pixels", name, b"cut")
-    other = json.dumps({"format": 2}).encode()
-    assert "is of format 2, this version reads 1" in message("shards", "prepared.json", other)
+    other = json.dumps({"format": 1}).encode()
+    assert "is of format 1, this version reads 2" in message("shards", "prepared.json", other)
     other = (folders["pixels"] / "val.index.npz").read_bytes()
     assert "31 images" in message("pixels", "train.index.npz", other)
 

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from alexnet_dist.data.formats import decode, validate_bytes
-from alexnet_dist.data.index import scan_dataset
+from alexnet_dist.data.index import scan_dataset, unpack_names
 from alexnet_dist.errors import UserError
 from alexnet_dist.prepare import shards
 from alexnet_dist.prepare.__main__ import exclusive_lock, main
@@ -49,7 +49,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def read_index(out: Path, split: str) -> tuple[list[str], dict[str, np.ndarray]]:
     index = dict(np.load(out / f"{split}.index.npz"))
-    return index["names"].tobytes().decode().split("\n"), index
+    return unpack_names(index["names"]), index
 
 
 def source_of(split: str, name: str) -> np.ndarray:
@@ -135,8 +135,9 @@ def test_pixels_are_one_array_with_a_row_for_each_image(prepared: Path) -> None:
     for split, count in (("train", 10), ("val", 6)):
         array = np.fromfile(out / f"{split}.pixels", np.uint8).reshape(-1, 64, 64, 3)
         names, index = read_index(out, split)
-        assert len(names) == len(set(index["rows"])) == count
-        for name, row in zip(names, index["rows"], strict=True):
+        rows = index["offsets"][:, 1] // (64 * 64 * 3)
+        assert len(names) == len(set(rows)) == count
+        for name, row in zip(names, rows, strict=True):
             assert np.array_equal(array[row], resize_image(source_of(split, name), form)[0])
 
 
