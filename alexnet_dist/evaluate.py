@@ -24,7 +24,7 @@ from alexnet_dist.data.loader import Loader
 from alexnet_dist.errors import UserError, run_command
 from alexnet_dist.loaded_model import LoadedModel, load_model
 from alexnet_dist.parallel.mesh import Mesh, init_distributed
-from alexnet_dist.parallel.sharded_loss import ShardedClasses, to_counts
+from alexnet_dist.parallel.sharded_loss import ShardedClasses
 from alexnet_dist.training.evaluation import EvalMetrics, count_skipped, evaluate
 
 
@@ -120,7 +120,7 @@ def evaluate_average(
     classes, metrics = ShardedClasses(shape[1]), EvalMetrics(device)
     parts = (tensor.split(eval_batch_size) for tensor in (log_probs[complete], labels))
     for some, correct in zip(*parts, strict=True):
-        metrics.update(to_counts(*classes.label_ranks(some, correct)))
+        metrics.update(classes.eval_counts(some, correct))
     return count_skipped(metrics.compute(), len(skipped), len(dataset.index))
 
 

@@ -36,18 +36,16 @@ def parallelize(model: Network, mesh: Mesh, config: LayoutConfig) -> Layout:
     """
     model, timer = copy.deepcopy(model), CommTimer(mesh.device)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    sync_batch_norms(model, mesh, timer)
     if config.fc == "sharded":
-        sync_batch_norms(model, mesh, timer)
         group = TimedGroup(mesh.group("dp"), timer)
         sharding = Sharding(mesh, shard_classifier(model, group), "dp")
         return ShardedFCLayout(model, mesh, config, sharding, group)
     if mesh.split_size == 1:
-        sync_batch_norms(model, mesh, timer)
         return DDPLayout(model, mesh, config, Sharding(mesh, {}, "mp"), timer)
     assert isinstance(model, AlexNet)
     pair = TimedGroup(mesh.group("mp"), timer)
     split_model(model, pair)
-    sync_batch_norms(model, mesh, timer)
     return DDPLayout(model, mesh, config, Sharding(mesh, shapes, "mp"), timer, pair)
 
 

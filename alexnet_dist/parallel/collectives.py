@@ -1,8 +1,6 @@
 """The collectives that layouts are made of, and a timer of the waits for them."""
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,28 +20,19 @@ class CommTimer:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._cuda, self._paused = device.type == "cuda", False
+        self._cuda = device.type == "cuda"
         self._started: Any = None
         self._waits: list[tuple[Any, Any]] = []  # seconds or events, at the start and at the end
 
     def start(self) -> None:
         """A wait starts; one that was started before, and has not stopped, starts only now."""
-        self._started = None if self._paused else self._now()
+        self._started = self._now()
 
     def stop(self) -> None:
         """What was waited for has arrived."""
         if self._started is not None:
             self._waits.append((self._started, self._now()))
         self._started = None
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Waits within are not counted: they are no part of a training step."""
-        before, self._paused = self._paused, True
-        try:
-            yield
-        finally:
-            self._paused = before
 
     def pop_seconds(self) -> float:
         """Seconds waited since the last call."""
@@ -79,24 +68,25 @@ class TimedGroup:
 
 
 class AsyncAllGather:
-    """An all-gather of ``x``, which has the same shape on every process, in flight."""
+    """An all-gather of ``x``, which has the same shape on every process, in flight.
+
+    Attributes:
+        output: [processes, *x.shape], which has its values only after ``wait``.
+    """
 
     def __init__(self, x: Tensor, group: TimedGroup) -> None:
         self._timer = group.timer
         self._input = x.contiguous().view(-1)  # kept alive until it has been sent
-        self._shape = (group.size, *x.shape)
-        self._output = x.new_empty(group.size * x.numel())
-        self._work = _all_gather(self._output, self._input, group=group.group, async_op=True)
-
-    def output(self) -> Tensor:
-        """[processes, *x.shape], which has its values only after ``wait``."""
-        return self._output.view(self._shape)
+        self.output = x.new_empty(group.size, *x.shape)
+        self._work = _all_gather(
+            self.output.view(-1), self._input, group=group.group, async_op=True
+        )
 
     def wait(self) -> Tensor:
         self._timer.start()
         self._work.wait()
         self._timer.stop()
-        return self.output()
+        return self.output
 
 
 def all_gather(x: Tensor, group: TimedGroup) -> Tensor:
@@ -149,16 +139,12 @@ class _AllReduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: TimedGroup) -> Tensor:
         ctx.group = group
-        return _all_reduce(x, group)
+        total = x.clone()
+        group.timer.start()
+        dist.all_reduce(total, group=group.group)
+        group.timer.stop()
+        return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        return _all_reduce(grads[0], ctx.group), None
-
-
-def _all_reduce(x: Tensor, group: TimedGroup) -> Tensor:
-    total = x.clone()
-    group.timer.start()
-    dist.all_reduce(total, group=group.group)
-    group.timer.stop()
-    return total
+        return all_reduce_autograd(grads[0], ctx.group), None

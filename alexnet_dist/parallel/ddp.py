@@ -22,7 +22,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
-from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from alexnet_dist.model import Network, make_dropout_masks
@@ -30,7 +29,7 @@ from alexnet_dist.model.batch_norm import BatchNorm
 from alexnet_dist.parallel.collectives import CommTimer, TimedGroup, all_reduce_autograd
 from alexnet_dist.parallel.mesh import Mesh
 from alexnet_dist.parallel.precision import Precision, SyncedGradScaler, autocast
-from alexnet_dist.parallel.sharded_loss import ShardedClasses, to_counts
+from alexnet_dist.parallel.sharded_loss import ShardedClasses
 from alexnet_dist.parallel.sharding import Sharding
 
 DDP_WARMUP_PASSES = 2
@@ -170,7 +169,7 @@ class DDPLayout:
             with nullcontext() if last else self._no_sync():
                 with self._autocast:
                     logits, targets = self._forward(images[rows], labels[rows], masks, rows)
-                loss, best = self._loss(logits, targets)
+                loss, best = self._classes.cross_entropy(logits, targets)
                 scaled = loss * (self._loss_scale / self.batch_size)
                 if self.scaler:
                     scaled = self.scaler.scale(scaled)
@@ -186,13 +185,6 @@ class DDPLayout:
     ) -> tuple[Tensor, Tensor]:
         """Logits [n, own classes] and labels [n] of a microbatch, this replica's ``rows``."""
         return self._data_parallel(images, tuple(mask[rows] for mask in masks)), labels
-
-    def _loss(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Summed loss, and the class of each image's highest logit [n]."""
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        if self._classes.group is not None:
-            return self._classes.cross_entropy(logits, labels)
-        return F.cross_entropy(logits, labels, reduction="sum"), logits.argmax(1)
 
     def _forward_eval(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, slice]:
         """In evaluation: logits [n, own classes] and labels [n] of all images whose classes are
@@ -213,15 +205,14 @@ class DDPLayout:
 
     @torch.no_grad()
     def eval_counts(self, images: Tensor, labels: Tensor) -> Tensor:
-        """float64 [4] on the device, to be summed over all processes: summed loss, images with
-        their label as the highest logit, those with it among the five highest, and images. Called
-        as ``logits``."""
+        """``ShardedClasses.eval_counts``, float64 [4] on the device, to be summed over all
+        processes. Called as ``logits``."""
         self._model.eval()
         with self._autocast:
             logits, targets, _ = self._forward_eval(images, labels)
         if len(logits) == 0:
             return torch.zeros(4, dtype=torch.float64, device=labels.device)
-        return to_counts(*self._classes.label_ranks(logits.float(), targets)) * self._reports
+        return self._classes.eval_counts(logits.float(), targets) * self._reports
 
     def warm_up(self, image_size: int) -> None:
         """DDP_WARMUP_PASSES on images of zeros, where there are several processes; parameters do
@@ -234,9 +225,9 @@ class DDPLayout:
         labels = torch.zeros(count, dtype=torch.int64, device=device)
         averages = [p for p in self.parameters.values() if not p.requires_grad]  # batch norm's
         before = [average.detach().clone() for average in averages]
-        with self.comm_timer.paused():
-            for _ in range(DDP_WARMUP_PASSES):
-                self.forward_backward(images, labels, self.dropout_masks(0, 0))
+        for _ in range(DDP_WARMUP_PASSES):
+            self.forward_backward(images, labels, self.dropout_masks(0, 0))
+        self.comm_timer.pop_seconds()
         with torch.no_grad():
             for average, value in zip(averages, before, strict=True):
                 average.copy_(value)
@@ -292,10 +283,9 @@ def wrap_ddp(module: nn.Module, mesh: Mesh, config: LayoutConfig, timer: CommTim
         gradient_as_bucket_view=True,
         bucket_cap_mb=32,
     )
-    if config.grad_compression == "bf16":
-        wrapped.register_comm_hook(mesh.group("dp"), default_hooks.bf16_compress_hook)
-    elif config.grad_compression == "fp16":
-        wrapped.register_comm_hook(mesh.group("dp"), default_hooks.fp16_compress_hook)
+    half = {"bf16": default_hooks.bf16_compress_hook, "fp16": default_hooks.fp16_compress_hook}
+    if hook := half.get(config.grad_compression):
+        wrapped.register_comm_hook(mesh.group("dp"), hook)
     elif config.grad_compression == "powersgd":
         state = powerSGD_hook.PowerSGDState(
             process_group=mesh.group("dp"),

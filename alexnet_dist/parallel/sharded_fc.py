@@ -15,8 +15,6 @@ the first two in the precision of training, where plain data parallel sends twic
 of all 61 million. Gradients of the fully connected layers are never sent.
 """
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -28,7 +26,7 @@ from alexnet_dist.model.dropout import Dropout
 from alexnet_dist.parallel.collectives import TimedGroup, all_gather, all_gather_autograd
 from alexnet_dist.parallel.ddp import DDPLayout, LayoutConfig
 from alexnet_dist.parallel.mesh import Mesh
-from alexnet_dist.parallel.sharding import Sharding, ShardSpec
+from alexnet_dist.parallel.sharding import Sharding, ShardSpec, gather_columns
 
 
 class ShardedFCLayout(DDPLayout):
@@ -69,7 +67,8 @@ class ShardedFCLayout(DDPLayout):
         stop = min(rows.stop * self._group.size, self.batch_size)
         targets = self._gather_labels(labels, rows.stop - rows.start).t().flatten()
         features = _gather_rows(self._data_parallel(images), stop - start, self._group)
-        logits = self._classify(features, [mask[start:stop] for mask in masks])
+        masks = tuple(mask[start:stop] for mask in masks)
+        logits = forward_layers(self._classifier.values(), features, masks)
         return logits, targets[: stop - start]
 
     def _forward_eval(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, slice]:
@@ -78,15 +77,12 @@ class ShardedFCLayout(DDPLayout):
         some = images if len(images) else images.new_zeros(1, *images.shape[1:])
         features = _pad_rows(self._features(some)[: len(images)], max(counts))
         gathered = zip(all_gather(features, self._group), counts, strict=True)
-        logits = self._classify(torch.cat([rows[:n] for rows, n in gathered]), ())
+        features = torch.cat([rows[:n] for rows, n in gathered])
+        logits = forward_layers(self._classifier.values(), features, ())
         padded = zip(self._gather_labels(labels, max(counts)), counts, strict=True)
         start = sum(counts[: self._group.rank])
         own = slice(start, start + len(images))
         return logits, torch.cat([rows[:n] for rows, n in padded]), own
-
-    def _classify(self, features: Tensor, masks: Iterable[Tensor]) -> Tensor:
-        """Logits [n, own classes] of the features [n, features] of all processes."""
-        return forward_layers(self._classifier.values(), features, masks)
 
     def _gather_labels(self, labels: Tensor, rows: int) -> Tensor:
         """The labels of all processes [R, rows], padded with -1."""
@@ -139,20 +135,12 @@ class _ShardedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.inputs is not None:
-            x = _gather_columns(x, self.inputs, self.group)
+            x = gather_columns(x, self.inputs, self.group)
         if len(self.sizes) == 1:
             return F.linear(x, self.weight, self.bias)
         weights, biases = self.weight.split(self.sizes), self.bias.split(self.sizes)
         groups = zip(x.chunk(len(self.sizes), 1), weights, biases, strict=True)
         return torch.cat([F.linear(*each) for each in groups], 1)
-
-
-def _gather_columns(x: Tensor, spec: ShardSpec, group: TimedGroup) -> Tensor:
-    """The outputs of all processes of a sharded layer: [n, own] to [n, full]."""
-    # in blocks of equal width; the padding lies behind the last column of all
-    padded = F.pad(x, (0, spec.max_shard_size - len(spec)))
-    gathered = all_gather_autograd(padded, group)
-    return gathered.transpose(0, 1).flatten(1)[:, : spec.full_size]
 
 
 def _gather_rows(features: Tensor, count: int, group: TimedGroup) -> Tensor:

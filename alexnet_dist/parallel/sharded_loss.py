@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from alexnet_dist.parallel.collectives import TimedGroup, all_gather
-from alexnet_dist.parallel.sharding import ShardSpec
+from alexnet_dist.parallel.sharding import ShardSpec, gather_columns
 
 TOP_K = 5
 """Of the top-5 error."""
@@ -28,14 +28,18 @@ class ShardedClasses:
     def cross_entropy(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Summed loss of images with ``logits`` [b, own classes] and ``labels`` [b], and the class
         of each one's highest logit [b]."""
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if self.group is None:
+            return F.cross_entropy(logits, labels, reduction="sum"), logits.argmax(1)
         loss, best = _CrossEntropy.apply(logits, labels, self)
         return loss, best
 
-    def label_ranks(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Summed loss, float64, and the rank of each label among all classes [b], 0 the highest.
+    def eval_counts(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """float64 [4]: summed loss, images with their label as the highest logit, those with it
+        among the five highest, and images.
 
         Of equal logits the lower class comes first, under any layout. Where any logit is NaN there
-        is no order, and the label is ranked behind the first five.
+        is no order, and the label is not among the five.
         """
         loss, label_logits, _, _ = _sharded_cross_entropy(logits.double(), labels, self)
         index = torch.arange(self.spec.slice.start, self.spec.slice.stop, device=labels.device)
@@ -44,23 +48,15 @@ class ShardedClasses:
         ranks = (~behind).sum(1) + TOP_K * logits.isnan().any(1)
         if self.group is not None:
             dist.all_reduce(ranks, group=self.group.group)
-        return loss.sum(), ranks
+        top1, top5 = (ranks < 1).sum(), (ranks < TOP_K).sum()
+        images = loss.new_tensor(len(labels))  # also where the loss is not finite
+        return torch.stack([loss.sum(), top1.double(), top5.double(), images])
 
     def gather_logits(self, logits: Tensor) -> Tensor:
         """The logits of all classes, [b, classes], of this process's [b, own classes]."""
         if self.group is None:
             return logits
-        padded = F.pad(logits, (0, self.spec.max_shard_size - len(self.spec)))
-        gathered = all_gather(padded, self.group)
-        return gathered.transpose(0, 1).flatten(1)[:, : self.spec.full_size]
-
-
-def to_counts(loss: Tensor, ranks: Tensor) -> Tensor:
-    """What a layout's ``eval_counts`` returns, float64 [4], of the summed loss and the ranks of the
-    labels [b]."""
-    top1, top5 = (ranks < 1).sum(), (ranks < TOP_K).sum()
-    images = torch.full_like(loss, len(ranks))  # also where the loss is not finite
-    return torch.stack([loss, top1.double(), top5.double(), images])
+        return gather_columns(logits, self.spec, self.group)
 
 
 def _sharded_cross_entropy(

@@ -8,7 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.nn import functional as F
 
+from alexnet_dist.parallel.collectives import TimedGroup, all_gather_autograd
 from alexnet_dist.parallel.mesh import Mesh
 
 
@@ -35,6 +37,14 @@ class ShardSpec:
 
     def __len__(self) -> int:
         return self.slice.stop - self.slice.start
+
+
+def gather_columns(x: Tensor, spec: ShardSpec, group: TimedGroup) -> Tensor:
+    """The outputs of all processes of a sharded layer: [n, own] to [n, full]."""
+    # in blocks of equal width; the padding lies behind the last column of all
+    padded = F.pad(x, (0, spec.max_shard_size - len(spec)))
+    gathered = all_gather_autograd(padded, group)
+    return gathered.transpose(0, 1).flatten(1)[:, : spec.full_size]
 
 
 def shard_parameters(layer: nn.Module, num_shards: int, shard_rank: int) -> nn.Module:

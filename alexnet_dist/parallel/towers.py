@@ -88,7 +88,7 @@ class _PeerExchange:
     def __init__(self, group: TimedGroup) -> None:
         self._group = group
         self._in_flight: AsyncAllGather | None = None
-        self.received: Tensor | None = None
+        self._received: Tensor | None = None
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def start(self, x: Tensor) -> Tensor:
@@ -96,14 +96,18 @@ class _PeerExchange:
         # maps as they lie in memory, channels last, so that nothing is copied to be sent
         packed = x.permute(0, 2, 3, 1) if x.dim() == 4 else x
         self._in_flight = AsyncAllGather(packed, self._group)
-        theirs = self._in_flight.output()[1 - self._group.rank]
-        return theirs.permute(0, 3, 1, 2) if x.dim() == 4 else theirs
+        theirs = self._in_flight.output[1 - self._group.rank]
+        self._received = theirs.permute(0, 3, 1, 2) if x.dim() == 4 else theirs
+        return self._received
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def wait(self) -> None:
+    def wait(self) -> Tensor:
+        """The other tower's values."""
         assert self._in_flight is not None
+        assert self._received is not None
         self._in_flight.wait()
-        self._in_flight = None
+        received, self._in_flight, self._received = self._received, None, None
+        return received
 
 
 class _StartExchange(torch.autograd.Function):
@@ -112,7 +116,7 @@ class _StartExchange(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, exchange: _PeerExchange) -> Tensor:
         ctx.exchange = exchange
-        exchange.received = exchange.start(x)
+        exchange.start(x)
         return x.new_empty(()).expand_as(x)  # stands for what is in flight, and takes no memory
 
     @staticmethod
@@ -129,10 +133,7 @@ class _FinishExchange(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, _: Tensor, exchange: _PeerExchange) -> Tensor:
         ctx.exchange = exchange
-        exchange.wait()
-        received, exchange.received = exchange.received, None
-        assert received is not None
-        return received
+        return exchange.wait()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -150,7 +151,9 @@ _SPLIT: dict[type[nn.Module], Callable[[Any, TimedGroup], nn.Module]] = {
     nn.Linear: _ExchangeLayer,
     GroupedLinear: _ungroup,
     LocalResponseNorm: _ungroup,
-    BatchNorm: lambda half, _: BatchNorm(len(half.weight), half.eps, half.momentum),
+    BatchNorm: lambda half, _: BatchNorm(
+        len(half.weight), half.eps, half.momentum, half.all_reduce
+    ),
     Dropout: lambda layer, group: layer.shard(ShardSpec(layer.units, 2, group.rank).slice),
 }
 """What a tower has of a layer besides its half of the parameters, by the layer's type. Others serve

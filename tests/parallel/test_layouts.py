@@ -12,7 +12,7 @@ from alexnet_dist.errors import UserError
 from alexnet_dist.model import MODEL_REGISTRY
 from alexnet_dist.parallel import validate_parallel_config
 from alexnet_dist.parallel.mesh import Mesh
-from alexnet_dist.parallel.sharded_loss import ShardedClasses, to_counts
+from alexnet_dist.parallel.sharded_loss import ShardedClasses
 from alexnet_dist.parallel.sharding import ShardSpec
 from tests.conftest import environment
 from tests.parallel import worker
@@ -221,14 +221,18 @@ def test_shards_are_those_of_dtensor() -> None:
 
 
 def test_equal_logits_are_ranked_by_class_and_nan_is_never_correct() -> None:
-    classes, nan, inf = ShardedClasses(4), torch.nan, torch.inf
-    logits = [[1.0, 1, 1, 1], [0, 2, 2, 3], [inf, 0, 0, 0], [nan] * 4, [nan, 0, 0, 0]]
-    loss, ranks = classes.label_ranks(torch.tensor(logits), torch.tensor([2, 1, 0, 1, 2]))
-    assert ranks[:3].tolist() == [2, 1, 0]
-    assert to_counts(loss, ranks).tolist()[1:] == [1, 3, 5]  # four classes are all among five
-
-
-def test_images_are_counted_whatever_their_loss_is() -> None:
-    for loss in (1.5, float("inf"), float("nan")):
-        counts = to_counts(torch.tensor(loss, dtype=torch.float64), torch.tensor([0, 3, 9]))
-        assert counts[1:].tolist() == [1, 2, 3]
+    """And images are counted whatever their loss is."""
+    classes, nan, inf = ShardedClasses(7), torch.nan, torch.inf
+    for logits, label, top1, top5 in (
+        ([1.0] * 7, 0, 1, 1),
+        ([1.0] * 7, 1, 0, 1),
+        ([1.0] * 7, 4, 0, 1),
+        ([1.0] * 7, 5, 0, 0),
+        ([0, 2, 2, 3, 0, 0, 0], 2, 0, 1),
+        ([inf, 0, 0, 0, 0, 0, 0], 0, 1, 1),
+        ([0, -inf, 0, 0, 0, 0, 0], 1, 0, 0),
+        ([nan] * 7, 1, 0, 0),
+        ([nan, 0, 0, 0, 0, 0, 0], 2, 0, 0),
+    ):
+        counts = classes.eval_counts(torch.tensor([logits]), torch.tensor([label]))
+        assert counts[1:].tolist() == [top1, top5, 1]
