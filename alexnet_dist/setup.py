@@ -23,7 +23,7 @@ from alexnet_dist.parallel import Layout, LayoutConfig, parallelize, validate_pa
 from alexnet_dist.parallel.mesh import Mesh
 from alexnet_dist.parallel.precision import resolve_precision, use_precision
 from alexnet_dist.tracking.console import ProgressReporter
-from alexnet_dist.training.cuda_graph import CudaGraphStep, why_not_capturable
+from alexnet_dist.training.cuda_graph import CudaGraphStep
 from alexnet_dist.training.optim import build_optimizer
 from alexnet_dist.training.schedules import Schedule, piecewise_value
 from alexnet_dist.training.step import LabeledImages, train_step
@@ -212,17 +212,25 @@ def uses_cuda_graph(config: Config, mesh: Mesh) -> bool:
     Raises:
         UserError: it is asked for, and cannot be.
     """
-    obstacle = why_not_capturable(
-        device=mesh.device,
-        processes=mesh.world_size,
-        fc=config.parallel.fc,
-        precision=resolve_precision(config.runtime.precision, mesh.device),
-        optimizer=config.optim.name,
-        on_nonfinite=config.train.on_nonfinite,
-    )
-    if config.runtime.cuda_graph is True and obstacle:
+    wanted, fc, optimizer = config.runtime.cuda_graph, config.parallel.fc, config.optim.name
+    precision = resolve_precision(config.runtime.precision, mesh.device)
+    obstacles = {
+        "needs an NVIDIA GPU: leave it out": mesh.device.type != "cuda",
+        f"cannot capture all-reduces yet, and there are {mesh.world_size} processes: leave it out, "
+        "or take one": mesh.world_size > 1,
+        "captures no sharded layers: take --parallel.fc replicated": fc == "sharded",
+        "cannot capture the scale of fp16: take --runtime.precision bf16": precision == "fp16",
+        "needs an update that reads the lr from a tensor: take --optim.name sgd2012 or lars": (
+            optimizer == "sgd"
+        ),
+        "cannot check gradients for train.on_nonfinite skip: take stop": (
+            config.train.on_nonfinite == "skip"
+        ),
+    }
+    obstacle = next((text for text, present in obstacles.items() if present), "")
+    if wanted is True and obstacle:
         raise UserError(f"runtime.cuda_graph {obstacle}", on_all_ranks=True)
-    return bool(config.runtime.cuda_graph) and not obstacle
+    return bool(wanted) and not obstacle
 
 
 def validate(config: Config, mesh: Mesh) -> None:
@@ -249,23 +257,20 @@ def validate(config: Config, mesh: Mesh) -> None:
 
 def _check_batch(config: Config, mesh: Mesh, info: DatasetInfo) -> None:
     batch, images, folder = config.data.batch_size, len(info.train), info.train.folder
-    classes = len(info.train.classes)
     local, steps = batch // mesh.dp_size, config.train.grad_accum_steps
-    error = ""
-    if local < 1:
-        replicas = "processes" if mesh.split_size == 1 else "pairs of processes"
-        error = (
-            f"data.batch_size {batch} is the global batch, and has no image for some of the "
-            f"{mesh.dp_size} {replicas}: raise it, or take fewer processes"
-        )
-    elif steps > local:
-        error = (
-            f"train.grad_accum_steps {steps} is more than the {local} images of data.batch_size "
-            f"{batch} that a process computes: lower it"
-        )
-    elif images < batch:
-        error = f"data.batch_size {batch} is more than the {images} images of {folder}: lower it"
-    elif classes < 2:
-        error = f"{folder} has only one class: it needs a folder for each of several classes"
-    if error:
-        raise UserError(error, on_all_ranks=True)
+    replicas = "processes" if mesh.split_size == 1 else "pairs of processes"
+    problems = {
+        f"data.batch_size {batch} is the global batch, and has no image for some of the "
+        f"{mesh.dp_size} {replicas}: raise it, or take fewer processes": local < 1,
+        f"train.grad_accum_steps {steps} is more than the {local} images of data.batch_size "
+        f"{batch} that a process computes: lower it": steps > local,
+        f"data.batch_size {batch} is more than the {images} images of {folder}: lower it": (
+            images < batch
+        ),
+        f"{folder} has only one class: it needs a folder for each of several classes": (
+            len(info.train.classes) < 2
+        ),
+    }
+    for problem, present in problems.items():
+        if present:
+            raise UserError(problem, on_all_ranks=True)

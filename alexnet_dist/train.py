@@ -29,7 +29,7 @@ from alexnet_dist.tracking import plots, run_dir
 from alexnet_dist.tracking.logger import Logger
 from alexnet_dist.training.checkpoint import CheckpointManager
 from alexnet_dist.training.evaluation import count_skipped, evaluate
-from alexnet_dist.training.preemption import INTERRUPT, Preempted, PreemptionHandler
+from alexnet_dist.training.preemption import Preempted, PreemptionHandler, StopReason
 from alexnet_dist.training.step import StepThrottle, StepTimer, TrainMetrics, lrs_at, set_lr
 
 MAX_CONSECUTIVE_NONFINITE = 10
@@ -381,15 +381,15 @@ class Trainer:
         if self.config.data.root in (None, DIGITS) and self.mesh.rank == 0:
             print(QUICKSTART_HINT)
 
-    def _save_and_exit(self, cause: str) -> None:
+    def _save_and_exit(self, cause: StopReason) -> None:
         """Save, and end before the run does, to be resumed."""
-        here, by_hand = (self.step, self.last_eval_step), cause == INTERRUPT
+        here, by_hand = (self.step, self.last_eval_step), cause == StopReason.INTERRUPT
         self.checkpoints.wait()
         if self.checkpoints.last_saved != here:
             self._save()
             self.checkpoints.wait()
         saved = self.checkpoints.last_saved == here
-        self.logger.emit("preempted", self.step, cause=cause, saved=saved)
+        self.logger.emit("preempted", self.step, cause=str(cause), saved=saved)
         self.logger.close("stopped" if by_hand else "preempted", self.step, wandb_timeout=5)
         self.data.close()
         if by_hand:

@@ -63,26 +63,22 @@ def validate_parallel_config(
     Raises:
         UserError: the options do not fit each other, the network or the number of processes.
     """
-    error = ""
-    if towers > 1 and fc == "sharded":
-        error = (
-            "parallel.towers 2 and parallel.fc sharded are two ways to split the same layers: take "
-            "one of them, the other by --parallel.towers 1 or --parallel.fc replicated"
-        )
-    elif towers > 1 and spec.towers != 2:
-        error = (
-            "parallel.towers 2 wants a network of two towers (paper, original145 and its kin), and "
-            "model.arch has one: take --parallel.towers 1, or --parallel.fc sharded"
-        )
-    elif processes % towers:
-        error = (
-            f"parallel.towers 2 wants pairs of processes, and there are {processes}: take "
-            f"--nproc_per_node={processes + 1}, or --parallel.towers 1"
-        )
-    elif grad_compression == "powersgd" and precision == "fp16":
-        error = (
-            "parallel.grad_compression powersgd keeps what an overflow of fp16 leaves behind: "
-            "take another runtime.precision, or --parallel.grad_compression fp16"
-        )
-    if error:
-        raise UserError(error, on_all_ranks=True)
+    problems = {
+        "parallel.towers 2 and parallel.fc sharded are two ways to split the same layers: take "
+        "one of them, the other by --parallel.towers 1 or --parallel.fc replicated": (
+            towers > 1 and fc == "sharded"
+        ),
+        "parallel.towers 2 wants a network of two towers (paper, original145 and its kin), and "
+        "model.arch has one: take --parallel.towers 1, or --parallel.fc sharded": (
+            towers > 1 and spec.towers != 2
+        ),
+        f"parallel.towers 2 wants pairs of processes, and there are {processes}: take "
+        f"--nproc_per_node={processes + 1}, or --parallel.towers 1": processes % towers > 0,
+        "parallel.grad_compression powersgd keeps what an overflow of fp16 leaves behind: take "
+        "another runtime.precision, or --parallel.grad_compression fp16": (
+            grad_compression == "powersgd" and precision == "fp16"
+        ),
+    }
+    for problem, present in problems.items():
+        if present:
+            raise UserError(problem, on_all_ranks=True)

@@ -23,8 +23,9 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from alexnet_dist.errors import UserError
@@ -123,18 +123,8 @@ class CheckpointManager:
         shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
         state = {**state, "format": FORMAT, "best": best or self.best, "tensors": shapes}
         writer = _Writer(self, state, best)
-        on_gpu = self._device.type == "cuda"
-        # a new one for each save: one that is kept raises KeyError at its second save in torch 2.11
-        stager = DefaultStager(
-            StagingOptions(
-                use_pinned_memory=on_gpu,
-                use_shared_memory=False,
-                use_async_staging=False,  # the next update would race with it
-                use_non_blocking_copy=on_gpu,
-            )
-        )
         mine = _balance_replicated(tensors, dist.get_rank(), dist.get_world_size())
-        future = dcp.async_save(
+        future = dcp.async_save(  # returns once the tensors are copied
             # row-major, as safetensors requires, and channels-last convolutions are not
             {
                 name: t.clone(memory_format=torch.contiguous_format) if t.dim() == 4 else t
@@ -142,9 +132,7 @@ class CheckpointManager:
             },
             storage_writer=writer,
             process_group=self._group,
-            async_stager=stager,
         )
-        stager.close()  # the copies live until they are written
         assert isinstance(future, Future)
         writer.future, writer.stall = future, time.perf_counter() - begun
         self._pending, self.best = writer, best or self.best
@@ -168,7 +156,7 @@ class CheckpointManager:
             if save.best:
                 self.best = save.previous_best
             message = (
-                f"the checkpoint of step {step} could not be written ({_cause(error)}); training "
+                f"the checkpoint of step {step} could not be written ({_reason(error)}); training "
                 f"continues, the one before it is intact: make room below {path.parent}"
             )
             self._emit("checkpoint_failed", step=step, message=message)
@@ -198,7 +186,7 @@ class CheckpointManager:
             if not problem:
                 state = read_state(checkpoint)
                 check(state)
-                load_tensors(checkpoint, self.state_tensors())
+                _copy_tensors(checkpoint, state, self.state_tensors())
                 self.best = state["best"]
                 return state, corrupt
             corrupt.append(
@@ -348,13 +336,9 @@ def read_state(found: Path) -> dict[str, Any]:
     Raises:
         UserError: it cannot be read, or another version has written it.
     """
-    if found.is_file():
-        state = _read_file(found)[1]
-    else:
-        try:
-            state = json.loads((found / _STATE).read_text())
-        except (OSError, ValueError) as error:
-            raise _unreadable(found, _cause(error)) from None
+    with _reading(found):
+        is_file = found.is_file()
+        state = _read_file(found)[1] if is_file else json.loads((found / _STATE).read_text())
     format_ = state.get("format", 0)
     if format_ != FORMAT:
         version = "alexnet_dist 0.1.0" if format_ < FORMAT else "a newer alexnet_dist"
@@ -372,12 +356,15 @@ def load_tensors(found: Path, tensors: Mapping[str, Tensor]) -> None:
     Raises:
         UserError: they are of another network, or corrupt.
     """
-    problem = "" if found.is_file() else verify_checksums(found)
-    if problem:
-        raise _unreadable(found, problem)
-    shapes = read_state(found)["tensors"]
+    with _reading(found):
+        if not found.is_file() and (problem := verify_checksums(found)):
+            raise ValueError(problem)
+    _copy_tensors(found, read_state(found), tensors)
+
+
+def _copy_tensors(found: Path, state: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
-        shape = shapes.get(name)
+        shape = state["tensors"].get(name)
         if shape != list(tensor.shape):
             has = "no such tensor" if shape is None else f"one of {shape}"
             raise UserError(
@@ -386,22 +373,17 @@ def load_tensors(found: Path, tensors: Mapping[str, Tensor]) -> None:
                 "with, or start from its weights alone by --model.pretrained",
                 on_all_ranks=True,
             )
-    try:
-        with torch.no_grad():
-            if found.is_file():
-                full = _read_file(found)[0]
-                for name, tensor in tensors.items():
-                    value = full[name]
-                    if isinstance(tensor, DTensor):
-                        mesh, placements = tensor.device_mesh, tensor.placements
-                        value = distribute_tensor(value, mesh, placements, src_data_rank=None)
-                    tensor.copy_(value)
-                return
+    with _reading(found), torch.no_grad():
+        if not found.is_file():
             dcp.load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(found)))
-    except (Exception, CheckpointException) as error:  # torch wraps what went wrong anywhere
-        if any(isinstance(cause, KeyboardInterrupt) for cause in _causes(error)):
-            raise KeyboardInterrupt from error
-        raise _unreadable(found, _cause(error)) from None
+            return
+        full = _read_file(found)[0]
+        for name, tensor in tensors.items():
+            value = full[name]
+            if isinstance(tensor, DTensor):
+                mesh, placements = tensor.device_mesh, tensor.placements
+                value = distribute_tensor(value, mesh, placements, src_data_rank=None)
+            tensor.copy_(value)
 
 
 def verify_checksums(checkpoint: Path) -> str:
@@ -415,7 +397,7 @@ def verify_checksums(checkpoint: Path) -> str:
             if _sha256(checkpoint / name) != files[name]:
                 problem = f"{name} has changed since it was written"
     except (OSError, ValueError, KeyError, TypeError) as error:
-        problem = f"{name}: {_cause(error)}"
+        problem = f"{name}: {_reason(error)}"
     dist.all_gather_object(problems, problem)
     return next(filter(None, problems), "")
 
@@ -437,20 +419,17 @@ def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             on_all_ranks=True,
         )
     state: dict[str, Any] | None = None
-    try:
-        if path.suffix == ".safetensors":
-            found = load_file(path)
-            with safe_open(path, "pt") as file:
-                header = file.metadata() or {}
-            if "alexnet_dist" in header:
-                state = {name: json.loads(header[name]) for name in header if name != "format"}
-                state["format"] = state.pop("alexnet_dist")
-        else:
-            found = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(found, dict) or not all(isinstance(t, Tensor) for t in found.values()):
-            raise ValueError("it holds something else than tensors by name")
-    except Exception as error:  # a corrupt or forbidden pickle raises anything
-        raise _unreadable(path, _cause(error)) from None
+    if path.suffix == ".safetensors":
+        found = load_file(path)
+        with safe_open(path, "pt") as file:
+            header = file.metadata() or {}
+        if "alexnet_dist" in header:
+            state = {name: json.loads(header[name]) for name in header if name != "format"}
+            state["format"] = state.pop("alexnet_dist")
+    else:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(found, dict) or not all(isinstance(t, Tensor) for t in found.values()):
+        raise ValueError("it holds something else than tensors by name")
     tensors = {f"model.{name}": tensor for name, tensor in found.items()}
     shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
     return tensors, {**(state or _torchvision_state(path, shapes)), "tensors": shapes}
@@ -518,22 +497,33 @@ def _link(link: Path, target: str) -> None:
     os.replace(partial, link)
 
 
-def _unreadable(found: Path, problem: str) -> UserError:
-    return UserError(
-        f"{found} is corrupt, or cannot be read ({problem}): use another checkpoint or file",
-        on_all_ranks=True,
-    )
+@contextmanager
+def _reading(found: Path) -> Iterator[None]:
+    """Whatever goes wrong in it, and a corrupt or forbidden pickle raises anything, is a UserError
+    that names what could not be read."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (Exception, CheckpointException) as error:
+        cause = _cause(error)
+        if isinstance(cause, KeyboardInterrupt):
+            raise cause from None
+        raise UserError(
+            f"{found} is corrupt, or cannot be read ({_reason(error)}): use another checkpoint or "
+            "file",
+            on_all_ranks=True,
+        ) from None
 
 
-def _causes(error: BaseException) -> list[BaseException]:
-    """What went wrong on each process, which DCP wraps."""
-    return [failure[0] for failure in getattr(error, "failures", {}).values()] or [error]
+def _cause(error: BaseException) -> BaseException:
+    """What went wrong on the first process where anything did; DCP wraps it."""
+    return next((cause for cause, _ in getattr(error, "failures", {}).values()), error)
 
 
-def _cause(error: BaseException) -> str:
-    """The innermost reason, in a line."""
-    error = _causes(error)[0]
+def _reason(error: BaseException) -> str:
+    """The cause of an error, in a line."""
+    error = _cause(error)
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()

@@ -82,29 +82,3 @@ def _capture(step: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
             f"the step cannot be captured as a CUDA graph ({reason}): take "
             "--runtime.cuda_graph false"
         ) from error
-
-
-def why_not_capturable(
-    *,
-    device: torch.device,
-    processes: int,
-    fc: str,
-    precision: str,
-    optimizer: str,
-    on_nonfinite: str,
-) -> str:
-    """Why a step under these options cannot be captured, and the fix; "" if it can."""
-    obstacles = {
-        "needs an NVIDIA GPU: leave it out": device.type != "cuda",
-        f"cannot capture all-reduces yet, and there are {processes} processes: leave it out, or "
-        "take one": processes > 1,
-        "captures no sharded layers: take --parallel.fc replicated": fc == "sharded",
-        "cannot capture the scale of fp16: take --runtime.precision bf16": precision == "fp16",
-        "needs an update that reads the lr from a tensor: take --optim.name sgd2012 or lars": (
-            optimizer == "sgd"
-        ),
-        f"cannot check gradients for train.on_nonfinite {on_nonfinite}: take stop": (
-            on_nonfinite != "stop"
-        ),
-    }
-    return next((text for text, present in obstacles.items() if present), "")

@@ -11,17 +11,13 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from enum import IntEnum
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from alexnet_dist.errors import print_error
-
-STOP_REASONS = ("", "a file PREEMPT", "time that runs out", "a signal", "Ctrl-C")
-"""By the number that processes all-reduce; the greatest one wins."""
-_FILE, _TIME, _SIGNAL, _INTERRUPT = range(1, 5)
-INTERRUPT = STOP_REASONS[_INTERRUPT]
 
 _PROCESS_START = time.time()
 _POLL_SECONDS = 1.0
@@ -30,12 +26,24 @@ _RESERVE_SECONDS = 10.0
 """Kept free before the deadline, besides what steps and saves have taken so far."""
 
 
+class StopReason(IntEnum):
+    """Why a run stops. Processes all-reduce it: the greatest one wins."""
+
+    NONE = 0
+    FILE = 1
+    TIME = 2
+    SIGNAL = 3
+    INTERRUPT = 4
+
+    def __str__(self) -> str:
+        return ("", "a file PREEMPT", "time that runs out", "a signal", "Ctrl-C")[self]
+
+
 class Preempted(Exception):  # noqa: N818 (a way to end, not an error)
     """All processes stop here, at a step boundary, for this ``reason``."""
 
-    @property
-    def reason(self) -> str:
-        return str(self)
+    def __init__(self, reason: StopReason) -> None:
+        self.reason = reason
 
 
 class PreemptionHandler:
@@ -64,7 +72,7 @@ class PreemptionHandler:
         self._file, self._group = run_dir / "PREEMPT", group
         self._grace, self._before_exit = grace, before_exit
         self._rank = dist.get_rank()
-        self._received = 0
+        self._received = StopReason.NONE
         self._timer: threading.Timer | None = None
         self._last_poll = 0.0
         self._result: tuple[dist.Work, torch.Tensor] | None = None
@@ -88,7 +96,7 @@ class PreemptionHandler:
         if stop:
             if self._rank == 0:
                 self._file.unlink(missing_ok=True)
-            raise Preempted(STOP_REASONS[stop])
+            raise Preempted(StopReason(stop))
         if dist.get_world_size() > 1:
             flag = torch.tensor(mine)
             work = dist.all_reduce(flag, dist.ReduceOp.MAX, self._group, async_op=True)
@@ -109,9 +117,10 @@ class PreemptionHandler:
         stop, now = self._received, time.time()
         if now - self._last_poll > _POLL_SECONDS:
             self._last_poll = now
-            stop = max(stop, _FILE * self._file.exists())
+            if self._file.exists():
+                stop = max(stop, StopReason.FILE)
         if self._deadline is not None and now + need + _RESERVE_SECONDS > self._deadline:
-            stop = max(stop, _TIME)
+            stop = max(stop, StopReason.TIME)
         return stop
 
     def _pop_result(self) -> int:
@@ -152,10 +161,11 @@ class PreemptionHandler:
 
     def _receive(self, number: int) -> None:
         # the second Ctrl-C; torchrun passes it on as SIGTERM
-        if self._received == _INTERRUPT and number in (signal.SIGINT, signal.SIGTERM):
+        if self._received == StopReason.INTERRUPT and number in (signal.SIGINT, signal.SIGTERM):
             self._before_exit()
             os._exit(130)
-        self._received = max(self._received, _INTERRUPT if number == signal.SIGINT else _SIGNAL)
+        reason = StopReason.INTERRUPT if number == signal.SIGINT else StopReason.SIGNAL
+        self._received = max(self._received, reason)
         if number == signal.SIGTERM and self._timer is None:
             self._timer = threading.Timer(self._grace, self._exit)
             self._timer.daemon = True

@@ -44,7 +44,7 @@ def reason(handler: PreemptionHandler, need: float = 0.0) -> str:
         try:
             handler.check_stop(need)
         except Preempted as stop:
-            return stop.reason
+            return str(stop.reason)
         time.sleep(0.05)
     return ""
 
