@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
+from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from alexnet_dist.model import Network, make_dropout_masks
@@ -169,7 +170,7 @@ class DDPLayout:
             with nullcontext() if last else self._no_sync():
                 with self._autocast:
                     logits, targets = self._forward(images[rows], labels[rows], masks, rows)
-                loss, best = self._classes.cross_entropy(logits, targets)
+                loss, best = self._loss(logits, targets)
                 scaled = loss * (self._loss_scale / self.batch_size)
                 if self.scaler:
                     scaled = self.scaler.scale(scaled)
@@ -185,6 +186,13 @@ class DDPLayout:
     ) -> tuple[Tensor, Tensor]:
         """Logits [n, own classes] and labels [n] of a microbatch, this replica's ``rows``."""
         return self._data_parallel(images, tuple(mask[rows] for mask in masks)), labels
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Summed loss, and the class of each image's highest logit [n]."""
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if self._classes.group is not None:
+            return self._classes.cross_entropy(logits, labels)
+        return F.cross_entropy(logits, labels, reduction="sum"), logits.argmax(1)
 
     def _forward_eval(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, slice]:
         """In evaluation: logits [n, own classes] and labels [n] of all images whose classes are
