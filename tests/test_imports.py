@@ -1,4 +1,4 @@
-"""The house's rules: which room may know of which."""
+"""Which part of the package may import which."""
 
 import ast
 from pathlib import Path
@@ -7,18 +7,18 @@ import pytest
 
 import alexnet_dist
 
-HOUSE = Path(alexnet_dist.__file__).parent
-ROOMS = {"model", "data", "parallel", "training", "tracking", "prepare"}
-COMMANDS = {path.stem for path in HOUSE.glob("*.py")} - {
+PACKAGE = Path(alexnet_dist.__file__).parent
+FOLDERS = {"model", "data", "parallel", "training", "tracking", "prepare"}
+COMMANDS = {path.stem for path in PACKAGE.glob("*.py")} - {
     "__init__",
     "config",
     "errors",
     "setup",
     "loaded_model",
 }
-MAY_KNOW = {
-    "setup": {*ROOMS, "config", "errors"},
-    "loaded_model": {*ROOMS, "config", "errors", "setup"},
+MAY_IMPORT = {
+    "setup": {*FOLDERS, "config", "errors"},
+    "loaded_model": {*FOLDERS, "config", "errors", "setup"},
     "model": {"model"},
     "data": {"data", "errors"},
     "prepare": {"prepare", "data", "errors"},
@@ -28,11 +28,11 @@ MAY_KNOW = {
     "config": {"errors"},
     "errors": set(),
 }
-FILES = sorted(HOUSE.rglob("*.py"))
+FILES = sorted(PACKAGE.rglob("*.py"))
 
 
-def _knows(path: Path) -> set[str]:
-    """The rooms and files of ours that a file imports."""
+def _imports(path: Path) -> set[str]:
+    """The folders and files of the package that a file imports."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module:
@@ -42,20 +42,20 @@ def _knows(path: Path) -> set[str]:
         else:
             continue
         parts = [name.split(".") for name in names if name.startswith("alexnet_dist.")]
-        found |= {part[1] for part in parts if part[1] in set(MAY_KNOW) | COMMANDS}
+        found |= {part[1] for part in parts if part[1] in set(MAY_IMPORT) | COMMANDS}
     return found
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(HOUSE)))
-def test_rooms_know_only_whom_they_may(path: Path) -> None:
-    room = path.relative_to(HOUSE).parts[0].removesuffix(".py")
-    if room in COMMANDS:
-        assert not _knows(path) & (COMMANDS - {room})
-    elif room != "__init__":
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_are_allowed(path: Path) -> None:
+    part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    if part in COMMANDS:
+        assert not _imports(path) & (COMMANDS - {part})
+    elif part != "__init__":
         command = {"config", "tracking"} if path.name == "__main__.py" else set()
-        assert _knows(path) <= MAY_KNOW[room] | command
+        assert _imports(path) <= MAY_IMPORT[part] | command
 
 
-def test_the_model_knows_nothing_of_processes() -> None:
-    for path in (HOUSE / "model").glob("*.py"):
+def test_the_model_does_without_processes() -> None:
+    for path in (PACKAGE / "model").glob("*.py"):
         assert "torch.distributed" not in path.read_text()

@@ -34,7 +34,10 @@ def build(
     normalization: Normalization = BYTES,
     **options: Any,
 ) -> Loader:
-    defaults = {"device": torch.device("cpu"), "max_batch_size": max(plan.batch_size, 60)}
+    defaults: dict[str, Any] = {
+        "device": torch.device("cpu"),
+        "max_batch_size": max(plan.batch_size, 60),
+    }
     defaults |= {"threads": 0 if name == "torch" else 2}
     return build_loader(name, dataset, normalization, plan, **defaults | options)
 

@@ -12,13 +12,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from alexnet_dist.data import build_loader, dali, dali_probe
-from alexnet_dist.data.datasets import ImageDataset, RawDataset
-from alexnet_dist.data.gpu_cache import GpuCacheLoader
-from alexnet_dist.data.index import open_datasets, scan_dataset
+from alexnet_dist import data
+from alexnet_dist.data import dali_probe
+from alexnet_dist.data.datasets import ImageDataset
 from alexnet_dist.data.loader import Batch
 from alexnet_dist.data.plan import SamplePlan, TrainCrop
-from alexnet_dist.data.torch_loader import TorchLoader
 from alexnet_dist.data.transforms import Normalization, build_normalization
 from alexnet_dist.model import make_dropout_masks
 from alexnet_dist.model.dropout import Dropout
@@ -37,6 +35,7 @@ from tests.data.corrupt_images import (
     put,
     write_folder,
 )
+from tests.data.loading import build, load, open_train, scan
 from tests.distributed.groups import running, tensors, workers
 from tests.networks import weights_manager
 from tests.prepare.packed_folder import write_prepared
@@ -45,90 +44,68 @@ pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda", 0)
 
 
-def open_train(root: Path, size: int) -> tuple[ImageDataset, Normalization]:
-    info = scan_dataset(str(root), str(root), lambda *_: None)
-    normalization = build_normalization("centered", info.stats, size=size, pca_noise="source")
-    return open_datasets(info)[0], normalization
+ALL = slice(None)
 
 
-@pytest.fixture
-def jpegs(tmp_path: Path) -> tuple[ImageDataset, Normalization]:
-    return open_train(write_images(tmp_path / "i", train=64, side=160), 128)
+def open_images(root: Path, pixels: bool = False) -> tuple[ImageDataset, Normalization]:
+    """JPEGs, or raw ``pixels``, of 160 to a side, of which 112 are the network's input."""
+    folder = write_images(root / "i", train=64, side=160)
+    folder = write_prepared(folder, root / "pixels", "pixels") if pixels else folder
+    stats = scan(folder).stats
+    normalization = build_normalization("centered", stats, size=112, pca_noise="source")
+    return open_train(folder), normalization
 
 
-def open_pixels(tmp_path: Path, size: int) -> tuple[ImageDataset, Normalization]:
-    plain = write_images(tmp_path / "i", train=64, side=160)
-    return open_train(write_prepared(plain, tmp_path / "pixels", "pixels"), size)
-
-
-def assert_close(ours: Batch, reference: Batch, mean_difference: float) -> None:
-    assert ours.images.device == GPU
-    assert ours.images.shape == reference.images.shape
-    assert ours.images.is_contiguous(memory_format=torch.channels_last)
-    assert ours.indices.tolist() == reference.indices.tolist()
-    assert torch.equal(ours.labels, reference.labels)
-    assert (ours.images - reference.images).abs().sum() <= mean_difference * ours.images.numel()
+def assert_close(ours: list[Batch], theirs: list[Batch], mean_difference: float) -> None:
+    """Of 255, on average."""
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.images.device == GPU
+        assert one.images.shape == other.images.shape
+        assert one.images.is_contiguous(memory_format=torch.channels_last)
+        assert one.indices.tolist() == other.indices.tolist()
+        assert torch.equal(one.labels, other.labels)
+        difference = (one.images - other.images).abs()
+        assert difference.sum() <= mean_difference * difference.numel()
 
 
 def skip_without(decoder: str) -> None:
     pytest.importorskip("nvidia.dali", reason="DALI is not installed here")
-    if decoder == "roi" and dali_probe.probe_decoder(GPU) != "roi":
+    found = dali_probe.probe_decoder(GPU)
+    assert found in ("roi", "full")
+    if decoder == "roi" and found != "roi":
         pytest.skip("decoding a region ends the process on this GPU (nvImageCodec issue 55)")
 
 
-def test_dali_probes_a_decoder_that_works() -> None:
-    pytest.importorskip("nvidia.dali", reason="DALI is not installed here")
-    assert dali_probe.probe_decoder(GPU) in ("roi", "full")
-
-
-@pytest.mark.parametrize("decoder", ["roi", "full", "cpu"])
-def test_dali_agrees_with_the_torch_loader(
-    decoder: str, jpegs: tuple[ImageDataset, Normalization]
-) -> None:
+@pytest.mark.parametrize("decoder", ["roi", "full", "cpu", "raw pixels"])
+def test_dali_agrees_with_the_torch_loader(decoder: str, tmp_path: Path) -> None:
     skip_without(decoder)
-    plan = SamplePlan(jpegs[0].index.sizes, 16, 1, crop_fraction=0.7)
-    options: dict[str, Any] = {"decoder": decoder, "resize": True, "max_batch_size": 16}
-    ours = dali.DaliLoader(*jpegs, device=GPU, threads=2, **options)
-    theirs = TorchLoader(*jpegs, device=GPU, threads=0)
-    samples = list(plan.epoch(0, 0, slice(None)))
-    for one, other in zip(ours.batches(samples), theirs.batches(samples), strict=True):
-        assert_close(one, other, 2.0)  # of 255
-
-
-def test_dali_takes_raw_pixels(tmp_path: Path) -> None:
-    pytest.importorskip("nvidia.dali", reason="DALI is not installed here")
-    opened = open_pixels(tmp_path, 128)
-    sizes = opened[0].index.sizes
-    plan = SamplePlan(sizes, 16, 1, crop_fraction=0.7, pca_noise_std=lambda _: 0.1)
-    samples = list(plan.epoch(0, 0, slice(None)))
-    loaded = [
-        build_loader(name, *opened, plan, device=GPU, max_batch_size=16, threads=2).batches(samples)
+    dataset, normalization = open_images(tmp_path, pixels=decoder == "raw pixels")
+    plan = SamplePlan(dataset.index.sizes, 16, 1, crop_fraction=0.8, pca_noise_std=lambda _: 0.1)
+    options: dict[str, Any] = {} if decoder == "raw pixels" else {"dali_decoder": decoder}
+    samples = list(plan.epoch(0, 0, ALL))
+    ours, theirs = (
+        load(name, dataset, plan, samples, normalization, device=GPU, **options)[0]
         for name in ("dali", "torch")
-    ]
-    for one, other in zip(*loaded, strict=True):
-        assert_close(one, other, 1.0)  # of 255: resized
+    )
+    assert_close(ours, theirs, 1.0 if decoder == "raw pixels" else 2.0)
 
 
 @pytest.mark.parametrize("in_gpu_memory", [True, False])
 @pytest.mark.parametrize("crop", ["paper", "random_resized"])
 def test_gpu_cache_gives_the_torch_loaders_batches(
-    crop: TrainCrop, in_gpu_memory: bool, tmp_path: Path
+    crop: TrainCrop, in_gpu_memory: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To the bit where no box is resized, in an epoch that is longer than what is prefetched, and
     for a rank without any image."""
-    opened = open_pixels(tmp_path, 112)
-    plan = SamplePlan(opened[0].index.sizes, 7, 1, crop, 0.7, pca_noise_std=lambda _: 0.1)
-    dataset, normalization = opened
-    assert isinstance(dataset, RawDataset)
-    ours = GpuCacheLoader(
-        dataset, normalization, device=GPU, in_gpu_memory=in_gpu_memory, threads=2
+    monkeypatch.setattr(data, "fits_in_gpu_memory", lambda *_: in_gpu_memory)
+    dataset, normalization = open_images(tmp_path, pixels=True)
+    plan = SamplePlan(dataset.index.sizes, 7, 1, crop, 0.7, pca_noise_std=lambda _: 0.1)
+    samples = [*plan.epoch(0, 0, ALL), plan.sample(0, 0, slice(7, None, 8))]
+    ours, theirs = (
+        load(name, dataset, plan, samples, normalization, device=GPU)[0]
+        for name in ("gpu_cache", "torch")
     )
-    theirs = TorchLoader(*opened, device=GPU, threads=0)
-    samples = [*plan.epoch(0, 0, slice(None)), plan.sample(0, 0, slice(7, None, 8))]
-    kept = list(ours.batches(samples))
-    for one, other in zip(kept, theirs.batches(samples), strict=True):
-        assert_close(one, other, 0.0 if crop == "paper" else 0.05)
-    ours.close()
+    assert_close(ours, theirs, 0.0 if crop == "paper" else 0.05)
 
 
 def test_auto_takes_the_gpu_cache_for_raw_pixels(tmp_path: Path) -> None:
@@ -148,19 +125,17 @@ def test_dali_decodes_odd_images_and_names_corrupt_ones(decoder: str, tmp_path: 
     good, corrupt = odd_images(), corrupt_files()
     plain = encode(photograph(), "JPEG")
     paths = write_folder(tmp_path, good | dict.fromkeys(corrupt, plain))
-    dataset, _ = open_train(tmp_path, 64)
+    dataset = open_train(tmp_path)
     for kind, content in corrupt.items():
         put(paths[kind], content)
-    normalization = Normalization(np.zeros(3), np.ones(3), np.zeros((3, 3)), 64)
     count = len(dataset.index)
     plan = SamplePlan(dataset.index.sizes, count, 1, crop_fraction=64 / 96)
-    shared: dict[str, Any] = {"device": GPU, "on_corrupt": "skip"}
-    options: dict[str, Any] = {"decoder": decoder, "resize": True, "max_batch_size": count}
-    ours = dali.DaliLoader(dataset, normalization, threads=2, **shared, **options)
-    theirs = TorchLoader(dataset, normalization, threads=0, **shared)
-    (one,), (other,) = (list(each.batches([plan.sample(0, 0)])) for each in (ours, theirs))
-    named = {str(event["path"]) for event in ours.corrupt.pop_events()}
-    assert named == {str(paths[kind]) for kind in corrupt}
+    options: dict[str, Any] = {"device": GPU, "on_corrupt": "skip", "dali_decoder": decoder}
+    samples = [plan.sample(0, 0)]
+    ((one,), found), ((other,), _) = (
+        load(name, dataset, plan, samples, **options) for name in ("dali", "torch")
+    )
+    assert {event["path"] for event in found} == {str(paths[kind]) for kind in corrupt}
     assert one.indices.tolist() == other.indices.tolist()
     differences = (one.images - other.images).abs().mean((1, 2, 3))
     rows = {index: row for row, index in enumerate(one.indices.tolist())}
@@ -169,23 +144,18 @@ def test_dali_decodes_odd_images_and_names_corrupt_ones(decoder: str, tmp_path: 
         assert differences[row] < 2.0, kind  # of 255
 
 
-def test_dalis_memory_does_not_grow(jpegs: tuple[ImageDataset, Normalization]) -> None:
+def test_dalis_memory_does_not_grow(tmp_path: Path) -> None:
     pytest.importorskip("nvidia.dali", reason="DALI is not installed here")
-    plan = SamplePlan(jpegs[0].index.sizes, 16, 1, crop="random_resized")
-    options: dict[str, Any] = {"decoder": dali_probe.probe_decoder(GPU), "resize": True}
-    loader = dali.DaliLoader(*jpegs, device=GPU, max_batch_size=16, threads=2, **options)
-
-    def used() -> int:
+    dataset, normalization = open_images(tmp_path)
+    plan = SamplePlan(dataset.index.sizes, 16, 1, crop="random_resized")
+    loader, used = build("dali", dataset, plan, normalization, device=GPU), []
+    for epoch in range(30):
+        for batch in loader.batches(plan.epoch(epoch, 0, ALL)):
+            float(batch.images.sum())
         torch.cuda.synchronize()
         free, total = torch.cuda.mem_get_info()
-        return total - free
-
-    taken = []
-    for epoch in range(30):
-        for batch in loader.batches(plan.epoch(epoch, 0, slice(None))):
-            float(batch.images.sum())
-        taken.append(used())
-    assert taken[-1] - taken[5] < 64 * 2**20
+        used.append(total - free)
+    assert used[-1] - used[5] < 64 * 2**20
 
 
 @pytest.mark.parametrize(
@@ -417,17 +387,17 @@ def test_a_save_holds_what_was_there_when_it_began(tmp_path: Path) -> None:
         dist.destroy_process_group()
 
 
-def test_a_run_that_is_told_to_leave_goes_on_bit_for_bit(tmp_path: Path) -> None:
+def test_a_preempted_run_resumes_bit_for_bit(tmp_path: Path) -> None:
     root = write_images(tmp_path / "i")
     few = ["--train.epochs=10", "--runtime.deterministic=true"]
-    train(1, root, tmp_path / "calm", "--run.name=run", *few)
+    train(1, root, tmp_path / "reference", "--run.name=run", *few)
     with running(1, root, tmp_path, *few) as launcher:
         os.kill(workers(launcher.pid)[0], signal.SIGUSR2)
         launcher.communicate(timeout=60)
     assert events(tmp_path / "run", "preempted")
     train(1, root, tmp_path, "--run.name=run", *few)
-    assert losses(tmp_path / "run") == losses(tmp_path / "calm/run")
-    assert tensors(tmp_path / "run") == tensors(tmp_path / "calm/run")
+    assert losses(tmp_path / "run") == losses(tmp_path / "reference/run")
+    assert tensors(tmp_path / "run") == tensors(tmp_path / "reference/run")
 
 
 def test_an_update_that_is_not_finite_is_left_out() -> None:

@@ -3,14 +3,17 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
 from alexnet_dist.errors import UserError
 from alexnet_dist.model import MODEL_REGISTRY
-from alexnet_dist.parallel import validate_parallel_config
+from alexnet_dist.parallel import towers, validate_parallel_config
 from alexnet_dist.parallel.mesh import Mesh
 from alexnet_dist.parallel.sharded_loss import ShardedClasses
 from alexnet_dist.parallel.sharding import ShardSpec
@@ -200,6 +203,39 @@ def test_what_cannot_be_laid_out_is_refused(
         validate_parallel_config(MODEL_REGISTRY[arch], processes, **plain | options)
     assert error.value.on_all_ranks
     validate_parallel_config(MODEL_REGISTRY["paper"], 4, **plain | {"towers": 2})
+
+
+def test_towers_exchange_activations_while_they_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the start of an exchange and the wait for it lies the product with one's own half,
+    and in backward that product's gradients."""
+    log: list[str] = []
+
+    class FakeAllGather:
+        def __init__(self, x: Tensor, group: object) -> None:
+            log.append("send")
+            self.both = torch.stack([x, x])
+
+        def output(self) -> Tensor:
+            return self.both
+
+        def wait(self) -> None:
+            log.append("wait")
+
+    def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        log.append("product")
+        y = F.linear(x, weight, bias)
+        y.register_hook(lambda _: log.append("its gradients"))  # are computed next
+        return y
+
+    monkeypatch.setattr(towers, "AsyncAllGather", FakeAllGather)
+    group: Any = SimpleNamespace(rank=0)
+    layer = towers._ExchangeLayer(torch.nn.Linear(6, 4), group)
+    layer.product = product
+    y = layer(torch.randn(2, 3, requires_grad=True))
+    assert log == ["send", "product", "wait", "product"]
+    log.clear()
+    y.sum().backward()
+    assert log == ["its gradients", "send", "its gradients", "wait"]
 
 
 def test_two_neighbors_with_a_tower_each_have_the_same_images() -> None:
