@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from alexnet_dist.data.index import scan_dataset
 from alexnet_dist.model import Network
 from tests.conftest import SIDE, launch
+from tests.data.loading import scan
 from tests.networks import CLASSES, MEAN, save_network
 
 CORRUPT = 4
@@ -36,7 +36,7 @@ def test_two_networks_on_any_number_of_processes(
 ) -> None:
     root = tmp_path / "images"
     shutil.copytree(images, root)
-    scan_dataset(str(root), str(root), lambda *_: None)  # of which all images are good
+    scan(root)  # of which all images are good
     files = sorted((root / "val").rglob("*.jpg"))
     files.pop(CORRUPT).write_bytes(b"")
     labels = torch.tensor([CLASSES.index(file.parent.name) for file in files])
