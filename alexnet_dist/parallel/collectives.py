@@ -101,6 +101,9 @@ def all_gather_autograd(x: Tensor, group: TimedGroup, grad_scale: int = 1) -> Te
 
 
 class _AllGather(torch.autograd.Function):
+    """Its reduce-scatter is made of an all-to-all and a sum in float32 (or wider): the bytes of a
+    reduce-scatter, one rounding, and the same order of addition on every backend."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: TimedGroup, grad_scale: int) -> Tensor:
         ctx.group, ctx.grad_scale = group, grad_scale
@@ -108,22 +111,13 @@ class _AllGather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        grad = reduce_scatter(grads[0], ctx.group) * ctx.grad_scale
-        return grad.to(grads[0].dtype), None, None
-
-
-def reduce_scatter(x: Tensor, group: TimedGroup) -> Tensor:
-    """The sum over all processes of block r of ``x`` [processes, ...], on process r.
-
-    Made of an all-to-all and a sum in float32 (or wider): the bytes of a reduce-scatter, one
-    rounding, and the same order of addition on every backend.
-    """
-    sent = x.contiguous()
-    received = torch.empty_like(sent)
-    group.timer.start()
-    dist.all_to_all_single(received, sent, group=group.group)
-    group.timer.stop()
-    return received.to(torch.promote_types(received.dtype, torch.float32)).sum(0)
+        sent = grads[0].contiguous()
+        received = torch.empty_like(sent)
+        ctx.group.timer.start()
+        dist.all_to_all_single(received, sent, group=ctx.group.group)
+        ctx.group.timer.stop()
+        total = received.to(torch.promote_types(sent.dtype, torch.float32)).sum(0)
+        return (total * ctx.grad_scale).to(sent.dtype), None, None
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

@@ -49,7 +49,7 @@ class ShardedFCLayout(DDPLayout):
     ) -> None:
         super().__init__(model, mesh, config, sharding, group.timer, group)
         self._group = group
-        self._loss_scale = 1  # ``_gather_rows`` sums the gradients of all images' losses
+        self._loss_scale = 1  # ``_forward`` sums the gradients of all images
         self._dropout_rows = slice(None)  # all images pass the layers that have dropout
         self.description = (
             f"fully connected layers sharded over {mesh.dp_size} processes, {config.gradients}"
@@ -63,10 +63,13 @@ class ShardedFCLayout(DDPLayout):
         self, images: Tensor, labels: Tensor, masks: tuple[Tensor, ...], rows: slice
     ) -> tuple[Tensor, Tensor]:
         # row i of process r is image i * R + r: a microbatch is a contiguous piece of the batch
-        start = rows.start * self._group.size
-        stop = min(rows.stop * self._group.size, self.batch_size)
-        targets = self._gather_labels(labels, rows.stop - rows.start).t().flatten()
-        features = _gather_rows(self._data_parallel(images), stop - start, self._group)
+        count, size = rows.stop - rows.start, self._group.size
+        start, stop = rows.start * size, min(rows.stop * size, self.batch_size)
+        targets = self._gather_labels(labels, count).t().flatten()
+        features = _pad_rows(self._data_parallel(images), count)
+        # DDP will average over all processes what is a sum over all images already
+        features = all_gather_autograd(features, self._group, grad_scale=size)
+        features = features.transpose(0, 1).flatten(0, 1)[: stop - start]
         masks = tuple(mask[start:stop] for mask in masks)
         logits = forward_layers(self._classifier.values(), features, masks)
         return logits, targets[: stop - start]
@@ -141,15 +144,6 @@ class _ShardedLinear(nn.Module):
         weights, biases = self.weight.split(self.sizes), self.bias.split(self.sizes)
         groups = zip(x.chunk(len(self.sizes), 1), weights, biases, strict=True)
         return torch.cat([F.linear(*each) for each in groups], 1)
-
-
-def _gather_rows(features: Tensor, count: int, group: TimedGroup) -> Tensor:
-    """The features of all processes in the order of the global batch: [b, features] to [count,
-    features]. Gradients come back times R, because DDP will average over R processes what is a sum
-    over all images already."""
-    padded = _pad_rows(features, -(-count // group.size))
-    gathered = all_gather_autograd(padded, group, grad_scale=group.size)
-    return gathered.transpose(0, 1).flatten(0, 1)[:count]
 
 
 def _pad_rows(x: Tensor, rows: int) -> Tensor:

@@ -68,7 +68,7 @@ class CheckpointManager:
         keep_every: checkpoints of every so many steps are kept for good.
 
     Attributes:
-        best: the best evaluation so far. Its checkpoint can be loaded, or is being written.
+        best: the best evaluation so far whose checkpoint has been written.
         last_saved: (step, last_eval_step) of the last checkpoint that this process has written.
         longest_save: seconds from the start of a save until it was on disk, the longest so far.
     """
@@ -135,7 +135,7 @@ class CheckpointManager:
         )
         assert isinstance(future, Future)
         writer.future, writer.stall = future, time.perf_counter() - begun
-        self._pending, self.best = writer, best or self.best
+        self._pending = writer
 
     def wait(self, *, block: bool = True) -> None:
         """Log how the pending save has ended, if it has; a failed one does not end the run.
@@ -153,8 +153,6 @@ class CheckpointManager:
         except (Exception, CheckpointException) as error:  # a full disk has many names
             if dist.get_rank() == 0:
                 shutil.rmtree(save.path, ignore_errors=True)
-            if save.best:
-                self.best = save.previous_best
             message = (
                 f"the checkpoint of step {step} could not be written ({_reason(error)}); training "
                 f"continues, the one before it is intact: make room below {path.parent}"
@@ -167,6 +165,7 @@ class CheckpointManager:
         stall = save.stall + time.perf_counter() - begun
         self._emit("checkpoint", step=step, path=path.name, seconds=seconds, stall=stall)
         if save.best:
+            self.best = save.best
             self._emit("best", **save.best)
 
     def restore(self, check: Callable[[dict[str, Any]], None]) -> tuple[Any, list[str]]:
@@ -266,7 +265,6 @@ class _Writer(HuggingFaceStorageWriter):
         self, manager: CheckpointManager, state: dict[str, Any], best: dict[str, Any] | None
     ) -> None:
         self.manager, self.state, self.best = manager, json.dumps(state), best
-        self.previous_best = manager.best
         self.steps = (state["step"], state["last_eval_step"])
         self.final = manager.folder / f"step-{state['step']:08d}"
         self.started, self.finished, self.stall = time.perf_counter(), 0.0, 0.0

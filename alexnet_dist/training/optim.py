@@ -33,7 +33,7 @@ def build_optimizer(
     Raises:
         UserError: ``separate_groups`` names a parameter that does not exist.
     """
-    parameters = trainable(parameters)
+    parameters = {name: p for name, p in parameters.items() if p.requires_grad}
     separate = set(separate_groups) - {"weights", "biases"}
     for unknown in sorted(separate - set(parameters)):
         raise UserError(
@@ -56,24 +56,18 @@ def build_optimizer(
         "lars": partial(Lars, trust=trust, all_reduce_norms=all_reduce_norms),
     }[name]
     optimizer: torch.optim.SGD = kind(list(groups.values()), lr=lr, momentum=momentum)
-    # torch's SGD leaves them uninitialized where fp16 skips the first step
-    momentum_buffers(optimizer, parameters)
+    for parameter in parameters.values():  # torch's SGD may leave them uninitialized in fp16
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
-
-
-def trainable(parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-    """Those of the ``parameters`` that an optimizer updates; running averages are not."""
-    return {name: p for name, p in parameters.items() if p.requires_grad}
 
 
 def momentum_buffers(
     optimizer: torch.optim.SGD, parameters: Mapping[str, nn.Parameter]
 ) -> dict[str, torch.Tensor]:
-    """The optimizer's momentum buffer of each trainable parameter, by name; created where there
-    is none yet."""
-    parameters = trainable(parameters)
-    for parameter in parameters.values():
-        state = optimizer.state[parameter]
-        if state.get("momentum_buffer") is None:
-            state["momentum_buffer"] = torch.zeros_like(parameter)
-    return {name: optimizer.state[p]["momentum_buffer"] for name, p in parameters.items()}
+    """The optimizer's momentum buffer of each parameter that it updates, by name; running averages
+    have none."""
+    return {
+        name: optimizer.state[p]["momentum_buffer"]
+        for name, p in parameters.items()
+        if p.requires_grad
+    }

@@ -215,12 +215,8 @@ class StepThrottle:
             done = torch.cuda.Event()
             done.record()
             self._in_flight.append((done, batch))
-            self.wait(self.MAX_STEPS_AHEAD)
-
-    def wait(self, in_flight: int = 0) -> None:
-        """Wait until at most so many steps are in flight."""
-        while len(self._in_flight) > in_flight:
-            self._in_flight.popleft()[0].synchronize()
+            while len(self._in_flight) > self.MAX_STEPS_AHEAD:
+                self._in_flight.popleft()[0].synchronize()
 
 
 class StepTimer:

@@ -317,8 +317,6 @@ def test_a_process_keeps_near_its_device() -> None:
         pace.step_launched(Batch(batch, batch, np.zeros(1, np.int64)))
         alive.append(time.perf_counter() - begun)
     assert max(alive[: StepThrottle.MAX_STEPS_AHEAD]) < min(alive[StepThrottle.MAX_STEPS_AHEAD :])
-    pace.wait()
-    assert torch.cuda.current_stream().query()
 
 
 def test_batch_normalization_is_that_of_the_cpu(tmp_path: Path) -> None:
