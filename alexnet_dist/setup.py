@@ -142,20 +142,9 @@ class TrainState:
 
 def build_training(config: Config, mesh: Mesh, num_classes: int) -> TrainState:
     """Network, optimizer and schedule, still without weights; see ``init_weights``."""
-    parallel, optim, runtime = config.parallel, config.optim, config.runtime
-    precision = use_precision(runtime.precision, mesh.device, runtime.deterministic)
-    options = LayoutConfig(
-        batch_size=config.data.batch_size,
-        grad_accum_steps=config.train.grad_accum_steps,
-        precision=precision,
-        fc=parallel.fc,
-        grad_compression=parallel.grad_compression,
-        powersgd_rank=parallel.powersgd_rank,
-        powersgd_start=parallel.powersgd_start,
-        compile=is_compiled(config, mesh),
-        skip_nonfinite=config.train.on_nonfinite == "skip",
-    )
-    layout = parallelize(build_model(config, num_classes), mesh, options)
+    optim, runtime = config.optim, config.runtime
+    use_precision(runtime.precision, mesh.device, runtime.deterministic)
+    layout = parallelize(build_model(config, num_classes), mesh, layout_config(config, mesh))
     optimizer = build_optimizer(
         optim.name,
         layout.parameters,
@@ -174,6 +163,22 @@ def build_training(config: Config, mesh: Mesh, num_classes: int) -> TrainState:
     )
     step = CudaGraphStep if uses_cuda_graph(config, mesh) else partial(partial, train_step)
     return TrainState(layout, optimizer, schedule, step(layout, optimizer))
+
+
+def layout_config(config: Config, mesh: Mesh) -> LayoutConfig:
+    """The options of the layout that is trained."""
+    parallel = config.parallel
+    return LayoutConfig(
+        batch_size=config.data.batch_size,
+        grad_accum_steps=config.train.grad_accum_steps,
+        precision=resolve_precision(config.runtime.precision, mesh.device),
+        fc=parallel.fc,
+        grad_compression=parallel.grad_compression,
+        powersgd_rank=parallel.powersgd_rank,
+        powersgd_start=parallel.powersgd_start,
+        compile=is_compiled(config, mesh),
+        skip_nonfinite=config.train.on_nonfinite == "skip",
+    )
 
 
 def init_weights(config: Config, layout: Layout, num_classes: int) -> None:
@@ -244,14 +249,8 @@ def validate(config: Config, mesh: Mesh) -> None:
             f"there is no model.arch {config.model.arch}; there are {', '.join(MODEL_REGISTRY)}",
             on_all_ranks=True,
         )
-    validate_parallel_config(
-        MODEL_REGISTRY[config.model.arch],
-        mesh.world_size,
-        towers=config.parallel.towers,
-        fc=config.parallel.fc,
-        grad_compression=config.parallel.grad_compression,
-        precision=resolve_precision(config.runtime.precision, mesh.device),
-    )
+    spec, towers = MODEL_REGISTRY[config.model.arch], config.parallel.towers
+    validate_parallel_config(spec, mesh.world_size, towers, layout_config(config, mesh))
     uses_cuda_graph(config, mesh)
 
 

@@ -16,7 +16,6 @@ from alexnet_dist.model.alexnet import AlexNet
 from alexnet_dist.parallel.collectives import CommTimer, TimedGroup
 from alexnet_dist.parallel.ddp import DDPLayout, LayoutConfig, sync_batch_norms
 from alexnet_dist.parallel.mesh import Mesh
-from alexnet_dist.parallel.precision import Precision
 from alexnet_dist.parallel.sharded_fc import ShardedFCLayout, shard_classifier
 from alexnet_dist.parallel.sharding import Sharding
 from alexnet_dist.parallel.towers import split_model
@@ -50,13 +49,7 @@ def parallelize(model: Network, mesh: Mesh, config: LayoutConfig) -> Layout:
 
 
 def validate_parallel_config(
-    spec: ModelSpec,
-    processes: int,
-    *,
-    towers: int,
-    fc: str,
-    grad_compression: str,
-    precision: Precision,
+    spec: ModelSpec, processes: int, towers: int, config: LayoutConfig
 ) -> None:
     """Refuse what cannot be laid out, before anything is built.
 
@@ -66,7 +59,7 @@ def validate_parallel_config(
     problems = {
         "parallel.towers 2 and parallel.fc sharded are two ways to split the same layers: take "
         "one of them, the other by --parallel.towers 1 or --parallel.fc replicated": (
-            towers > 1 and fc == "sharded"
+            towers > 1 and config.fc == "sharded"
         ),
         "parallel.towers 2 wants a network of two towers (paper, original145 and its kin), and "
         "model.arch has one: take --parallel.towers 1, or --parallel.fc sharded": (
@@ -76,7 +69,7 @@ def validate_parallel_config(
         f"--nproc_per_node={processes + 1}, or --parallel.towers 1": processes % towers > 0,
         "parallel.grad_compression powersgd keeps what an overflow of fp16 leaves behind: take "
         "another runtime.precision, or --parallel.grad_compression fp16": (
-            grad_compression == "powersgd" and precision == "fp16"
+            config.grad_compression == "powersgd" and config.precision == "fp16"
         ),
     }
     for problem, present in problems.items():

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from alexnet_dist.errors import UserError
 from alexnet_dist.model import MODEL_REGISTRY
-from alexnet_dist.parallel import towers, validate_parallel_config
+from alexnet_dist.parallel import LayoutConfig, towers, validate_parallel_config
 from alexnet_dist.parallel.mesh import Mesh
 from alexnet_dist.parallel.sharded_loss import ShardedClasses
 from alexnet_dist.parallel.sharding import ShardSpec
@@ -181,28 +181,29 @@ def test_layouts_on_gpus(on: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arch", "processes", "options", "message"),
+    ("arch", "processes", "num_towers", "options", "message"),
     [
-        ("paper", 3, {"towers": 2}, "wants pairs of processes, and there are 3: take --nproc"),
-        ("one_column", 2, {"towers": 2}, "wants a network of two towers"),
-        ("torchvision", 2, {"towers": 2}, "wants a network of two towers"),
-        ("paper", 2, {"towers": 2, "fc": "sharded"}, "take one of them"),
+        ("paper", 3, 2, {}, "wants pairs of processes, and there are 3: take --nproc"),
+        ("one_column", 2, 2, {}, "wants a network of two towers"),
+        ("torchvision", 2, 2, {}, "wants a network of two towers"),
+        ("paper", 2, 2, {"fc": "sharded"}, "take one of them"),
         (
             "paper",
             2,
+            1,
             {"grad_compression": "powersgd", "precision": "fp16"},
             "take another runtime",
         ),
     ],
 )
 def test_what_cannot_be_laid_out_is_refused(
-    arch: str, processes: int, options: dict[str, Any], message: str
+    arch: str, processes: int, num_towers: int, options: dict[str, Any], message: str
 ) -> None:
-    plain = {"towers": 1, "fc": "replicated", "grad_compression": "none", "precision": "fp32"}
+    config = LayoutConfig(1, **options)
     with pytest.raises(UserError, match=message) as error:
-        validate_parallel_config(MODEL_REGISTRY[arch], processes, **plain | options)
+        validate_parallel_config(MODEL_REGISTRY[arch], processes, num_towers, config)
     assert error.value.on_all_ranks
-    validate_parallel_config(MODEL_REGISTRY["paper"], 4, **plain | {"towers": 2})
+    validate_parallel_config(MODEL_REGISTRY["paper"], 4, 2, LayoutConfig(1))
 
 
 def test_towers_exchange_activations_while_they_compute(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,10 +214,7 @@ def test_towers_exchange_activations_while_they_compute(monkeypatch: pytest.Monk
     class FakeAllGather:
         def __init__(self, x: Tensor, group: object) -> None:
             log.append("send")
-            self.both = torch.stack([x, x])
-
-        def output(self) -> Tensor:
-            return self.both
+            self.output = torch.stack([x, x])
 
         def wait(self) -> None:
             log.append("wait")
