@@ -14,7 +14,7 @@ TensorDict = dict[str, Tensor]
 class Lars(KrizhevskySGD):
     """The paper's update with a learning rate of its own for each weight tensor:
 
-        local <- trust * |w| / (|gradient| + weight_decay * |w|)
+        local <- 0.001 * |w| / (|gradient| + weight_decay * |w|)
         v <- momentum * v - lr * local * (gradient + weight_decay * w)
         w <- w + v
 
@@ -27,17 +27,18 @@ class Lars(KrizhevskySGD):
             parameters.
     """
 
+    trust_coefficient = 0.001
+
     def __init__(
         self,
         params: Any,
         lr: float,
         *,
-        trust: float = 0.001,
         all_reduce_norms: Callable[[TensorDict], TensorDict] = dict,
         **options: Any,
     ) -> None:
         super().__init__(params, lr, **options)
-        self.trust, self._all_reduce_norms = trust, all_reduce_norms
+        self._all_reduce_norms = all_reduce_norms
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update all parameters by their gradients, which are overwritten."""
@@ -68,7 +69,7 @@ class Lars(KrizhevskySGD):
         for name, decay in zip(names, decays, strict=True):
             w, gradient = sums[name].sqrt().unbind()
             denominator = gradient + decay * w
-            local = self.trust * w / denominator
+            local = self.trust_coefficient * w / denominator
             local_lrs.append(torch.where((w > 0) & (denominator > 0), local, torch.ones_like(w)))
         torch._foreach_add_(gradients, torch._foreach_mul(weights, decays))
         torch._foreach_mul_(gradients, local_lrs)

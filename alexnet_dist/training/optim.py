@@ -20,7 +20,6 @@ def build_optimizer(
     momentum: float,
     weight_decay: float,
     separate_groups: Iterable[str] = (),
-    trust: float = 0.001,
     all_reduce_norms: Callable[[TensorDict], TensorDict] = dict,
 ) -> torch.optim.SGD:
     """An optimizer of the trainable ``parameters``, with the groups "weights" and "biases" (all
@@ -28,7 +27,7 @@ def build_optimizer(
     named in ``separate_groups``.
 
     Args:
-        trust, all_reduce_norms: those of Lars.
+        all_reduce_norms: that of Lars.
 
     Raises:
         UserError: ``separate_groups`` names a parameter that does not exist.
@@ -53,7 +52,7 @@ def build_optimizer(
     kind: Any = {
         "sgd2012": KrizhevskySGD,
         "sgd": partial(torch.optim.SGD, fused=True),
-        "lars": partial(Lars, trust=trust, all_reduce_norms=all_reduce_norms),
+        "lars": partial(Lars, all_reduce_norms=all_reduce_norms),
     }[name]
     optimizer: torch.optim.SGD = kind(list(groups.values()), lr=lr, momentum=momentum)
     for parameter in parameters.values():  # torch's SGD may leave them uninitialized in fp16

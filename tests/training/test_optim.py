@@ -56,8 +56,8 @@ def test_sgd2012_as_on_gpus_is_torchs_fused_kernel(name: Any) -> None:
             momentum=0.9,
             weight_decay=0.05,
             separate_groups=["own.weight"],
-            trust=0.5,
         )
+        optimizer.trust_coefficient = 0.5
         optimizer._fused = fused
         optimizer._update = torch.compile(sgd2012_update, fullgraph=True, backend="aot_eager")
         optimizer.grad_scale = None
@@ -130,14 +130,14 @@ def test_lars_by_hand() -> None:
     """Two steps; norms are of full tensors, and biases keep the plain learning rate."""
     w = nn.Parameter(torch.tensor([[3.0, 4.0]], dtype=torch.float64))
     bias = nn.Parameter(torch.tensor([1.0], dtype=torch.float64))
-    optimizer = build_optimizer(
+    optimizer: Any = build_optimizer(
         "lars",
         {"fc.weight": w, "fc.bias": bias},
         lr=2.0,
         momentum=0.5,
         weight_decay=0.1,
-        trust=0.01,
     )
+    optimizer.trust_coefficient = 0.01
     w.grad = torch.tensor([[0.0, 1.5]], dtype=torch.float64)
     bias.grad = torch.tensor([0.25], dtype=torch.float64)
     optimizer.step()  # |w| = 5, |g| = 1.5: local = 0.01 * 5 / (1.5 + 0.1 * 5) = 0.025
@@ -166,7 +166,7 @@ def test_lars_moves_a_tensor_of_zeros_and_bears_a_gradient_of_zeros(decay: float
     zeros.grad, ones.grad = torch.ones(2, 2), torch.zeros(2, 2)
     optimizer.step()
     assert zeros.flatten().tolist() == [-0.5] * 4
-    left = 1 - 0.5 * 0.001 if decay else 1.0  # the decay alone: trust / decay * decay * w
+    left = 1 - 0.5 * 0.001 if decay else 1.0  # the decay alone: 0.001 / decay * decay * w
     assert ones.flatten().tolist() == pytest.approx([left] * 4)
 
 
