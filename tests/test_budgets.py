@@ -18,19 +18,19 @@ BUDGETS = {  # lines of Python, docstrings included: the most allowed, which may
     "bench.py": (316, 260),
     "submit.py": (78, 80),
     "replay.py": (80, 80),
-    "setup.py": (276, 220),
+    "setup.py": (275, 220),
     "loaded_model.py": (106, 0),
     "config.py": (553, 320),
     "errors.py": (71, 60),
     "model": (1119, 1000),
     "data": (2003, 1500),
-    "parallel": (1579, 1250),
-    "training": (1463, 1000),
+    "parallel": (1560, 1250),
+    "training": (1451, 1000),
     "tracking": (764, 700),
     "prepare": (996, 1000),
     "__init__.py": (3, 5),
 }
-IN_ALL = {"alexnet_dist": (10619, 8700), "benchmarks": (2293, 2300), "tests": (7824, 6500)}
+IN_ALL = {"alexnet_dist": (10587, 8700), "benchmarks": (2293, 2300), "tests": (7819, 6500)}
 FILES_OF_A_STEP, LINES_OF_A_STEP = (16, 16), (3174, 2800)
 
 TRACER = """
