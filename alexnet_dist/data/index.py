@@ -322,16 +322,16 @@ def _write_digits(folder: Path) -> Path:
         ) from None
     digits = load_digits()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=".digits-", dir=folder.parent))
+    unfinished = Path(tempfile.mkdtemp(prefix=".digits-", dir=folder.parent))
     order = np.random.Generator(np.random.Philox(2012)).permutation(len(digits.images))
     for position, index in enumerate(order):
-        target = partial / ("val" if position < 500 else "train") / str(digits.target[index])
+        target = unfinished / ("val" if position < 500 else "train") / str(digits.target[index])
         target.mkdir(parents=True, exist_ok=True)
         pixels = (digits.images[index] * (255 / 16)).astype(np.uint8)
         image = Image.fromarray(pixels).resize((256, 256), Image.Resampling.BICUBIC)
         image.convert("RGB").save(target / f"{index:04d}.jpg", quality=90)
     try:
-        partial.rename(folder)
+        unfinished.rename(folder)
     except OSError:  # another run was faster
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
     return folder

@@ -83,8 +83,8 @@ def test_shards_are_read_by_tarfile_and_by_the_index(prepared: Path) -> None:
         assert facts["splits"][split]["images"] == len(names) == count
         assert names == sorted(images) != images  # shuffled in the shards
         for row, name in enumerate(names):
-            start, length = index["offsets"][row], index["lengths"][row]
-            found = tars[index["shards"][row]].read_bytes()[start : start + length]
+            file, start, length = index["offsets"][row]
+            found = tars[file].read_bytes()[start : start + length]
             pixels, encoded, _ = resize_image(source_of(split, name), FORM)
             assert found == members[name] == encoded
             assert index["sizes"][row].tolist() == list(pixels.shape[:2])
