@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
 from alexnet_dist.model import build_model
-from alexnet_dist.model.lrn import LocalResponseNorm, is_triton_supported, lrn_triton
+from alexnet_dist.model.lrn import BETA, SIZE, LocalResponseNorm, is_triton_supported, lrn_triton
 
 RESULTS = Path(__file__).with_name("results")
 LAYERS = {  # channels, height and width, towers
@@ -46,7 +46,7 @@ def time_network(arch: str, batch: int, device: torch.device) -> dict[str, float
         for at, layer in model.named_children():
             if not isinstance(layer, LocalResponseNorm) or name == "with_lrn":
                 continue
-            theirs = nn.LocalResponseNorm(layer.size, layer.alpha, layer.beta, layer.k)
+            theirs = nn.LocalResponseNorm(SIZE, layer.alpha, BETA, layer.k)
             setattr(model, at, theirs if name == "torch_lrn" else nn.Identity())
 
         def step(model: nn.Module = model) -> None:
@@ -63,9 +63,9 @@ def time_layer(batch: int, channels: int, size: int, towers: int) -> dict[str, d
     x = torch.randn(batch, channels, size, size, device="cuda", dtype=torch.bfloat16)
     x = x.to(memory_format=torch.channels_last)
     grad, other, leaf = torch.randn_like(x), torch.empty_like(x), x.clone().requires_grad_()
-    layer = LocalResponseNorm(5, ALPHA, 0.75, K, towers)
+    layer = LocalResponseNorm(ALPHA, K, towers)
     y = layer.forward_conv(leaf)
-    constants = K, ALPHA / 5, towers
+    constants = K, ALPHA / SIZE, towers
 
     def backward() -> tuple[Tensor, ...]:
         return torch.autograd.grad(y, leaf, grad, retain_graph=True)

@@ -123,13 +123,9 @@ class AlexNet(nn.Sequential):
     arch: str
 
     def forward(self, input: Tensor, masks: Iterable[Tensor] = ()) -> Tensor:
-        """``masks``: from ``make_dropout_masks(self.dropout_layers(), ...)``; Dropout says what
+        """``masks``: from ``make_dropout_masks(dropout_layers(self), ...)``; Dropout says what
         happens without."""
         return forward_layers(self, input, masks)
-
-    def dropout_layers(self) -> list[Dropout]:
-        """The layers that take a mask, in the order of ``masks``."""
-        return [layer for layer in self if isinstance(layer, Dropout)]
 
     def split_features_classifier(self) -> tuple[nn.Sequential, dict[str, nn.Module]]:
         """The convolutions, [B, 3, H, W] to [B, features], and the layers behind them by name."""
@@ -159,10 +155,6 @@ class TorchvisionAlexNet(torchvision.models.AlexNet):
     def forward(self, x: Tensor, masks: Iterable[Tensor] = ()) -> Tensor:
         x = self.avgpool(self.features(x)).flatten(1)
         return forward_layers(self.classifier, x, masks)
-
-    def dropout_layers(self) -> list[Dropout]:
-        """The layers that take a mask, in the order of ``masks``."""
-        return [layer for layer in self.classifier if isinstance(layer, Dropout)]
 
     def split_features_classifier(self) -> tuple[nn.Sequential, dict[str, nn.Module]]:
         """The convolutions, [B, 3, H, W] to [B, features], and the layers behind them by name."""

@@ -51,6 +51,11 @@ class Dropout(nn.Module):
         return x * mask if self.scaling == "2012" else x * mask / (1 - self.p)
 
 
+def dropout_layers(model: nn.Module) -> list[Dropout]:
+    """The layers of ``model`` that take a mask, in the order of the masks."""
+    return [layer for layer in model.modules() if isinstance(layer, Dropout)]
+
+
 def make_dropout_masks(
     layers: Sequence[Dropout],
     *,

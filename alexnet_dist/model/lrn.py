@@ -23,6 +23,9 @@ try:
 except ImportError:  # Triton does not exist for every platform
     lrn_triton = None  # type: ignore[assignment]
 
+SIZE, BETA = 5, 0.75
+"""The n and the exponent of every network here."""
+
 Mean = Callable[[Tensor], Tensor]
 """The mean of the window around each activation: [B, C, H, W] to [B, C, H, W]."""
 
@@ -39,33 +42,25 @@ def is_triton_supported(device: torch.device) -> bool:
 class LocalResponseNorm(nn.Module):
     """Normalize each activation by its neighbors among the channels, within each group.
 
-    On NVIDIA GPUs (Ampere or newer) Triton kernels compute it, if the tensor is channels-last and
-    the window is the paper's; elsewhere the sum over the window is a convolution.
+    On NVIDIA GPUs (Ampere or newer) Triton kernels compute it, if the tensor is channels-last;
+    elsewhere the sum over the window of SIZE channels is a convolution.
 
     Args:
-        size: channels in the window, n; odd.
-        alpha, beta, k: as in torch.nn.LocalResponseNorm (alpha is divided by ``size``).
+        alpha, k: as in torch.nn.LocalResponseNorm (alpha is divided by SIZE).
         groups: slices of the channels that a window never leaves; the paper's towers.
 
     Input and output: [B, C, H, W], C a multiple of ``groups``; the output has the input's dtype.
     Source: Krizhevsky et al. 2012, section 3.3.
     """
 
-    def __init__(
-        self,
-        size: int = 5,
-        alpha: float = 5e-4,
-        beta: float = 0.75,
-        k: float = 2.0,
-        groups: int = 1,
-    ) -> None:
+    def __init__(self, alpha: float = 5e-4, k: float = 2.0, groups: int = 1) -> None:
         super().__init__()
-        self.size, self.alpha, self.beta, self.k, self.groups = size, alpha, beta, k, groups
+        self.alpha, self.k, self.groups = alpha, k, groups
         self._windows: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._can_use_triton(x):
-            y: Tensor = lrn_triton.lrn(x, self.k, self.alpha / self.size, self.groups)
+        if is_triton_supported(x.device) and lrn_triton.is_supported(x, self.groups):
+            y: Tensor = lrn_triton.lrn(x, self.k, self.alpha / SIZE, self.groups)
             return y
         return self.forward_conv(x)
 
@@ -74,16 +69,9 @@ class LocalResponseNorm(nn.Module):
         window = self._window_kernel(x)
 
         def mean(squares: Tensor) -> Tensor:
-            return F.conv2d(squares, window, groups=self.groups).div_(self.size)
+            return F.conv2d(squares, window, groups=self.groups).div_(SIZE)
 
-        return _normalize(x, mean, self.k, self.alpha, self.beta)
-
-    def _can_use_triton(self, x: Tensor) -> bool:
-        return (
-            (self.size, self.beta) == (5, 0.75)
-            and is_triton_supported(x.device)
-            and lrn_triton.is_supported(x, self.groups)
-        )
+        return _normalize(x, mean, self.k, self.alpha)
 
     def _window_kernel(self, x: Tensor) -> Tensor:
         """[C, C / groups, 1, 1]: a band of ones, the window as a 1 x 1 convolution. That is a
@@ -92,48 +80,43 @@ class LocalResponseNorm(nn.Module):
         key = (channels, x.device, x.dtype)
         if key not in self._windows:
             index = torch.arange(channels, device=x.device)
-            band = (index[:, None] - index[None, :]).abs() <= self.size // 2
+            band = (index[:, None] - index[None, :]).abs() <= SIZE // 2
             self._windows[key] = band.to(x.dtype).repeat(self.groups, 1)[:, :, None, None]
         return self._windows[key]
 
 
 class WithinChannelLRN(nn.Module):
-    """Normalize each activation by the ``size`` x ``size`` pixels around it in its own channel.
+    """Normalize each activation by the SIZE x SIZE pixels around it in its own channel.
 
     Input and output: [B, C, H, W]. Source: "cnorm2" in layers-145.cfg (type rnorm, scale 0.001
     divided by the size squared, power 0.75, minDiv 1); the paper does not mention it.
     """
 
-    def __init__(
-        self, size: int = 5, alpha: float = 1e-3, beta: float = 0.75, k: float = 1.0
-    ) -> None:
+    def __init__(self, alpha: float = 1e-3) -> None:
         super().__init__()
-        self.size, self.alpha, self.beta, self.k = size, alpha, beta, k
+        self.alpha = alpha
 
     def forward(self, x: Tensor) -> Tensor:
         def mean(squares: Tensor) -> Tensor:
-            return F.avg_pool2d(squares, self.size, stride=1, padding=self.size // 2)
+            return F.avg_pool2d(squares, SIZE, stride=1, padding=SIZE // 2)
 
-        return _normalize(x, mean, self.k, self.alpha, self.beta)
+        return _normalize(x, mean, 1.0, self.alpha)
 
 
 class _ResponseNorm(torch.autograd.Function):
-    """y = x * s ** -beta for any window whose mean is a symmetric linear map.
+    """y = x * s ** -BETA for any window whose mean is a symmetric linear map.
 
     With a backward of its own, because autograd's keeps five tensors of the network's largest
     activations, and because a symmetric window serves forward and backward alike.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, mean: Mean, k: float, alpha: float, beta: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, mean: Mean, k: float, alpha: float) -> Tensor:
         s = mean(x * x).mul_(alpha).add_(k)
-        if beta == 0.75:  # two roots cost a tenth of a power
-            factor = s.rsqrt()
-            factor = factor * factor.sqrt()
-        else:
-            factor = s.pow(-beta)
+        root = s.rsqrt()
+        factor = root * root.sqrt()  # two roots cost a tenth of a power
         ctx.save_for_backward(x, s, factor)
-        ctx.mean, ctx.scale = mean, 2 * alpha * beta
+        ctx.mean, ctx.scale = mean, 2 * alpha * BETA
         return x * factor
 
     @staticmethod
@@ -141,13 +124,13 @@ class _ResponseNorm(torch.autograd.Function):
         (grad,) = grads
         x, s, factor = ctx.saved_tensors
         scaled = grad * factor
-        return scaled - ctx.mean(scaled * x / s).mul_(ctx.scale).mul_(x), None, None, None, None
+        return scaled - ctx.mean(scaled * x / s).mul_(ctx.scale).mul_(x), None, None, None
 
 
-def _normalize(x: Tensor, mean: Mean, k: float, alpha: float, beta: float) -> Tensor:
+def _normalize(x: Tensor, mean: Mean, k: float, alpha: float) -> Tensor:
     """In the dtype of ``x``, which autocast would lower inside."""
     # only where it is on: an exported graph is to have no trace of autocast
     on = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
     with torch.autocast(x.device.type, enabled=False) if on else nullcontext():
-        y: Tensor = _ResponseNorm.apply(x, mean, k, alpha, beta)
+        y: Tensor = _ResponseNorm.apply(x, mean, k, alpha)
     return y

@@ -7,6 +7,7 @@ both; a layer of two groups reads its own tower only.
 """
 
 import copy
+import string
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -52,11 +53,6 @@ class LayerSpec:
     std: float = 0.01
     bias: float | None = 0.0
     post_ops: str = ""
-
-    @property
-    def number(self) -> str:
-        """The layer's number, "1" of "conv1"."""
-        return self.name.lstrip("abcdefghijklmnopqrstuvwxyz")
 
 
 @dataclass(frozen=True)
@@ -254,8 +250,9 @@ def _build(
         model.add_module(row.name, layer)
         channels = out
         ops = row.post_ops.replace("relu pool", "pool relu") if pool_first else row.post_ops
+        number = row.name.lstrip(string.ascii_lowercase)  # "1" of "conv1"
         for op in ops.split():
-            model.add_module(f"{op}{row.number}", _post_op(op, spec, channels, dropout))
+            model.add_module(f"{op}{number}", _post_op(op, spec, channels, dropout))
             if op == "pool":
                 size = _out_size(size, *spec.pool)
             elif op == "avgpool":
@@ -278,7 +275,7 @@ def _post_op(op: str, spec: ModelSpec, channels: int, dropout: float) -> nn.Modu
     make: dict[str, Callable[[], nn.Module]] = {
         "relu": nn.ReLU,
         "tanh": nn.Tanh,
-        "lrn": lambda: LocalResponseNorm(5, spec.lrn_alpha, 0.75, 2.0, groups=spec.towers),
+        "lrn": lambda: LocalResponseNorm(spec.lrn_alpha, groups=spec.towers),
         "cnorm": WithinChannelLRN,
         "bn": lambda: BatchNorm(channels, eps=1e-4),
         "pool": lambda: nn.MaxPool2d(*spec.pool, ceil_mode=True),

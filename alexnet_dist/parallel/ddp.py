@@ -25,7 +25,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from alexnet_dist.model import Network, make_dropout_masks
+from alexnet_dist.model import Network, dropout_layers, make_dropout_masks
 from alexnet_dist.model.batch_norm import BatchNorm
 from alexnet_dist.parallel.collectives import CommTimer, TimedGroup, all_reduce_autograd
 from alexnet_dist.parallel.mesh import Mesh
@@ -139,7 +139,7 @@ class DDPLayout:
         """The masks that ``forward_backward`` takes in the step that comes after ``step`` others:
         for each dropout layer bool [rows, units], as far as this process computes them."""
         return make_dropout_masks(
-            self._model.dropout_layers(),
+            dropout_layers(self._model),
             seed=seed,
             step=step,
             batch=self.batch_size,

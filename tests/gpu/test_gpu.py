@@ -233,7 +233,7 @@ def test_response_normalization_by_triton(
 ) -> None:
     x = torch.randn(shape, device=GPU).mul_(60).to(dtype).to(memory_format=torch.channels_last)
     grad = torch.randn_like(x)
-    layer = LocalResponseNorm(5, 5e-4, 0.75, 2.0, groups)
+    layer = LocalResponseNorm(groups=groups)
     asked = torch.compile(layer, fullgraph=True) if compiled else layer
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         mine = x.clone().requires_grad_()
@@ -242,7 +242,7 @@ def test_response_normalization_by_triton(
     names = [event.key for event in profile.key_averages()]
     assert {"_forward", "_backward"} <= set(names)
     exact = x.double().requires_grad_()
-    wanted = LocalResponseNorm(5, 5e-4, 0.75, 2.0, groups)(exact)
+    wanted = LocalResponseNorm(groups=groups)(exact)
     (theirs,) = torch.autograd.grad(wanted, exact, grad.double())
     error = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
     for one, other in ((y, wanted), (ours, theirs)):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from alexnet_dist.model import MODEL_REGISTRY, build_model
+from alexnet_dist.model import MODEL_REGISTRY, build_model, dropout_layers
 from alexnet_dist.model.layer_stats import layer_stats
 from alexnet_dist.summary import memory_estimate, table
 
@@ -169,7 +169,7 @@ def test_the_four_layers_of_figure_1(kind: str) -> None:
     assert sum(row.parameters for row in layers) == 89_578
     torch.manual_seed(0)
     model = build_model(f"figure1_{kind}", num_classes=10, image_size=32)
-    assert model.dropout_layers() == []
+    assert dropout_layers(model) == []
     torch.manual_seed(0)
     weights = build_model("figure1_relu", num_classes=10, image_size=32).state_dict()
     x = images = 1000 * torch.randn(3, 3, 32, 32)

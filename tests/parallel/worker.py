@@ -31,6 +31,7 @@ from alexnet_dist.model import (
     Network,
     build_model,
     build_on_meta,
+    dropout_layers,
     iter_initial_weights,
     make_dropout_masks,
 )
@@ -139,7 +140,7 @@ def batch_of(mesh: Mesh, count: int, classes: int, seed: int) -> tuple[Tensor, T
 
 def masks_of(mesh: Mesh, model: Network, step: int, batch: int) -> tuple[Tensor, ...]:
     options = {"seed": 1, "step": step, "batch": batch, "rows": slice(None), "device": mesh.device}
-    return make_dropout_masks(model.dropout_layers(), **options)
+    return make_dropout_masks(dropout_layers(model), **options)
 
 
 def model_on_one_device(mesh: Mesh, arch: str, classes: int) -> Network:
