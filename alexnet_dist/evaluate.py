@@ -25,7 +25,7 @@ from alexnet_dist.errors import UserError, run_command
 from alexnet_dist.loaded_model import LoadedModel, load_model
 from alexnet_dist.parallel.mesh import Mesh, init_distributed
 from alexnet_dist.parallel.sharded_loss import ShardedClasses
-from alexnet_dist.training.evaluation import count_skipped, errors_of, evaluate
+from alexnet_dist.training.evaluation import EvalMetrics, count_skipped, evaluate
 
 
 def main(arguments: list[str]) -> None:
@@ -117,11 +117,11 @@ def evaluate_average(
 
     complete = added == len(models)
     labels = torch.from_numpy(dataset.index.labels[mine]).to(device)[complete]
-    classes, counts = ShardedClasses(shape[1]), torch.zeros(4, dtype=torch.float64, device=device)
+    classes, metrics = ShardedClasses(shape[1]), EvalMetrics(device)
     parts = (tensor.split(eval_batch_size) for tensor in (log_probs[complete], labels))
     for some, correct in zip(*parts, strict=True):
-        counts += classes.eval_counts(some, correct)
-    return count_skipped(errors_of(counts), len(skipped), len(dataset.index))
+        metrics.update(classes.eval_counts(some, correct))
+    return count_skipped(metrics.compute(), len(skipped), len(dataset.index))
 
 
 def _skipped(loader: Loader, mesh: Mesh) -> set[Any]:

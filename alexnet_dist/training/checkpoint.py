@@ -37,6 +37,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from alexnet_dist.errors import UserError
@@ -124,6 +125,16 @@ class CheckpointManager:
         state = {**state, "format": FORMAT, "best": best or self.best, "tensors": shapes}
         writer = _Writer(self, state, best)
         mine = _balance_replicated(tensors, dist.get_rank(), dist.get_world_size())
+        on_gpu = self._device.type == "cuda"
+        # a new one for each save: one that is kept raises KeyError at its second save in torch 2.11
+        stager = DefaultStager(
+            StagingOptions(
+                use_pinned_memory=on_gpu,
+                use_shared_memory=False,
+                use_async_staging=False,  # the next update would race with it
+                use_non_blocking_copy=on_gpu,
+            )
+        )
         future = dcp.async_save(  # returns once the tensors are copied
             # row-major, as safetensors requires, and channels-last convolutions are not
             {
@@ -132,7 +143,9 @@ class CheckpointManager:
             },
             storage_writer=writer,
             process_group=self._group,
+            async_stager=stager,
         )
+        stager.close()  # the copies live until they are written
         assert isinstance(future, Future)
         writer.future, writer.stall = future, time.perf_counter() - begun
         self._pending = writer

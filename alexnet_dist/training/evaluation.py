@@ -3,11 +3,39 @@
 from collections.abc import Callable, Iterable
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+from torchmetrics import Metric
 
 from alexnet_dist.errors import UserError
 from alexnet_dist.training.step import LabeledImages, TrainableLayout
+
+
+class EvalMetrics(Metric):
+    """Loss and errors over a data set, counted exactly: sums of ``layout.eval_counts``, float64
+    [4]; no padding, no mean of means."""
+
+    full_state_update = False
+    counts: Tensor
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.set_dtype(torch.float64)
+        self.add_state("counts", torch.zeros(4, dtype=torch.float64), dist_reduce_fx="sum")
+        self.to(device)
+
+    def update(self, counts: Tensor) -> None:
+        self.counts += counts
+
+    def compute(self) -> dict[str, float]:
+        """Errors in percent, mean loss, and images, over all processes; a collective call."""
+        loss, top1, top5, count = self.counts.tolist()
+        images = int(count)
+        return {
+            "top1_error": 100.0 * (images - int(top1)) / max(images, 1),
+            "top5_error": 100.0 * (images - int(top5)) / max(images, 1),
+            "loss": loss / max(images, 1),
+            "images": images,
+        }
 
 
 def evaluate(
@@ -20,29 +48,11 @@ def evaluate(
 
     ``after_batch`` is called after each; what it raises ends the evaluation.
     """
-    counts = torch.zeros(4, dtype=torch.float64, device=device)
+    metrics = EvalMetrics(device)
     for batch in batches:
-        counts += layout.eval_counts(batch.images, batch.labels)
+        metrics.update(layout.eval_counts(batch.images, batch.labels))
         after_batch()
-    return errors_of(counts)
-
-
-def errors_of(counts: Tensor) -> dict[str, float]:
-    """Errors in percent, mean loss, and images, over all processes; a collective call.
-
-    Args:
-        counts: this process's sum of ``layout.eval_counts``, float64 [4]: exact, without padding
-            and means of means.
-    """
-    dist.all_reduce(counts)
-    loss, top1, top5, count = counts.tolist()
-    images = int(count)
-    return {
-        "top1_error": 100.0 * (images - int(top1)) / max(images, 1),
-        "top5_error": 100.0 * (images - int(top5)) / max(images, 1),
-        "loss": loss / max(images, 1),
-        "images": images,
-    }
+    return metrics.compute()
 
 
 def count_skipped(result: dict[str, float], skipped: int, images: int) -> dict[str, float]:
