@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from alexnet_dist.data.datasets import ImageDataset
-from alexnet_dist.data.formats import DECODE_ERROR, SIZE_MISMATCH, parse_jpeg_size
+from alexnet_dist.data.formats import DECODE_ERROR, SIZE_MISMATCH, decode, parse_jpeg_size
 from alexnet_dist.data.loader import Batch, Loader, load_ahead, to_device
 from alexnet_dist.data.plan import SampleParams
 from alexnet_dist.data.transforms import Normalization
@@ -188,12 +188,25 @@ class DaliLoader(Loader):
             try:
                 return planned, self._run(samples, images)
             except Exception as error:
-                cause = str(error).rpartition("encountered:")[2].strip()
-                named = re.search(r"Failed to decode sample #(\d+)", cause)
-                if named is None:
-                    reason = cause.partition("\n")[0] or type(error).__name__
-                    raise UserError(f"DALI failed on a batch of images: {reason}") from error
-                self.corrupt.mark_corrupt(int(samples.indices[int(named[1])]), DECODE_ERROR)
+                self._mark_corrupt(samples, images, error)
+
+    def _mark_corrupt(
+        self, samples: SampleParams, images: list[NDArray[np.uint8]], error: Exception
+    ) -> None:
+        """Mark the image that DALI names in its error; if it names none, those that Pillow cannot
+        decode either."""
+        cause = str(error).rpartition("encountered:")[2].strip()
+        rows = [int(row) for row in re.findall(r"Failed to decode sample #(\d+)", cause)[:1]]
+        for row, image in enumerate(images) if not rows else ():
+            try:
+                decode(image)
+            except OSError:
+                rows.append(row)
+        for row in rows:
+            self.corrupt.mark_corrupt(int(samples.indices[row]), DECODE_ERROR)
+        if not rows:
+            reason = cause.partition("\n")[0] or type(error).__name__
+            raise UserError(f"DALI failed on a batch of images: {reason}") from error
 
     def _read(self, samples: SampleParams) -> list[NDArray[np.uint8]] | None:
         """What ``feed_batch`` takes, or None where an image has turned out to be corrupt."""

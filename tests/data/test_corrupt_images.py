@@ -183,6 +183,24 @@ def test_a_failure_of_dali_itself_is_no_corrupt_image(
         load("dali", dataset, plan, [plan.sample(0, 0)], on_corrupt="substitute")
 
 
+def test_an_image_that_dali_does_not_name_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = encode(photograph(), "JPEG")
+    broken = dict(corrupt_images.corrupt_inside())["JPEG, a start marker at three quarters"]
+    dataset, paths = write_corrupt(tmp_path, {"good": good, "broken": broken})
+    plan, run = plan_for(dataset), DaliLoader._run
+
+    def fail(self: DaliLoader, samples: SampleParams, images: list[Any]) -> Batch:
+        if self.corrupt.errors:
+            return run(self, samples, images)
+        raise RuntimeError("Error in\nencountered:\n\nnvJPEG error")
+
+    monkeypatch.setattr(DaliLoader, "_run", fail)
+    _, events = load("dali", dataset, plan, [plan.sample(0, 0)], on_corrupt="skip")
+    assert [event["path"] for event in events] == [str(paths["broken"])]
+
+
 @pytest.mark.parametrize("name", LOADERS)
 def test_an_image_of_another_size_than_indexed_is_named(name: str, tmp_path: Path) -> None:
     """In many of a batch: where a box does not fit, DALI ends the process."""
