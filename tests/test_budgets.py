@@ -23,14 +23,14 @@ BUDGETS = {  # lines of Python, docstrings included: the most allowed, which may
     "config.py": (553, 320),
     "errors.py": (71, 60),
     "model": (1097, 1000),
-    "data": (2003, 1500),
+    "data": (2016, 1500),
     "parallel": (1560, 1250),
     "training": (1474, 1000),
     "tracking": (764, 700),
     "prepare": (996, 1000),
     "__init__.py": (3, 5),
 }
-IN_ALL = {"alexnet_dist": (10588, 8700), "benchmarks": (2293, 2300), "tests": (7810, 6500)}
+IN_ALL = {"alexnet_dist": (10601, 8700), "benchmarks": (2293, 2300), "tests": (7828, 6500)}
 FILES_OF_A_STEP, LINES_OF_A_STEP = (16, 16), (3174, 2800)
 
 TRACER = """
