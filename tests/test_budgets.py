@@ -31,7 +31,7 @@ BUDGETS = {  # lines of Python, docstrings included: the most allowed, which may
     "__init__.py": (3, 5),
 }
 IN_ALL = {"alexnet_dist": (10601, 8700), "benchmarks": (2293, 2300), "tests": (7828, 6500)}
-FILES_OF_A_STEP, LINES_OF_A_STEP = (16, 16), (3174, 2800)
+FILES_OF_A_STEP, LINES_OF_A_STEP = (16, 16), (2989, 2800)
 
 TRACER = """
 import sys, threading
