@@ -123,7 +123,7 @@ class ConsoleSink:
             "run": self._run_dir,
             "total": self._total_steps,
             "loss": math.nan if event.get("loss") is None else event["loss"],
-            "accuracy": 100 - event.get("top1_error", 0),
+            "accuracy": 100 - (event.get("top1_error") or 0),  # None if no step was finite
             "modes": ", compiled" * compiled + ", a step a CUDA graph" * graph,
             "action": f"replaced by {substitute}" if substitute else "skipped",
             "skipped": ": its update is skipped" * event.get("skipped", False),

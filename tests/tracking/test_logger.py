@@ -83,6 +83,7 @@ def test_the_console_has_a_line_for_a_step_where_there_is_no_terminal(
 ) -> None:
     sink = ConsoleSink(tmp_path, total_steps=6, steps_per_epoch=3)
     event = {"event": "train", "step": 4, "epoch": 4 / 3, "loss": None, "lrs": {"weights": 0.01}}
+    event["top1_error"] = None  # as the loss, where no step was finite
     speeds = {"images_per_second": 9, "data_time_fraction": 0.25, "comm_time_fraction": 0}
     sink.log(event | speeds)
     sink.log({"event": "warning", "step": 4, "message": "[a] {b}"})
