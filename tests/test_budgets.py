@@ -76,14 +76,8 @@ def test_what_a_training_step_enters(images: Path, tmp_path: Path) -> None:
     and fourth steps run through, in whichever thread, and all of their lines."""
     options = [*TINY, f"--data.root={images}", f"--run.output_dir={tmp_path}"]
     options += ["--train.max_steps=7", "--train.log_interval=100", "--data.batch_size=3"]
-    done = subprocess.run(
-        [sys.executable, "-c", TRACER, *options, "--data.loader=dali"],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env=environment(),
-        check=False,
-    )
+    command = [sys.executable, "-c", TRACER, *options, "--data.loader=dali"]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=240)
     marked = [line.split()[1] for line in done.stderr.splitlines() if line.startswith("ENTERED")]
     assert marked, done.stderr[-2000:]
     # the loop itself was entered before

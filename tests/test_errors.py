@@ -21,13 +21,8 @@ from tests.conftest import environment
 def test_a_file_that_cannot_be_written_is_one_sentence(work: str, line: str) -> None:
     code = f"from alexnet_dist.errors import run_command; run_command(lambda _: {work})"
     for options, traceback in (((), False), (("--debug",), True)):
-        done = subprocess.run(
-            [sys.executable, "-c", code, *options],
-            capture_output=True,
-            text=True,
-            env=environment(),
-            check=False,
-        )
+        command = [sys.executable, "-c", code, *options]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment())
         assert done.returncode == 1
         assert ("Traceback" in done.stderr) == traceback
         assert done.stderr.startswith(f"alexnet_dist: {line}") == (not traceback)

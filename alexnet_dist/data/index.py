@@ -231,9 +231,9 @@ def _cached(
     arrays = make()
     with suppress(OSError):  # where nothing can be written, nothing is cached
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as file:
-            np.savez(file, key=np.array(digest), **arrays)  # type: ignore[arg-type]
-        os.replace(file.name, path)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as partial:
+            np.savez(f"{partial}/{path.name}", key=np.array(digest), **arrays)  # type: ignore[arg-type]
+            os.replace(f"{partial}/{path.name}", path)
     return arrays
 
 

@@ -73,6 +73,17 @@ def test_a_cache_that_cannot_be_written_is_done_without(images: Path, tmp_path: 
     assert len(scan(images, tmp_path / "file" / "cache").train) == 31
 
 
+def test_a_full_disk_leaves_no_piece_of_a_cache(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: str, **_: object) -> None:
+        raise OSError(28, "No space left on device", Path(path).write_bytes(b"half"))
+
+    monkeypatch.setattr(np, "savez", full)
+    assert len(scan(images, tmp_path).train) == 31
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
 def test_folders_that_are_laid_out_otherwise_are_refused(tmp_path: Path) -> None:
     def message(root: Path) -> str:
         with pytest.raises(UserError) as failure:
