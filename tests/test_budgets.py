@@ -25,12 +25,12 @@ BUDGETS = {  # lines of Python, docstrings included: the most allowed, which may
     "model": (1097, 1000),
     "data": (2016, 1500),
     "parallel": (1560, 1250),
-    "training": (1474, 1000),
+    "training": (1460, 1000),
     "tracking": (764, 700),
     "prepare": (996, 1000),
     "__init__.py": (3, 5),
 }
-IN_ALL = {"alexnet_dist": (10601, 8700), "benchmarks": (2293, 2300), "tests": (7829, 6500)}
+IN_ALL = {"alexnet_dist": (10587, 8700), "benchmarks": (2293, 2300), "tests": (7829, 6500)}
 FILES_OF_A_STEP, LINES_OF_A_STEP = (16, 16), (2989, 2800)
 
 TRACER = """

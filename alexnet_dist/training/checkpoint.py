@@ -25,7 +25,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -106,8 +106,7 @@ class CheckpointManager:
     def weights_finite(self) -> bool:
         """Whether all weights are: the last losses were, but maybe not the update after them."""
         with torch.no_grad():
-            sums = torch.stack([p.sum().float() for p in self._layout.parameters.values()])
-            total = sums.sum()
+            total = torch.stack([p.sum().float() for p in self._layout.parameters.values()]).sum()
         dist.all_reduce(total)  # processes may hold different weights, and stop together
         return bool(total.isfinite())
 
@@ -234,11 +233,9 @@ class CheckpointManager:
         for partial in self.folder.glob(f"{_PARTIAL}*"):
             shutil.rmtree(partial, ignore_errors=True)
         for replaced in self.folder.glob(f"{_REPLACED}*"):
-            final = self.folder / replaced.name.removeprefix(_REPLACED)
-            if final.exists():
-                shutil.rmtree(replaced, ignore_errors=True)
-            else:
-                replaced.rename(final)
+            with suppress(OSError):  # where the new one is there
+                replaced.rename(self.folder / replaced.name.removeprefix(_REPLACED))
+            shutil.rmtree(replaced, ignore_errors=True)
 
     def _find_latest(self) -> Path | None:
         names: list[Any] = [path.name for path in _oldest_first(self.folder)[-1:]] or [None]
@@ -521,8 +518,7 @@ def _reading(found: Path) -> Iterator[None]:
         if isinstance(cause, KeyboardInterrupt):
             raise cause from None
         raise UserError(
-            f"{found} is corrupt, or cannot be read ({_reason(error)}): use another checkpoint or "
-            "file",
+            f"{found} is corrupt, or cannot be read ({_reason(error)}): use another one",
             on_all_ranks=True,
         ) from None
 

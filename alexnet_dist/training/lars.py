@@ -78,5 +78,4 @@ class Lars(KrizhevskySGD):
 def _sum_of_squares(tensor: Tensor) -> Tensor:
     """Row by row: one float32 sum, as CPUs compute it, is wrong by 0.2 % for a tensor like fc6's,
     and for the shards of it by another amount."""
-    rows = torch.linalg.vector_norm(tensor, dim=tuple(range(1, tensor.dim())))
-    return rows.square().sum()
+    return torch.linalg.vector_norm(tensor, dim=tuple(range(1, tensor.dim()))).square().sum()

@@ -45,9 +45,8 @@ def build_optimizer(
         bias = parameter.dim() == 1
         group_name = full_name if full_name in separate else ("biases" if bias else "weights")
         decay = 0.0 if bias else weight_decay
-        group = groups.setdefault(
-            group_name, {"params": [], "name": group_name, "bias": bias, "weight_decay": decay}
-        )
+        options = {"name": group_name, "bias": bias, "weight_decay": decay}
+        group = groups.setdefault(group_name, options | {"params": []})
         group["params"].append((full_name, parameter))
     kind: Any = {
         "sgd2012": KrizhevskySGD,
@@ -55,8 +54,9 @@ def build_optimizer(
         "lars": partial(Lars, all_reduce_norms=all_reduce_norms),
     }[name]
     optimizer: torch.optim.SGD = kind(list(groups.values()), lr=lr, momentum=momentum)
-    for parameter in parameters.values():  # torch's SGD may leave them uninitialized in fp16
-        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    if name == "sgd":  # torch's may leave them uninitialized in fp16
+        for parameter in parameters.values():
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
 
 
@@ -65,8 +65,5 @@ def momentum_buffers(
 ) -> dict[str, torch.Tensor]:
     """The optimizer's momentum buffer of each parameter that it updates, by name; running averages
     have none."""
-    return {
-        name: optimizer.state[p]["momentum_buffer"]
-        for name, p in parameters.items()
-        if p.requires_grad
-    }
+    updated = {name: p for name, p in parameters.items() if p.requires_grad}
+    return {name: optimizer.state[p]["momentum_buffer"] for name, p in updated.items()}

@@ -29,11 +29,7 @@ _RESERVE_SECONDS = 10.0
 class StopReason(IntEnum):
     """Why a run stops. Processes all-reduce it: the greatest one wins."""
 
-    NONE = 0
-    FILE = 1
-    TIME = 2
-    SIGNAL = 3
-    INTERRUPT = 4
+    NONE, FILE, TIME, SIGNAL, INTERRUPT = range(5)
 
     def __str__(self) -> str:
         return ("", "a file PREEMPT", "time that runs out", "a signal", "Ctrl-C")[self]
@@ -143,9 +139,7 @@ class PreemptionHandler:
             after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, self._signals),
             after_in_child=self._reset_handlers,
         )
-        threading.Thread(
-            target=self._signal_thread, args=(read_end,), name="signals", daemon=True
-        ).start()
+        threading.Thread(target=self._signal_thread, args=(read_end,), daemon=True).start()
 
     def _reset_handlers(self) -> None:
         signal.set_wakeup_fd(-1)
