@@ -1,18 +1,16 @@
 """What a config reaches on this machine, part by part, beside what the hardware allows.
 
 python -m alexnet_dist.bench --config configs/fast.yaml --data.root DIR [--out FILE.json]
-Measured are the limits (a matrix product, a memory copy, the decoder), computing alone, training
-end to end with the time it waits for data and for other ranks, each loader alone, evaluation, the
-stall of a checkpoint, and peak memory. The last line names the bottleneck and the fix. It works
-under torchrun, too. Dotted options are those of the trainer; the learning rate is 0.
+Measured are the limits (a matrix product, a memory copy), each loader alone, computing alone,
+training end to end with the time it waits for data and for other ranks, and peak memory. The last
+line names the bottleneck and the fix. It works under torchrun, too. Dotted options are those of the
+trainer; the learning rate is 0. What an evaluation or a checkpoint takes is in a run's records.
 """
 
 import contextlib
 import itertools
 import json
-import os
 import resource
-import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,13 +30,12 @@ from alexnet_dist.errors import UserError, run_command
 from alexnet_dist.model.layer_stats import layer_stats
 from alexnet_dist.parallel.mesh import Mesh, init_distributed
 from alexnet_dist.parallel.precision import device_name
-from alexnet_dist.training.checkpoint import CheckpointManager
 from alexnet_dist.training.cuda_graph import CAPTURE_WARMUP_STEPS
 from alexnet_dist.training.step import StepThrottle, StepTimer
 
 LOADERS: tuple[Literal["dali", "torch", "gpu_cache"], ...] = ("dali", "torch", "gpu_cache")
-MATMUL, COPY, DECODER = "limit: matrix product", "limit: memory copy", "limit: decoding alone"
-COMPUTE, TRAINING, EVALUATION = "computing alone", "training end to end", "evaluation"
+MATMUL, COPY = "limit: matrix product", "limit: memory copy"
+COMPUTE, TRAINING = "computing alone", "training end to end"
 DATA_WAIT, RANK_WAIT = "  of it waiting for data", "  of it waiting for other ranks"
 UNITS = {MATMUL: "GFLOP/s", COPY: "GB/s"}  # of all others: images/s
 
@@ -101,13 +98,12 @@ class TrainBenchmark:
         self.mesh, self.batch_size = mesh, config.data.batch_size
         self.prefetched = 2 * max(mesh.threads, 2) + 2  # more than any loader's
         self.data = setup.build_data(config, mesh)
-        self.train_set = open_datasets(self.data.info)[0]
         num_classes = len(self.data.info.train.classes)
-        network = config.model.arch, num_classes, config.data.image_size
-        self.flops_per_image = training_flops(*network)
+        size = config.data.image_size
+        self.flops_per_image = training_flops(config.model.arch, num_classes, size)
         self.state = setup.build_training(config, mesh, num_classes)
         setup.init_weights(config, self.state.layout, num_classes)
-        self.state.layout.warm_up(config.data.image_size)
+        self.state.layout.warm_up(size)
         self.steps, self.timer = itertools.count(), StepTimer()
         self.throttle = StepThrottle(mesh.device)
 
@@ -121,26 +117,23 @@ class TrainBenchmark:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         if mesh.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(mesh.device)
-        cases = self.limits()
-        cases |= {f"loading alone: {k}": self.loading_case(v) for k, v in self.loaders().items()}
-        cases |= {EVALUATION: self.evaluation_case(), COMPUTE: BenchCase(lambda: self.step(batch))}
-        cases[TRAINING] = self.training_case(batches)
+        cases = self.limits() | self.loading_cases()
+        cases |= {
+            COMPUTE: BenchCase(lambda: self.step(batch)),
+            TRAINING: self.training_case(batches),
+        }
         timed = time_interleaved(cases, rounds=rounds, seconds=seconds)
         total, data_wait, _ = self.timer.pop_times()  # the last round's
         rank_wait = self.state.layout.comm_timer.pop_seconds()
-        stall, save = self.save_checkpoint()
         results: dict[str, dict[str, Any]] = {
             name: {"unit": UNITS.get(name, "images/s"), **summarize(speeds)}
             for name, speeds in timed.items()
         }
-        for name, value, unit in (
-            (DATA_WAIT, 100 * data_wait / total, "%"),
-            (RANK_WAIT, 100 * rank_wait / total, "%"),
-            ("checkpoint: stall of training", 1000 * stall, "ms"),
-            ("checkpoint: until it is complete", 1000 * save, "ms"),
-            ("peak memory of training", peak / 2**30, "GiB"),
-        ):
-            results[name] = {"unit": unit, "median": round(value, 2)}
+        results |= {
+            DATA_WAIT: {"unit": "%", "median": round(100 * data_wait / total, 2)},
+            RANK_WAIT: {"unit": "%", "median": round(100 * rank_wait / total, 2)},
+            "peak memory of training": {"unit": "GiB", "median": round(peak / 2**30, 2)},
+        }
         record = {
             "config": f"{model.arch}, {self.state.layout.precision}, batch {self.batch_size}",
             "device": f"{mesh.world_size} x {device_name(mesh.device)}, {mesh.threads} threads",
@@ -183,71 +176,30 @@ class TrainBenchmark:
         batches = self.batches(loader)
         return BenchCase(lambda: self.batch_size * bool(next(batches)), self.prefetched)
 
-    def loaders(self) -> dict[str, Loader]:
-        """Those that there are for this machine and these images, by name."""
-        found: dict[str, Loader] = {}
-        what = self.mesh, self.train_set, self.data.normalization, self.data.plan
+    def loading_cases(self) -> dict[str, BenchCase]:
+        """The loaders that there are for this machine and these images."""
+        cases: dict[str, BenchCase] = {}
+        dataset = open_datasets(self.data.info)[0]
+        what = self.mesh, dataset, self.data.normalization, self.data.plan
         for name in LOADERS:
             config = replace(self.config, data=replace(self.config.data, loader=name))
             with contextlib.suppress(UserError):
-                found[name] = setup.loader_for(config, *what, on_corrupt="substitute")
-        return found
-
-    def evaluation_case(self) -> BenchCase:
-        loader, plan = self.data.eval_loader, self.data.eval_plan
-        epochs = (loader.batches(plan.batches(self.mesh.batch_slice)) for _ in itertools.count())
-        batches = itertools.chain.from_iterable(epochs)
-
-        def run() -> float:
-            batch = next(batches)
-            self.state.layout.eval_counts(batch.images, batch.labels)
-            return float(self.mesh.dp_size * len(batch.labels))
-
-        return BenchCase(run, self.prefetched)
+                loader = setup.loader_for(config, *what, on_corrupt="substitute")
+                cases[f"loading alone: {name}"] = self.loading_case(loader)
+        return cases
 
     def limits(self) -> dict[str, BenchCase]:
-        """A large matrix product in training's precision, a copy of more than caches hold (read and
-        written), and images that DALI decodes from memory; each doing nothing else."""
-        mesh, on_gpu = self.mesh, self.mesh.device.type == "cuda"
-        size, ranks = 8192 if on_gpu else 2048, mesh.world_size
+        """A large matrix product in training's precision, and a copy of more than caches hold (read
+        and written)."""
+        device, ranks = self.mesh.device, self.mesh.world_size
+        size = 8192 if device.type == "cuda" else 2048
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.state.layout.precision)
-        a = torch.randn(size, size, device=mesh.device, dtype=dtype)
-        source, target = torch.zeros(2, 2**26, device=mesh.device)
-        cases = {
+        a = torch.randn(size, size, device=device, dtype=dtype)
+        source, target = torch.zeros(2, 2**26, device=device)
+        return {
             MATMUL: BenchCase(lambda: 2e-9 * size**3 * ranks * bool((a @ a).numel())),
             COPY: BenchCase(lambda: 2e-9 * ranks * target.copy_(source).nbytes),
         }
-        if dali.available() and not self.train_set.is_decoded:
-            from nvidia.dali import Pipeline, fn
-
-            encoded = [self.train_set.read(i) for i in range(mesh.local_batch(self.batch_size))]
-            gpu = mesh.device.index if on_gpu else None
-            pipeline = Pipeline(len(encoded), mesh.threads, gpu)
-            with pipeline:
-                files = fn.external_source(lambda: encoded, no_copy=True)
-                images = fn.decoders.image(files, device="mixed" if on_gpu else "cpu")
-                pipeline.set_outputs(images)
-            pipeline.build()
-            cases[DECODER] = BenchCase(lambda: float(ranks * len(pipeline.run()[0])), warmup=4)
-        return cases
-
-    def save_checkpoint(self) -> tuple[float, float]:
-        """Seconds for which a save stops training, and until it is complete."""
-        events: list[dict[str, Any]] = []
-        folder = self.mesh.broadcast_from_rank0(
-            lambda: Path(self.config.run.output_dir, f".bench-{os.getpid()}")
-        )
-        what = self.mesh.checkpoint_group, self.state.layout, self.state.optimizer
-        manager = CheckpointManager(folder, *what, lambda _, **values: events.append(values))
-        for step in (1, 2):  # the first allocates the memory that the second copies to
-            manager.save({"step": step, "last_eval_step": -1})
-            time.sleep(2 * manager.longest_save)  # training would continue meanwhile
-            manager.wait()
-        if self.mesh.rank == 0:
-            shutil.rmtree(folder, ignore_errors=True)
-        if "message" in events[-1]:
-            raise UserError(events[-1]["message"], on_all_ranks=True)
-        return events[-1]["stall"], events[-1]["seconds"]
 
 
 def training_flops(arch: str, num_classes: int, image_size: int) -> int:

@@ -21,8 +21,8 @@ from tests.networks import command
 
 SHORT = ["--rounds=1", "--seconds=0.1"]
 TIMED = {
-    *("limit: matrix product", "limit: memory copy", "limit: decoding alone", "computing alone"),
-    *("training end to end", "loading alone: dali", "loading alone: torch", "evaluation"),
+    *("limit: matrix product", "limit: memory copy", "computing alone"),
+    *("training end to end", "loading alone: dali", "loading alone: torch"),
 }
 
 
@@ -38,7 +38,6 @@ def test_bench_measures_every_part(processes: int, images: Path, tmp_path: Path)
     assert {name for name, result in record["results"].items() if "low" in result} == TIMED
     assert 0 <= medians["  of it waiting for data"] < 100
     assert (medians["  of it waiting for other ranks"] > 0) == (processes == 2)
-    assert medians["checkpoint: stall of training"] < medians["checkpoint: until it is complete"]
     assert 0.1 < medians["peak memory of training"] < 50
     assert result.out.splitlines()[-1] == f"bottleneck: {record['bottleneck']}"
     assert [path.name for path in tmp_path.iterdir()] == ["bench.json"]
