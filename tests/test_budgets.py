@@ -15,7 +15,7 @@ BUDGETS = {  # lines of Python, docstrings included: the most allowed, which may
     "export.py": (178, 180),
     "figures.py": (250, 250),
     "summary.py": (63, 70),
-    "bench.py": (316, 260),
+    "bench.py": (268, 260),
     "submit.py": (78, 80),
     "replay.py": (80, 80),
     "setup.py": (275, 220),
@@ -30,7 +30,7 @@ BUDGETS = {  # lines of Python, docstrings included: the most allowed, which may
     "prepare": (996, 1000),
     "__init__.py": (3, 5),
 }
-IN_ALL = {"alexnet_dist": (10587, 8700), "benchmarks": (2293, 2300), "tests": (7829, 6500)}
+IN_ALL = {"alexnet_dist": (10539, 8700), "benchmarks": (2293, 2300), "tests": (7828, 6500)}
 FILES_OF_A_STEP, LINES_OF_A_STEP = (16, 16), (2989, 2800)
 
 TRACER = """
