@@ -1,38 +1,36 @@
 """Every option with its default and meaning, and the one parser of all commands.
 
 Options are given as YAML (--config FILE) and as dotted words on the command line (--optim.lr 0.02);
-a command's own options (--checkpoint RUN) stand beside them. argparse reads the command line, and
-pydantic checks types and bounds.
+a command's own options (--checkpoint RUN) stand beside them. argparse reads the command line,
+pydantic checks types and bounds, and --help shows the comments at the options.
 """
 
 import argparse
 import dataclasses
 import difflib
+import inspect
 import json
 import re
 import typing
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache, partial, reduce
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, NoReturn
 
-import docstring_parser
 import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
-from alexnet_dist.errors import UserError
+from alexnet_dist.errors import UserError, refuse
 
 _error = partial(UserError, on_all_ranks=True)
 
-TEXT_LOADER = yaml.BaseLoader
-"""Reads all values as text. What they are says an option's type, not YAML, to which off is false,
-1:30:00 is 5400 and 1e-3 no number."""
-NULLS = ("null", "~", "")
+# Reads all values as text. What they are says an option's type, not YAML, to which off is false,
+# 1:30:00 is 5400 and 1e-3 no number.
+_TextLoader = yaml.BaseLoader
 
 
 def _from_yaml(value: object) -> object:
-    return yaml.load(value, TEXT_LOADER) if isinstance(value, str) else value
+    return yaml.load(value, _TextLoader) if isinstance(value, str) else value
 
 
 def _seconds(duration: object) -> float:
@@ -43,292 +41,213 @@ def _seconds(duration: object) -> float:
     return 86400 * int(days if dash else 0) + reduce(lambda total, part: 60 * total + part, parts)
 
 
-FROM_YAML = BeforeValidator(_from_yaml)
 # types of options, each with what --help and errors say a value must be
 PositiveInt = Annotated[int, Field(ge=1), "a whole number of at least 1"]
 NonNegativeInt = Annotated[int, Field(ge=0), "a whole number of at least 0"]
-Pixels = Annotated[int, Field(ge=16), "a whole number of at least 16"]
 PositiveFloat = Annotated[float, Field(gt=0), "a number above 0"]
 NonNegativeFloat = Annotated[float, Field(ge=0), "a number of at least 0"]
 BelowOne = Annotated[float, Field(ge=0, lt=1), "a number from 0 up to, but not, 1"]
-Range = Annotated[tuple[float, float], FROM_YAML, "two numbers, as [0.1, 1]"]
 Switch = Annotated[bool | Literal["auto"], "true, false or auto"]
 Duration = Annotated[float, BeforeValidator(_seconds), "seconds, M:S, H:M:S or D-H:M:S"]
+_Yaml = BeforeValidator(_from_yaml)
+Range = Annotated[tuple[float, float], _Yaml, "two numbers, as [0.1, 1]"]
 Signal = Literal["SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGALRM"]
-Signals = Annotated[list[Signal], FROM_YAML, f"a list of {', '.join(typing.get_args(Signal))}"]
-Multiples = Annotated[dict[str, float], FROM_YAML, "numbers by name, as {biases: 2, fc8.bias: 1}"]
+Signals = Annotated[list[Signal], _Yaml, f"a list of {', '.join(typing.get_args(Signal))}"]
+Multiples = Annotated[dict[str, float], _Yaml, "numbers by name, as {biases: 2, fc8.bias: 1}"]
 Pairs = list[tuple[float, float]]
-MilestoneList = Annotated[
-    Pairs, FROM_YAML, "a list of [epochs done, value from then on], as [[0, 0.1], [66, 0]]"
-]
+MilestoneList = Annotated[Pairs, _Yaml, "[epochs done, value] pairs, as [[0, 0.1], [66, 0]]"]
 Milestones = Annotated[
-    dict[str, Pairs],
-    FROM_YAML,
-    "lists of [epochs done, lr from then on] by name, as {weights: [[0, 0.01], [24, 0.001]]}",
+    dict[str, Pairs], _Yaml, "such pairs by name, as {weights: [[0, 0.01], [24, 0.001]]}"
 ]
 
 
 @dataclass
 class DataConfig:
-    """The images."""
-
+    # folder with train/ and val/, or one that prepare wrote, or CIFAR-10's; or "digits"
     root: str | None = None
-    """Folder with train/ and val/, or one that prepare wrote, or CIFAR-10's; or "digits"."""
-    cache_dir: str = "~/.cache/alexnet_dist"
-    """For the digits, and for the indices and statistics of data folders."""
-    batch_size: PositiveInt = 128
-    """Images per step over all processes (the paper, section 5)."""
-    eval_batch_size: PositiveInt = 256
-    """Crops per step of an evaluation over all processes."""
+    cache_dir: str = "~/.cache/alexnet_dist"  # for digits, indices and statistics of data folders
+    batch_size: PositiveInt = 128  # images per step over all processes (the paper, section 5)
+    eval_batch_size: PositiveInt = 256  # crops per step of an evaluation over all processes
+    # gpu_cache: raw pixels in GPU memory; auto: that for raw pixels, else DALI if installed
     loader: Literal["auto", "dali", "torch", "gpu_cache"] = "auto"
-    """gpu_cache: raw pixels in GPU memory; auto: that for raw pixels, else DALI if installed."""
-    image_size: Pixels = 224
-    """Width and height of the network's input, in pixels."""
-    resize_size: Pixels = 256
-    """A crop is image_size / resize_size of an image's shorter side (the paper, section 2)."""
+    image_size: PositiveInt = 224  # width and height of the network's input, in pixels
+    resize_size: PositiveInt = 256  # a crop is image_size / resize_size of the shorter side
+    # paper: a square of fixed size in the central square (section 4.1); chunked: the same one for
+    # 32 images in a row (the authors' program); random_resized: as torchvision's
     train_crop: Literal["paper", "chunked", "random_resized"] = "paper"
-    """paper: a square of fixed size in the central square (section 4.1); chunked: the same one for
-    32 images in a row (the authors' program); random_resized: as torchvision's."""
-    scale: Range = (0.08, 1.0)
-    """random_resized: bounds of the crop's fraction of the image's area."""
-    ratio: Range = (3 / 4, 4 / 3)
-    """random_resized: bounds of the crop's aspect ratio."""
-    hflip: bool = True
-    """Flip training images horizontally with probability 0.5."""
+    scale: Range = (0.08, 1.0)  # random_resized: bounds of the crop's fraction of the image's area
+    ratio: Range = (3 / 4, 4 / 3)  # random_resized: bounds of the crop's aspect ratio
+    hflip: bool = True  # flip training images horizontally with probability 0.5
+    # PCA lighting noise, as in the authors' program or as printed in the paper
     pca_noise: Literal["none", "source", "paper"] = "none"
-    """PCA lighting noise, as in the authors' program or as printed in the paper."""
-    pca_noise_std: NonNegativeFloat | MilestoneList = 0.1
-    """Standard deviation of its coefficients."""
-    on_corrupt_image: Literal["stop", "skip"] = "stop"
-    """skip: use the next image in its place, and log it."""
+    pca_noise_std: NonNegativeFloat | MilestoneList = 0.1  # standard deviation of its coefficients
+    on_corrupt_image: Literal["stop", "skip"] = "stop"  # skip: take the next one, and log it
 
 
 @dataclass
 class ModelConfig:
-    """The network."""
-
-    arch: str = "paper"
-    """A network that `python -m alexnet_dist.summary` lists."""
+    arch: str = "paper"  # a network that `python -m alexnet_dist.summary` lists
+    # initial weights: the authors' program's, the paper's or torch's; null: the network's own
     init: Literal["source", "paper", "torch"] | None = None
-    """Initial weights: the authors' program's, the paper's or torch's; null: the network's own."""
-    dropout: BelowOne = 0.5
-    """Probability with which fc6 and fc7 (in torchvision's network: their inputs) drop a unit."""
+    dropout: BelowOne = 0.5  # probability of a unit of fc6, fc7 (torchvision's: their inputs)
+    # start from a run, a checkpoint, an exported .safetensors, or torchvision's AlexNet (.pth)
     pretrained: str | None = None
-    """Start from a run, a checkpoint, an exported .safetensors, or torchvision's AlexNet (.pth)."""
 
 
 @dataclass
 class ScheduleConfig:
-    """The schedule of the learning rate; epochs are real numbers."""
-
+    # plateau: divide by ten when the validation error stops improving, three times at most (the
+    # paper); polynomial: quadratic to zero
     name: Literal["constant", "plateau", "one_cycle", "polynomial", "piecewise"] = "plateau"
-    """plateau: divide by ten when the validation error stops improving, three times at most (the
-    paper); polynomial: quadratic to zero."""
-    warmup_epochs: NonNegativeFloat = 0.0
-    """Epochs over which the lr rises from zero, before any other schedule."""
-    patience: NonNegativeInt = 3
-    """plateau: evaluations without a better error to wait for."""
-    pct_start: BelowOne = 0.3
-    """one_cycle: fraction of the run in which the lr rises to optim.lr."""
+    warmup_epochs: NonNegativeFloat = 0.0  # in which the lr rises from zero, before any schedule
+    patience: NonNegativeInt = 3  # plateau: evaluations without a better error to wait for
+    pct_start: BelowOne = 0.3  # one_cycle: fraction of the run in which the lr rises to optim.lr
+    # piecewise: the lr of weights, of biases, and of single parameters like conv1.bias
     milestones: Milestones = field(default_factory=dict)
-    """piecewise: the lr of weights, of biases, and of single parameters like conv1.bias."""
 
 
 @dataclass
 class OptimConfig:
-    """The optimizer."""
-
+    # the paper's SGD (lr inside the velocity), torch's, or LARS (You, Gitman, Ginsburg 2017)
     name: Literal["sgd2012", "sgd", "lars"] = "sgd2012"
-    """The paper's SGD (lr inside the velocity), torch's, or LARS (You, Gitman, Ginsburg 2017)."""
-    lr: NonNegativeFloat = 0.01
-    """Learning rate."""
+    lr: NonNegativeFloat = 0.01  # learning rate
+    # multiples of the scheduled lr, of biases (2 in the authors' program) or single parameters
     lr_mults: Multiples = field(default_factory=dict)
-    """Multiples of the scheduled lr, of biases (2 in the authors' program) or single parameters."""
-    momentum: BelowOne = 0.9
-    """Momentum."""
-    weight_decay: NonNegativeFloat = 0.0005
-    """Weight decay; never on biases."""
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    momentum: BelowOne = 0.9  # momentum
+    weight_decay: NonNegativeFloat = 0.0005  # weight decay; never on biases
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)  # of the learning rate
 
 
 @dataclass
 class TrainConfig:
-    """The training run."""
-
-    epochs: PositiveFloat = 90
-    """Epochs (the paper: roughly 90)."""
-    epochs_scale: PositiveFloat = 1.0
-    """Multiplies epochs and the epochs in optim.schedule and data.pca_noise_std."""
-    max_steps: PositiveInt | None = None
-    """Stop early; schedules keep to train.epochs, and the run can resume."""
-    grad_accum_steps: PositiveInt = 1
-    """Microbatches per step and process; batch norm has the statistics of a microbatch."""
-    log_interval: PositiveInt = 20
-    """Steps between two log records."""
-    seed: NonNegativeInt = 2012
-    """Of weights, order, crops and dropout."""
+    epochs: PositiveFloat = 90  # epochs (the paper: roughly 90)
+    epochs_scale: PositiveFloat = 1.0  # multiplies all epochs, those of optim.schedule as well
+    max_steps: PositiveInt | None = None  # stop early; schedules do not change, the run can resume
+    grad_accum_steps: PositiveInt = 1  # microbatches per step and process, each with its batch norm
+    log_interval: PositiveInt = 20  # steps between two log records
+    seed: NonNegativeInt = 2012  # of weights, order, crops and dropout
+    # skip: leave out an update with a nonfinite loss or gradient (which checks every gradient)
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """skip: leave out an update with a nonfinite loss or gradient (which checks every gradient)."""
 
 
 @dataclass
 class CheckpointConfig:
-    """Checkpoints, besides those at the end of each epoch."""
-
-    interval_steps: PositiveInt | None = 1000
-    """Steps between checkpoints."""
-    keep_last: PositiveInt = 2
-    """Newest ones kept, besides the best; if the last is corrupt, the one before it is used."""
-    keep_every: PositiveInt | None = None
-    """Keep the checkpoint of every so many steps forever."""
+    interval_steps: PositiveInt | None = 1000  # steps between them; epochs end with one anyway
+    keep_last: PositiveInt = 2  # newest ones kept, besides the best
+    keep_every: PositiveInt | None = None  # keep the checkpoint of every so many steps forever
 
 
 @dataclass
 class RunConfig:
-    """The run's folder, and when it stops."""
-
-    output_dir: str = "runs"
-    """Where run folders are."""
-    name: str | None = None
-    """The folder's name; null: the config file's (with -2, -3 once such a run is finished)."""
-    resume: str = "auto"
-    """auto: an unfinished run of this name; never; or a run's folder."""
-    time_limit: Duration | None = None
-    """Save and exit before this process is so old. The limit of a SLURM job is known."""
+    output_dir: str = "runs"  # where run folders are
+    name: str | None = None  # of the folder; null: the config file's (-2, -3 once it is finished)
+    resume: str = "auto"  # auto: an unfinished run of this name; never; or a run's folder
+    time_limit: Duration | None = None  # save and exit before it; that of a SLURM job is known
+    # save and exit on these, on SIGTERM, on Ctrl-C, and on a file PREEMPT in the run's folder
     preempt_signals: Signals = field(default_factory=lambda: ["SIGUSR2"])
-    """Save and exit on these, on SIGTERM, on Ctrl-C, and on a file PREEMPT in the run's folder."""
-    sigterm_grace: PositiveFloat = 20.0
-    """Seconds after SIGTERM until a process exits in any case; torchrun kills it after 30."""
+    sigterm_grace: PositiveFloat = 20.0  # seconds from SIGTERM to the exit; torchrun kills after 30
 
 
 @dataclass
 class ParallelConfig:
-    """How the network is laid out on the processes; never what it computes."""
-
+    # 2: model parallel as on the paper's two GPUs: two neighboring ranks hold a tower each
     towers: Annotated[int, Field(ge=1, le=2), "1 or 2"] = 1
-    """2: model parallel as on the paper's two GPUs: two neighboring ranks hold a tower each."""
+    # sharded: the fully connected layers are split over all ranks ("One weird trick")
     fc: Literal["replicated", "sharded"] = "replicated"
-    """sharded: the fully connected layers are split over all ranks ("One weird trick")."""
-    grad_compression: Literal["none", "bf16", "fp16", "powersgd"] = "none"
-    """Compression of the gradients' all-reduce."""
-    powersgd_rank: PositiveInt = 4
-    """Rank of the matrices that approximate a gradient."""
-    powersgd_start: NonNegativeInt = 1000
-    """Steps without compression at each start of a run."""
+    grad_compression: Literal["none", "bf16", "fp16", "powersgd"] = "none"  # of their all-reduce
+    powersgd_rank: PositiveInt = 4  # rank of the matrices that approximate a gradient
+    powersgd_start: NonNegativeInt = 1000  # steps without compression at each start of a run
 
 
 @dataclass
 class RuntimeConfig:
-    """Device, precision, compilation."""
-
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: GPUs where there are any."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: GPUs where there are any
+    # auto: bf16 where the device is fast at it, else fp32; weights stay in fp32
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
-    """auto: bf16 where the device is fast at it, else fp32. Weights stay in fp32."""
-    compile: Switch = False
-    """Compile the network with torch.compile; auto: on GPUs."""
-    cuda_graph: Switch = False
-    """Launch a step as one CUDA graph; auto: where that is possible."""
-    deterministic: bool = False
-    """The same bits on a GPU in each run, more slowly; CPUs give them anyway."""
-    threads: NonNegativeInt = 0
-    """Threads per process to compute and to load images; 0: as many as it has CPUs."""
-    hang_timeout: PositiveFloat = 600.0
-    """Seconds without a step after which the run ends, and names the process that hangs."""
+    compile: Switch = False  # compile the network with torch.compile; auto: on GPUs
+    cuda_graph: Switch = False  # launch a step as one CUDA graph; auto: where that is possible
+    deterministic: bool = False  # the same bits in each run on a GPU, too, but more slowly
+    threads: NonNegativeInt = 0  # per process, to compute and to load; 0: as many as it has CPUs
+    hang_timeout: PositiveFloat = 600.0  # seconds without a step after which the run ends
 
 
 @dataclass
 class WandbConfig:
-    """Weights & Biases."""
-
+    # auto: online if an API key is found, else offline
     mode: Literal["auto", "online", "offline", "off"] = "auto"
-    """auto: online if an API key is found, else offline."""
-    project: str = "alexnet_dist"
-    """The project."""
+    project: str = "alexnet_dist"  # the project
 
 
 @dataclass
 class Config:
     """A run."""
 
-    data: DataConfig = field(default_factory=DataConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    run: RunConfig = field(default_factory=RunConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
-    wandb: WandbConfig = field(default_factory=WandbConfig)
+    data: DataConfig = field(default_factory=DataConfig)  # the images
+    model: ModelConfig = field(default_factory=ModelConfig)  # the network
+    optim: OptimConfig = field(default_factory=OptimConfig)  # the optimizer
+    train: TrainConfig = field(default_factory=TrainConfig)  # the training run
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)  # when, and how many
+    run: RunConfig = field(default_factory=RunConfig)  # its folder, and when it stops
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)  # layout on the processes
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)  # device, precision, compilation
+    wandb: WandbConfig = field(default_factory=WandbConfig)  # Weights & Biases
 
 
+# options, and sections of them, that cannot change when a run resumes
 IMMUTABLE_ON_RESUME = (
     *("data.batch_size", "data.image_size", "data.resize_size", "data.train_crop", "data.scale"),
     *("data.ratio", "data.hflip", "data.pca_noise", "model", "optim.name", "train.seed"),
 )
-"""Options, and sections of them, that cannot change when a run resumes."""
 
+# options of one start of a run, which do not carry over when it resumes
 NOT_PERSISTED = ("train.max_steps", "run.resume", "run.output_dir", "run.name", "run.time_limit")
-"""Options of one start of a run, which do not carry over when it resumes."""
 
-_OLD_NAMES = """
-data.engine>data.loader data.loader=dataloader>torch data.loader=resident>gpu_cache
-data.crop>data.train_crop data.colour>data.pca_noise data.colour_table>data.pca_noise_std
-data.decoder> data.dali_decoder> data.ahead> data.prefetch>
-model.variant>model.arch model.weights>model.pretrained model.num_classes>
-optim.name=paper>sgd2012 optim.bias_lr>optim.lr_mults optim.factors>optim.lr_mults
-optim.trust> optim.trust_coefficient> optim.schedule.drops> optim.schedule.max_drops>
-optim.schedule.table>optim.schedule.milestones optim.schedule.name=table>piecewise
-optim.schedule.rise>optim.schedule.pct_start train.stretch>train.epochs_scale
-train.on_nonfinite=rollback> checkpoint.asynchronous> checkpoint.async_save>
-run.root>run.output_dir run.grace>run.sigterm_grace parallel.fc_schedule> runtime.lrn>
-runtime.stem> runtime.pool_first> runtime.update> runtime.weight_copies>
-track.wandb>wandb.mode track.images> wandb.log_images> views>ten_crop picture>save_image
-"""
-OLD_NAMES: dict[str, str] = dict(re.findall(r"(\S+)>(\S*)", _OLD_NAMES))
-"""New names of options, and of values (option=value), of earlier versions, where the nearest name
-is another; "" if it is gone."""
+# new names of options of 0.1.0, where the nearest name is another
+OLD_NAMES = {
+    "data.engine": "data.loader",
+    "data.crop": "data.train_crop",
+    "data.colour": "data.pca_noise",
+    "model.variant": "model.arch",
+    "model.weights": "model.pretrained",
+    "optim.bias_lr": "optim.lr_mults",
+    "optim.schedule.table": "optim.schedule.milestones",
+    "run.root": "run.output_dir",
+    "track.wandb": "wandb.mode",
+    "views": "ten_crop",
+    "picture": "save_image",
+}
 
+# the dataclass of each section of options
+SECTIONS: dict[str, type] = typing.get_type_hints(Config)
+SECTIONS["optim.schedule"] = ScheduleConfig
 
-def _sections(section: Any, prefix: str = "") -> Iterator[tuple[str, type]]:
-    yield prefix, section
-    for name, hint in typing.get_type_hints(section).items():
-        if dataclasses.is_dataclass(hint):
-            yield from _sections(hint, f"{prefix}{name}.")
-
-
-SECTIONS: dict[str, type] = dict(_sections(Config))
-"""The dataclass of each section by the prefix of its options: "optim.schedule."."""
-
+# the type of each option by its dotted name
 OPTIONS: dict[str, Any] = {
-    f"{prefix}{name}": hint
-    for prefix, section in SECTIONS.items()
-    for name, hint in typing.get_type_hints(section, include_extras=True).items()
+    f"{section}.{name}": hint
+    for section, kind in SECTIONS.items()
+    for name, hint in typing.get_type_hints(kind, include_extras=True).items()
     if not dataclasses.is_dataclass(hint)
 }
-"""The type of each option by its dotted name."""
 
 
 @cache
-def _option_help() -> dict[str, str]:
-    """What each option means, and what its value must be."""
-    docs = {
-        f"{prefix}{option.arg_name}": option.description
-        for prefix, section in SECTIONS.items()
-        for option in docstring_parser.parse_from_object(section).params
-    }
-    return {name: f"{docs[name]} ({_expected(hint)})" for name, hint in OPTIONS.items()}
+def _comments() -> dict[str, str]:
+    """What each option and each section means: the comments above and beside it."""
+    found = {}
+    for section, kind in {"": Config, **SECTIONS}.items():
+        fields = re.findall(r"((?: +# .*\n)*) +(\w+): .*?(?:  # (.*))?\n", inspect.getsource(kind))
+        for above, name, beside in fields:
+            text = " ".join(above.replace("#", "").split()) or beside
+            found[f"{section}.{name}".lstrip(".")] = text
+    return found
 
 
 class ParsedArgs(NamedTuple):
     """A parsed command line."""
 
-    config: Config
-    """All options of the trainer."""
-    config_name: str
-    """The config file's name without its ending, the default of run.name."""
-    args: argparse.Namespace
-    """The command's own options."""
+    config: Config  # all options of the trainer
+    config_name: str  # the config file's name without its ending, the default of run.name
+    args: argparse.Namespace  # the command's own options
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -336,40 +255,39 @@ class CommandParser(argparse.ArgumentParser):
 
     Args:
         command: "train" for `python -m alexnet_dist.train`, whose help shows the trainer's options.
-        description: the command's docstring.
+        about: the command's docstring.
         trainer_options: take --config, --print_config and the dotted options.
     """
 
     def __init__(
-        self, command: str, description: str | None, *, trainer_options: bool = True
+        self, command: str = "train", about: str | None = None, *, trainer_options: bool = True
     ) -> None:
         super().__init__(
             prog=f"python -m alexnet_dist.{command}",
-            description=description,
+            description=about,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
         self.add_argument("--debug", action="store_true", help="print an error's traceback")
         self.trainer_options = trainer_options
-        if trainer_options:
-            self.add_argument("--config", metavar="FILE", help="a YAML file of trainer options")
-            self.add_argument("--print_config", action="store_true", help="print them and exit")
-            self._add_trainer_options(with_help=command == "train")
-
-    def _add_trainer_options(self, *, with_help: bool) -> None:
-        if with_help:
+        if not trainer_options:
+            return
+        self.add_argument("--config", metavar="FILE", help="a YAML file of trainer options")
+        self.add_argument("--print_config", action="store_true", help="print them and exit")
+        if command == "train":
             self.usage = "%(prog)s [--config FILE] [--OPTION VALUE ...]"
         else:
             self.epilog = "also: the trainer's options (python -m alexnet_dist.train --help)"
-        texts, defaults = _option_help() if with_help else {}, flatten(to_dict(Config()))
-        for prefix, section in SECTIONS.items():
-            group = self.add_argument_group(str(section.__doc__).rstrip("."))
-            for name in (f"{prefix}{option.name}" for option in dataclasses.fields(section)):
-                if name in OPTIONS:
-                    text, shown = texts.get(name, argparse.SUPPRESS), _as_text(defaults[name])
-                    group.add_argument(
-                        f"--{name}", metavar=shown, help=text, default=argparse.SUPPRESS
-                    )
+        texts = _comments()
+        groups = {name: self.add_argument_group(f"{name}: {texts[name]}") for name in SECTIONS}
+        for name, default in flatten(to_dict(Config())).items():
+            text = f"{texts[name]} ({_expected(OPTIONS[name])})"
+            groups[name.rpartition(".")[0]].add_argument(
+                f"--{name}",
+                metavar=_as_text(default),
+                help=text if command == "train" else argparse.SUPPRESS,
+                default=argparse.SUPPRESS,
+            )
 
     def parse(self, arguments: list[str], base_config: dict[str, Any] | None = None) -> ParsedArgs:
         """Parse a command line. Needs no process group.
@@ -392,7 +310,7 @@ class CommandParser(argparse.ArgumentParser):
         dotted = {name: text for name, text in vars(args).items() if name in OPTIONS}
         path = args.config
         if path is None and base_config is None and "data.root" not in dotted:
-            path = str(config_dir() / "quickstart.yaml")
+            path = str(packaged_folder("configs") / "quickstart.yaml")
         kept = flatten(base_config or {})
         config = from_dict({name: kept[name] for name in kept if name not in NOT_PERSISTED})
         if path:
@@ -407,11 +325,6 @@ class CommandParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise a UserError, where argparse would exit."""
         raise _error(f"{message}; --help lists all options")
-
-
-def parse(arguments: list[str]) -> ParsedArgs:
-    """Parse a command line of the trainer; see ``CommandParser.parse``."""
-    return CommandParser("train", None).parse(arguments)
 
 
 def positive_int(text: str) -> int:
@@ -446,10 +359,8 @@ def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in nested.items():
         name = f"{prefix}{key}"
-        if isinstance(value, dict) and name not in OPTIONS:
-            flat |= flatten(value, f"{name}.")
-        else:
-            flat[name] = value
+        inner = isinstance(value, dict) and name not in OPTIONS
+        flat |= flatten(value, f"{name}.") if inner else {name: value}
     return flat
 
 
@@ -471,25 +382,26 @@ def check_resume_compatible(before: dict[str, Any], now: dict[str, Any], otherwi
             raise _error(f"{name} cannot change from {old} to {new}: {fix}")
 
 
-def config_dir() -> Path:
-    """The folder of the config files that come with the package."""
-    installed = Path(__file__).parent / "configs"
-    return installed if installed.is_dir() else Path(__file__).parents[1] / "configs"
+def packaged_folder(name: Literal["configs", "slurm"]) -> Path:
+    """A folder that is installed inside the package, and lies beside it in a checkout."""
+    installed = Path(__file__).parent / name
+    return installed if installed.is_dir() else Path(__file__).parents[1] / name
 
 
 def _read_config_file(path: str) -> dict[str, Any]:
     """The options in a YAML file, by dotted name."""
     if not Path(path).is_file():
-        names = ", ".join(sorted(file.stem for file in config_dir().glob("*.yaml")))
-        raise _error(f"there is no config {path}; the package brings {names} in {config_dir()}")
+        folder = packaged_folder("configs")
+        names = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
+        raise _error(f"there is no config {path}; the package brings {names} in {folder}")
     try:
-        content = yaml.load(Path(path).read_text(), TEXT_LOADER) or {}
+        content = yaml.load(Path(path).read_text(), _TextLoader) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise _error(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise _error(f"{path} holds no options: it needs lines like 'optim: {{lr: 0.01}}'")
     values = flatten(content)
-    return {name: value for name, value in values.items() if value or f"{name}." not in SECTIONS}
+    return {name: value for name, value in values.items() if value or name not in SECTIONS}
 
 
 def _set_options(config: Config, values: dict[str, Any], where: str | None) -> None:
@@ -502,27 +414,29 @@ def _set_options(config: Config, values: dict[str, Any], where: str | None) -> N
     for name, value in values.items():
         _check_name(name, [*OPTIONS], where)
         try:
-            known = None if value in NULLS else value
+            known = None if value in ("null", "~", "") else value
             checked = TypeAdapter(OPTIONS[name], config=rules).validate_python(known)
         except (ValidationError, yaml.YAMLError):
-            new = OLD_NAMES.get(f"{name}={value}")
-            hint = "" if new is None else f" (now {new})" if new else " (which is gone)"
             message = f"option {name} must be {_expected(OPTIONS[name])}, not {_as_text(value)}"
-            raise _error(f"{where}: " * bool(where) + message + hint) from None
+            raise _error(f"{where}: " * bool(where) + message) from None
         *sections, option = name.split(".")
         setattr(reduce(getattr, sections, config), option, checked)
 
 
 def _check_combinations(config: Config) -> None:
     data, schedule = config.data, config.optim.schedule
-    if data.image_size > data.resize_size:
-        raise _error(
+    refuse(
+        {
             f"data.image_size {data.image_size} is more than data.resize_size {data.resize_size}, "
-            "the size it is cropped from: raise data.resize_size"
-        )
-    if schedule.name == "piecewise" and "weights" not in schedule.milestones:
-        fix = "give optim.schedule.milestones {weights: [[0, 0.01], ...]}"
-        raise _error(f"optim.schedule.name is piecewise, but there is no lr of weights: {fix}")
+            "the size it is cropped from: raise data.resize_size": (
+                data.image_size > data.resize_size
+            ),
+            "optim.schedule.name is piecewise, but there is no lr of weights: give "
+            "optim.schedule.milestones {weights: [[0, 0.01], ...]}": (
+                schedule.name == "piecewise" and "weights" not in schedule.milestones
+            ),
+        }
+    )
 
 
 def _check_name(name: str, known: list[str], where: str | None) -> None:
@@ -530,9 +444,8 @@ def _check_name(name: str, known: list[str], where: str | None) -> None:
     if name in known:
         return
     dashes, place = ("", f" in {where}") if where else ("--", "")
-    if name in OLD_NAMES and OLD_NAMES[name] in ("", *known):
-        new = f"now {dashes}{OLD_NAMES[name]}" if OLD_NAMES[name] else "gone: leave it out"
-        raise _error(f"option {dashes}{name}{place} is {new}")
+    if OLD_NAMES.get(name) in known:
+        raise _error(f"option {dashes}{name}{place} is now {dashes}{OLD_NAMES[name]}")
     same_end = [option for option in known if option.split(".")[-1] == name.split(".")[-1]]
     near = difflib.get_close_matches(name, same_end or known, 1, 0.0 if same_end else 0.5)
     fix = f"did you mean {dashes}{near[0]}?" if near else "--help lists all options"

@@ -6,7 +6,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from errno import ENOSPC
 from typing import NoReturn
 
@@ -24,6 +24,13 @@ class UserError(Exception):
         self.on_all_ranks = on_all_ranks
 
 
+def refuse(problems: Mapping[str, bool]) -> None:
+    """Raise a UserError, the same on all ranks, for the first of ``problems`` that is there."""
+    for problem, present in problems.items():
+        if present:
+            raise UserError(problem, on_all_ranks=True)
+
+
 def print_error(message: str) -> None:
     """Print one line to stderr."""
     print(f"alexnet_dist: {message}", file=sys.stderr, flush=True)
@@ -31,18 +38,10 @@ def print_error(message: str) -> None:
 
 def run_command(main: Callable[[list[str]], None]) -> NoReturn:
     """Run a command; a UserError ends it with its message, exit code 1 and no traceback."""
-    rank, debug, code = os.environ.get("RANK", "0"), "--debug" in sys.argv, 1
+    rank, code = os.environ.get("RANK", "0"), 1
     try:
         main(sys.argv[1:])
         sys.exit(0)
-    except UserError as error:
-        if debug:
-            traceback.print_exc()
-        if rank == "0" or not error.on_all_ranks:
-            print_error(str(error))
-        else:
-            time.sleep(2)  # torchrun kills the others once one has exited: let rank 0 print first
-        _stop_elastic_restarts()
     except KeyboardInterrupt:
         if rank == "0":
             print_error("interrupted; the same command resumes from the last checkpoint")
@@ -50,13 +49,21 @@ def run_command(main: Callable[[list[str]], None]) -> NoReturn:
     except BrokenPipeError:  # "... | head" has read enough
         os._exit(1)
     except Exception as error:
-        if not debug and isinstance(error, RuntimeError) and re.search(LOST_PEER, str(error)):
+        if "--debug" in sys.argv:
+            traceback.print_exc()
+        if isinstance(error, UserError):
+            if rank == "0" or not error.on_all_ranks:
+                print_error(str(error))
+            else:
+                time.sleep(2)  # torchrun kills all once one has exited: let rank 0 print first
+            _stop_elastic_restarts()
+        elif isinstance(error, RuntimeError) and re.search(LOST_PEER, str(error)):
             time.sleep(1)  # the one that exited first says why
             print_error(f"process {rank} exits, since it lost another process of this run")
-        elif not debug and isinstance(error, OSError) and (error.filename or error.errno == ENOSPC):
+        elif isinstance(error, OSError) and (error.filename or error.errno == ENOSPC):
             fix = "give a path that can be read and written, with room on its disk"
             print_error(f"{error.filename or 'a file'}: {error.strerror}: {fix}")
-        else:
+        elif "--debug" not in sys.argv:
             traceback.print_exc()
     sys.stdout.flush()
     os._exit(code)  # a normal exit would wait for threads, and for processes that are gone

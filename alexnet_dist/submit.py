@@ -14,9 +14,8 @@ import os
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 
-from alexnet_dist.config import CommandParser
+from alexnet_dist.config import CommandParser, packaged_folder
 from alexnet_dist.errors import UserError, run_command
 
 
@@ -58,8 +57,7 @@ def main(arguments: list[str]) -> None:
 
 def _sbatch(flags: list[str], script: str, words: list[str], dry_run: bool) -> str:
     """Submit slurm/SCRIPT.sbatch, or print the command; the job's id."""
-    folder = Path(__file__).parent / "slurm"  # of an installed package
-    folder = folder if folder.is_dir() else Path(__file__).parents[1] / "slurm"
+    folder = packaged_folder("slurm")
     command = ["sbatch", "--parsable", *flags, str(folder / f"{script}.sbatch"), *words]
     variables = {"PYTHON": sys.executable} | os.environ | {"ALEXNET_DIST_SLURM": str(folder)}
     if dry_run:

@@ -24,7 +24,7 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from alexnet_dist.bench import BenchCase, TrainBenchmark, summarize, time_interleaved
-from alexnet_dist.config import parse
+from alexnet_dist.config import CommandParser
 from alexnet_dist.data import dali
 from alexnet_dist.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from alexnet_dist.parallel.mesh import available_cpus, init_distributed
@@ -123,7 +123,7 @@ EXAMPLES: dict[str, Callable[[Path, int], Iterator[int]]] = {
 
 def measure(case: str, data: Path, seconds: float, options: list[str]) -> float:
     """Images per second of one round of a case, in this process."""
-    config = parse(options).config
+    config = CommandParser().parse(options).config
     if case in EXAMPLES:
         torch.set_num_threads(available_cpus())
         images = EXAMPLES[case](data / "train", config.data.batch_size)

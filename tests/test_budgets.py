@@ -16,21 +16,21 @@ BUDGETS = {  # lines of Python, docstrings included: the most allowed, which may
     "figures.py": (250, 250),
     "summary.py": (63, 70),
     "bench.py": (268, 260),
-    "submit.py": (78, 80),
+    "submit.py": (76, 80),
     "replay.py": (80, 80),
     "setup.py": (275, 220),
     "loaded_model.py": (106, 0),
-    "config.py": (553, 320),
-    "errors.py": (71, 60),
+    "config.py": (466, 320),
+    "errors.py": (78, 60),
     "model": (1097, 1000),
     "data": (2016, 1500),
-    "parallel": (1560, 1250),
+    "parallel": (1559, 1250),
     "training": (1460, 1000),
     "tracking": (764, 700),
     "prepare": (996, 1000),
     "__init__.py": (3, 5),
 }
-IN_ALL = {"alexnet_dist": (10539, 8700), "benchmarks": (2293, 2300), "tests": (7828, 6500)}
+IN_ALL = {"alexnet_dist": (10456, 8700), "benchmarks": (2293, 2300), "tests": (7811, 6500)}
 FILES_OF_A_STEP, LINES_OF_A_STEP = (16, 16), (2989, 2800)
 
 TRACER = """

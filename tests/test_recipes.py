@@ -5,18 +5,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from alexnet_dist.config import Config, config_dir, parse
+from alexnet_dist.config import CommandParser, Config, packaged_folder
 from alexnet_dist.model import build_on_meta
 from alexnet_dist.training.optim import build_optimizer
 from alexnet_dist.training.schedules import Schedule, piecewise_value
 from alexnet_dist.training.step import lrs_at, set_lr
 from tests.conftest import TINY, events, launch
 
-CONFIGS = sorted(path.stem for path in config_dir().glob("*.yaml"))
+FOLDER = packaged_folder("configs")
+CONFIGS = sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
 def resolve(name: str, *words: str) -> Config:
-    return parse([f"--config={config_dir() / name}.yaml", *words]).config
+    return CommandParser().parse([f"--config={FOLDER / name}.yaml", *words]).config
 
 
 def build_schedule(config: Config) -> tuple[Schedule, torch.optim.SGD]:
@@ -146,7 +147,7 @@ def test_a_scaled_schedule_has_all_its_changes(images: Path, tmp_path: Path) -> 
     options = [o for o in TINY if "schedule" not in o and "epochs" not in o]
     launched = launch(
         0,
-        f"--config={config_dir() / 'original145'}.yaml",
+        f"--config={FOLDER / 'original145'}.yaml",
         *options,
         f"--data.root={images}",
         f"--run.output_dir={tmp_path}",

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from alexnet_dist.config import config_dir
+from alexnet_dist.config import packaged_folder
 from alexnet_dist.errors import UserError
 from alexnet_dist.submit import main
 
 SLURM = Path(__file__).parents[1] / "slurm"
-PAPER = f"--config {config_dir()}/paper2012.yaml"
+PAPER = f"--config {packaged_folder('configs')}/paper2012.yaml"
 
 
 def submitted(capsys: pytest.CaptureFixture[str], words: str) -> list[str]:

@@ -10,7 +10,7 @@ in which group, and how many bytes. The network knows nothing of processes.
 
 import copy
 
-from alexnet_dist.errors import UserError
+from alexnet_dist.errors import refuse
 from alexnet_dist.model import ModelSpec, Network
 from alexnet_dist.model.alexnet import AlexNet
 from alexnet_dist.parallel.collectives import CommTimer, TimedGroup
@@ -56,22 +56,21 @@ def validate_parallel_config(
     Raises:
         UserError: the options do not fit each other, the network or the number of processes.
     """
-    problems = {
-        "parallel.towers 2 and parallel.fc sharded are two ways to split the same layers: take "
-        "one of them, the other by --parallel.towers 1 or --parallel.fc replicated": (
-            towers > 1 and config.fc == "sharded"
-        ),
-        "parallel.towers 2 wants a network of two towers (paper, original145 and its kin), and "
-        "model.arch has one: take --parallel.towers 1, or --parallel.fc sharded": (
-            towers > 1 and spec.towers != 2
-        ),
-        f"parallel.towers 2 wants pairs of processes, and there are {processes}: take "
-        f"--nproc_per_node={processes + 1}, or --parallel.towers 1": processes % towers > 0,
-        "parallel.grad_compression powersgd keeps what an overflow of fp16 leaves behind: take "
-        "another runtime.precision, or --parallel.grad_compression fp16": (
-            config.grad_compression == "powersgd" and config.precision == "fp16"
-        ),
-    }
-    for problem, present in problems.items():
-        if present:
-            raise UserError(problem, on_all_ranks=True)
+    refuse(
+        {
+            "parallel.towers 2 and parallel.fc sharded are two ways to split the same layers: take "
+            "one of them, the other by --parallel.towers 1 or --parallel.fc replicated": (
+                towers > 1 and config.fc == "sharded"
+            ),
+            "parallel.towers 2 wants a network of two towers (paper, original145 and its kin), and "
+            "model.arch has one: take --parallel.towers 1, or --parallel.fc sharded": (
+                towers > 1 and spec.towers != 2
+            ),
+            f"parallel.towers 2 wants pairs of processes, and there are {processes}: take "
+            f"--nproc_per_node={processes + 1}, or --parallel.towers 1": processes % towers > 0,
+            "parallel.grad_compression powersgd keeps what an overflow of fp16 leaves behind: take "
+            "another runtime.precision, or --parallel.grad_compression fp16": (
+                config.grad_compression == "powersgd" and config.precision == "fp16"
+            ),
+        }
+    )

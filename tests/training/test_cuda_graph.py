@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from alexnet_dist.config import Config, parse
+from alexnet_dist.config import CommandParser, Config
 from alexnet_dist.errors import UserError
 from alexnet_dist.parallel.mesh import Mesh
 from alexnet_dist.setup import uses_cuda_graph
@@ -15,7 +15,7 @@ def mesh(device: str = "cuda", processes: int = 1) -> Mesh:
 
 def configured(cuda_graph: str, *words: str) -> Config:
     options = ["--runtime.precision=bf16", f"--runtime.cuda_graph={cuda_graph}", *words]
-    return parse(options).config
+    return CommandParser().parse(options).config
 
 
 def test_cuda_graph_of_one_process_in_bf16() -> None:
