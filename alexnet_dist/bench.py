@@ -180,11 +180,11 @@ class TrainBenchmark:
         """The loaders that there are for this machine and these images."""
         cases: dict[str, BenchCase] = {}
         dataset = open_datasets(self.data.info)[0]
-        what = self.mesh, dataset, self.data.normalization, self.data.plan
+        what = self.mesh, dataset, self.data.info.stats, self.data.plan
         for name in LOADERS:
             config = replace(self.config, data=replace(self.config.data, loader=name))
             with contextlib.suppress(UserError):
-                loader = setup.loader_for(config, *what, on_corrupt="substitute")
+                loader = setup.loader_for(config, *what)
                 cases[f"loading alone: {name}"] = self.loading_case(loader)
         return cases
 

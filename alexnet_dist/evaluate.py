@@ -22,9 +22,9 @@ from alexnet_dist.data.eval_plan import EvalPlan, NumCrops
 from alexnet_dist.data.index import open_datasets
 from alexnet_dist.data.loader import Loader
 from alexnet_dist.errors import UserError, run_command
-from alexnet_dist.loaded_model import LoadedModel, load_model
 from alexnet_dist.parallel.mesh import Mesh, init_distributed
 from alexnet_dist.parallel.sharded_loss import ShardedClasses
+from alexnet_dist.setup import LoadedModel, load_model
 from alexnet_dist.training.evaluation import EvalMetrics, count_skipped, evaluate
 
 

@@ -25,10 +25,10 @@ from alexnet_dist.config import CommandParser, positive_int
 from alexnet_dist.data.datasets import SplitIndex
 from alexnet_dist.data.index import open_datasets
 from alexnet_dist.errors import UserError, run_command
-from alexnet_dist.loaded_model import LoadedModel, load_model
 from alexnet_dist.model import MODEL_REGISTRY, Network
 from alexnet_dist.parallel.mesh import Mesh, init_distributed
 from alexnet_dist.parallel.precision import Precision, autocast, use_precision
+from alexnet_dist.setup import LoadedModel, load_model
 from alexnet_dist.tracking import Event, plots
 from alexnet_dist.tracking.console import ProgressReporter
 from alexnet_dist.tracking.logger import read_events

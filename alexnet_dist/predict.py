@@ -28,8 +28,8 @@ from alexnet_dist.data.eval_plan import NumCrops
 from alexnet_dist.data.formats import FORMATS, decode, validate_bytes
 from alexnet_dist.data.index import is_image_name
 from alexnet_dist.errors import UserError, print_error, run_command
-from alexnet_dist.loaded_model import LoadedModel, load_model
 from alexnet_dist.parallel.mesh import Mesh, init_distributed
+from alexnet_dist.setup import LoadedModel, load_model
 from alexnet_dist.tracking import plots
 
 BATCH = 8  # photographs that a worker decodes before the network sees them

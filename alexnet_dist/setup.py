@@ -1,33 +1,38 @@
-"""From a config to what a training run is made of: its data, and its network and optimizer."""
+"""From a config to its data, network and optimizer; and to a trained model from a checkpoint."""
 
 import platform
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from alexnet_dist import __version__
-from alexnet_dist.config import Config
+from alexnet_dist.config import Config, from_dict
 from alexnet_dist.data import build_loader
 from alexnet_dist.data.datasets import ImageDataset
-from alexnet_dist.data.eval_plan import EvalPlan
+from alexnet_dist.data.eval_plan import EvalPlan, NumCrops
 from alexnet_dist.data.index import DatasetInfo, open_datasets, scan_dataset
 from alexnet_dist.data.loader import Loader, OnCorruptImage
 from alexnet_dist.data.plan import SamplePlan
-from alexnet_dist.data.transforms import Normalization, build_normalization
-from alexnet_dist.errors import UserError
+from alexnet_dist.data.statistics import ChannelStats
+from alexnet_dist.data.transforms import Normalization, PcaNoise, build_normalization
+from alexnet_dist.errors import UserError, refuse
 from alexnet_dist.model import MODEL_REGISTRY, Network, build_on_meta, iter_initial_weights
 from alexnet_dist.parallel import Layout, LayoutConfig, parallelize, validate_parallel_config
 from alexnet_dist.parallel.mesh import Mesh
 from alexnet_dist.parallel.precision import resolve_precision, use_precision
 from alexnet_dist.tracking.console import ProgressReporter
+from alexnet_dist.training.checkpoint import find_checkpoint, load_tensors, read_state
 from alexnet_dist.training.cuda_graph import CudaGraphStep
 from alexnet_dist.training.optim import build_optimizer
 from alexnet_dist.training.schedules import Schedule, piecewise_value
 from alexnet_dist.training.step import LabeledImages, train_step
 
+Plan = SamplePlan | EvalPlan
 VERSIONS = {
     "alexnet_dist": __version__,
     "torch": torch.__version__,
@@ -35,20 +40,29 @@ VERSIONS = {
 }
 
 
+def validate(config: Config, mesh: Mesh) -> None:
+    """Refuse what cannot be trained so on these ranks, before anything begins.
+
+    Raises:
+        UserError: there is no such network, or it cannot be placed or captured as asked for.
+    """
+    arch, archs = config.model.arch, ", ".join(MODEL_REGISTRY)
+    refuse({f"there is no model.arch {arch}; there are {archs}": arch not in MODEL_REGISTRY})
+    validate_parallel_config(MODEL_REGISTRY[arch], mesh.world_size, layout_config(config, mesh))
+    uses_cuda_graph(config, mesh)
+
+
+# data
+
+
 @dataclass(frozen=True)
 class DataPipeline:
-    """The training and the validation images, and the loaders that make batches of them.
-
-    Attributes:
-        plan, eval_plan: which crop of which image comes when.
-        normalization, eval_normalization: how pixels become the network's input.
-    """
+    """The training and the validation images, which crop of which comes when, and the loaders that
+    make batches of them."""
 
     info: DatasetInfo
     plan: SamplePlan
     eval_plan: EvalPlan
-    normalization: Normalization
-    eval_normalization: Normalization
     loader: Loader
     eval_loader: Loader
 
@@ -64,10 +78,7 @@ def build_data(config: Config, mesh: Mesh) -> DataPipeline:
     Raises:
         UserError: there are no images, or they do not suit the config.
     """
-    data = config.data
-    info = mesh.broadcast_from_rank0(
-        lambda: scan_dataset(data.root, data.cache_dir, ProgressReporter())
-    )
+    data, info = config.data, scan_images(config, mesh)
     _check_batch(config, mesh, info)
     plan = SamplePlan(
         info.train.sizes,
@@ -78,37 +89,31 @@ def build_data(config: Config, mesh: Mesh) -> DataPipeline:
         data.scale,
         data.ratio,
         data.hflip,
-        pca_noise_schedule(config),
+        _pca_noise_schedule(config),
     )
-    eval_plan = EvalPlan(info.val.sizes, data.eval_batch_size, plan.crop_fraction)
-    pixels = MODEL_REGISTRY[config.model.arch].input_norm
-    normalize = partial(build_normalization, pixels, info.stats, size=data.image_size)
-    training, evaluation = normalize(pca_noise=data.pca_noise), normalize()
     train_set, val_set = open_datasets(info)
-    loader = loader_for(config, mesh, train_set, training, plan, on_corrupt="substitute")
-    eval_loader = loader_for(config, mesh, val_set, evaluation, eval_plan)
-    return DataPipeline(info, plan, eval_plan, training, evaluation, loader, eval_loader)
+    eval_plan = EvalPlan(info.val.sizes, data.eval_batch_size, plan.crop_fraction)
+    loader = loader_for(config, mesh, train_set, info.stats, plan)
+    eval_loader = loader_for(config, mesh, val_set, info.stats, eval_plan)
+    return DataPipeline(info, plan, eval_plan, loader, eval_loader)
+
+
+def scan_images(config: Config, mesh: Mesh) -> DatasetInfo:
+    """The images at data.root; all ranks call it together. Raises UserError if there are none."""
+    root, cache_dir = config.data.root, config.data.cache_dir
+    return mesh.broadcast_from_rank0(lambda: scan_dataset(root, cache_dir, ProgressReporter()))
 
 
 def loader_for(
-    config: Config,
-    mesh: Mesh,
-    dataset: ImageDataset,
-    normalization: Normalization,
-    plan: SamplePlan | EvalPlan,
-    *,
-    on_corrupt: OnCorruptImage = "skip",
+    config: Config, mesh: Mesh, dataset: ImageDataset, stats: ChannelStats, plan: Plan
 ) -> Loader:
-    """The loader that the options ask for, for this rank's samples of ``plan``.
-
-    Args:
-        on_corrupt: what is done with corrupt images where data.on_corrupt_image is not stop.
-    """
-    data = config.data
+    """The loader that the options ask for, for this rank's samples of ``plan``."""
+    data, training = config.data, isinstance(plan, SamplePlan)
+    on_corrupt: OnCorruptImage = "substitute" if training else "skip"
     return build_loader(
         data.loader,
         dataset,
-        normalization,
+        normalization_for(config, stats, data.pca_noise if training else "none"),
         plan,
         device=mesh.device,
         max_batch_size=max(mesh.local_batch(plan.batch_size), 1) * getattr(plan, "num_crops", 1),
@@ -117,12 +122,43 @@ def loader_for(
     )
 
 
-def pca_noise_schedule(config: Config) -> Callable[[float], float]:
+def normalization_for(
+    config: Config, stats: ChannelStats, pca_noise: PcaNoise = "none"
+) -> Normalization:
+    """How pixels become the network's input."""
+    pixels = MODEL_REGISTRY[config.model.arch].input_norm
+    return build_normalization(pixels, stats, size=config.data.image_size, pca_noise=pca_noise)
+
+
+def _pca_noise_schedule(config: Config) -> Callable[[float], float]:
     """Epochs done -> standard deviation of the color noise's coefficients."""
     data, scale = config.data, config.train.epochs_scale
     std = 0.0 if data.pca_noise == "none" else data.pca_noise_std
     rows = std if isinstance(std, list) else [(0.0, std)]
     return partial(piecewise_value, [(epochs * scale, std) for epochs, std in rows])
+
+
+def _check_batch(config: Config, mesh: Mesh, info: DatasetInfo) -> None:
+    batch, images, folder = config.data.batch_size, len(info.train), info.train.folder
+    local, steps = batch // mesh.dp_size, config.train.grad_accum_steps
+    replicas = "processes" if mesh.split_size == 1 else "pairs of processes"
+    refuse(
+        {
+            f"data.batch_size {batch} is the global batch, and has no image for some of the "
+            f"{mesh.dp_size} {replicas}: raise it, or take fewer processes": local < 1,
+            f"train.grad_accum_steps {steps} is more than the {local} images of data.batch_size "
+            f"{batch} that a process computes: lower it": steps > local,
+            f"data.batch_size {batch} is more than the {images} images of {folder}: lower it": (
+                images < batch
+            ),
+            f"{folder} has only one class: it needs a folder for each of several classes": (
+                len(info.train.classes) < 2
+            ),
+        }
+    )
+
+
+# network and optimizer
 
 
 @dataclass(frozen=True)
@@ -142,8 +178,8 @@ class TrainState:
 
 def build_training(config: Config, mesh: Mesh, num_classes: int) -> TrainState:
     """Network, optimizer and schedule, still without weights; see ``init_weights``."""
-    optim, runtime = config.optim, config.runtime
-    use_precision(runtime.precision, mesh.device, runtime.deterministic)
+    optim = config.optim
+    use_precision(config.runtime.precision, mesh.device, config.runtime.deterministic)
     layout = parallelize(build_model(config, num_classes), mesh, layout_config(config, mesh))
     optimizer = build_optimizer(
         optim.name,
@@ -165,29 +201,6 @@ def build_training(config: Config, mesh: Mesh, num_classes: int) -> TrainState:
     return TrainState(layout, optimizer, schedule, step(layout, optimizer))
 
 
-def layout_config(config: Config, mesh: Mesh) -> LayoutConfig:
-    """The options of the layout that is trained."""
-    parallel = config.parallel
-    return LayoutConfig(
-        batch_size=config.data.batch_size,
-        grad_accum_steps=config.train.grad_accum_steps,
-        precision=resolve_precision(config.runtime.precision, mesh.device),
-        fc=parallel.fc,
-        grad_compression=parallel.grad_compression,
-        powersgd_rank=parallel.powersgd_rank,
-        powersgd_start=parallel.powersgd_start,
-        compile=is_compiled(config, mesh),
-        skip_nonfinite=config.train.on_nonfinite == "skip",
-    )
-
-
-def init_weights(config: Config, layout: Layout, num_classes: int) -> None:
-    """Initialize the weights, the same on any number of ranks and under any layout."""
-    torch.manual_seed(config.train.seed)
-    weights = iter_initial_weights(build_model(config, num_classes), config.model.init)
-    layout.sharding.load_full_weights(layout.parameters, weights)
-
-
 def build_model(config: Config, num_classes: int) -> Network:
     """The network on the meta device.
 
@@ -205,10 +218,24 @@ def build_model(config: Config, num_classes: int) -> Network:
         raise UserError(str(error), on_all_ranks=True) from None
 
 
-def is_compiled(config: Config, mesh: Mesh) -> bool:
-    """Whether the network runs under torch.compile."""
-    wanted = config.runtime.compile
-    return mesh.device.type == "cuda" if wanted == "auto" else wanted
+def init_weights(config: Config, layout: Layout, num_classes: int) -> None:
+    """Initialize the weights, the same on any number of ranks and under any layout."""
+    torch.manual_seed(config.train.seed)
+    weights = iter_initial_weights(build_model(config, num_classes), config.model.init)
+    layout.sharding.load_full_weights(layout.parameters, weights)
+
+
+def layout_config(config: Config, mesh: Mesh) -> LayoutConfig:
+    """The options of the layout that is trained."""
+    compiled = config.runtime.compile
+    return LayoutConfig(
+        batch_size=config.data.batch_size,
+        grad_accum_steps=config.train.grad_accum_steps,
+        precision=resolve_precision(config.runtime.precision, mesh.device),
+        compile=mesh.device.type == "cuda" if compiled == "auto" else compiled,
+        skip_nonfinite=config.train.on_nonfinite == "skip",
+        **vars(config.parallel),
+    )
 
 
 def uses_cuda_graph(config: Config, mesh: Mesh) -> bool:
@@ -217,59 +244,105 @@ def uses_cuda_graph(config: Config, mesh: Mesh) -> bool:
     Raises:
         UserError: it is asked for, and cannot be.
     """
-    wanted, fc, optimizer = config.runtime.cuda_graph, config.parallel.fc, config.optim.name
-    precision = resolve_precision(config.runtime.precision, mesh.device)
+    wanted, layout = config.runtime.cuda_graph, layout_config(config, mesh)
     obstacles = {
-        "needs an NVIDIA GPU: leave it out": mesh.device.type != "cuda",
-        f"cannot capture all-reduces yet, and there are {mesh.world_size} processes: leave it out, "
-        "or take one": mesh.world_size > 1,
-        "captures no sharded layers: take --parallel.fc replicated": fc == "sharded",
-        "cannot capture the scale of fp16: take --runtime.precision bf16": precision == "fp16",
-        "needs an update that reads the lr from a tensor: take --optim.name sgd2012 or lars": (
-            optimizer == "sgd"
+        "runtime.cuda_graph needs an NVIDIA GPU: leave it out": mesh.device.type != "cuda",
+        "runtime.cuda_graph cannot capture all-reduces yet, and there are "
+        f"{mesh.world_size} processes: leave it out, or take one": mesh.world_size > 1,
+        "runtime.cuda_graph captures no sharded layers: take --parallel.fc replicated": (
+            layout.fc == "sharded"
         ),
-        "cannot check gradients for train.on_nonfinite skip: take stop": (
-            config.train.on_nonfinite == "skip"
+        "runtime.cuda_graph cannot capture the scale of fp16: take --runtime.precision bf16": (
+            layout.precision == "fp16"
+        ),
+        "runtime.cuda_graph needs an update that reads the lr from a tensor: take --optim.name "
+        "sgd2012 or lars": config.optim.name == "sgd",
+        "runtime.cuda_graph cannot check gradients for train.on_nonfinite skip: take stop": (
+            layout.skip_nonfinite
         ),
     }
-    obstacle = next((text for text, present in obstacles.items() if present), "")
-    if wanted is True and obstacle:
-        raise UserError(f"runtime.cuda_graph {obstacle}", on_all_ranks=True)
-    return bool(wanted) and not obstacle
+    if wanted is True:
+        refuse(obstacles)
+    return bool(wanted) and not any(obstacles.values())
 
 
-def validate(config: Config, mesh: Mesh) -> None:
-    """Refuse what cannot be trained so on these ranks, before anything begins.
+# a trained model
 
-    Raises:
-        UserError: there is no such network, or it cannot be placed or captured as asked for.
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A checkpoint, or a file of weights: its state, and the options that it is used with."""
+
+    path: Path
+    state: dict[str, Any]
+    config: Config
+
+    @property
+    def labels(self) -> list[str]:
+        """The class of each output."""
+        return list(self.state["classes"])
+
+    @property
+    def stats(self) -> ChannelStats:
+        """Of the images that it was trained on."""
+        return ChannelStats.from_json(self.state["statistics"])
+
+    @property
+    def normalization(self) -> Normalization:
+        """How pixels become its input."""
+        return normalization_for(self.config, self.stats)
+
+    def scan_dataset(self, mesh: Mesh) -> DatasetInfo:
+        """The images at data.root; all ranks call it together.
+
+        Raises:
+            UserError: there are none, or they are of other classes. A file that does not name its
+                classes takes any that are as many.
+        """
+        info, classes = scan_images(self.config, mesh), self.labels
+        named = not self.state.get("unnamed", False)
+        if info.val.classes != classes if named else len(info.val.classes) != len(classes):
+            raise UserError(
+                f"the classes of {info.val.folder} are not those that {self.path} was trained on: "
+                "give --data.root a folder with the same class folders",
+                on_all_ranks=True,
+            )
+        return info
+
+    def eval_loader(
+        self, mesh: Mesh, dataset: ImageDataset, batch_size: int, num_crops: NumCrops = 1
+    ) -> tuple[EvalPlan, Loader]:
+        """The crops of all images, ``batch_size`` images in a global batch; and their loader."""
+        crop_fraction = self.config.data.image_size / self.config.data.resize_size
+        plan = EvalPlan(dataset.index.sizes, batch_size, crop_fraction, num_crops)
+        return plan, loader_for(self.config, mesh, dataset, self.stats, plan)
+
+    def layout(self, mesh: Mesh, batch_size: int) -> Layout:
+        """The network with its weights on every rank; all ranks call it together."""
+        runtime = self.config.runtime
+        precision = use_precision(runtime.precision, mesh.device, runtime.deterministic)
+        model = build_model(self.config, len(self.labels))
+        layout = parallelize(model, mesh, LayoutConfig(batch_size, precision=precision))
+        self.load_weights(layout.parameters)
+        return layout
+
+    def model(self, device: torch.device) -> Network:
+        """The network with its weights on one device, in evaluation mode."""
+        model = build_model(self.config, len(self.labels)).to_empty(device=device)
+        self.load_weights(dict(model.named_parameters()))
+        return model.eval()
+
+    def load_weights(self, parameters: dict[str, torch.nn.Parameter]) -> None:
+        """Read the weights by name; raises UserError where they are corrupt, or others."""
+        load_tensors(self.path, {f"model.{name}": p.detach() for name, p in parameters.items()})
+
+
+def load_model(path: str, options: Callable[[dict[str, Any]], Config] = from_dict) -> LoadedModel:
+    """The model at ``path``: a run (its best checkpoint), a checkpoint, an exported file, or
+    torchvision's AlexNet. Raises UserError where there is none.
+
+    ``options`` makes the config that it is used with from the one it was trained with.
     """
-    if config.model.arch not in MODEL_REGISTRY:
-        raise UserError(
-            f"there is no model.arch {config.model.arch}; there are {', '.join(MODEL_REGISTRY)}",
-            on_all_ranks=True,
-        )
-    spec, towers = MODEL_REGISTRY[config.model.arch], config.parallel.towers
-    validate_parallel_config(spec, mesh.world_size, towers, layout_config(config, mesh))
-    uses_cuda_graph(config, mesh)
-
-
-def _check_batch(config: Config, mesh: Mesh, info: DatasetInfo) -> None:
-    batch, images, folder = config.data.batch_size, len(info.train), info.train.folder
-    local, steps = batch // mesh.dp_size, config.train.grad_accum_steps
-    replicas = "processes" if mesh.split_size == 1 else "pairs of processes"
-    problems = {
-        f"data.batch_size {batch} is the global batch, and has no image for some of the "
-        f"{mesh.dp_size} {replicas}: raise it, or take fewer processes": local < 1,
-        f"train.grad_accum_steps {steps} is more than the {local} images of data.batch_size "
-        f"{batch} that a process computes: lower it": steps > local,
-        f"data.batch_size {batch} is more than the {images} images of {folder}: lower it": (
-            images < batch
-        ),
-        f"{folder} has only one class: it needs a folder for each of several classes": (
-            len(info.train.classes) < 2
-        ),
-    }
-    for problem, present in problems.items():
-        if present:
-            raise UserError(problem, on_all_ranks=True)
+    found = find_checkpoint(path)
+    state = read_state(found)
+    return LoadedModel(found, state, options(state["config"]))

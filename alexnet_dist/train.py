@@ -291,7 +291,7 @@ class Trainer:
             "world_size": mesh.world_size,
             "device": device_name(mesh.device),
             "precision": self.layout.precision,
-            "compiled": setup.is_compiled(self.config, mesh),
+            "compiled": setup.layout_config(self.config, mesh).compile,
             "cuda_graph": setup.uses_cuda_graph(self.config, mesh),
             "threads": mesh.threads,
             "loader": self.data.loader.description,
@@ -346,7 +346,7 @@ class Trainer:
     def _plot_first_batch(self, batch: Batch) -> None:
         """What the network really sees."""
         noise, names = self.data.plan.pca_noise_std(0), self.data.info.short_names
-        pixels = self.data.normalization.to_uint8_images(batch.images[:32], noise)
+        pixels = self.data.loader.normalization.to_uint8_images(batch.images[:32], noise)
         captions = [names[label] for label in batch.labels[:32].tolist()]
         title = "the first training batch, as the network sees it"
         self.logger.plot("first_batch", 0, plots.plot_image_grid, pixels, captions, title)
@@ -359,7 +359,7 @@ class Trainer:
         samples = self.data.eval_plan.samples(np.linspace(0, len(info.val) - 1, count, dtype=int))
         (batch,) = self.data.eval_loader.batches([samples])
         probs = self.layout.logits(batch.images).softmax(1)
-        pixels = self.data.eval_normalization.to_uint8_images(batch.images)
+        pixels = self.data.eval_loader.normalization.to_uint8_images(batch.images)
         captions = [info.short_names[label] for label in batch.labels.tolist()]
         best = plots.top_labels(probs, info.short_names)
         self.logger.plot("predictions", step, plots.plot_predictions, pixels, captions, best, "", 8)

@@ -39,6 +39,7 @@ class Steps:
         options = LayoutConfig(
             batch,
             precision=resolve_precision("auto", mesh.device),
+            towers=mesh.split_size,
             fc="sharded" if kind == "sharded" else "replicated",
             grad_compression=compression or "none",  # type: ignore[arg-type]
             powersgd_rank=RANK,

@@ -19,7 +19,6 @@ BUDGETS = {  # lines of Python, docstrings included: the most allowed, which may
     "submit.py": (76, 80),
     "replay.py": (80, 80),
     "setup.py": (275, 220),
-    "loaded_model.py": (106, 0),
     "config.py": (466, 320),
     "errors.py": (78, 60),
     "model": (1097, 1000),

@@ -11,15 +11,15 @@ import pytest
 import torch
 from PIL import Image
 
-from alexnet_dist import evaluate, loaded_model
+from alexnet_dist import evaluate, setup
 from alexnet_dist.config import Config, from_dict, to_dict
 from alexnet_dist.data.datasets import FolderDataset, ImageDataset, SplitIndex
 from alexnet_dist.data.eval_plan import EvalPlan
 from alexnet_dist.data.index import open_datasets, scan_dataset
 from alexnet_dist.errors import UserError
-from alexnet_dist.loaded_model import LoadedModel
 from alexnet_dist.model import build_model
 from alexnet_dist.parallel.mesh import Mesh, destroy_distributed, init_distributed
+from alexnet_dist.setup import LoadedModel
 from alexnet_dist.training import checkpoint
 from tests.conftest import write_images
 from tests.networks import ten_crops
@@ -136,7 +136,7 @@ def test_ten_crops_are_a_loop_over_crops(
         for name, value in networks[path.name].named_parameters():
             tensors[f"model.{name}"].copy_(value)
 
-    monkeypatch.setattr(loaded_model, "load_tensors", load)
+    monkeypatch.setattr(setup, "load_tensors", load)
     dataset, expected = open_datasets(info)[1], np.array(probs)
     for some, averaged in ((models[:1], expected[0].mean(1)), (models, expected.mean((0, 2)))):
         result = evaluate.evaluate_average(some, 10, mesh, dataset)

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from alexnet_dist import evaluate, export
 from alexnet_dist.errors import UserError
 from alexnet_dist.export import main
-from alexnet_dist.loaded_model import load_model
 from alexnet_dist.model import Network
 from alexnet_dist.parallel import mesh
+from alexnet_dist.setup import load_model
 from tests.conftest import train, write_images
 from tests.networks import CLASSES, alone, command, save_network
 

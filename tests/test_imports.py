@@ -14,11 +14,9 @@ COMMANDS = {path.stem for path in PACKAGE.glob("*.py")} - {
     "config",
     "errors",
     "setup",
-    "loaded_model",
 }
 MAY_IMPORT = {
     "setup": {*FOLDERS, "config", "errors"},
-    "loaded_model": {*FOLDERS, "config", "errors", "setup"},
     "model": {"model"},
     "data": {"data", "errors"},
     "prepare": {"prepare", "data", "errors"},

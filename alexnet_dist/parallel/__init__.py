@@ -27,8 +27,7 @@ __all__ = ["Layout", "LayoutConfig", "parallelize", "validate_parallel_config"]
 
 
 def parallelize(model: Network, mesh: Mesh, config: LayoutConfig) -> Layout:
-    """Lay a copy of ``model``, which is on the meta device, out on the ``mesh``: in towers where
-    its ``split_size`` is 2.
+    """Lay a copy of ``model``, which is on the meta device, out on the ``mesh``.
 
     The layout's parameters have no values yet; ``sharding.load_full_weights`` or a checkpoint sets
     them. What ``validate_parallel_config`` refuses is not checked again.
@@ -40,7 +39,7 @@ def parallelize(model: Network, mesh: Mesh, config: LayoutConfig) -> Layout:
         group = TimedGroup(mesh.group("dp"), timer)
         sharding = Sharding(mesh, shard_classifier(model, group), "dp")
         return ShardedFCLayout(model, mesh, config, sharding, group)
-    if mesh.split_size == 1:
+    if config.towers == 1:
         return DDPLayout(model, mesh, config, Sharding(mesh, {}, "mp"), timer)
     assert isinstance(model, AlexNet)
     pair = TimedGroup(mesh.group("mp"), timer)
@@ -48,9 +47,7 @@ def parallelize(model: Network, mesh: Mesh, config: LayoutConfig) -> Layout:
     return DDPLayout(model, mesh, config, Sharding(mesh, shapes, "mp"), timer, pair)
 
 
-def validate_parallel_config(
-    spec: ModelSpec, processes: int, towers: int, config: LayoutConfig
-) -> None:
+def validate_parallel_config(spec: ModelSpec, processes: int, config: LayoutConfig) -> None:
     """Refuse what cannot be laid out, before anything is built.
 
     Raises:
@@ -60,14 +57,16 @@ def validate_parallel_config(
         {
             "parallel.towers 2 and parallel.fc sharded are two ways to split the same layers: take "
             "one of them, the other by --parallel.towers 1 or --parallel.fc replicated": (
-                towers > 1 and config.fc == "sharded"
+                config.towers > 1 and config.fc == "sharded"
             ),
             "parallel.towers 2 wants a network of two towers (paper, original145 and its kin), and "
             "model.arch has one: take --parallel.towers 1, or --parallel.fc sharded": (
-                towers > 1 and spec.towers != 2
+                config.towers > 1 and spec.towers != 2
             ),
             f"parallel.towers 2 wants pairs of processes, and there are {processes}: take "
-            f"--nproc_per_node={processes + 1}, or --parallel.towers 1": processes % towers > 0,
+            f"--nproc_per_node={processes + 1}, or --parallel.towers 1": (
+                processes % config.towers > 0
+            ),
             "parallel.grad_compression powersgd keeps what an overflow of fp16 leaves behind: take "
             "another runtime.precision, or --parallel.grad_compression fp16": (
                 config.grad_compression == "powersgd" and config.precision == "fp16"

@@ -49,6 +49,7 @@ class LayoutConfig:
     Attributes:
         batch_size: images in a global batch.
         grad_accum_steps: microbatches in which it is computed, one after another.
+        towers: processes of a replica, as in the mesh (towers.py).
         fc: "replicated", or "sharded" over all processes (sharded_fc.py).
         grad_compression: how gradients are sent between replicas: uncompressed, in 16 bits, or as
             PowerSGD's matrices of rank ``powersgd_rank`` (Vogels et al. 2019) after
@@ -60,6 +61,7 @@ class LayoutConfig:
     batch_size: int
     grad_accum_steps: int = 1
     precision: Precision = "fp32"
+    towers: int = 1
     fc: Literal["replicated", "sharded"] = "replicated"
     grad_compression: Literal["none", "bf16", "fp16", "powersgd"] = "none"
     powersgd_rank: int = 4

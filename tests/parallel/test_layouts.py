@@ -181,29 +181,27 @@ def test_layouts_on_gpus(on: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arch", "processes", "num_towers", "options", "message"),
+    ("arch", "processes", "options", "message"),
     [
-        ("paper", 3, 2, {}, "wants pairs of processes, and there are 3: take --nproc"),
-        ("one_column", 2, 2, {}, "wants a network of two towers"),
-        ("torchvision", 2, 2, {}, "wants a network of two towers"),
-        ("paper", 2, 2, {"fc": "sharded"}, "take one of them"),
+        ("paper", 3, {"towers": 2}, "wants pairs of processes, and there are 3: take --nproc"),
+        ("one_column", 2, {"towers": 2}, "wants a network of two towers"),
+        ("torchvision", 2, {"towers": 2}, "wants a network of two towers"),
+        ("paper", 2, {"towers": 2, "fc": "sharded"}, "take one of them"),
         (
             "paper",
             2,
-            1,
             {"grad_compression": "powersgd", "precision": "fp16"},
             "take another runtime",
         ),
     ],
 )
 def test_what_cannot_be_laid_out_is_refused(
-    arch: str, processes: int, num_towers: int, options: dict[str, Any], message: str
+    arch: str, processes: int, options: dict[str, Any], message: str
 ) -> None:
-    config = LayoutConfig(1, **options)
     with pytest.raises(UserError, match=message) as error:
-        validate_parallel_config(MODEL_REGISTRY[arch], processes, num_towers, config)
+        validate_parallel_config(MODEL_REGISTRY[arch], processes, LayoutConfig(1, **options))
     assert error.value.on_all_ranks
-    validate_parallel_config(MODEL_REGISTRY["paper"], 4, 2, LayoutConfig(1))
+    validate_parallel_config(MODEL_REGISTRY["paper"], 4, LayoutConfig(1, towers=2))
 
 
 def test_towers_exchange_activations_while_they_compute(monkeypatch: pytest.MonkeyPatch) -> None:

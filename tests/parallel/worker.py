@@ -69,8 +69,9 @@ class Trainer:
             batch,
             int(microbatches or 1),
             precision,
-            "sharded" if kind == "sharded" else "replicated",
-            compression or "none",  # type: ignore[arg-type]
+            towers=self.mesh.split_size,
+            fc="sharded" if kind == "sharded" else "replicated",
+            grad_compression=compression or "none",  # type: ignore[arg-type]
             powersgd_rank=2,
             powersgd_start=2,
         )

@@ -10,9 +10,9 @@ import torch
 
 from alexnet_dist.errors import UserError
 from alexnet_dist.export import main as export
-from alexnet_dist.loaded_model import load_model
 from alexnet_dist.model import Network, build_model
 from alexnet_dist.parallel import mesh
+from alexnet_dist.setup import load_model
 from alexnet_dist.training.checkpoint import CheckpointManager
 from alexnet_dist.training.optim import build_optimizer
 from tests.networks import alone, command, save_network
