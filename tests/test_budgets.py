@@ -18,18 +18,18 @@ BUDGETS = {  # lines of Python, docstrings included: the most allowed, which may
     "bench.py": (268, 260),
     "submit.py": (76, 80),
     "replay.py": (80, 80),
-    "setup.py": (275, 220),
+    "setup.py": (348, 220),
     "config.py": (466, 320),
     "errors.py": (78, 60),
     "model": (1097, 1000),
     "data": (2016, 1500),
-    "parallel": (1559, 1250),
+    "parallel": (1560, 1250),
     "training": (1460, 1000),
     "tracking": (764, 700),
     "prepare": (996, 1000),
     "__init__.py": (3, 5),
 }
-IN_ALL = {"alexnet_dist": (10456, 8700), "benchmarks": (2293, 2300), "tests": (7802, 6500)}
+IN_ALL = {"alexnet_dist": (10424, 8700), "benchmarks": (2294, 2300), "tests": (7798, 6500)}
 FILES_OF_A_STEP, LINES_OF_A_STEP = (16, 16), (2989, 2800)
 
 TRACER = """
