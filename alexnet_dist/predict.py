@@ -1,17 +1,15 @@
 """The most likely labels of images, by a trained network.
 
-python -m alexnet_dist.predict IMAGE|FOLDER|GLOB... --checkpoint RUN [--ten_crop] [--json FILE]
+python -m alexnet_dist.predict IMAGE|FOLDER... --checkpoint RUN [--ten_crop] [--json FILE]
 For each image its path and its five most likely labels with their probabilities, as text, as JSON
-lines, as a picture. "-" reads paths from standard input, one a line. An image that cannot be read
-is named, the others are done, and the exit code is 1.
+lines, as a picture. An image that cannot be read is named, the others are done, and the exit code
+is 1.
 """
 
-import glob
 import json
-import os
 import sys
 from argparse import Namespace
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, nullcontext
 from dataclasses import replace
@@ -66,23 +64,18 @@ def read_size(path: str) -> tuple[int, int]:
         return 1, 1
 
 
-def expand_paths(words: Iterable[str]) -> Iterator[str]:
-    """The files that people mean: a file itself, the images anywhere below a folder, those that a
-    pattern matches. What is none of these stays as it is, and is missed when it is read."""
-    for word in words:
-        path = Path(word)
-        if path.is_dir():
-            found = [str(file) for file in path.rglob("*") if is_image_name(file.name)]
-        else:
-            found = [] if path.exists() else glob.glob(word, recursive=True)
-        yield from sorted(filter(os.path.isfile, found)) or [word]
+def find_images(path: str) -> list[str]:
+    """The images anywhere below a folder, sorted. A file, and what holds no image, is given back:
+    reading it tells what is wrong with it."""
+    below = [str(file) for file in Path(path).rglob("*") if is_image_name(file.name)]
+    return sorted(below) or [path]
 
 
 def main(arguments: list[str]) -> None:
     """Predict as the command line says."""
     parser = CommandParser("predict", __doc__)
     add, source = parser.add_argument, "a run, a checkpoint, an export, torchvision's weights"
-    add("images", nargs="+", metavar="IMAGE", help="a file, a folder, a pattern, or -")
+    add("images", nargs="+", metavar="IMAGE", help="a file, or a folder")
     add("--checkpoint", required=True, metavar="RUN", help=source)
     add("--ten_crop", action="store_true", help="average ten crops of each image")
     add("--top", type=positive_int, default=5, metavar="N", help="labels for each image (5)")
@@ -95,10 +88,7 @@ def main(arguments: list[str]) -> None:
     mesh = init_distributed(runtime.device, runtime.threads).with_layout(1)
     if mesh.world_size > 1:
         raise UserError("predict is one process: start it without torchrun", on_all_ranks=True)
-    words = (line for word in args.images for line in (sys.stdin if word == "-" else [word]))
-    paths = list(expand_paths(filter(None, (word.rstrip("\r\n") for word in words))))
-    if not paths:
-        raise UserError("there is no image to predict: standard input names none")
+    paths = [path for word in args.images for path in find_images(word)]
     count, shown = 0, []
     with open(args.json, "w") if args.json not in (None, "-") else nullcontext(sys.stdout) as file:
         for count, (path, best, pixels) in enumerate(predict(model, mesh, paths, args), 1):

@@ -1,6 +1,5 @@
 """The most likely labels of images: an evaluation's numbers, and a word for every image."""
 
-import io
 import json
 from pathlib import Path
 
@@ -115,21 +114,6 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_done(
             f"alexnet_dist: {path} cannot be read ({reason}): it is skipped"
             for path, reason in reasons.items()
         ]
-
-
-def test_lists_patterns_and_odd_names(
-    trained: tuple[Path, Network], photographs: Path, tmp_path: Path,
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    odd = tmp_path / "odd [1] name.jpg"
-    odd.write_bytes(next(photographs.rglob("*.jpg")).read_bytes())
-    monkeypatch.setattr("sys.stdin", io.StringIO(f"{odd}\n\n{photographs}/b\n"))
-    words = [f"{photographs}/**/0*.png", "-", "--checkpoint", trained[0], "--top", 2]
-    records = predicted(capsys, *words)
-    wanted = [*sorted(photographs.glob("a/*.png")), *sorted(photographs.glob("b/0*.png")), odd]
-    wanted += sorted(photographs.glob("b/*"))
-    assert [record["path"] for record in records] == [str(path) for path in wanted]
-    assert {len(record["labels"]) for record in records} == {2}
 
 
 def test_text_json_and_image(

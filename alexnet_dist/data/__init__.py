@@ -33,7 +33,7 @@ def build_loader(
 
     Raises:
         UserError: DALI is asked for by name and not installed, or gpu_cache for a dataset without
-            raw pixels.
+            raw pixels, or with more than the GPU has room for.
     """
     if name == "dali" and not dali.available():
         raise UserError(
@@ -51,8 +51,13 @@ def build_loader(
     options: dict[str, Any] = {"device": device, "threads": threads, "on_corrupt": on_corrupt}
     if isinstance(dataset, RawDataset) and name in ("auto", "gpu_cache"):
         fits = fits_in_gpu_memory(dataset, device)
+        if name == "gpu_cache" and not fits and device.type == "cuda":
+            raise UserError(
+                f"{dataset.index.folder} has {dataset.pixels.nbytes / 1e9:.1f} GB of pixels, which "
+                "leave no room for training on this GPU: take --data.loader auto"
+            )
         if fits or name == "gpu_cache":
-            return GpuCacheLoader(dataset, normalization, in_gpu_memory=fits, **options)
+            return GpuCacheLoader(dataset, normalization, **options)
     if name == "torch" or not dali.available():
         return TorchLoader(dataset, normalization, **options)
     return dali.DaliLoader(

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from alexnet_dist.data.datasets import ImageDataset
-from alexnet_dist.data.formats import DECODE_ERROR, SIZE_MISMATCH, decode, parse_jpeg_size
+from alexnet_dist.data.formats import DECODE_ERROR, SIZE_MISMATCH, decode
 from alexnet_dist.data.loader import Batch, Loader, load_ahead, to_device
 from alexnet_dist.data.plan import SampleParams
 from alexnet_dist.data.transforms import Normalization
@@ -182,72 +182,51 @@ class DaliLoader(Loader):
         """``planned``, and the batch of its samples or their substitutes."""
         while True:
             samples = self.corrupt.substitute(planned)
-            images = self._read(samples)
-            if images is None:
-                continue
-            try:
-                return planned, self._run(samples, images)
-            except Exception as error:
-                self._mark_corrupt(samples, images, error)
+            images, errors = self._read(samples)
+            if not errors:
+                try:
+                    return planned, self._run(samples, images)
+                except Exception as error:
+                    errors = find_corrupt(samples, images, error)
+            self.corrupt.mark_corrupt(errors)
 
-    def _mark_corrupt(
-        self, samples: SampleParams, images: list[NDArray[np.uint8]], error: Exception
-    ) -> None:
-        """Mark the image that DALI names in its error; if it names none, those that Pillow cannot
-        decode either."""
-        cause = str(error).rpartition("encountered:")[2].strip()
-        rows = [int(row) for row in re.findall(r"Failed to decode sample #(\d+)", cause)[:1]]
-        for row, image in enumerate(images) if not rows else ():
-            try:
-                decode(image)
-            except OSError:
-                rows.append(row)
-        for row in rows:
-            self.corrupt.mark_corrupt(int(samples.indices[row]), DECODE_ERROR)
-        if not rows:
-            reason = cause.partition("\n")[0] or type(error).__name__
-            raise UserError(f"DALI failed on a batch of images: {reason}") from error
-
-    def _read(self, samples: SampleParams) -> list[NDArray[np.uint8]] | None:
-        """What ``feed_batch`` takes, or None where an image has turned out to be corrupt."""
+    def _read(self, samples: SampleParams) -> tuple[list[NDArray[np.uint8]], dict[int, str]]:
+        """What ``feed_batch`` takes; and which images are corrupt, and why."""
         wanted = list(zip(samples.indices.tolist(), samples.crop_boxes.tolist(), strict=True))
+        errors: dict[int, str] = {}
 
-        def read_chunk(first: int) -> list[NDArray[np.uint8] | OSError]:
-            return [self._read_one(*one) for one in wanted[first : first + READ_CHUNK]]
+        def read_chunk(first: int) -> list[NDArray[np.uint8]]:
+            images = []
+            for index, box in wanted[first : first + READ_CHUNK]:
+                try:
+                    images.append(self._read_one(index, box))
+                except OSError as error:
+                    errors[index] = error.strerror or str(error)
+            return images
 
         chunks = self._readers.map(read_chunk, range(0, len(wanted), READ_CHUNK))
-        images = []
-        for (index, _), image in zip(wanted, itertools.chain.from_iterable(chunks), strict=True):
-            if isinstance(image, OSError):
-                self.corrupt.mark_corrupt(index, image.strerror or str(image))
-            else:
-                images.append(image)
-        return images if len(images) == len(wanted) else None
+        return list(itertools.chain.from_iterable(chunks)), errors
 
-    def _read_one(self, index: int, box: list[int]) -> NDArray[np.uint8] | OSError:
-        """An image's bytes, or the pixels in its crop box; or why DALI is not to have them.
+    def _read_one(self, index: int, box: list[int]) -> NDArray[np.uint8]:
+        """An image's bytes, or the pixels in its crop box. Raises OSError where DALI is not to have
+        them.
 
         DALI 2.4 may end in a segmentation fault where a header cannot be read, has pixels of no
         known type, or gives a size that the box does not fit into: it leaves the function whose
-        threads still parse the rest of the batch. So every header is read before, by DALI's own
-        parser unless it is as plain as nearly all are.
+        threads still parse the rest of the batch. So its own parser reads every header before.
         """
-        try:
-            image = self.dataset.read(index)
-        except OSError as error:
-            return error
+        image = self.dataset.read(index)
         if self.dataset.is_decoded:
             top, left, height, width = box  # cropped here: DALI's slice takes three times as long
             return np.ascontiguousarray(image[top : top + height, left : left + width])
-        size = parse_jpeg_size(image)
-        if size is None:
-            try:
-                header = self._parse_header(image)
-                size, _ = [header.height, header.width], header.dtype
-            except (RuntimeError, TypeError):
-                return OSError(DECODE_ERROR)
-        matches = size == self.dataset.index.sizes[index].tolist()
-        return image if matches else OSError(SIZE_MISMATCH)
+        try:
+            header = self._parse_header(image)
+            size, _ = [header.height, header.width], header.dtype
+        except (RuntimeError, TypeError):
+            raise OSError(DECODE_ERROR) from None
+        if size != self.dataset.index.sizes[index].tolist():
+            raise OSError(SIZE_MISMATCH)
+        return image
 
     def _run(self, samples: SampleParams, images: list[NDArray[np.uint8]]) -> Batch:
         if not images:  # which DALI does not take
@@ -267,3 +246,21 @@ class DaliLoader(Loader):
         # DALI's own memory, which it gets back when torch frees the tensor
         tensor = torch.from_dlpack(normalized.as_tensor()).permute(0, 3, 1, 2)
         return Batch(tensor, labels, indices)
+
+
+def find_corrupt(
+    samples: SampleParams, images: list[NDArray[np.uint8]], error: Exception
+) -> dict[int, str]:
+    """The image that DALI names in its error; if it names none, those that Pillow cannot decode
+    either. Raises UserError where there is none."""
+    cause = str(error).rpartition("encountered:")[2].strip()
+    rows = [int(row) for row in re.findall(r"Failed to decode sample #(\d+)", cause)[:1]]
+    for row, image in enumerate(images) if not rows else ():
+        try:
+            decode(image)
+        except OSError:
+            rows.append(row)
+    if not rows:
+        reason = cause.partition("\n")[0] or type(error).__name__
+        raise UserError(f"DALI failed on a batch of images: {reason}") from error
+    return dict.fromkeys(samples.indices[rows].tolist(), DECODE_ERROR)

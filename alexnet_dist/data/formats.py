@@ -6,8 +6,6 @@ validated before any decoder sees them, and where Pillow and DALI read a good fi
 of them is made to agree with the other, here. What is wrong inside a file is left to the decoders.
 """
 
-import re
-import struct
 from io import BytesIO
 
 import numpy as np
@@ -21,12 +19,6 @@ DECODE_ERROR = "the decoder gives up on it"
 SIZE_MISMATCH = "it has another size than when it was indexed"
 
 _JPEG, _END_OF_JPEG, _SCAN = b"\xff\xd8\xff", b"\xff\xd9", 0xDA
-_BASELINE_JPEG = re.compile(
-    rb"\xff\xd8\xff\xe0\0\x10.{14}(?:\xff\xdb\0\x43.{65}){1,2}"  # JFIF, tables
-    rb"\xff\xc0\0(?:\x11\x08(.{4})\x03.{9}|\x0b\x08(.{4})\x01.{3})"  # the frame and its size
-    rb"(?:\xff\xc4\0(?:\x1f.{29}|\xb5.{179}))+\xff\xda",  # Huffman's tables, the scan
-    re.DOTALL,
-)
 _PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -47,13 +39,6 @@ def validate_bytes(encoded: NDArray[np.uint8]) -> NDArray[np.uint8]:
         decode(encoded).save(buffer, "PNG", compress_level=0)
         return np.frombuffer(buffer.getvalue(), np.uint8)
     return encoded
-
-
-def parse_jpeg_size(encoded: NDArray[np.uint8]) -> list[int] | None:
-    """[height, width] of a baseline JPEG with libjpeg's plain header, which every parser reads;
-    else None."""
-    found = _BASELINE_JPEG.match(encoded.data)
-    return list(struct.unpack(">HH", found[found.lastindex or 0])) if found else None
 
 
 def decode(

@@ -4,8 +4,10 @@ do when an image cannot be decoded."""
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -44,12 +46,11 @@ class Batch:
 class CorruptImagePolicy:
     """Which images cannot be decoded, and what is done about it.
 
-    ``policy``: "stop" raises. Where data.on_corrupt_image is skip, training has "substitute" and an
-    evaluation "skip". "substitute" takes the next image that can be decoded, whatever its
-    class, so that it is the same one in every epoch and on any number of processes. "skip" makes
-    the batch smaller, since an evaluation must not count another image twice.
-
     Attributes:
+        policy: "stop" raises. Where data.on_corrupt_image is skip, training has "substitute", the
+            next image that can be decoded, whatever its class, so that it is the same one in every
+            epoch and on any number of processes; and an evaluation "skip", a smaller batch, since
+            it must not count another image twice.
         errors: why, by index.
         events: what ``pop_events`` returns next.
     """
@@ -60,22 +61,25 @@ class CorruptImagePolicy:
     events: list[dict[str, object]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        unreadable = self.dataset.index.corrupt_indices()
-        for index in unreadable:
-            self.errors[index] = "it has no readable header of a JPEG, PNG, WebP or BMP"
-        if unreadable and self.policy == "stop":
-            message = self._message(unreadable[0], others=len(unreadable) - 1)
-            raise UserError(message, on_all_ranks=True)
+        reason = "it has no readable header of a JPEG, PNG, WebP or BMP"
+        unreadable = dict.fromkeys(self.dataset.index.corrupt_indices(), reason)
+        self.mark_corrupt(unreadable, on_all_ranks=True)
 
-    def mark_corrupt(self, index: int, reason: str) -> None:
-        """Note that an image cannot be decoded; raises UserError where the policy is to stop."""
-        self.errors[index] = reason
-        if self.policy == "stop":
-            raise UserError(self._message(index))
+    def mark_corrupt(self, reasons: dict[int, str], *, on_all_ranks: bool = False) -> None:
+        """Note why images cannot be decoded; raises UserError where the policy is to stop."""
+        self.errors |= reasons
+        if reasons and self.policy == "stop":
+            index, *others = sorted(reasons)
+            more = f" and {len(others)} other images" if others else ""
+            raise UserError(
+                f"{self.dataset.path(index)}{more} cannot be decoded ({reasons[index]}): fix or "
+                "remove it, or go on without it by --data.on_corrupt_image skip",
+                on_all_ranks=on_all_ranks,
+            )
 
     def substitute(self, samples: SampleParams) -> SampleParams:
         """The samples with the images that are known to be corrupt replaced or skipped."""
-        mask = np.array([index in self.errors for index in samples.indices.tolist()], np.bool_)
+        mask = np.isin(samples.indices, list(self.errors))
         if not mask.any():
             return samples
         if self.policy == "skip":
@@ -86,16 +90,12 @@ class CorruptImagePolicy:
 
     def log_substitutions(self, planned: SampleParams) -> None:
         """Record what ``substitute`` made of a batch, once the batch has been loaded."""
-        for index in planned.indices.tolist():
-            if index in self.errors:
-                event: dict[str, object] = {
-                    "index": index,
-                    "path": self.dataset.path(index),
-                    "reason": self.errors[index],
-                }
-                if self.policy == "substitute":
-                    event["substitute"] = self.dataset.path(self._next_good(index))
-                self.events.append(event)
+        for index in (index for index in planned.indices.tolist() if index in self.errors):
+            path, reason = self.dataset.path(index), self.errors[index]
+            event: dict[str, object] = {"index": index, "path": path, "reason": reason}
+            if self.policy == "substitute":
+                event["substitute"] = self.dataset.path(self._next_good(index))
+            self.events.append(event)
 
     def pop_events(self) -> list[dict[str, object]]:
         """What was substituted or skipped since the last call."""
@@ -109,13 +109,6 @@ class CorruptImagePolicy:
                 return other % count
         folder = self.dataset.index.folder
         raise UserError(f"no image of {folder} can be decoded", on_all_ranks=True)
-
-    def _message(self, index: int, others: int = 0) -> str:
-        more = f" and {others} other images" if others else ""
-        return (
-            f"{self.dataset.path(index)}{more} cannot be decoded ({self.errors[index]}): fix or "
-            "remove it, or go on without it by --data.on_corrupt_image skip"
-        )
 
 
 class Loader(ABC):
@@ -175,28 +168,15 @@ def load_ahead(
 ) -> Generator[T, None, None]:
     """What ``load`` returns for each of ``samples``, in their order; ``threads`` of them are loaded
     at a time, and PREFETCH more wait to be taken."""
-    source = iter(samples)
-    planning = ThreadPoolExecutor(1, "plan")
-    loading = ThreadPoolExecutor(threads, "load", initializer=_use_device, initargs=(device,))
-
-    def load_next(planned: Future[SampleParams | None]) -> T | None:
-        sample = planned.result()
-        return None if sample is None else load(sample)
-
-    def submit() -> Future[T | None]:
-        return loading.submit(load_next, planning.submit(next, source, None))
-
+    # CUDA calls of a thread go to device 0 unless it says otherwise
+    use_device = partial(torch.cuda.set_device, device) if device.type == "cuda" else None
+    pool = ThreadPoolExecutor(threads, "load", initializer=use_device)
+    tasks = (pool.submit(load, planned) for planned in samples)
     try:
-        pending = deque(submit() for _ in range(threads + PREFETCH))
-        while (loaded := pending.popleft().result()) is not None:
-            pending.append(submit())
+        pending = deque(islice(tasks, threads + PREFETCH))
+        while pending:
+            loaded = pending.popleft().result()
+            pending.extend(islice(tasks, 1))
             yield loaded
     finally:
-        loading.shutdown(cancel_futures=True)
-        planning.shutdown(cancel_futures=True)
-
-
-def _use_device(device: torch.device) -> None:
-    """To be called first in a thread that touches CUDA: threads begin on device 0."""
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+        pool.shutdown(cancel_futures=True)

@@ -100,13 +100,12 @@ class TorchLoader(Loader):
         self, planned: SampleParams, samples: SampleParams, images: Tensor, errors: dict[int, str]
     ) -> Batch:
         while errors:
-            for index, reason in errors.items():
-                self.corrupt.mark_corrupt(index, reason)
+            self.corrupt.mark_corrupt(errors)
             samples = self.corrupt.substitute(planned)
             images, errors = self._decode[samples.indices, samples.crop_boxes, samples.flips]
         self.corrupt.log_substitutions(planned)
         means = to_device(self.normalization.means(samples), self.device)
-        stds = to_device(self.normalization.stds(samples.pca_noise_std), self.device)
+        scales = np.reciprocal(self.normalization.stds(samples.pca_noise_std))
         labels = to_device(self._labels[samples.indices], self.device)
-        images = normalize(to_device(images, self.device), means, stds)
+        images = normalize(to_device(images, self.device), means, to_device(scales, self.device))
         return Batch(images, labels, samples.indices)

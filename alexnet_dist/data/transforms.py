@@ -94,7 +94,11 @@ def crop_resize_flip(image: Tensor, box: NDArray[np.int64], flip: bool, size: in
     return image.flip(-1) if flip else image
 
 
-def normalize(images: Tensor, means: Tensor, std: Tensor) -> Tensor:
-    """uint8 images [b, 3, H, W] as float32, channels last; ``means`` [b, 3], ``std`` [3]."""
+def normalize(images: Tensor, means: Tensor, scales: Tensor) -> Tensor:
+    """uint8 images [b, 3, H, W] as (pixel - mean) * scale, float32, channels last.
+
+    Args:
+        means, scales: [b, 3] and [3]; scales are reciprocals of standard deviations.
+    """
     images = images.to(torch.float32, memory_format=torch.channels_last)
-    return images.sub_(means[:, :, None, None]).mul_((1 / std)[:, None, None])
+    return images.sub_(means[:, :, None, None]).mul_(scales[:, None, None])

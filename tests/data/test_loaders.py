@@ -236,7 +236,7 @@ def test_gpu_cache_trains_as_dali_does(tmp_path: Path) -> None:
         options = [f"--data.loader={name}", "--train.max_steps=2", "--data.pca_noise=source"]
         train(0, folder, tmp_path, f"--run.name={name}", *options)
     (start,) = events(tmp_path / "gpu_cache", "start")
-    assert start["loader"].startswith("gpu_cache: 0.0 GB of raw pixels in host memory")
+    assert start["loader"].startswith("gpu_cache: 0.0 GB of raw pixels in the memory of the host")
     ours, theirs = (losses(tmp_path / name) for name in ("gpu_cache", "dali"))
     assert ours == pytest.approx(theirs, rel=1e-5)
     assert len(ours) == 2

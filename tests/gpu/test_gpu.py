@@ -12,7 +12,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from alexnet_dist import data
 from alexnet_dist.data import dali_probe
 from alexnet_dist.data.datasets import ImageDataset
 from alexnet_dist.data.loader import Batch
@@ -93,14 +92,10 @@ def test_dali_agrees_with_the_torch_loader(
     assert_close(ours, theirs, 1.0 if decoder == "none" else 2.0)
 
 
-@pytest.mark.parametrize("in_gpu_memory", [True, False])
 @pytest.mark.parametrize("crop", ["paper", "random_resized"])
-def test_gpu_cache_gives_the_torch_loaders_batches(
-    crop: TrainCrop, in_gpu_memory: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gpu_cache_gives_the_torch_loaders_batches(crop: TrainCrop, tmp_path: Path) -> None:
     """To the bit where no box is resized, in an epoch that is longer than what is prefetched, and
     for a rank without any image."""
-    monkeypatch.setattr(data, "fits_in_gpu_memory", lambda *_: in_gpu_memory)
     dataset, normalization = open_images(tmp_path, pixels=True)
     plan = SamplePlan(dataset.index.sizes, 7, 1, crop, 0.7, pca_noise_std=lambda _: 0.1)
     samples = [*plan.epoch(0, 0, ALL), plan.sample(0, 0, slice(7, None, 8))]
@@ -118,7 +113,7 @@ def test_auto_takes_the_gpu_cache_for_raw_pixels(tmp_path: Path) -> None:
         options = [f"--data.loader={name}", "--runtime.deterministic=true"]
         train(1, folder, tmp_path / name, "--run.name=run", *options)
     (start,) = events(tmp_path / "auto" / "run", "start")
-    assert start["loader"] == "gpu_cache: 0.0 GB of raw pixels on the GPU"
+    assert start["loader"] == "gpu_cache: 0.0 GB of raw pixels in the memory of the GPU"
     assert losses(tmp_path / "auto/run") == losses(tmp_path / "torch/run")
 
 
