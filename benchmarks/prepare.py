@@ -24,7 +24,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from alexnet_dist.prepare.images import OutputFormat, compute_moments, resize_image
+from alexnet_dist.data.statistics import compute_moments
+from alexnet_dist.prepare.images import OutputFormat, resize_image
 from benchmarks.common import machine_info
 
 SIZE, QUALITY = 256, 95

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from alexnet_dist.data.formats import decode
@@ -50,14 +51,9 @@ def compute_stats(
 
     def moments(index: int) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
         try:
-            rgb = decode(read(index), near=256)
+            return compute_moments(np.asarray(decode(read(index), near=256)))
         except OSError:
             return None
-        side = min(rgb.size)
-        left, top = (rgb.width - side) // 2, (rgb.height - side) // 2
-        pixels = np.asarray(rgb.crop((left, top, left + side, top + side)), np.float64)
-        pixels = pixels.reshape(-1, 3)
-        return pixels.mean(0), pixels.T @ pixels / len(pixels)
 
     first, second, used = np.zeros(3), np.zeros((3, 3)), 0
     with ThreadPoolExecutor(8) as pool:  # map keeps the order, so the sums are repeatable
@@ -68,6 +64,19 @@ def compute_stats(
     if used == 0:
         return ChannelStats(np.full(3, 127.5), np.zeros(3), np.eye(3))
     return stats_from_moments(first / used, second / used)
+
+
+def compute_moments(pixels: NDArray[np.uint8]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The means of RGB, [3], and of their products, [3, 3], over the central square of an image,
+    uint8 [H, W, 3]."""
+    side = min(pixels.shape[:2])
+    top, left = (pixels.shape[0] - side) // 2, (pixels.shape[1] - side) // 2
+    square = pixels[top : top + side, left : left + side].transpose(2, 0, 1)
+    # sums of 256 products of bytes are exact in float32, which is the faster type
+    exact = np.float32 if side <= 256 else np.float64
+    rows = torch.from_numpy(square.astype(exact, order="C")).transpose(0, 1)
+    first, second = (x.double().sum(0) / side**2 for x in (rows.sum(2), torch.bmm(rows, rows.mT)))
+    return first.numpy(), second.numpy()
 
 
 def stats_from_moments(mean: NDArray[np.float64], second: NDArray[np.float64]) -> ChannelStats:

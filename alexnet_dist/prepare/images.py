@@ -1,9 +1,8 @@
-"""Make one image as small as training needs it, and measure what it adds to the statistics.
+"""Make one image as small as training needs it.
 
-Decoding is torchvision's, resizing is torch's antialiased bicubic: the fastest on a CPU that give
-Pillow's result, to rounding (benchmarks/prepare.py). libjpeg's scaled decoding is not used: even at
-twice the wanted size its pixels differ from those of full decoding by 1.5 of 255 on average, and by
-up to 63.
+Resizing is torch's antialiased bicubic: the fastest on a CPU that gives Pillow's result, to rounding
+(benchmarks/prepare.py). libjpeg's scaled decoding is not used: even at twice the wanted size its
+pixels differ from those of full decoding by 1.5 of 255 on average, and by up to 63.
 """
 
 from dataclasses import dataclass
@@ -16,12 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.nn.functional import interpolate
 
-from alexnet_dist.data.formats import DECODE_ERROR, FORMATS, decode, validate_bytes
-
-try:  # torchvision 0.29 announces its removal
-    from torchvision.io import ImageReadMode, decode_jpeg
-except ImportError:
-    decode_jpeg = None
+from alexnet_dist.data.formats import FORMATS, decode, validate_bytes
 
 _EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp"}
 
@@ -54,19 +48,15 @@ def resize_image(
     Raises:
         OSError: with the reason, where it is no complete image.
     """
-    valid = validate_bytes(encoded)
-    try:
-        with Image.open(BytesIO(valid.data), formats=FORMATS) as header:
-            file_type, mode, (width, height) = header.format or "", header.mode, header.size
-    except Exception as error:  # struct.error, SyntaxError, EOFError, ...: it depends on the damage
-        raise OSError(DECODE_ERROR) from error
-    pixels = _decode(valid, plain_jpeg=file_type == "JPEG" and mode in ("L", "RGB"))
+    pixels = np.array(decode(validate_bytes(encoded)))
+    height, width, _ = pixels.shape
     short = min(width, height)
     if height == width == form.size if form.crop == "center" else short <= form.size:
-        return pixels.numpy(), encoded.tobytes(), _EXTENSIONS[file_type]
+        with Image.open(BytesIO(encoded.data), formats=FORMATS) as image:
+            return pixels, encoded.tobytes(), _EXTENSIONS[image.format or ""]
     size = [(side * form.size + short // 2) // short for side in (height, width)]
     # as a channels-last batch, which torch resizes without copying it
-    batch = pixels[None].permute(0, 3, 1, 2)
+    batch = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)
     small = interpolate(batch, size, mode="bicubic", antialias=True)[0].permute(1, 2, 0)
     if form.crop == "center":
         top, left = (size[0] - form.size) // 2, (size[1] - form.size) // 2
@@ -76,27 +66,3 @@ def resize_image(
     if form.kind == "shards":
         Image.fromarray(resized).save(file, "JPEG", quality=form.quality)
     return resized, file.getvalue(), "jpg"
-
-
-def _decode(encoded: NDArray[np.uint8], *, plain_jpeg: bool) -> torch.Tensor:
-    """RGB pixels, uint8 [H, W, 3]."""
-    if decode_jpeg is not None and plain_jpeg:
-        try:
-            image = decode_jpeg(torch.from_numpy(encoded.copy()), mode=ImageReadMode.RGB)
-            return image.permute(1, 2, 0).contiguous()
-        except RuntimeError:
-            pass  # Pillow decides
-    return torch.from_numpy(np.array(decode(encoded)))
-
-
-def compute_moments(pixels: NDArray[np.uint8]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The means of RGB, [3], and of their products, [3, 3], over the central square of an image,
-    uint8 [H, W, 3]."""
-    side = min(pixels.shape[:2])
-    top, left = (pixels.shape[0] - side) // 2, (pixels.shape[1] - side) // 2
-    square = pixels[top : top + side, left : left + side].transpose(2, 0, 1)
-    # sums of 256 products of bytes are exact in float32, which is the faster type
-    exact = np.float32 if side <= 256 else np.float64
-    rows = torch.from_numpy(square.astype(exact, order="C")).transpose(0, 1)
-    products = torch.bmm(rows, rows.mT)
-    return tuple((x.double().mean(0) / side).numpy() for x in (rows.sum(2), products))

@@ -21,9 +21,9 @@ import numpy as np
 
 from alexnet_dist.data.datasets import PREPARED
 from alexnet_dist.data.index import PACKED_FORMAT, pack_names
-from alexnet_dist.data.statistics import ChannelStats, stats_from_moments
+from alexnet_dist.data.statistics import ChannelStats, compute_moments, stats_from_moments
 from alexnet_dist.errors import UserError
-from alexnet_dist.prepare.images import OutputFormat, compute_moments, resize_image
+from alexnet_dist.prepare.images import OutputFormat, resize_image
 from alexnet_dist.prepare.listing import DatasetListing, ImageEntry, write_json
 
 PARTIAL = ".partial"
