@@ -4,8 +4,8 @@ An image is an index into the ``SplitIndex`` of its split; a dataset reads its e
 pixels. Which images there are is found out by index.py.
 """
 
+import functools
 import os
-import resource
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +21,10 @@ PREPARED = "prepared.json"
 """What a packed folder, as prepare writes it, says of itself."""
 
 FIX = "copy it again from where it was prepared, or remove the folder and prepare it from scratch"
+
+
+MAX_OPEN_FILES = 512
+"""Of the thousand that a process may have open."""
 
 
 @dataclass(frozen=True)
@@ -95,11 +99,10 @@ class _PackedDataset(ImageDataset):
 
     def __init__(self, index: SplitIndex) -> None:
         super().__init__(index)
-        check_files(index)
+        self._paths = check_files(index)
 
     def path(self, index: int) -> str:
-        file = _file_paths(self.index)[self.index.offsets[index, 0]]
-        return f"{file}: {self.index.names[index]}"
+        return f"{self._paths[self.index.offsets[index, 0]]}: {self.index.names[index]}"
 
 
 class TarDataset(_PackedDataset):
@@ -107,16 +110,12 @@ class TarDataset(_PackedDataset):
 
     def __init__(self, index: SplitIndex) -> None:
         super().__init__(index)
-        allowed, limit = resource.getrlimit(resource.RLIMIT_NOFILE)  # a thousand unless asked
-        wanted = allowed + len(index.files)
-        wanted = wanted if limit == resource.RLIM_INFINITY else min(wanted, limit)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, limit))
-        self._files = [open(path, "rb", buffering=0) for path in _file_paths(index)]  # noqa: SIM115
+        self._open = functools.lru_cache(MAX_OPEN_FILES)(functools.partial(open, buffering=0))
 
     def read(self, index: int) -> NDArray[np.uint8]:
         file, offset, length = self.index.offsets[index].tolist()
         # no memory map: a page that is not there yet would be waited for by all threads
-        encoded = os.pread(self._files[file].fileno(), length, offset)
+        encoded = os.pread(self._open(self._paths[file], "rb").fileno(), length, offset)
         return validate_bytes(np.frombuffer(encoded, np.uint8))
 
 
@@ -132,12 +131,9 @@ class RawDataset(_PackedDataset):
 
     def __init__(self, index: SplitIndex) -> None:
         super().__init__(index)
-        pixels = np.memmap(_file_paths(index)[0], np.uint8, "r").view(np.ndarray)
+        pixels = np.memmap(self._paths[0], np.uint8, "r").view(np.ndarray)
         self.pixels = pixels.reshape(-1, *index.sizes[0].tolist(), 3)
-        self.rows, rest = np.divmod(index.offsets[:, 1], self.pixels[0].nbytes)
-        outside = self.rows != self.rows.clip(0, len(self.pixels) - 1)
-        if rest.any() or outside.any() or (index.sizes != index.sizes[0]).any():
-            raise UserError(f"the index of {index.folder} does not fit its pixels: {FIX}")
+        self.rows = index.offsets[:, 1] // self.pixels[0].nbytes
 
     def read(self, index: int) -> NDArray[np.uint8]:
         return self.pixels[self.rows[index]]
@@ -182,16 +178,15 @@ DATASETS: dict[str, type[ImageDataset]] = {
 """By the kinds of index.py."""
 
 
-def _file_paths(index: SplitIndex) -> list[Path]:
-    return [Path(index.folder).parent / name for name in index.files]
-
-
-def check_files(index: SplitIndex) -> None:
-    """Raise UserError unless the files are there, on this machine, in their full length."""
-    for path, size in zip(_file_paths(index), index.files.values(), strict=True):
+def check_files(index: SplitIndex) -> list[Path]:
+    """The paths of a packed folder's files. Raises UserError unless they are there, on this
+    machine, in their full length."""
+    paths = [Path(index.folder).parent / name for name in index.files]
+    for path, size in zip(paths, index.files.values(), strict=True):
         try:
             found = path.stat().st_size
         except OSError as error:
             raise UserError(f"{path} cannot be read ({error.strerror}): {FIX}") from None
         if found != size:
             raise UserError(f"{path} has {found:,} bytes where {PREPARED} says {size:,}: {FIX}")
+    return paths

@@ -18,9 +18,9 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -45,10 +45,13 @@ from alexnet_dist.data.statistics import ChannelStats, compute_stats
 from alexnet_dist.errors import UserError
 
 IMAGE_SUFFIXES = frozenset({".jpeg", ".jpg", ".png", ".webp", ".bmp"})
+SPLITS = {"train": ("train",), "val": ("val", "valid", "validation", "test")}
+"""What people call them, the best first: ImageNet's test images have no labels."""
+
 DIGITS = "digits"
 PACKED_FORMAT = 2  # of packed folders; raise it when their meaning changes
+_BEGUN = (".partial", "train.index.npz")  # what there is of a packed folder before PREPARED
 _CACHE_FORMAT = 4  # of cached indexes and statistics; raise it when their meaning changes
-_BEGUN = ("*-00000.tar*", "*.pixels*", "*.index.npz", "*.partial*", ".partial*")
 
 Progress = Callable[[str, int, int], None]
 """Is called with what is being done, images done, images in all."""
@@ -111,7 +114,7 @@ def scan_dataset(root: str | None, cache_dir: str, progress: Progress) -> Datase
         raise UserError(
             f"there is no folder {folder}: give --data.root the folder that holds train/ and val/"
         )
-    if _is_packed(folder):
+    if (folder / PREPARED).exists():
         return _load_packed(folder)
     cache = cache / "indexes" / hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]
     if (folder / "cifar-10-batches-py").is_dir():
@@ -119,8 +122,7 @@ def scan_dataset(root: str | None, cache_dir: str, progress: Progress) -> Datase
         train, val = (_index_cifar10(folder, split) for split in ("train", "test"))
     else:
         kind = "folders"
-        train = _index_split(_find_split(folder, "train"), cache, progress)
-        val = _index_split(_find_split(folder, "val", "test"), cache, progress)
+        train, val = (_index_split(folder, split, cache, progress) for split in SPLITS)
     if train.classes != val.classes:
         odd = sorted(set(train.classes) ^ set(val.classes))
         raise UserError(
@@ -136,15 +138,17 @@ def scan_dataset(root: str | None, cache_dir: str, progress: Progress) -> Datase
     return DatasetInfo(kind, train, val, ChannelStats(**stats))
 
 
+def find_split(folder: Path, split: str) -> Path | None:
+    """The folder of the "train" or the "val" images."""
+    found = (folder / name for name in SPLITS[split])
+    return next((path for path in found if path.is_dir()), None)
+
+
 def class_folders(split: Path) -> dict[str, int]:
     """Names of the class folders, sorted, with the time each was changed last."""
     with os.scandir(split) as entries:
-        found = {
-            entry.name: entry.stat().st_mtime_ns
-            for entry in entries
-            if entry.is_dir() and not entry.name.startswith(".")
-        }
-    return dict(sorted(found.items()))
+        folders = (entry for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+        return dict(sorted((entry.name, entry.stat().st_mtime_ns) for entry in folders))
 
 
 def list_images(folder: Path) -> list[str]:
@@ -158,23 +162,20 @@ def is_image_name(name: str) -> bool:
     return Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith(".")
 
 
-def _find_split(folder: Path, *names: str) -> Path:
-    for name in names:
-        if (folder / name).is_dir():
-            return folder / name
-    raise UserError(
-        f"{folder} has no folder {' or '.join(f'{name}/' for name in names)}: data.root is the "
-        "folder that holds train/ and val/, each with a folder a class"
-    )
-
-
-def _index_split(split: Path, cache: Path, progress: Progress) -> SplitIndex:
+def _index_split(folder: Path, name: str, cache: Path, progress: Progress) -> SplitIndex:
     """The index of a split: the cached one, unless a class folder has changed since."""
-    folders = class_folders(split)
-    if not folders:
+    split = find_split(folder, name)
+    if split is None and any((folder / begun).exists() for begun in _BEGUN):
         raise UserError(
-            f"{split} has no folders in it: it wants one for each class, full of images"
+            f"the preparation of {folder} did not finish: run the same python -m "
+            "alexnet_dist.prepare again, and it goes on"
         )
+    if split is None:
+        raise UserError(
+            f"{folder} has no folder {name}/: data.root is the folder that holds train/ and val/, "
+            "each with a folder a class"
+        )
+    folders = class_folders(split)
     arrays = _cached(
         cache / f"{split.name}.npz",
         list(folders.items()),
@@ -197,8 +198,10 @@ def _scan(split: Path, classes: list[str], progress: Progress) -> dict[str, NDAr
         names += [f"{name}/{image}" for image in images]
         labels += [label] * len(images)
     if not names:
-        suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
-        raise UserError(f"{split} has class folders but no images ({suffixes})")
+        raise UserError(
+            f"{split} has no images ({', '.join(sorted(IMAGE_SUFFIXES))}) in folders of it: it "
+            "wants one for each class, full of images"
+        )
     sizes = np.zeros((len(names), 2), np.int64)
     with ThreadPoolExecutor(16) as pool:  # network storage answers slowly, but many at once
         for index, size in enumerate(pool.map(_read_size, [split / name for name in names])):
@@ -237,44 +240,32 @@ def _cached(
     return arrays
 
 
-def _is_packed(folder: Path) -> bool:
-    """Whether this is a packed folder; raises UserError where it was to become one."""
-    if (folder / PREPARED).exists():
-        return True
-    plain = (folder / "train").is_dir()
-    if not plain and any(found for pattern in _BEGUN for found in folder.glob(pattern)):
-        raise UserError(
-            f"the preparation of {folder} did not finish: run the same python -m "
-            "alexnet_dist.prepare again, and it goes on"
-        )
-    return False
-
-
 def _load_packed(folder: Path) -> DatasetInfo:
-    with _wrap_read_errors(folder / PREPARED) as path:
+    path, indexes = folder / PREPARED, []
+    try:
         facts = json.loads(path.read_text())
-        written = facts["format"]
-        if written != PACKED_FORMAT:
+        if facts["format"] != PACKED_FORMAT:
             raise UserError(
-                f"{path} is of format {written}, this version reads {PACKED_FORMAT}: take the "
-                "version of alexnet_dist that wrote it, or prepare the images from scratch"
+                f"{path} is of format {facts['format']}, this version reads {PACKED_FORMAT}: take "
+                "the version of alexnet_dist that wrote it, or prepare the images from scratch"
             )
         stats = ChannelStats.from_json(facts["statistics"])
-        train, val = (_load_packed_index(folder, facts, split) for split in ("train", "val"))
-        return DatasetInfo(facts["kind"], train, val, stats, facts["class_names"])
-
-
-def _load_packed_index(folder: Path, facts: dict[str, Any], split: str) -> SplitIndex:
-    about = facts["splits"][split]
-    files = {file["name"]: file["bytes"] for file in about["files"]}
-    with _wrap_read_errors(folder / f"{split}.index.npz") as path, np.load(path) as saved:
-        names = unpack_names(saved["names"])
-        labels, sizes, offsets = saved["labels"], saved["sizes"], saved["offsets"]
-        if not about["images"] == len(names) == len(labels) == len(sizes) == len(offsets):
-            raise ValueError(f"it is not of the {about['images']} images of {PREPARED}")
-    index = SplitIndex(str(folder / split), names, labels, sizes, facts["classes"], files, offsets)
-    check_files(index)
-    return index
+        for split in SPLITS:
+            path, about = folder / f"{split}.index.npz", facts["splits"][split]
+            files = {file["name"]: file["bytes"] for file in about["files"]}
+            with np.load(path) as saved:
+                names = unpack_names(saved["names"])
+                labels, sizes, offsets = saved["labels"], saved["sizes"], saved["offsets"]
+            if not about["images"] == len(names) == len(labels) == len(sizes) == len(offsets):
+                raise ValueError(f"it is not of the {about['images']} images of {PREPARED}")
+            rest = facts["classes"], files, offsets
+            indexes.append(SplitIndex(str(folder / split), names, labels, sizes, *rest))
+            check_files(indexes[-1])
+    except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"{error}"
+        raise UserError(f"{path} is corrupt ({reason or type(error).__name__}): {FIX}") from None
+    train, val = indexes
+    return DatasetInfo(facts["kind"], train, val, stats, facts["class_names"])
 
 
 def pack_names(names: list[str]) -> NDArray[np.uint8]:
@@ -286,16 +277,6 @@ def unpack_names(packed: NDArray[np.uint8]) -> list[str]:
     """What ``pack_names`` was given."""
     names: list[str] = json.loads(packed.tobytes())
     return names
-
-
-@contextmanager
-def _wrap_read_errors(path: Path) -> Iterator[Path]:
-    """For reading a file: what is wrong with it becomes a UserError."""
-    try:
-        yield path
-    except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile) as error:
-        reason = error.strerror if isinstance(error, OSError) else f"{error}"
-        raise UserError(f"{path} is corrupt ({reason or type(error).__name__}): {FIX}") from None
 
 
 def _index_cifar10(folder: Path, split: str) -> SplitIndex:

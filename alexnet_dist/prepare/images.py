@@ -1,8 +1,9 @@
 """Make one image as small as training needs it.
 
-Resizing is torch's antialiased bicubic: the fastest on a CPU that gives Pillow's result, to rounding
-(benchmarks/prepare.py). libjpeg's scaled decoding is not used: even at twice the wanted size its
-pixels differ from those of full decoding by 1.5 of 255 on average, and by up to 63.
+Decoding is torchvision's, resizing is torch's antialiased bicubic: the fastest on a CPU that give
+Pillow's result, to rounding (benchmarks/prepare.py). libjpeg's scaled decoding is not used: even at
+twice the wanted size its pixels differ from those of full decoding by 1.5 of 255 on average, and by
+up to 63.
 """
 
 from dataclasses import dataclass
@@ -15,7 +16,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.nn.functional import interpolate
 
-from alexnet_dist.data.formats import FORMATS, decode, validate_bytes
+from alexnet_dist.data.formats import DECODE_ERROR, FORMATS, decode, validate_bytes
+
+try:  # torchvision 0.29 announces its removal
+    from torchvision.io import ImageReadMode, decode_jpeg
+except ImportError:
+    decode_jpeg = None
 
 _EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp"}
 
@@ -48,15 +54,19 @@ def resize_image(
     Raises:
         OSError: with the reason, where it is no complete image.
     """
-    pixels = np.array(decode(validate_bytes(encoded)))
-    height, width, _ = pixels.shape
+    valid = validate_bytes(encoded)
+    try:
+        with Image.open(BytesIO(valid.data), formats=FORMATS) as header:
+            file_type, mode, (width, height) = header.format or "", header.mode, header.size
+    except Exception as error:  # struct.error, SyntaxError, EOFError, ...: it depends on the damage
+        raise OSError(DECODE_ERROR) from error
+    pixels = _decode(valid, plain_jpeg=file_type == "JPEG" and mode in ("L", "RGB"))
     short = min(width, height)
     if height == width == form.size if form.crop == "center" else short <= form.size:
-        with Image.open(BytesIO(encoded.data), formats=FORMATS) as image:
-            return pixels, encoded.tobytes(), _EXTENSIONS[image.format or ""]
+        return pixels.numpy(), encoded.tobytes(), _EXTENSIONS[file_type]
     size = [(side * form.size + short // 2) // short for side in (height, width)]
     # as a channels-last batch, which torch resizes without copying it
-    batch = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)
+    batch = pixels[None].permute(0, 3, 1, 2)
     small = interpolate(batch, size, mode="bicubic", antialias=True)[0].permute(1, 2, 0)
     if form.crop == "center":
         top, left = (size[0] - form.size) // 2, (size[1] - form.size) // 2
@@ -66,3 +76,14 @@ def resize_image(
     if form.kind == "shards":
         Image.fromarray(resized).save(file, "JPEG", quality=form.quality)
     return resized, file.getvalue(), "jpg"
+
+
+def _decode(encoded: NDArray[np.uint8], *, plain_jpeg: bool) -> torch.Tensor:
+    """RGB pixels, uint8 [H, W, 3]."""
+    if decode_jpeg is not None and plain_jpeg:
+        try:
+            image = decode_jpeg(torch.from_numpy(encoded.copy()), mode=ImageReadMode.RGB)
+            return image.permute(1, 2, 0).contiguous()
+        except RuntimeError:
+            pass  # Pillow decides
+    return torch.from_numpy(np.array(decode(encoded)))

@@ -4,12 +4,10 @@ import csv
 import re
 from pathlib import Path
 
-from alexnet_dist.data.index import Progress, class_folders, list_images
+from alexnet_dist.data.index import SPLITS, Progress, class_folders, find_split, list_images
 from alexnet_dist.errors import UserError
 from alexnet_dist.prepare.archives import read_official_tars, read_parquet, read_webdataset
 from alexnet_dist.prepare.listing import DatasetListing, ImageEntry, sanitize_name, sanitize_names
-
-_SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
 
 def discover_dataset(root: Path, scratch: Path, progress: Progress) -> DatasetListing:
@@ -61,8 +59,9 @@ def _read_folders(folder: Path) -> DatasetListing:
     """train/CLASS/ and val/CLASS/; or Kaggle's, whose val/ has no class folders, but tables of the
     images' classes and of the classes' names beside it or up to three folders above."""
     listing = DatasetListing(f"class folders of {folder}", [])
-    paths = [folder / name for name in class_folders(folder) if name in _SPLITS]
-    for path, split in _assign_splits(paths).items():
+    for split in SPLITS:
+        if (path := find_split(folder, split)) is None:
+            continue
         listing.entries += [
             ImageEntry(split, label, name, f"{path}/{label}/{name}")
             for label in class_folders(path)
@@ -95,14 +94,14 @@ def _read_kaggle_val(folder: Path, images: list[str], listing: DatasetListing) -
 
 
 def _assign_splits(paths: list[Path]) -> dict[Path, str]:
-    """The paths of training and validation images, by the words in their names or their folders'.
-
-    "test" is for validation where nothing else is: ImageNet's test images have no labels.
-    """
-    splits = {}
+    """The files of each split, by the words in their names, or by their folder's name."""
+    known = {name for names in SPLITS.values() for name in names}
+    found: dict[str, list[Path]] = {}
     for path in paths:
-        words = [word for word in re.split(r"[^a-z]+", path.name.lower()) if word in _SPLITS]
-        splits[path] = _SPLITS[words[0] if words else _SPLITS.get(path.parent.name, "train")]
-    if "val" in splits.values():
-        return {path: split for path, split in splits.items() if split != "test"}
-    return {path: split.replace("test", "val") for path, split in splits.items()}
+        words = [*re.split(r"[^a-z]+", path.name.lower()), path.parent.name, "train"]
+        found.setdefault(next(word for word in words if word in known), []).append(path)
+    best = {
+        split: next((name for name in names if name in found), "")
+        for split, names in SPLITS.items()
+    }
+    return {path: split for split, name in best.items() for path in found.get(name, [])}

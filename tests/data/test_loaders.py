@@ -201,22 +201,6 @@ def test_gpu_cache_refuses_what_are_no_raw_pixels(folders: dict[str, Path]) -> N
     assert not isinstance(build("auto", dataset, plan), GpuCacheLoader)  # on CPUs
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"offsets": 31 * IMAGE}, {"offsets": -IMAGE}, {"offsets": IMAGE // 2}, {"sizes": 1}]
-)
-def test_raw_pixels_that_an_index_does_not_fit_are_refused(
-    wrong: dict[str, int], folders: dict[str, Path]
-) -> None:
-    """An image before, beyond or across those of the file, or one of another size."""
-    index = open_train(folders["pixels"]).index
-    for name, value in wrong.items():
-        column = getattr(index, name).copy()
-        column[3] = value
-        index = replace(index, **{name: column})
-    with pytest.raises(UserError, match="does not fit its pixels: copy it again"):
-        RawDataset(index)
-
-
 def test_gpu_cache_leaves_half_of_the_gpu_to_training(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
