@@ -59,18 +59,13 @@ def test_index_notes_a_file_that_is_fixed_in_place(tmp_path: Path) -> None:
     assert not scan(tmp_path, tmp_path).train.corrupt_indices()
 
 
-@pytest.mark.parametrize("left", [0, 100, -30])
+@pytest.mark.parametrize("left", [0, -30])
 def test_a_corrupt_index_is_made_again(left: int, tmp_path: Path) -> None:
     root = write_images(tmp_path / "i")
     first = scan(root, tmp_path)
     for cached in (tmp_path / "indexes").rglob("*.npz"):
         cached.write_bytes(cached.read_bytes()[:left])
     assert scan(root, tmp_path).dataset_hash == first.dataset_hash
-
-
-def test_a_cache_that_cannot_be_written_is_done_without(images: Path, tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    assert len(scan(images, tmp_path / "file" / "cache").train) == 31
 
 
 def test_a_full_disk_leaves_no_piece_of_a_cache(

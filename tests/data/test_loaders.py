@@ -1,5 +1,6 @@
 """DALI and gpu_cache give the batches of torch's DataLoader; here on CPUs, in tests/gpu on GPUs."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from threading import Event
@@ -9,17 +10,16 @@ import pytest
 import torch
 from PIL import Image
 
-from alexnet_dist.data.dali import DaliLoader
 from alexnet_dist.data.datasets import ImageDataset, RawDataset
 from alexnet_dist.data.eval_plan import EvalPlan, needs_resize
 from alexnet_dist.data.formats import decode
 from alexnet_dist.data.gpu_cache import GpuCacheLoader, fits_in_gpu_memory, resize_crops
 from alexnet_dist.data.index import open_datasets
-from alexnet_dist.data.loader import Batch
+from alexnet_dist.data.loader import Batch, load_ahead
 from alexnet_dist.data.plan import SampleParams, SamplePlan, TrainCrop, random_resized_crop_boxes
 from alexnet_dist.data.transforms import Normalization, build_normalization, crop_resize_flip
 from alexnet_dist.errors import UserError
-from tests.conftest import events, losses, train, write_images
+from tests.conftest import write_images
 from tests.data.loading import SIZE, build, load, open_train, scan
 from tests.prepare.packed_folder import write_prepared
 
@@ -96,13 +96,12 @@ def test_loader_evaluates_ten_crops_of_every_image(name: str, folders: dict[str,
     assert both[0][0][-1].images.shape == (0, 3, SIZE, SIZE)
 
 
-@pytest.mark.parametrize("name", NAMES[:2])
-def test_loader_gives_the_pixels_of_the_file(name: str, folders: dict[str, Path]) -> None:
+def test_the_torch_loader_gives_the_pixels_of_the_file(folders: dict[str, Path]) -> None:
     dataset = open_train(folders["jpegs"])
     plan = SamplePlan(dataset.index.sizes, 4, 5, crop_fraction=0.5)
     normalization = Normalization(np.array([1.0, 2.0, 3.0]), np.ones(3), np.zeros((3, 3)), SIZE)
     samples = plan.sample(0, 0)
-    (batch,), _ = load(name, dataset, plan, [samples], normalization)
+    (batch,), _ = load("torch", dataset, plan, [samples], normalization)
     for row, index in enumerate(samples.indices.tolist()):
         top, left, height, width = samples.crop_boxes[row]
         image = np.asarray(Image.open(dataset.path(index)), np.float32)
@@ -111,14 +110,13 @@ def test_loader_gives_the_pixels_of_the_file(name: str, folders: dict[str, Path]
         assert np.array_equal(batch.images[row].numpy().transpose(1, 2, 0), image)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_pca_noise_shifts_the_full_image(name: str, folders: dict[str, Path]) -> None:
-    dataset, _, normalization = opened(folders, name)
+def test_pca_noise_shifts_the_full_image(folders: dict[str, Path]) -> None:
+    dataset, _, normalization = opened(folders, "torch")
     plan = SamplePlan(dataset.index.sizes, 4, 5, crop_fraction=0.5, pca_noise_std=lambda _: 0.1)
     samples = plan.sample(0, 0)
     without = replace(normalization, pca_basis=np.zeros((3, 3)))
     (noisy,), (clean,) = (
-        load(name, dataset, plan, [samples], n)[0] for n in (normalization, without)
+        load("torch", dataset, plan, [samples], n)[0] for n in (normalization, without)
     )
     shift = (noisy.images - clean.images).numpy() * (1.1 * normalization.std)[:, None, None]
     wanted = 0.1 * samples.pca_coeffs @ normalization.pca_basis.T
@@ -138,34 +136,24 @@ def test_batches_may_be_left_early(name: str, folders: dict[str, Path]) -> None:
     loader.close()
 
 
-def test_dali_keeps_the_order_though_the_second_pipeline_overtakes_the_first(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Batch 1 is loaded before batch 0; of two that fail, the first one's error is raised."""
-    dataset = open_train(write_images(tmp_path, side=SIDE))
-    plan = SamplePlan(dataset.index.sizes, 4, 5, crop_fraction=0.5)
-    samples = list(plan.epoch(0, 0, ALL))
-    steps = {one.indices.tobytes(): step for step, one in enumerate(samples)}
-    second, load_batch = Event(), DaliLoader._load
+def test_batches_keep_their_order_though_one_overtakes_another() -> None:
+    """Of two that fail, the first one's error is raised."""
+    samples = list(SamplePlan(np.full((12, 2), 256), 4, 5).epoch(0, 0, ALL))
+    second = Event()
 
-    def overtaken(self: DaliLoader, planned: SampleParams) -> Batch:
-        step = steps[planned.indices.tobytes()]
-        assert step != 0 or second.wait(60)
-        try:
-            return load_batch(self, planned)
-        finally:
-            if step == 1:
-                second.set()
+    def load_batch(planned: SampleParams) -> SampleParams:
+        assert planned is not samples[0] or second.wait(60)
+        if planned is samples[1]:
+            second.set()
+        if planned is not samples[2] and fail:
+            raise UserError("the second" if planned is samples[1] else "the first")
+        return planned
 
-    monkeypatch.setattr(DaliLoader, "_load", overtaken)
-    batches, _ = load("dali", dataset, plan, samples)
-    assert [b.indices.tolist() for b in batches] == [one.indices.tolist() for one in samples]
-
-    second.clear()
-    for step, content in ((0, b""), (1, b"no image at all")):
-        Path(dataset.path(int(samples[step].indices[0]))).write_bytes(content)
-    with pytest.raises(UserError, match="the file is empty"):
-        load("dali", dataset, plan, samples)
+    for fail in (False, True):
+        second.clear()
+        loaded = load_ahead(load_batch, samples, torch.device("cpu"), 2)
+        with pytest.raises(UserError, match="the first") if fail else nullcontext():
+            assert [one is other for one, other in zip(loaded, samples, strict=True)] == [True] * 3
 
 
 def test_resize_by_matrix_products_is_torchs(tmp_path: Path) -> None:
@@ -210,17 +198,3 @@ def test_gpu_cache_leaves_half_of_the_gpu_to_training(
     for free, wanted in ((total // 2 + size, True), (total // 2 + size - 1, False)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free, total))
         assert fits_in_gpu_memory(dataset, torch.device("cuda", 0)) is wanted
-
-
-@pytest.mark.slow
-def test_gpu_cache_trains_as_dali_does(tmp_path: Path) -> None:
-    pytest.importorskip("nvidia.dali", reason="DALI is not installed here")
-    folder = write_prepared(write_images(tmp_path / "plain"), tmp_path / "pixels", "pixels")
-    for name in ("gpu_cache", "dali"):
-        options = [f"--data.loader={name}", "--train.max_steps=2", "--data.pca_noise=source"]
-        train(0, folder, tmp_path, f"--run.name={name}", *options)
-    (start,) = events(tmp_path / "gpu_cache", "start")
-    assert start["loader"].startswith("gpu_cache: 0.0 GB of raw pixels in the memory of the host")
-    ours, theirs = (losses(tmp_path / name) for name in ("gpu_cache", "dali"))
-    assert ours == pytest.approx(theirs, rel=1e-5)
-    assert len(ours) == 2

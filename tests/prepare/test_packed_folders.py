@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from alexnet_dist.data.formats import decode
-from alexnet_dist.data.index import DatasetInfo, open_datasets, scan_dataset
+from alexnet_dist.data.index import open_datasets
 from alexnet_dist.errors import UserError
 from tests.conftest import write_images
+from tests.data.loading import scan
 from tests.prepare.packed_folder import write_prepared
 
 KINDS = ("shards", "pixels")
@@ -21,10 +22,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("forms")
     plain = write_images(root / "plain", side=128)
     return {"plain": plain} | {kind: write_prepared(plain, root / kind, kind) for kind in KINDS}
-
-
-def scan(root: Path) -> DatasetInfo:
-    return scan_dataset(str(root), str(root), lambda *_: None)
 
 
 @pytest.mark.parametrize("kind", KINDS)
