@@ -5,5 +5,5 @@
 - ``archives.py``: the official tars with the devkit, webdataset tars, Hugging Face's parquet
 - ``listing.py``: where the bytes of each image are, its class and its name
 - ``images.py``: decode, resize and encode one image
-- ``shards.py``: write a shard, verify it, and make the index of all; ``workers.py``: in processes
+- ``shards.py``: write a shard, and make the index of all; ``workers.py``: in processes
 """

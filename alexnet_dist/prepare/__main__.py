@@ -63,7 +63,7 @@ def main(arguments: list[str]) -> None:
 def prepare(
     out: Path, args: argparse.Namespace, form: OutputFormat, request: dict[str, Any]
 ) -> dict[str, Any]:
-    """Write, verify and index all shards, less what is done already; prepared.json's content."""
+    """Write and index all shards, less what is done already; prepared.json's content."""
     with ProgressReporter() as progress:
         listing = discover_dataset(args.input, out / shards.PARTIAL, progress)
         total = len(listing.entries)
@@ -81,16 +81,11 @@ def prepare(
         check_same_request(out, planned, request)
         jobs = list(shards.plan_jobs(out, listing, form, planned["images_per_shard"]))
         missing = [job for job in jobs if not job.record.exists()]
+        done = total - sum(len(job.entries) for job in missing)
         write = functools.partial(shards.write_shard, args.on_corrupt_image)
-        for description, function, todo in (
-            ("preparing", write, missing),
-            ("verifying", shards.verify_shard, jobs),
-        ):
-            done = total - sum(len(job.entries) for job in todo)
-            progress(description, done, total)
-            for job in run_jobs(args.workers, function, todo):
-                done += len(job.entries)
-                progress(description, done, total)
+        for job in run_jobs(args.workers, write, missing):
+            done += len(job.entries)
+            progress("preparing", done, total)
         return shards.finalize(out, listing, jobs, request)
 
 
@@ -132,11 +127,8 @@ def summarize(out: Path, prepared: dict[str, Any], seconds: float) -> str:
         lines.append(f"{split}: {made['images']:,} images, {size / 1e6:,.1f} MB")
     if count := prepared["num_corrupt"]:
         lines.append(f"skipped: {count:,} corrupt images, listed in {out / shards.CORRUPT_IMAGES}")
-    lines.append(
-        f"{len(prepared['classes']):,} classes from {prepared['source']}, in {seconds:,.1f} s, "
-        f"verified: {out}"
-    )
-    return "\n".join(lines)
+    classes, source = len(prepared["classes"]), prepared["source"]
+    return "\n".join([*lines, f"{classes:,} classes from {source}, in {seconds:,.1f} s: {out}"])
 
 
 def parse_args(arguments: list[str]) -> argparse.Namespace:

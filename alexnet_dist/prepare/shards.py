@@ -1,4 +1,4 @@
-"""Write the shards of a packed folder, verify them, and make the index of all.
+"""Write the shards of a packed folder, and make the index of all.
 
 Which images go into which shard is decided before any is written. A shard is the job
 of one process; when it is complete, its record is put into DIR/.partial, and it is not done again.
@@ -7,7 +7,6 @@ any number of processes, killed or not. DIR/prepared.json comes last.
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -120,34 +119,16 @@ def write_shard(on_corrupt_image: Literal["skip", "stop"], job: ShardJob) -> Non
                 count, first, second = count + 1, first + mean, second + products
         if job.form.kind == "shards":
             file.write(bytes(2 * tarfile.BLOCKSIZE))
-        size = file.tell() - job.start
         file.flush()
         os.fsync(file.fileno())
     record = {
         "images": images,
         "corrupt": corrupt,
-        "bytes": size,
-        "sha256": _sha256(job.path, job.start, size),
         "count": count,
         "first": first.tolist(),
         "second": second.tolist(),
     }
     write_json(job.record, record)
-
-
-def verify_shard(job: ShardJob) -> None:
-    """Read a shard back and compare its checksum.
-
-    Raises:
-        UserError: it is not what was written. Its record is removed, so that it is written again.
-    """
-    record = json.loads(job.record.read_text())
-    if _sha256(job.path, job.start, record["bytes"]) != record["sha256"]:
-        job.record.unlink()
-        raise UserError(
-            f"{job.path} does not read back as it was written: check the disk; the same command "
-            "writes that shard again"
-        )
 
 
 def finalize(
@@ -226,13 +207,3 @@ def _add_member(file: BinaryIO, name: str, content: bytes) -> tuple[int, int]:
     offset = file.tell()
     file.write(content + bytes(-len(content) % tarfile.BLOCKSIZE))
     return offset, len(content)
-
-
-def _sha256(path: Path, start: int, size: int) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        file.seek(start)
-        while block := file.read(min(1 << 22, size)):
-            digest.update(block)
-            size -= len(block)
-    return digest.hexdigest()
