@@ -42,8 +42,9 @@ def png(height: int, width: int, channels: int, bits: int, pixels: bytes) -> byt
 
 def png_of_16_bits(pixels: np.ndarray) -> bytes:
     """Of uint16 pixels [H, W, channels]."""
+    height, width, channels = pixels.shape
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
-    return png(*pixels.shape, 16, rows)
+    return png(height, width, channels, 16, rows)
 
 
 def with_thumbnail(jpeg: bytes) -> bytes:
