@@ -11,7 +11,13 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from alexnet_dist.model.dropout import Dropout, DropoutScaling
+from alexnet_dist.model.dropout import Dropout, DropoutScaling, has_triton
+from alexnet_dist.model.lrn import SIZE, LocalResponseNorm
+
+try:
+    from alexnet_dist.model import fused_block
+except ImportError:  # Triton does not exist for every platform
+    fused_block = None  # type: ignore[assignment]
 
 
 class AdaptiveAvgPool(nn.AdaptiveAvgPool2d):
@@ -52,28 +58,31 @@ class StemConv2d(nn.Conv2d):
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, bias=bias)
         self.ceil_mode = ceil_mode
 
-    def forward(self, input: Tensor) -> Tensor:
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """What torch's ``forward`` calls."""
         padding = int(self.padding[0])
         height, width = (size + 2 * padding for size in input.shape[-2:])
         right, bottom = padding + self._overhang(width), padding + self._overhang(height)
         zeros = padding, right, padding, bottom
         if input.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
-            return self._by_blocks(input.to(torch.get_autocast_dtype("cpu")), zeros)
+            return self._by_blocks(input.to(torch.get_autocast_dtype("cpu")), zeros, weight, bias)
         padded = F.pad(input, zeros) if any(zeros) else input
-        return F.conv2d(padded, self.weight, self.bias, self.stride)
+        return F.conv2d(padded, weight, bias, self.stride)
 
     def _overhang(self, size: int) -> int:
         """Zeros behind ``size`` pixels, so that a last kernel fits in."""
         return (self.kernel_size[0] - size) % self.stride[0] if self.ceil_mode else 0
 
-    def _by_blocks(self, x: Tensor, zeros: tuple[int, int, int, int]) -> Tensor:
+    def _by_blocks(
+        self, x: Tensor, zeros: tuple[int, int, int, int], weight: Tensor, bias: Tensor | None
+    ) -> Tensor:
         """The same behind ``zeros`` (left, right, top, bottom), with blocks as channels."""
         left, right, top, bottom = zeros
         stride = self.stride[0]
         more = -self.kernel_size[0] % stride  # zeros that fill the kernel up to full blocks
         x = F.pad(x, (left, right + more, top, bottom + more))
-        weight = F.pad(self.weight, (0, more, 0, more))
-        return F.conv2d(_space_to_depth(x, stride), _space_to_depth(weight, stride), self.bias)
+        weight = F.pad(weight, (0, more, 0, more))
+        return F.conv2d(_space_to_depth(x, stride), _space_to_depth(weight, stride), bias)
 
 
 def _space_to_depth(x: Tensor, block: int) -> Tensor:
@@ -108,12 +117,54 @@ class GroupedLinear(nn.Module):
 
 
 def forward_layers(layers: Iterable[nn.Module], x: Tensor, masks: Iterable[Tensor]) -> Tensor:
-    """``x`` through ``layers`` in order, each Dropout with the next of ``masks``."""
-    remaining = iter(masks)
-    for layer in layers:
-        drops = isinstance(layer, Dropout) and layer.p > 0  # others have no mask
-        x = layer(x, next(remaining, None)) if drops else layer(x)
+    """``x`` through ``layers`` in order, each Dropout with the next of ``masks``.
+
+    But ReLU goes behind a max pooling that follows it: they commute, and it has a quarter of the
+    values to read there.
+    """
+    remaining, left = iter(masks), list(layers)
+    while left:
+        layer = left.pop(0)
+        if isinstance(layer, nn.ReLU) and left and isinstance(left[0], nn.MaxPool2d):
+            layer, left[0] = left[0], layer
+        if fused := fused_layers(layer, left[:3], x.device):
+            x, left = fused(x), left[3:]
+        elif isinstance(layer, Dropout) and layer.p > 0:  # others have no mask
+            x = layer(x, next(remaining, None))
+        else:
+            x = layer(x)
     return x
+
+
+def fused_layers(
+    layer: nn.Module, behind: list[nn.Module], device: torch.device
+) -> Callable[[Tensor], Tensor] | None:
+    """A convolution and the three layers behind it as one function, where ``device`` has
+    fused_block.py's kernels and they compute these layers; else None."""
+    kinds = tuple(map(type, behind))
+    if kinds not in _FUSED or not isinstance(layer, nn.Conv2d) or not has_triton(device):
+        return None
+    lrn = behind[kinds.index(LocalResponseNorm)]
+    pool, bias = behind[kinds.index(nn.MaxPool2d)], layer.bias
+    assert isinstance(lrn, LocalResponseNorm)
+    assert isinstance(pool, nn.MaxPool2d)
+    if bias is None or (pool.kernel_size, pool.stride) != (3, 2) or len(bias) % (8 * lrn.groups):
+        return None
+    constants = lrn.k, lrn.alpha / SIZE, lrn.groups, kinds[0] is nn.ReLU
+
+    def forward(x: Tensor) -> Tensor:
+        z = layer._conv_forward(x, layer.weight, None)
+        pooled, _ = fused_block.norm_pool(z, bias, *constants)
+        return pooled
+
+    return forward
+
+
+_FUSED = (
+    (nn.ReLU, LocalResponseNorm, nn.MaxPool2d),
+    (LocalResponseNorm, nn.MaxPool2d, nn.ReLU),
+)
+"""What may stand behind the convolution."""
 
 
 class AlexNet(nn.Sequential):
@@ -131,7 +182,7 @@ class AlexNet(nn.Sequential):
         """The convolutions, [B, 3, H, W] to [B, features], and the layers behind them by name."""
         layers = list(self.named_children())
         end = 1 + [name for name, _ in layers].index("flatten")
-        return nn.Sequential(OrderedDict(layers[:end])), dict(layers[end:])
+        return AlexNet(OrderedDict(layers[:end])), dict(layers[end:])
 
 
 class TorchvisionAlexNet(torchvision.models.AlexNet):
@@ -140,24 +191,20 @@ class TorchvisionAlexNet(torchvision.models.AlexNet):
     arch: str
     features: nn.Sequential
 
-    def __init__(
-        self, num_classes: int, dropout: float, scaling: DropoutScaling, pool_first: bool
-    ) -> None:
+    def __init__(self, num_classes: int, dropout: float, scaling: DropoutScaling) -> None:
         super().__init__(num_classes=num_classes, dropout=dropout)
         self.avgpool = AdaptiveAvgPool(6)
         self.features[0] = StemConv2d(3, 64, 11, 4, 2, ceil_mode=False)
-        for relu, pool in ((1, 2), (4, 5), (11, 12)) if pool_first else ():
-            layers = self.features
-            layers[relu], layers[pool] = layers[pool], layers[relu]
         self.classifier[0] = Dropout(256 * 6 * 6, dropout, scaling)
         self.classifier[3] = Dropout(4096, dropout, scaling)
 
     def forward(self, x: Tensor, masks: Iterable[Tensor] = ()) -> Tensor:
-        x = self.avgpool(self.features(x)).flatten(1)
+        x = self.avgpool(forward_layers(self.features, x, ())).flatten(1)
         return forward_layers(self.classifier, x, masks)
 
     def split_features_classifier(self) -> tuple[nn.Sequential, dict[str, nn.Module]]:
         """The convolutions, [B, 3, H, W] to [B, features], and the layers behind them by name."""
-        layers = {"features": self.features, "avgpool": self.avgpool, "flatten": nn.Flatten()}
+        layers = dict(self.features.named_children())
+        layers |= {"avgpool": self.avgpool, "flatten": nn.Flatten()}
         named = {f"classifier.{name}": layer for name, layer in self.classifier.named_children()}
-        return nn.Sequential(OrderedDict(layers)), named
+        return AlexNet(OrderedDict(layers)), named

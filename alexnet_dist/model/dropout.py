@@ -6,13 +6,12 @@ slice only, and a resumed run needs no RNG state.
 """
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-
-from alexnet_dist.model.lrn import is_triton_supported
 
 DropoutScaling = Literal["2012", "inverted"]
 
@@ -51,6 +50,15 @@ class Dropout(nn.Module):
         return x * mask if self.scaling == "2012" else x * mask / (1 - self.p)
 
 
+_TRITON_INSTALLED = find_spec("triton") is not None
+
+
+def has_triton(device: torch.device) -> bool:
+    """Whether Triton is installed and compiles for ``device``: an NVIDIA GPU, Ampere or newer."""
+    on_gpu = _TRITON_INSTALLED and device.type == "cuda"
+    return on_gpu and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def dropout_layers(model: nn.Module) -> list[Dropout]:
     """The layers of ``model`` that take a mask, in the order of the masks."""
     return [layer for layer in model.modules() if isinstance(layer, Dropout)]
@@ -81,7 +89,7 @@ def make_dropout_masks(
         compute = _kept
         if device.type == "cuda":  # no copy from pageable memory, for which the host would wait
             keys = keys.pin_memory().to(device, non_blocking=True)
-            if is_triton_supported(device):
+            if has_triton(device):
                 compute = _compiled_kept
         units = layer.first_unit, layer.first_unit + layer.units
         masks.append(compute(keys, (start, stop, stride), units, layer.p))

@@ -18,11 +18,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-try:
-    from alexnet_dist.model import lrn_triton
-except ImportError:  # Triton does not exist for every platform
-    lrn_triton = None  # type: ignore[assignment]
-
 SIZE, BETA = 5, 0.75
 """The n and the exponent of every network here."""
 
@@ -30,20 +25,11 @@ Mean = Callable[[Tensor], Tensor]
 """The mean of the window around each activation: [B, C, H, W] to [B, C, H, W]."""
 
 
-def is_triton_supported(device: torch.device) -> bool:
-    """Whether Triton is installed and compiles for ``device``: an NVIDIA GPU, Ampere or newer."""
-    return (
-        lrn_triton is not None
-        and device.type == "cuda"
-        and torch.cuda.get_device_capability(device) >= (8, 0)
-    )
-
-
 class LocalResponseNorm(nn.Module):
     """Normalize each activation by its neighbors among the channels, within each group.
 
-    On NVIDIA GPUs (Ampere or newer) Triton kernels compute it, if the tensor is channels-last;
-    elsewhere the sum over the window of SIZE channels is a convolution.
+    The sum over the window of SIZE channels is a convolution. On NVIDIA GPUs one kernel computes it
+    together with what is around it, see fused_block.py.
 
     Args:
         alpha, k: as in torch.nn.LocalResponseNorm (alpha is divided by SIZE).
@@ -59,13 +45,6 @@ class LocalResponseNorm(nn.Module):
         self._windows: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
 
     def forward(self, x: Tensor) -> Tensor:
-        if is_triton_supported(x.device) and lrn_triton.is_supported(x, self.groups):
-            y: Tensor = lrn_triton.lrn(x, self.k, self.alpha / SIZE, self.groups)
-            return y
-        return self.forward_conv(x)
-
-    def forward_conv(self, x: Tensor) -> Tensor:
-        """``forward`` by a convolution, on any device."""
         window = self._window_kernel(x)
 
         def mean(squares: Tensor) -> Tensor:

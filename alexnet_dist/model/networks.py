@@ -195,7 +195,6 @@ def build_on_meta(
     num_classes: int = 1000,
     dropout: float = 0.5,
     image_size: int = 224,
-    pool_first: bool = True,
 ) -> Network:
     """Build a network on torch's meta device, without memory.
 
@@ -204,8 +203,6 @@ def build_on_meta(
         num_classes: outputs of the last layer.
         dropout: probability of dropping a unit, 0 for no dropout.
         image_size: height and width of the images in pixels, from which fc6 gets its inputs.
-        pool_first: put ReLU behind the max pooling that follows it. They commute, and ReLU has a
-            quarter of the values to read there.
 
     Raises:
         ValueError: an unknown arch, or images that leave no pixels to pool.
@@ -216,20 +213,15 @@ def build_on_meta(
     model: Network
     with torch.device("meta"):
         if arch == "torchvision":
-            model = TorchvisionAlexNet(num_classes, dropout, spec.dropout, pool_first)
+            model = TorchvisionAlexNet(num_classes, dropout, spec.dropout)
         else:
-            model = _build(arch, spec, num_classes, dropout, image_size, pool_first)
+            model = _build(arch, spec, num_classes, dropout, image_size)
     model.arch = arch
     return model
 
 
 def _build(
-    arch: str,
-    spec: ModelSpec,
-    num_classes: int,
-    dropout: float,
-    image_size: int,
-    pool_first: bool,
+    arch: str, spec: ModelSpec, num_classes: int, dropout: float, image_size: int
 ) -> AlexNet:
     model = AlexNet()
     channels, size = 3, image_size
@@ -249,9 +241,8 @@ def _build(
             layer = nn.Linear(*args) if groups == 1 else GroupedLinear(*args, groups)
         model.add_module(row.name, layer)
         channels = out
-        ops = row.post_ops.replace("relu pool", "pool relu") if pool_first else row.post_ops
         number = row.name.lstrip(string.ascii_lowercase)  # "1" of "conv1"
-        for op in ops.split():
+        for op in row.post_ops.split():
             model.add_module(f"{op}{number}", _post_op(op, spec, channels, dropout))
             if op == "pool":
                 size = _out_size(size, *spec.pool)

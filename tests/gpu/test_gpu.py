@@ -18,8 +18,9 @@ from alexnet_dist.data.loader import Batch
 from alexnet_dist.data.plan import SamplePlan, TrainCrop
 from alexnet_dist.data.transforms import Normalization, build_normalization
 from alexnet_dist.model import make_dropout_masks
+from alexnet_dist.model.alexnet import AlexNet, fused_block
 from alexnet_dist.model.dropout import Dropout
-from alexnet_dist.model.lrn import LocalResponseNorm, lrn_triton
+from alexnet_dist.model.lrn import LocalResponseNorm
 from alexnet_dist.parallel.collectives import CommTimer
 from alexnet_dist.parallel.precision import SyncedGradScaler, resolve_precision
 from alexnet_dist.training import checkpoint
@@ -219,31 +220,42 @@ def test_response_normalization() -> None:
     assert torch.allclose(ours.cpu(), cpu, rtol=1e-12)
 
 
-@pytest.mark.skipif(lrn_triton is None, reason="Triton is not installed here")
+@pytest.mark.skipif(fused_block is None, reason="Triton is not installed here")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("shape", "groups"), [((3, 96, 55, 55), 2), ((5, 256, 27, 27), 2)])
+@pytest.mark.parametrize("relu_first", [True, False])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_response_normalization_by_triton(
-    shape: tuple[int, ...], groups: int, dtype: torch.dtype, compiled: bool
+def test_fused_block(
+    shape: tuple[int, ...], groups: int, dtype: torch.dtype, relu_first: bool, compiled: bool
 ) -> None:
+    """Behind a convolution that changes nothing, against the layers one by one in float64; twice
+    the same bits."""
+    channels = shape[1]
+    convolution = torch.nn.Conv2d(channels, channels, 1, groups=channels, device=GPU)
+    torch.nn.init.ones_(convolution.weight)
+    bias = convolution.bias
+    assert bias is not None
+    torch.nn.init.normal_(bias, std=20)
+    lrn, pool = LocalResponseNorm(groups=groups), torch.nn.MaxPool2d(3, 2, ceil_mode=True)
+    relu = torch.nn.ReLU()
+    block = AlexNet(convolution, *((relu, lrn, pool) if relu_first else (lrn, pool, relu)))
     x = torch.randn(shape, device=GPU).mul_(60).to(dtype).to(memory_format=torch.channels_last)
-    grad = torch.randn_like(x)
-    layer = LocalResponseNorm(groups=groups)
-    asked = torch.compile(layer, fullgraph=True) if compiled else layer
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        mine = x.clone().requires_grad_()
-        y = asked(mine)
-        (ours,) = torch.autograd.grad(y, mine, grad)
-    names = [event.key for event in profile.key_averages()]
-    assert {"_forward", "_backward"} <= set(names)
-    exact = x.double().requires_grad_()
-    wanted = LocalResponseNorm(groups=groups)(exact)
-    (theirs,) = torch.autograd.grad(wanted, exact, grad.double())
-    error = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
-    for one, other in ((y, wanted), (ours, theirs)):
-        assert one.dtype == dtype
-        assert one.is_contiguous(memory_format=torch.channels_last)
-        assert torch.allclose(one.double(), other, rtol=error, atol=error)
+    x.requires_grad_()
+    called = torch.compile(block, fullgraph=True) if compiled else block
+    results = []
+    for _ in range(2):
+        with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+            y = called(x)
+        grad = torch.ones_like(y) * torch.arange(y.shape[-1], device=GPU)
+        results.append([y, *torch.autograd.grad(y, (x, bias), grad)])
+    exact = x.detach().double().requires_grad_()
+    wanted = torch.nn.Sequential(*block.double())(exact)
+    theirs = wanted, *torch.autograd.grad(wanted, (exact, bias), grad.double())
+    error = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}[dtype]
+    for one, two, other in zip(*results, theirs, strict=True):
+        assert torch.equal(one, two)
+        largest = float(other.detach().abs().max())
+        assert torch.allclose(one.double(), other, rtol=error, atol=error * largest)
 
 
 def test_sgd2012_compiled_is_the_plain_function() -> None:
