@@ -152,7 +152,8 @@ class TrainBenchmark:
 
     def step(self, batch: Batch) -> float:
         """One training step; returns the images of the global batch."""
-        self.state.train_step(batch, self.state.layout.dropout_masks(0, next(self.steps)))
+        masks = self.state.layout.dropout_masks(0, next(self.steps))
+        self.state.train_step(batch.images, batch.labels, masks)
         self.throttle.step_launched(batch)
         return float(self.batch_size)
 

@@ -25,7 +25,7 @@ from alexnet_dist.errors import UserError, run_command
 from alexnet_dist.parallel.mesh import Mesh, init_distributed
 from alexnet_dist.parallel.sharded_loss import ShardedClasses
 from alexnet_dist.setup import LoadedModel, load_model
-from alexnet_dist.training.evaluation import EvalMetrics, count_skipped, evaluate
+from alexnet_dist.training.evaluation import EvalMetrics, count_skipped
 
 
 def main(arguments: list[str]) -> None:
@@ -76,12 +76,13 @@ def load_models(paths: list[str], options: Callable[[dict[str, Any]], Config]) -
 def evaluate_one(model: LoadedModel, mesh: Mesh, dataset: ImageDataset) -> dict[str, float]:
     """Errors of one model on the center crops of the images."""
     batch_size = model.config.data.eval_batch_size
-    layout = model.layout(mesh, batch_size)
+    layout, metrics = model.layout(mesh, batch_size), EvalMetrics(mesh.device)
     plan, loader = model.eval_loader(mesh, dataset, batch_size)
     with closing(loader):
-        result = evaluate(layout, loader.batches(plan.batches(mesh.batch_slice)), mesh.device)
+        for batch in loader.batches(plan.batches(mesh.batch_slice)):
+            metrics.update(layout.eval_counts(batch.images, batch.labels))
         skipped = _skipped(loader, mesh)
-    return count_skipped(result, len(skipped), len(dataset.index))
+    return count_skipped(metrics.compute(), len(skipped), len(dataset.index))
 
 
 def evaluate_average(

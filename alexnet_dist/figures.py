@@ -125,8 +125,9 @@ def plot_figure1(out: Path, records: dict[str, list[Event]]) -> None:
         raise UserError("figure 1 compares runs: give two or more, such as another with tanh")
     series = {}
     for run, events in records.items():
-        epochs = [e for e in events if e["event"] == "epoch" and e["epoch"] == round(e["epoch"])]
-        errors = {round(epoch["epoch"]): epoch["top1_error"] for epoch in epochs}
+        known = [e for e in events if e["event"] == "epoch" and e["top1_error"] is not None]
+        complete = [e for e in known if e["epoch"] == round(e["epoch"])]
+        errors = {round(e["epoch"]): e["top1_error"] for e in complete}
         if not errors:
             raise UserError(f"the records of {run} have no complete epoch yet: leave it out")
         reached = epochs_to_error(errors, TARGET_ERROR)

@@ -30,7 +30,7 @@ from alexnet_dist.training.checkpoint import find_checkpoint, load_tensors, read
 from alexnet_dist.training.cuda_graph import CudaGraphStep
 from alexnet_dist.training.optim import build_optimizer
 from alexnet_dist.training.schedules import Schedule, piecewise_value
-from alexnet_dist.training.step import LabeledImages, train_step
+from alexnet_dist.training.step import train_step
 
 Plan = SamplePlan | EvalPlan
 VERSIONS = {
@@ -167,13 +167,14 @@ class TrainState:
 
     Attributes:
         layout: what computes the network; its file says how it lies on the ranks.
-        train_step: ``train_step`` of layout and optimizer, as a CUDA graph where that is used.
+        train_step: ``train_step`` of layout and optimizer (images, labels, masks), as a CUDA graph
+            where that is used.
     """
 
     layout: Layout
     optimizer: torch.optim.SGD
     schedule: Schedule
-    train_step: Callable[[LabeledImages, Iterable[Tensor]], Tensor]
+    train_step: Callable[[Tensor, Tensor, Iterable[Tensor]], Tensor]
 
 
 def build_training(config: Config, mesh: Mesh, num_classes: int) -> TrainState:

@@ -28,7 +28,7 @@ from alexnet_dist.parallel.precision import device_name
 from alexnet_dist.tracking import plots, run_dir
 from alexnet_dist.tracking.logger import Logger
 from alexnet_dist.training.checkpoint import CheckpointManager
-from alexnet_dist.training.evaluation import count_skipped, evaluate
+from alexnet_dist.training.evaluation import EvalMetrics, count_skipped
 from alexnet_dist.training.preemption import Preempted, PreemptionHandler, StopReason
 from alexnet_dist.training.step import StepThrottle, StepTimer, TrainMetrics, lrs_at, set_lr
 
@@ -142,7 +142,7 @@ class Trainer:
                 self.hang_detector.heartbeat(f"computing step {self.step + 1}")
                 set_lr(state.optimizer, state.schedule, self.step / self.steps_per_epoch)
                 masks = self.layout.dropout_masks(config.train.seed, self.step)
-                result = state.train_step(batch, masks)
+                result = state.train_step(batch.images, batch.labels, masks)
                 self.throttle.step_launched(batch)
                 self.step += 1
                 self.metrics.add(self.step, result, batch.indices)
@@ -160,16 +160,15 @@ class Trainer:
     def _evaluate_and_save(self) -> dict[str, float]:
         """Log exact errors over the validation images, end the epoch if it is complete (schedule,
         metrics, whether it is the best), and begin to write a checkpoint."""
-        timer = StepTimer()
-
-        def after_batch() -> None:
-            timer.mark_step_done()
-            self.hang_detector.heartbeat(f"evaluating after step {self.step}")
-            self._check_stop(timer)
-
+        timer, counts = StepTimer(), EvalMetrics(self.mesh.device)
         loader, samples = self.data.eval_loader, self.data.eval_plan.batches(self.mesh.batch_slice)
         with contextlib.closing(loader.batches(samples)) as batches:
-            result = evaluate(self.layout, batches, self.mesh.device, after_batch)
+            for batch in batches:
+                counts.update(self.layout.eval_counts(batch.images, batch.labels))
+                timer.mark_step_done()
+                self.hang_detector.heartbeat(f"evaluating after step {self.step}")
+                self._check_stop(timer)
+        result = counts.compute()
         skipped = self._log_corrupt_images(loader)
         result = count_skipped(result, skipped, len(self.data.info.val))
         self.logger.emit("eval", self.step, **result, seconds=timer.pop_times()[0])
@@ -179,8 +178,7 @@ class Trainer:
             self.step,
             images=metrics.epoch_images,
             sample_order_hash=metrics.sample_order_hash,
-            loss=metrics.epoch_loss / max(metrics.epoch_steps, 1),
-            top1_error=100.0 * (1 - metrics.epoch_num_correct / max(metrics.epoch_images, 1)),
+            **metrics.epoch.averages(self.config.data.batch_size),
         )
         self.last_eval_step, is_best = self.step, False
         if self.step % self.steps_per_epoch == 0 or self.step == self.total_steps:
@@ -266,12 +264,12 @@ class Trainer:
         bad, skip = self.metrics.reduce(), self.config.train.on_nonfinite == "skip"
         path_of = self.data.loader.corrupt.dataset.path
         for each in bad if skip else bad[:1]:  # otherwise the others follow from it
-            values = {"what": each.description, "skipped": skip}
+            values = {"what": each.problem, "skipped": skip}
             paths = [path_of(index) for index in each.indices.tolist()]
             self.logger.emit("nonfinite", each.step, **values, paths=paths)
         problem = ""
         if bad and (not skip or self.metrics.consecutive_nonfinite >= MAX_CONSECUTIVE_NONFINITE):
-            problem = f"{bad[0].description} at step {bad[0].step}"
+            problem = f"{bad[0].problem} at step {bad[0].step}"
         elif weights and not self.checkpoints.weights_finite():
             problem = f"a weight is not finite at step {self.step}"
         if problem:
@@ -317,18 +315,16 @@ class Trainer:
         self._check_finite()
         self.checkpoints.wait(block=False)
         epochs = (self.step - 1) / self.steps_per_epoch
-        steps = len(self.metrics.losses)
-        loss, error = self.metrics.pop_averages()
+        interval = self.metrics.pop_interval()
         seconds, data_seconds, timed_steps = self.timer.pop_times()
         seconds = max(seconds, 1e-9)
         self.logger.emit(
             "train",
             self.step,
-            loss=loss,
-            top1_error=error,
+            **interval.averages(self.config.data.batch_size),
             lrs=lrs_at(self.state.optimizer, self.state.schedule, epochs),
             pca_noise_std=self.data.plan.pca_noise_std(epochs),
-            steps=steps,
+            steps=interval.steps,
             images_per_second=timed_steps * self.config.data.batch_size / seconds,
             data_time_fraction=data_seconds / seconds,
             comm_time_fraction=self.layout.comm_timer.pop_seconds() / seconds,

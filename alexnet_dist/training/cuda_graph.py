@@ -10,14 +10,13 @@ build theirs, none of which can happen during a capture.
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
 from alexnet_dist.errors import UserError
 from alexnet_dist.training.sgd2012 import KrizhevskySGD
-from alexnet_dist.training.step import LabeledImages, TrainableLayout, train_step
+from alexnet_dist.training.step import TrainableLayout, train_step
 
 CAPTURE_WARMUP_STEPS = 3
 """Eager steps before the one that is captured."""
@@ -33,21 +32,20 @@ class CudaGraphStep:
         self._inputs: list[Tensor] = []
         self._captured: tuple[torch.cuda.CUDAGraph, Tensor] | None = None
 
-    def __call__(self, batch: LabeledImages, masks: Iterable[Tensor]) -> Tensor:
+    def __call__(self, images: Tensor, labels: Tensor, masks: Iterable[Tensor]) -> Tensor:
         """One update of the parameters; returns what ``train_step`` does.
 
         Raises:
             UserError: the step cannot be captured.
         """
-        inputs = [batch.images, batch.labels, *masks]
+        inputs = [images, labels, *masks]
         if not self._inputs:
             self._inputs = [tensor.clone() for tensor in inputs]
         for static, tensor in zip(self._inputs, inputs, strict=True):
             assert static.shape == tensor.shape, "a graph is of one shape"
             static.copy_(tensor)
-        images, labels, *static_masks = self._inputs
-        static_batch = SimpleNamespace(images=images, labels=labels)
-        step = partial(train_step, self._layout, self._optimizer, static_batch, static_masks)
+        images, labels, *masks = self._inputs
+        step = partial(train_step, self._layout, self._optimizer, images, labels, masks)
         if self._eager_steps < CAPTURE_WARMUP_STEPS:
             self._eager_steps += 1
             return _run_on_side_stream(step).clone()

@@ -1,13 +1,10 @@
 """An exact evaluation: every image counts once, on any number of processes."""
 
-from collections.abc import Callable, Iterable
-
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
 from alexnet_dist.errors import UserError
-from alexnet_dist.training.step import LabeledImages, TrainableLayout
 
 
 class EvalMetrics(Metric):
@@ -36,23 +33,6 @@ class EvalMetrics(Metric):
             "loss": loss / max(images, 1),
             "images": images,
         }
-
-
-def evaluate(
-    layout: TrainableLayout,
-    batches: Iterable[LabeledImages],
-    device: torch.device,
-    after_batch: Callable[[], None] = lambda: None,
-) -> dict[str, float]:
-    """Errors over all batches of all processes, which may have different numbers of images.
-
-    ``after_batch`` is called after each; what it raises ends the evaluation.
-    """
-    metrics = EvalMetrics(device)
-    for batch in batches:
-        metrics.update(layout.eval_counts(batch.images, batch.labels))
-        after_batch()
-    return metrics.compute()
 
 
 def count_skipped(result: dict[str, float], skipped: int, images: int) -> dict[str, float]:

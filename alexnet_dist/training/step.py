@@ -5,7 +5,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -28,18 +28,6 @@ class TrainableLayout(Protocol):
         self, images: Tensor, labels: Tensor, masks: Iterable[Tensor] = ()
     ) -> Tensor: ...
 
-    def eval_counts(self, images: Tensor, labels: Tensor) -> Tensor: ...
-
-
-class LabeledImages(Protocol):
-    """images [B, 3, H, W] and labels [B] of this process, on its device."""
-
-    @property
-    def images(self) -> Tensor: ...
-
-    @property
-    def labels(self) -> Tensor: ...
-
 
 def set_lr(optimizer: torch.optim.Optimizer, schedule: Schedule, epoch: float) -> None:
     """Set each parameter group's lr for the step that begins at ``epoch``."""
@@ -56,17 +44,21 @@ def lrs_at(optimizer: torch.optim.Optimizer, schedule: Schedule, epoch: float) -
 def train_step(
     layout: TrainableLayout,
     optimizer: torch.optim.Optimizer,
-    batch: LabeledImages,
+    images: Tensor,
+    labels: Tensor,
     masks: Iterable[Tensor],
 ) -> Tensor:
     """One update of the parameters.
+
+    Args:
+        images, labels, masks: this process's, see ``layout.forward_backward``.
 
     Returns:
         float64 [2]: summed loss and number of correct predictions, see
         ``layout.forward_backward``; [3] where the scaler skips steps with a gradient that is not
         finite: and whether it has skipped this one.
     """
-    result, scaler = layout.forward_backward(batch.images, batch.labels, masks), layout.scaler
+    result, scaler = layout.forward_backward(images, labels, masks), layout.scaler
     if scaler is None:
         optimizer.step()
     else:
@@ -81,42 +73,49 @@ def train_step(
 
 @dataclass(frozen=True)
 class NonFiniteStep:
-    """A step whose loss (of the global batch) or gradient was not finite, and the indices of its
-    samples in their global order."""
+    """A step whose loss (of the global batch) or gradient was not finite, which of them, and the
+    indices of its samples in their global order."""
 
     step: int
-    loss: float
+    problem: str
     indices: NDArray[np.int64]
 
-    @property
-    def description(self) -> str:
-        finite = math.isfinite(self.loss)
-        return "a gradient is not finite" if finite else f"the loss is {self.loss}"
+
+@dataclass
+class Totals:
+    """Sums over the finite steps of some time, of the global batch."""
+
+    steps: int = 0
+    loss: float = 0.0
+    num_correct: int = 0
+
+    def averages(self, batch_size: int) -> dict[str, float | None]:
+        """Mean loss and top-1 error in percent; None if no step was finite."""
+        if self.steps == 0:
+            return {"loss": None, "top1_error": None}
+        accuracy = self.num_correct / (self.steps * batch_size)
+        return {"loss": self.loss / self.steps, "top1_error": 100.0 * (1.0 - accuracy)}
 
 
 @dataclass
 class TrainMetrics:
-    """Losses and correct predictions by step, and the order of the samples.
+    """Losses and correct predictions, and the order of the samples.
 
     Steps add tensors that stay on the device; ``reduce`` reads them, over all replicas. The
     attributes are then the same on every process, and plain numbers that a checkpoint can hold.
-    They do not depend on how often ``reduce`` was called: float64 sums of a few float32 are exact.
+    They do not depend on how often ``reduce`` was called.
 
     Attributes:
-        losses, num_correct: of each finite step since the last ``pop_averages``, global batch.
-        epoch_loss, epoch_num_correct: sums over the ``epoch_steps`` finite steps of the epoch.
-        epoch_images: of all steps of the epoch.
+        interval, epoch: of the steps since the last ``pop_interval``, and of those of the epoch.
+        epoch_images: of all steps of the epoch, also those that were not finite.
         sample_order_hash: of the samples' indices of the epoch so far, in their global order.
         consecutive_nonfinite: steps since the last finite one.
     """
 
     batch_size: int
     dp_size: int
-    losses: list[float] = field(default_factory=list)
-    num_correct: list[float] = field(default_factory=list)
-    epoch_loss: float = 0.0
-    epoch_steps: int = 0
-    epoch_num_correct: int = 0
+    interval: Totals = field(default_factory=Totals)
+    epoch: Totals = field(default_factory=Totals)
     epoch_images: int = 0
     sample_order_hash: str = ""
     consecutive_nonfinite: int = 0
@@ -128,8 +127,8 @@ class TrainMetrics:
 
     @property
     def has_unlogged_steps(self) -> bool:
-        """Whether there are steps since the last ``pop_averages``."""
-        return bool(self._added or self.losses)
+        """Whether there are steps since the last ``pop_interval``."""
+        return bool(self._added or self.interval.steps)
 
     def reduce(self) -> list[NonFiniteStep]:
         """Read what was added, and return the steps that were not finite; a collective call."""
@@ -141,23 +140,22 @@ class TrainMetrics:
         for (step, _, _), (total, correct, *skipped), indices in zip(
             self._added, results.tolist(), self._gather_indices(), strict=True
         ):
-            loss = total / self.batch_size
-            link = (
-                bytes.fromhex(self.sample_order_hash)
-                + np.ascontiguousarray(indices, "<i8").tobytes()
-            )
-            self.sample_order_hash = hashlib.sha256(link).hexdigest()
+            chain = hashlib.sha256(bytes.fromhex(self.sample_order_hash))
+            chain.update(np.ascontiguousarray(indices, "<i8").tobytes())
+            self.sample_order_hash = chain.hexdigest()
             self.epoch_images += len(indices)
+            loss = total / self.batch_size
             if any(skipped) or not math.isfinite(loss):
-                nonfinite.append(NonFiniteStep(step, loss, indices))
+                finite = math.isfinite(loss)
+                problem = "a gradient is not finite" if finite else f"the loss is {loss}"
+                nonfinite.append(NonFiniteStep(step, problem, indices))
                 self.consecutive_nonfinite += 1
                 continue
             self.consecutive_nonfinite = 0
-            self.losses.append(loss)
-            self.num_correct.append(correct)
-            self.epoch_loss += loss
-            self.epoch_num_correct += int(correct)
-            self.epoch_steps += 1
+            for totals in (self.interval, self.epoch):
+                totals.steps += 1
+                totals.loss += loss
+                totals.num_correct += int(correct)
         self._added = []
         return nonfinite
 
@@ -174,25 +172,22 @@ class TrainMetrics:
         for row in torch.stack(by_replica, 2).flatten(1).numpy():
             yield row[row >= 0]
 
-    def pop_averages(self) -> tuple[float | None, float | None]:
-        """Mean loss and top-1 error in percent since the last call; None if no step was finite."""
-        steps = len(self.losses)
-        loss = sum(self.losses) / steps if steps else None
-        error = 100.0 * (1.0 - sum(self.num_correct) / (steps * self.batch_size)) if steps else None
-        self.losses, self.num_correct = [], []
-        return loss, error
+    def pop_interval(self) -> Totals:
+        """The steps since the last call."""
+        interval, self.interval = self.interval, Totals()
+        return interval
 
     def next_epoch(self) -> None:
-        self.epoch_loss, self.epoch_steps, self.epoch_num_correct = 0.0, 0, 0
-        self.epoch_images, self.sample_order_hash = 0, ""
+        self.epoch, self.epoch_images, self.sample_order_hash = Totals(), 0, ""
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds; after ``reduce``."""
         hidden = ("batch_size", "dp_size", "_added")
-        return {name: value for name, value in vars(self).items() if name not in hidden}
+        return {name: value for name, value in asdict(self).items() if name not in hidden}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        vars(self).update(state)
+        totals = {name: Totals(**state[name]) for name in ("interval", "epoch")}
+        vars(self).update({**state, **totals})
 
 
 class StepThrottle:
@@ -207,9 +202,9 @@ class StepThrottle:
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
-        self._in_flight: deque[tuple[torch.cuda.Event, LabeledImages]] = deque()
+        self._in_flight: deque[tuple[torch.cuda.Event, object]] = deque()
 
-    def step_launched(self, batch: LabeledImages) -> None:
+    def step_launched(self, batch: object) -> None:
         """Wait until another step may be launched."""
         if self._on_gpu:
             done = torch.cuda.Event()
@@ -223,25 +218,26 @@ class StepTimer:
     """Where the time between two log records went; evaluations and checkpoints do not count.
 
     Attributes:
-        longest_step: seconds of the longest step so far.
+        longest_step: seconds of the longest step so far, with the wait for its batch.
     """
 
     def __init__(self) -> None:
-        self.longest_step = self._seconds = self._data_seconds = self._last_data_seconds = 0.0
+        self.longest_step = self._seconds = self._data_seconds = 0.0
         self._steps = 0
         self.start()
 
     def start(self) -> None:
         """Count from here; what lies before does not count."""
-        self._mark = time.perf_counter()
+        self._mark = self._step_start = time.perf_counter()
 
     def mark_data_ready(self) -> None:
         """The wait for a batch has ended."""
-        self._last_data_seconds = self._lap()
-        self._data_seconds += self._last_data_seconds
+        self._data_seconds += self._lap()
 
     def mark_step_done(self) -> None:
-        self.longest_step = max(self.longest_step, self._last_data_seconds + self._lap())
+        self._lap()
+        self.longest_step = max(self.longest_step, self._mark - self._step_start)
+        self._step_start = self._mark
         self._steps += 1
 
     def pop_times(self) -> tuple[float, float, int]:

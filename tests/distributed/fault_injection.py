@@ -18,33 +18,31 @@ from alexnet_dist.errors import run_command
 kind, _, words = os.environ["FAULT"].partition(":")
 steps = [int(word) for word in words.split(",") if word]
 count = 0
-train_step, evaluate = setup.train_step, train.evaluate
+train_step = setup.train_step
 
 
-def faulty_train_step(layout: Any, optimizer: Any, batch: Any, masks: Any) -> torch.Tensor:
+def faulty_train_step(layout: Any, optimizer: Any, images: Any, *others: Any) -> torch.Tensor:
     global count
     count += 1
     if kind == "images" and count in steps:
-        batch.images.mul_(float("nan"))
-    result = train_step(layout, optimizer, batch, masks)
+        images.mul_(float("nan"))
+    result = train_step(layout, optimizer, images, *others)
     if kind == "weights" and count in steps:
         with torch.no_grad():
             next(iter(layout.parameters.values())).fill_(float("inf"))
     return result
 
 
-def preempted_evaluate(layout: Any, batches: Any, device: Any, after_batch: Any) -> Any:
-    def touch() -> None:
+class PreemptedEvaluation(train.EvalMetrics):
+    def update(self, counts: torch.Tensor) -> None:
+        super().update(counts)
         Path(os.environ["RUN"], "PREEMPT").touch()
         time.sleep(1.1)
-        after_batch()
-
-    return evaluate(layout, batches, device, touch)
 
 
 setup.train_step = faulty_train_step
 if kind == "evaluation":
-    train.evaluate = preempted_evaluate
+    train.EvalMetrics = PreemptedEvaluation
 
 if __name__ == "__main__":
     run_command(train.main)

@@ -17,7 +17,6 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -88,15 +87,13 @@ class Trainer:
             all_reduce_norms=self.sharding.all_reduce_partial_sums,
         )
 
-    def inputs(self, step: int) -> tuple[Any, tuple[Tensor, ...]]:
+    def inputs(self, step: int) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         images, labels = batch_of(self.mesh, self.batch, self.classes, step)
         rows = self.mesh.batch_slice
-        batch = SimpleNamespace(images=images[rows], labels=labels[rows])
-        return batch, self.layout.dropout_masks(1, step)
+        return images[rows], labels[rows], self.layout.dropout_masks(1, step)
 
     def forward_backward(self, step: int) -> Tensor:
-        batch, masks = self.inputs(step)
-        return self.layout.forward_backward(batch.images, batch.labels, masks)
+        return self.layout.forward_backward(*self.inputs(step))
 
     def train(self, count: int) -> list[float]:
         losses = []

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,9 +12,7 @@ from alexnet_dist.export import main as export
 from alexnet_dist.model import Network, build_model
 from alexnet_dist.parallel import mesh
 from alexnet_dist.setup import load_model
-from alexnet_dist.training.checkpoint import CheckpointManager
-from alexnet_dist.training.optim import build_optimizer
-from tests.networks import alone, command, save_network
+from tests.networks import alone, command, save_network, weights_manager
 
 
 @pytest.fixture(scope="module")
@@ -52,11 +49,7 @@ def test_a_run_starts_from_safetensors(network: Network, weights: Path) -> None:
         mine = build_model(arch, num_classes=outputs, image_size=67)
         initial = {name: value.clone() for name, value in mine.named_parameters()}
         parameters = dict(mine.named_parameters())
-        optimizer = build_optimizer("sgd2012", parameters, lr=1, momentum=0, weight_decay=0)
-        layout = SimpleNamespace(
-            parameters=parameters, sharding=SimpleNamespace(to_dtensor=lambda _, tensor: tensor)
-        )
-        manager = CheckpointManager(Path(), None, layout, optimizer, print)  # type: ignore[arg-type]
+        manager, _ = weights_manager(Path(), parameters)
         assert manager.load_pretrained(str(weights)) == from_scratch
         theirs = dict(network.named_parameters())
         for name, parameter in mine.named_parameters():
