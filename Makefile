@@ -1,5 +1,6 @@
 # make train: set everything up, and train the embedded default.
-# make test:  set everything up, and run the tests; make test-slow: the long ones.
+# make test:  set everything up, and run the tests; make test-slow: the long ones;
+#             make test-oldest: the tests under the oldest torch that pyproject.toml allows.
 
 PYTHON ?= python3
 PROCESSES ?= 2
@@ -9,7 +10,7 @@ PY := .venv/bin/python
 PYTEST := $(PY) -m pytest -q --numprocesses=2 --dist=loadfile
 TORCHRUN := .venv/bin/torchrun --nproc_per_node=$(PROCESSES)
 
-.PHONY: train test test-slow lint bench bench-layouts bench-scaling bench-gpu clean
+.PHONY: train test test-slow test-oldest lint bench bench-layouts bench-scaling bench-gpu clean
 
 train: $(ENV)
 	$(TORCHRUN) -m alexnet_dist.train $(ARGS)
@@ -19,6 +20,11 @@ test: $(ENV) lint
 
 test-slow: $(ENV)
 	$(PYTEST) -m "slow or slurm" $(ARGS)
+
+test-oldest:
+	test -x build/oldest/bin/python || $(PYTHON) -m venv build/oldest
+	build/oldest/bin/python -m pip install --quiet "torch==2.11.*" "torchvision==0.26.*" --editable ".[dev]"
+	build/oldest/bin/python -m pytest -q --numprocesses=2 --dist=loadfile -m "not slow and not slurm" $(ARGS)
 
 lint: $(ENV)
 	.venv/bin/ruff check .

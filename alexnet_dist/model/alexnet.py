@@ -64,8 +64,11 @@ class StemConv2d(nn.Conv2d):
         height, width = (size + 2 * padding for size in input.shape[-2:])
         right, bottom = padding + self._overhang(width), padding + self._overhang(height)
         zeros = padding, right, padding, bottom
-        if input.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
-            return self._by_blocks(input.to(torch.get_autocast_dtype("cpu")), zeros, weight, bias)
+        device = input.device.type
+        if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
+            input = input.to(torch.get_autocast_dtype(device))  # before it gets larger
+            if device == "cpu":
+                return self._by_blocks(input, zeros, weight, bias)
         padded = F.pad(input, zeros) if any(zeros) else input
         return F.conv2d(padded, weight, bias, self.stride)
 
