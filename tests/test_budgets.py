@@ -21,7 +21,7 @@ BUDGETS = {  # lines of Python, docstrings included: the most allowed, which may
     "setup.py": (349, 220),
     "config.py": (466, 320),
     "errors.py": (78, 60),
-    "model": (1248, 1000),
+    "model": (1251, 1000),
     "data": (1926, 1500),
     "parallel": (1560, 1250),
     "training": (1434, 1000),
@@ -29,7 +29,7 @@ BUDGETS = {  # lines of Python, docstrings included: the most allowed, which may
     "prepare": (945, 1000),
     "__init__.py": (3, 5),
 }
-IN_ALL = {"alexnet_dist": (10398, 8700), "benchmarks": (2296, 2300), "tests": (7546, 6500)}
+IN_ALL = {"alexnet_dist": (10401, 8700), "benchmarks": (2296, 2300), "tests": (7546, 6500)}
 FILES_OF_A_STEP, LINES_OF_A_STEP = (16, 16), (2989, 2800)
 
 TRACER = """
