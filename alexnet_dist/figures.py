@@ -189,8 +189,9 @@ def plot_figure4(args: Namespace, model: LoadedModel, network: Network, mesh: Me
     captions = [[names[n] for n in batch.labels.tolist()] for batch in (*tests, *found)]
     left = pixels[0], captions[0], plots.top_labels(best, names)
     save(args.out / "figure4-labels", plots.plot_predictions, *left)
-    right = pixels[1], captions[1], np.stack(pixels[2:]), captions[2:]
-    save(args.out / "figure4-neighbors", plots.plot_neighbors, *right)
+    rows = np.concatenate([pixels[1][:, None], np.stack(pixels[2:])], 1)
+    row_names = [[query, *near] for query, near in zip(captions[1], captions[2:], strict=True)]
+    save(args.out / "figure4-neighbors", plots.plot_neighbors, rows, row_names)
 
 
 @torch.no_grad()

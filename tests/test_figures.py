@@ -146,11 +146,11 @@ def test_figures_3_and_4_show_a_checkpoint(
         assert [name for name, _ in best] == names[row.argsort().flip(0)].tolist()
         assert [p for _, p in best] == pytest.approx(row.sort(descending=True)[0].tolist(), 1e-4)
 
-    queries, queried, neighbors, neighbor_names = shown["plot_neighbors"]
-    assert neighbors.shape == (3, 4, SIZE, SIZE, 3)
-    assert np.array_equal(neighbors[:, 0], queries)
-    assert not (neighbors[:, 1] == queries).all((1, 2, 3)).any()
-    assert [row[0] for row in neighbor_names] == queried
+    rows, row_names = shown["plot_neighbors"]
+    assert rows.shape == (3, 1 + 4, SIZE, SIZE, 3)
+    assert np.array_equal(rows[:, 1], rows[:, 0])
+    assert not (rows[:, 2] == rows[:, 0]).all((1, 2, 3)).any()
+    assert all(row[1] == row[0] for row in row_names)
 
 
 def test_what_cannot_be_plotted_is_an_error_message(

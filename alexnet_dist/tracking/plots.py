@@ -61,28 +61,20 @@ def plot_image_grid(
     save_figure(figure, path, dpi=130)
 
 
-def plot_neighbors(
-    path: Path,
-    queries: NDArray[np.uint8],
-    names: Sequence[str],
-    neighbors: NDArray[np.uint8],
-    neighbor_names: Sequence[Sequence[str]],
-) -> None:
-    """Figure 4, right: a row per test image, with the nearest training images, nearest first.
+def plot_neighbors(path: Path, images: Image, names: Sequence[Sequence[str]]) -> None:
+    """Figure 4, right: a row per test image, with the training images nearest to it.
 
     Args:
-        queries: the test images [n, H, W, 3], of the classes ``names``.
-        neighbors: the training images [n, k, H, W, 3]; captions of another class are red.
+        images: [n, 1 + k, H, W, 3], in each row the test image and its neighbors, nearest first.
+        names: their classes; those of neighbors of another class than the test image are red.
     """
-    images = np.concatenate([queries[:, None], neighbors], 1)
-    captions = [[name, *others] for name, others in zip(names, neighbor_names, strict=True)]
     plot_image_grid(
         path,
-        images.reshape(-1, *queries.shape[1:]),
-        [name for row in captions for name in row],
+        images.reshape(-1, *images.shape[2:]),
+        [name for row in names for name in row],
         "test images (left) and the training images nearest to them",
         columns=images.shape[1],
-        colors=["black" if name == row[0] else _WRONG for row in captions for name in row],
+        colors=["black" if name == row[0] else _WRONG for row in names for name in row],
     )
 
 

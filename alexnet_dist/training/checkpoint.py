@@ -50,7 +50,11 @@ do not have it in their state."""
 
 _MANIFEST, _STATE = "manifest.json", "state.json"
 _PARTIAL, _REPLACED, _CORRUPT = ".partial-", ".replaced-", "corrupt-"
-_FILES = (".safetensors", ".pth", ".pt")
+_READABLE = (
+    "give a run's folder, one of its checkpoints, an exported .safetensors, or the state_dict() of "
+    "torchvision.models.alexnet"
+)
+"""What error messages about weights propose."""
 
 warnings.filterwarnings("ignore", module=r"torch\.distributed\.checkpoint")  # of its own internals
 for _name in ("torch.distributed.checkpoint", "torch.distributed._dist_checkpoint", "dcp_logger"):
@@ -189,25 +193,18 @@ class CheckpointManager:
         Returns:
             Its state, None where there is none; and a warning for each corrupt one.
         """
+        found: list[Any] = [None, []]
         if dist.get_rank() == 0:
-            self._remove_partial()
-        corrupt: list[str] = []
-        while checkpoint := self._find_latest():
-            problem = verify_checksums(checkpoint)
-            if not problem:
-                state = read_state(checkpoint)
-                check(state)
-                _copy_tensors(checkpoint, state, self.state_tensors())
-                self.best = state["best"]
-                return state, corrupt
-            corrupt.append(
-                f"the checkpoint {checkpoint} is corrupt ({problem}): it is quarantined as "
-                f"{_CORRUPT}{checkpoint.name}, and the one before it is used"
-            )
-            if dist.get_rank() == 0:
-                self._quarantine(checkpoint)
-            dist.barrier()
-        return None, corrupt
+            found = [*self._find_intact()]
+        dist.broadcast_object_list(found)
+        checkpoint, warnings = found
+        if checkpoint is None:
+            return None, warnings
+        state = read_state(checkpoint)
+        check(state)
+        _copy_tensors(checkpoint, state, self.state_tensors())
+        self.best = state["best"]
+        return state, warnings
 
     def load_pretrained(self, path: str) -> list[str]:
         """Read the weights of another run, or of a file.
@@ -228,35 +225,34 @@ class CheckpointManager:
         load_tensors(found, {n: t for n, t in mine.items() if n not in missing})
         return [name.removeprefix("model.") for name in missing]
 
-    def _remove_partial(self) -> None:
-        """Remove what a process that was killed has left, and undo a replacement it has begun."""
-        for partial in self.folder.glob(f"{_PARTIAL}*"):
-            shutil.rmtree(partial, ignore_errors=True)
+    def _find_intact(self) -> tuple[Path | None, list[str]]:
+        """The newest checkpoint that is intact, and a warning for each corrupt one; these are
+        quarantined. What a killed process has left goes, a replacement it had begun is undone."""
         for replaced in self.folder.glob(f"{_REPLACED}*"):
             with suppress(OSError):  # where the new one is there
                 replaced.rename(self.folder / replaced.name.removeprefix(_REPLACED))
-            shutil.rmtree(replaced, ignore_errors=True)
-
-    def _find_latest(self) -> Path | None:
-        names: list[Any] = [path.name for path in _oldest_first(self.folder)[-1:]] or [None]
-        dist.broadcast_object_list(names)  # as the first process sees the folder
-        return None if names[0] is None else self.folder / names[0]
-
-    def _quarantine(self, checkpoint: Path) -> None:
-        quarantined = self.folder / f"{_CORRUPT}{checkpoint.name}"
-        shutil.rmtree(quarantined, ignore_errors=True)
-        checkpoint.rename(quarantined)
-        for name in ("last", "best"):
-            if not (self.folder / name).exists():
-                (self.folder / name).unlink(missing_ok=True)
-        for newest in _oldest_first(self.folder)[-1:]:
-            _link(self.folder / "last", newest.name)
+        for left in [*self.folder.glob(f"{_PARTIAL}*"), *self.folder.glob(f"{_REPLACED}*")]:
+            shutil.rmtree(left, ignore_errors=True)
+        warnings: list[str] = []
+        for checkpoint in _newest_first(self.folder):
+            problem = _find_corruption(checkpoint)
+            if not problem:
+                _link(self.folder / "last", checkpoint.name)
+                return checkpoint, warnings
+            quarantined = self.folder / f"{_CORRUPT}{checkpoint.name}"
+            shutil.rmtree(quarantined, ignore_errors=True)
+            checkpoint.rename(quarantined)
+            warnings.append(
+                f"the checkpoint {checkpoint} is corrupt ({problem}): it is quarantined as "
+                f"{quarantined.name}, and the one before it is used"
+            )
+        return None, warnings
 
     def _remove_old(self) -> None:
-        linked = {os.path.realpath(self.folder / name) for name in ("last", "best")}
-        for old in _oldest_first(self.folder)[: -self.keep_last]:
+        best = os.path.realpath(self.folder / "best")
+        for old in _newest_first(self.folder)[self.keep_last :]:
             for_good = self.keep_every and int(old.name[5:]) % self.keep_every == 0
-            if not for_good and os.path.realpath(old) not in linked:
+            if not for_good and os.path.realpath(old) != best:
                 shutil.rmtree(old, ignore_errors=True)
 
 
@@ -333,8 +329,7 @@ def find_checkpoint(path: str) -> Path:
     for name in ("best", "last"):
         if (given / "checkpoints" / name / _MANIFEST).is_file():
             return (given / "checkpoints" / name).resolve()
-    message = f"there is no checkpoint at {path}: give a run's folder, or one of its checkpoints"
-    raise UserError(message, on_all_ranks=True)
+    raise UserError(f"there is no checkpoint at {path}: {_READABLE}", on_all_ranks=True)
 
 
 def read_state(found: Path) -> dict[str, Any]:
@@ -345,8 +340,10 @@ def read_state(found: Path) -> dict[str, Any]:
         UserError: it cannot be read, or another version has written it.
     """
     with _reading(found):
-        is_file = found.is_file()
-        state = _read_file(found)[1] if is_file else json.loads((found / _STATE).read_text())
+        if found.is_file():
+            _, state = _read_file(found)
+        else:
+            state = json.loads((found / _STATE).read_text())
     format_ = state.get("format", 0)
     if format_ != FORMAT:
         version = "alexnet_dist 0.1.0" if format_ < FORMAT else "a newer alexnet_dist"
@@ -365,8 +362,10 @@ def load_tensors(found: Path, tensors: Mapping[str, Tensor]) -> None:
         UserError: they are of another network, or corrupt.
     """
     with _reading(found):
-        if not found.is_file() and (problem := verify_checksums(found)):
-            raise ValueError(problem)
+        problems = [""] * dist.get_world_size()
+        dist.all_gather_object(problems, _find_corruption(found) if found.is_dir() else "")
+        if any(problems):
+            raise ValueError(next(filter(None, problems)))
     _copy_tensors(found, read_state(found), tensors)
 
 
@@ -382,10 +381,10 @@ def _copy_tensors(found: Path, state: dict[str, Any], tensors: Mapping[str, Tens
                 on_all_ranks=True,
             )
     with _reading(found), torch.no_grad():
-        if not found.is_file():
+        if found.is_dir():
             dcp.load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(found)))
             return
-        full = _read_file(found)[0]
+        full, _ = _read_file(found)
         for name, tensor in tensors.items():
             value = full[name]
             if isinstance(tensor, DTensor):
@@ -394,20 +393,16 @@ def _copy_tensors(found: Path, state: dict[str, Any], tensors: Mapping[str, Tens
             tensor.copy_(value)
 
 
-def verify_checksums(checkpoint: Path) -> str:
-    """What is wrong with a checkpoint's files, or ""; all processes call it together, and each
-    reads some of them."""
-    rank, problems = dist.get_rank(), [""] * dist.get_world_size()
-    name, problem = _MANIFEST, ""
+def _find_corruption(checkpoint: Path) -> str:
+    """What has changed in a checkpoint's files since it was written, or ""."""
+    name = _MANIFEST
     try:
-        files = json.loads((checkpoint / _MANIFEST).read_text())["files"]
-        for name in sorted(files)[rank :: len(problems)]:
-            if _sha256(checkpoint / name) != files[name]:
-                problem = f"{name} has changed since it was written"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        problem = f"{name}: {_reason(error)}"
-    dist.all_gather_object(problems, problem)
-    return next(filter(None, problems), "")
+        for name, checksum in json.loads((checkpoint / _MANIFEST).read_text())["files"].items():
+            if _sha256(checkpoint / name) != checksum:
+                return f"{name} has changed since it was written"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{name}: {_reason(error)}"
+    return ""
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
@@ -420,27 +415,23 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], state: Mapping[
 def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors in a file of weights, under a checkpoint's names, and its state; nothing in it
     is executed."""
-    if path.suffix not in _FILES:
-        raise UserError(
-            f"{path} holds no weights that can be read: give a run's folder, a checkpoint, or a "
-            f"file that ends in {', '.join(_FILES)}",
-            on_all_ranks=True,
-        )
-    state: dict[str, Any] | None = None
+    header: dict[str, str] = {}
     if path.suffix == ".safetensors":
         found = load_file(path)
         with safe_open(path, "pt") as file:
             header = file.metadata() or {}
-        if "alexnet_dist" in header:
-            state = {name: json.loads(header[name]) for name in header if name != "format"}
-            state["format"] = state.pop("alexnet_dist")
     else:
         found = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(found, dict) or not all(isinstance(t, Tensor) for t in found.values()):
         raise ValueError("it holds something else than tensors by name")
     tensors = {f"model.{name}": tensor for name, tensor in found.items()}
     shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
-    return tensors, {**(state or _torchvision_state(path, shapes)), "tensors": shapes}
+    if "alexnet_dist" in header:
+        state = {name: json.loads(header[name]) for name in header if name != "format"}
+        state["format"] = state.pop("alexnet_dist")
+    else:
+        state = _torchvision_state(path, shapes)
+    return tensors, {**state, "tensors": shapes}
 
 
 def _torchvision_state(path: Path, shapes: dict[str, list[int]]) -> dict[str, Any]:
@@ -448,11 +439,8 @@ def _torchvision_state(path: Path, shapes: dict[str, list[int]]) -> dict[str, An
     have no names, but indices."""
     last = shapes.get("model.classifier.6.weight")
     if last is None or shapes.get("model.features.0.weight") != [64, 3, 11, 11]:
-        raise UserError(
-            f"{path} is neither an export of this package nor torchvision's AlexNet: give a run's "
-            "folder, an exported .safetensors, or the state_dict() of torchvision.models.alexnet",
-            on_all_ranks=True,
-        )
+        message = f"{path} is neither an export of this package nor torchvision's AlexNet"
+        raise UserError(f"{message}: {_READABLE}", on_all_ranks=True)
     # unused by a network that normalizes with ImageNet's own statistics
     statistics = {"mean": [0.0] * 3, "eigenvalues": [0.0] * 3, "eigenvectors": [[0.0] * 3] * 3}
     return {
@@ -480,8 +468,8 @@ def _balance_replicated(
     return mine
 
 
-def _oldest_first(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step-*"))
+def _newest_first(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step-*"), reverse=True)
 
 
 def _sha256(path: Path) -> str:
@@ -517,10 +505,8 @@ def _reading(found: Path) -> Iterator[None]:
         cause = _cause(error)
         if isinstance(cause, KeyboardInterrupt):
             raise cause from None
-        raise UserError(
-            f"{found} is corrupt, or cannot be read ({_reason(error)}): use another one",
-            on_all_ranks=True,
-        ) from None
+        message = f"{found} is corrupt, or cannot be read ({_reason(error)})"
+        raise UserError(f"{message}: {_READABLE}", on_all_ranks=True) from None
 
 
 def _cause(error: BaseException) -> BaseException:

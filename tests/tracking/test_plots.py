@@ -75,7 +75,8 @@ def test_right_labels_are_highlighted_and_wrong_neighbors_red(
     assert [[bar.get_width() for bar in row] for row in bars] == [[0.7, 0.3], [1.0, 0.0]]
     highlighted = [[bar.get_facecolor() == bars[0][0].get_facecolor() for bar in r] for r in bars]
     assert highlighted == [[True, False], [False, True]]
-    plots.plot_neighbors(tmp_path / "n.png", images, ["cat", "dog"], images[:, None], [["dog"]] * 2)
+    pairs = np.stack([images, images], 1)
+    plots.plot_neighbors(tmp_path / "n.png", pairs, [["cat", "dog"], ["dog", "dog"]])
     colors = [axis.xaxis.label.get_color() for axis in figures[1].axes]
     assert colors[:1] + colors[2:] == ["black"] * 3
     assert colors[1] != "black"

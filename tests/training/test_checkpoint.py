@@ -138,6 +138,8 @@ CORRUPTIONS = {
 
 @pytest.mark.parametrize("corruption", CORRUPTIONS)
 def test_checkpoint_that_is_corrupt_is_quarantined(corruption: str, tmp_path: Path) -> None:
+    """And is not offered any more."""
+    tmp_path /= "checkpoints"
     manager, _ = weights_manager(tmp_path, weights())
     save(manager, 9)
     second = save(manager, 10, best={"loss": 1.0})
@@ -149,7 +151,8 @@ def test_checkpoint_that_is_corrupt_is_quarantined(corruption: str, tmp_path: Pa
     assert len(warnings) == 1
     assert f"the checkpoint {second} is corrupt" in warnings[0]
     assert (tmp_path / "last").resolve().name == "step-00000009"
-    assert names(tmp_path) == ["corrupt-step-00000010", "last", "step-00000009"]
+    assert names(tmp_path) == ["best", "corrupt-step-00000010", "last", "step-00000009"]
+    assert checkpoint.find_checkpoint(str(tmp_path.parent)) == tmp_path / "step-00000009"
 
 
 def test_checkpoint_of_another_network_or_version_is_refused(tmp_path: Path) -> None:
