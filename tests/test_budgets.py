@@ -13,7 +13,7 @@ BUDGETS = {  # lines of Python, docstrings included: the most allowed, which may
     "evaluate.py": (135, 130),
     "predict.py": (150, 120),
     "export.py": (178, 180),
-    "figures.py": (251, 250),
+    "figures.py": (252, 250),
     "summary.py": (63, 70),
     "bench.py": (269, 260),
     "submit.py": (76, 80),
@@ -24,12 +24,12 @@ BUDGETS = {  # lines of Python, docstrings included: the most allowed, which may
     "model": (1251, 1000),
     "data": (1926, 1500),
     "parallel": (1560, 1250),
-    "training": (1434, 1000),
-    "tracking": (764, 700),
+    "training": (1420, 1000),
+    "tracking": (756, 700),
     "prepare": (945, 1000),
     "__init__.py": (3, 5),
 }
-IN_ALL = {"alexnet_dist": (10401, 8700), "benchmarks": (2296, 2300), "tests": (7546, 6500)}
+IN_ALL = {"alexnet_dist": (10380, 8700), "benchmarks": (2296, 2300), "tests": (7550, 6500)}
 FILES_OF_A_STEP, LINES_OF_A_STEP = (16, 16), (2989, 2800)
 
 TRACER = """
