@@ -12,25 +12,23 @@ from argparse import Namespace
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, nullcontext
-from dataclasses import replace
-from functools import lru_cache
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image
 
 from alexnet_dist.config import CommandParser, positive_int
 from alexnet_dist.data.datasets import ImageDataset, SplitIndex
 from alexnet_dist.data.eval_plan import NumCrops
-from alexnet_dist.data.formats import FORMATS, decode, validate_bytes
+from alexnet_dist.data.formats import decode, read_size, validate_bytes
 from alexnet_dist.data.index import is_image_name
 from alexnet_dist.errors import UserError, print_error, run_command
 from alexnet_dist.parallel.mesh import Mesh, init_distributed
 from alexnet_dist.setup import LoadedModel, load_model
 from alexnet_dist.tracking import plots
 
-BATCH = 8  # photographs that a worker decodes before the network sees them
+BATCH = 8  # photographs that the network sees at a time
 MAX_IMAGES_IN_FIGURE = 60
 
 
@@ -40,28 +38,13 @@ class Photographs(ImageDataset):
     is_decoded = True
 
     def read(self, index: int) -> NDArray[np.uint8]:
-        return read_upright(self.index.names[index])
+        path = self.path(index)
+        if Path(path).is_dir():
+            raise OSError("there is no image in this folder")
+        return np.array(decode(validate_bytes(np.fromfile(path, np.uint8)), upright=True))
 
     def path(self, index: int) -> str:
         return self.index.names[index]
-
-
-@lru_cache(1)  # the ten crops of an image come one after another
-def read_upright(path: str) -> NDArray[np.uint8]:
-    """The pixels [H, W, 3] of an image file. Raises OSError with what is wrong with it."""
-    if Path(path).is_dir():
-        raise OSError("there is no image in this folder")
-    return np.array(decode(validate_bytes(np.fromfile(path, np.uint8)), upright=True))
-
-
-def read_size(path: str) -> tuple[int, int]:
-    """Height and width of an upright image; (1, 1) where ``read_upright`` will say why not."""
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            sideways = image.getexif().get(ExifTags.Base.Orientation, 1) > 4
-            return image.size if sideways else image.size[::-1]
-    except Exception:  # struct.error, SyntaxError, EOFError, ...: it depends on the file
-        return 1, 1
 
 
 def find_images(path: str) -> list[str]:
@@ -116,11 +99,11 @@ def predict(
     [H, W, 3]. One that cannot be read is named and skipped."""
     num_crops: NumCrops = 10 if args.ten_crop else 1
     with ThreadPoolExecutor(mesh.threads) as pool:
-        sizes = np.array(list(pool.map(read_size, paths)), np.int64)
+        sizes = np.array(list(pool.map(partial(read_size, upright=True), paths)), np.int64)
+    sizes = sizes.clip(1)  # where there is none, reading the image will tell why
     dataset = Photographs(SplitIndex("", paths, np.zeros(len(paths), np.int64), sizes, []))
     data = model.config.data
-    mesh = replace(mesh, threads=min(mesh.threads, -(-len(paths) // BATCH)))
-    # DALI would hold a batch of photographs at full size, this loader one in each worker
+    # DALI would hold a batch of photographs at full size, this loader one in each thread
     data.loader, data.on_corrupt_image = "torch", "skip"
     plan, loader = model.eval_loader(mesh, dataset, BATCH, num_crops)
     layout = model.layout(mesh, BATCH)

@@ -6,10 +6,7 @@ pipelines take turns: one is fed, and parses its images, while the other decodes
 """
 
 import functools
-import itertools
 import re
-from collections.abc import Generator, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -19,8 +16,8 @@ from numpy.typing import NDArray
 
 from alexnet_dist.data.datasets import ImageDataset
 from alexnet_dist.data.formats import DECODE_ERROR, SIZE_MISMATCH, decode
-from alexnet_dist.data.loader import Batch, Loader, load_ahead, to_device
-from alexnet_dist.data.plan import SampleParams
+from alexnet_dist.data.loader import Batch, CorruptImagesError, Loader, to_device
+from alexnet_dist.data.plan import Ints, SampleParams
 from alexnet_dist.data.transforms import Normalization
 from alexnet_dist.errors import UserError
 
@@ -31,7 +28,6 @@ nothing, as the images are pixels."""
 HW_DECODER_LOAD = 0.65
 """Fraction of the images that a GPU's JPEG engine decodes, where there is one."""
 
-PIPELINES = 2
 READ_CHUNK = 16
 """Files that a thread reads at a time: handing over a single one costs more than reading it."""
 
@@ -143,6 +139,8 @@ class DaliLoader(Loader):
         options: those of Loader; ``threads`` are of each pipeline.
     """
 
+    min_readers = 8  # storage answers late
+
     def __init__(
         self,
         dataset: ImageDataset,
@@ -166,48 +164,17 @@ class DaliLoader(Loader):
             max_batch_size=max_batch_size,
             threads=self._threads,
         )
-        self._idle = [self._build() for _ in range(PIPELINES)]
-        self._readers = ThreadPoolExecutor(max(self._threads, 8), "read")
+        self._idle = [self._build() for _ in range(self.batches_at_once)]
         self.description = f"DALI on {self.device.type}, decoder {decoder}, {self._threads} threads"
 
-    def batches(self, samples: Iterable[SampleParams]) -> Generator[Batch, None, None]:
-        for planned, batch in load_ahead(self._load, samples, self.device, PIPELINES):
-            self.corrupt.log_substitutions(planned)
-            yield batch
+    def _load(self, samples: SampleParams) -> Batch:
+        images = self._read_each(samples, self._read, READ_CHUNK)
+        try:
+            return self._run(samples, images)
+        except Exception as error:
+            raise find_corrupt(samples, images, error) from error
 
-    def close(self) -> None:
-        self._readers.shutdown(cancel_futures=True)
-
-    def _load(self, planned: SampleParams) -> tuple[SampleParams, Batch]:
-        """``planned``, and the batch of its samples or their substitutes."""
-        while True:
-            samples = self.corrupt.substitute(planned)
-            images, errors = self._read(samples)
-            if not errors:
-                try:
-                    return planned, self._run(samples, images)
-                except Exception as error:
-                    errors = find_corrupt(samples, images, error)
-            self.corrupt.mark_corrupt(errors)
-
-    def _read(self, samples: SampleParams) -> tuple[list[NDArray[np.uint8]], dict[int, str]]:
-        """What ``feed_batch`` takes; and which images are corrupt, and why."""
-        wanted = list(zip(samples.indices.tolist(), samples.crop_boxes.tolist(), strict=True))
-        errors: dict[int, str] = {}
-
-        def read_chunk(first: int) -> list[NDArray[np.uint8]]:
-            images = []
-            for index, box in wanted[first : first + READ_CHUNK]:
-                try:
-                    images.append(self._read_one(index, box))
-                except OSError as error:
-                    errors[index] = error.strerror or str(error)
-            return images
-
-        chunks = self._readers.map(read_chunk, range(0, len(wanted), READ_CHUNK))
-        return list(itertools.chain.from_iterable(chunks)), errors
-
-    def _read_one(self, index: int, box: list[int]) -> NDArray[np.uint8]:
+    def _read(self, index: int, box: Ints, flip: bool) -> NDArray[np.uint8]:
         """An image's bytes, or the pixels in its crop box. Raises OSError where DALI is not to have
         them.
 
@@ -250,9 +217,9 @@ class DaliLoader(Loader):
 
 def find_corrupt(
     samples: SampleParams, images: list[NDArray[np.uint8]], error: Exception
-) -> dict[int, str]:
-    """The image that DALI names in its error; if it names none, those that Pillow cannot decode
-    either. Raises UserError where there is none."""
+) -> Exception:
+    """What DALI's error means: that the image is corrupt which it names; if it names none, those
+    that Pillow cannot decode either; if there is none, a UserError."""
     cause = str(error).rpartition("encountered:")[2].strip()
     rows = [int(row) for row in re.findall(r"Failed to decode sample #(\d+)", cause)[:1]]
     for row, image in enumerate(images) if not rows else ():
@@ -260,7 +227,7 @@ def find_corrupt(
             decode(image)
         except OSError:
             rows.append(row)
-    if not rows:
-        reason = cause.partition("\n")[0] or type(error).__name__
-        raise UserError(f"DALI failed on a batch of images: {reason}") from error
-    return dict.fromkeys(samples.indices[rows].tolist(), DECODE_ERROR)
+    if rows:
+        return CorruptImagesError(dict.fromkeys(samples.indices[rows].tolist(), DECODE_ERROR))
+    reason = cause.partition("\n")[0] or type(error).__name__
+    return UserError(f"DALI failed on a batch of images: {reason}")

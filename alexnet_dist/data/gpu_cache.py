@@ -6,12 +6,11 @@ CPUs compute the same, so that it can be tried there; DALI is faster on them.
 from collections.abc import Generator, Iterable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from alexnet_dist.data.datasets import RawDataset
-from alexnet_dist.data.loader import Batch, Loader, load_ahead, to_device
+from alexnet_dist.data.loader import Batch, Loader, to_device
 from alexnet_dist.data.plan import SampleParams
 from alexnet_dist.data.transforms import Normalization, normalize
 
@@ -84,6 +83,8 @@ def _resize_weights(start: Tensor, length: Tensor, stored: int, size: int) -> Te
 class GpuCacheLoader(Loader):
     """Loads samples of raw pixels, which all lie on the device."""
 
+    batches_at_once = 1  # they share a stream
+
     def __init__(self, dataset: RawDataset, normalization: Normalization, **options: Any) -> None:
         super().__init__(dataset, normalization, **options)
         gpu = self.device.type == "cuda"
@@ -97,19 +98,15 @@ class GpuCacheLoader(Loader):
         self.description = f"gpu_cache: {size} in the memory of the {'GPU' if gpu else 'host'}"
 
     def batches(self, samples: Iterable[SampleParams]) -> Generator[Batch, None, None]:
-        for batch, done in load_ahead(self._load, samples, self.device, 1):
-            if done is not None:
+        for batch in super().batches(samples):
+            if self._stream is not None:
                 current = torch.cuda.current_stream(self.device)
-                current.wait_event(done)
+                current.wait_stream(self._stream)
                 for tensor in (batch.images, batch.labels):  # whose memory is another stream's
                     tensor.record_stream(current)
             yield batch
 
-    def close(self) -> None:
-        """It has none."""
-
-    def _load(self, samples: SampleParams) -> tuple[Batch, torch.Event | None]:
-        """A batch, and on a GPU the event after which it is one."""
+    def _load(self, samples: SampleParams) -> Batch:
         normalization, size = self.normalization, self.normalization.size
         with torch.cuda.stream(self._stream):  # None on CPUs, which changes nothing
             rows, boxes, flips, means, scales, labels = (
@@ -119,7 +116,7 @@ class GpuCacheLoader(Loader):
                     samples.crop_boxes,
                     samples.flips,
                     normalization.means(samples),
-                    np.reciprocal(normalization.stds(samples.pca_noise_std)),
+                    normalization.scales(samples),
                     self._labels[samples.indices],
                 )
             )
@@ -130,5 +127,4 @@ class GpuCacheLoader(Loader):
                 rows = torch.arange(len(rows), device=self.device)
                 boxes, flips = torch.zeros_like(boxes), torch.zeros_like(flips)
             images = self._crop(images, rows, boxes, flips, means, scales, size)
-            done = self._stream.record_event() if self._stream else None
-        return Batch(images, labels, samples.indices), done
+        return Batch(images, labels, samples.indices)

@@ -40,7 +40,7 @@ from alexnet_dist.data.datasets import (
     check_files,
     read_cifar10,
 )
-from alexnet_dist.data.formats import FORMATS
+from alexnet_dist.data.formats import read_size
 from alexnet_dist.data.statistics import ChannelStats, compute_stats
 from alexnet_dist.errors import UserError
 
@@ -185,7 +185,7 @@ def _index_split(folder: Path, name: str, cache: Path, progress: Progress) -> Sp
     index = SplitIndex(str(split), names, arrays["labels"], sizes, list(folders))
     for corrupt in index.corrupt_indices():
         # read again: a file that is fixed leaves the time of its folder as it was
-        sizes[corrupt] = _read_size(split / names[corrupt])
+        sizes[corrupt] = read_size(split / names[corrupt])
     return index
 
 
@@ -204,19 +204,10 @@ def _scan(split: Path, classes: list[str], progress: Progress) -> dict[str, NDAr
         )
     sizes = np.zeros((len(names), 2), np.int64)
     with ThreadPoolExecutor(16) as pool:  # network storage answers slowly, but many at once
-        for index, size in enumerate(pool.map(_read_size, [split / name for name in names])):
+        for index, size in enumerate(pool.map(read_size, [split / name for name in names])):
             sizes[index] = size
             progress(f"indexing {split}", index + 1, len(names))
     return {"names": pack_names(names), "labels": np.array(labels, np.int64), "sizes": sizes}
-
-
-def _read_size(path: Path) -> tuple[int, int]:
-    """Stored height and width, from the header alone; (0, 0) where it cannot be read."""
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            return image.height, image.width
-    except Exception:  # struct.error, SyntaxError, EOFError, ...: it depends on the file
-        return 0, 0
 
 
 def _cached(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from alexnet_dist.data.datasets import ImageDataset
-from alexnet_dist.data.plan import SampleParams
+from alexnet_dist.data.plan import Ints, SampleParams
 from alexnet_dist.data.transforms import Normalization
 from alexnet_dist.errors import UserError
 
@@ -111,12 +111,20 @@ class CorruptImagePolicy:
         raise UserError(f"no image of {folder} can be decoded", on_all_ranks=True)
 
 
+class CorruptImagesError(Exception):
+    """Images of a batch cannot be decoded: why, by index."""
+
+    def __init__(self, reasons: dict[int, str]) -> None:
+        super().__init__(reasons)
+        self.reasons = reasons
+
+
 class Loader(ABC):
     """Loads samples: one batch for each ``SampleParams``, in order, ahead of need.
 
     Args:
         device: what the batches are loaded to.
-        threads: that decode, or gather pixels.
+        threads: that decode.
         on_corrupt: what is done with images that cannot be decoded.
 
     Attributes:
@@ -124,6 +132,8 @@ class Loader(ABC):
     """
 
     description: str
+    min_readers = 1  # threads of ``_read_each``
+    batches_at_once = 2
 
     def __init__(
         self,
@@ -138,18 +148,57 @@ class Loader(ABC):
         self.corrupt = CorruptImagePolicy(dataset, on_corrupt)
         self._threads = threads
         self._labels = torch.from_numpy(dataset.index.labels)
+        self._readers = ThreadPoolExecutor(max(threads, self.min_readers), "read")
 
-    @abstractmethod
     def batches(self, samples: Iterable[SampleParams]) -> Generator[Batch, None, None]:
         """One batch for each of ``samples``.
 
         Raises:
             UserError: an image cannot be decoded and the policy is to stop.
         """
+        loaded = load_ahead(self._load_good, samples, self.device, self.batches_at_once)
+        for planned, batch in loaded:
+            self.corrupt.log_substitutions(planned)
+            yield batch
+
+    def close(self) -> None:
+        """End its threads."""
+        self._readers.shutdown(cancel_futures=True)
 
     @abstractmethod
-    def close(self) -> None:
-        """End its threads and processes."""
+    def _load(self, samples: SampleParams) -> Batch:
+        """A batch of just these samples. Raises CorruptImagesError where some cannot be decoded."""
+
+    def _load_good(self, planned: SampleParams) -> tuple[SampleParams, Batch]:
+        """``planned``, and the batch of its samples or their substitutes."""
+        while True:
+            try:
+                return planned, self._load(self.corrupt.substitute(planned))
+            except CorruptImagesError as error:
+                self.corrupt.mark_corrupt(error.reasons)
+
+    def _read_each(
+        self, samples: SampleParams, read: Callable[[int, Ints, bool], T], chunk: int = 1
+    ) -> list[T]:
+        """What ``read`` returns for index, crop box and flip of each sample, ``chunk`` of them at a
+        time in a thread. Raises CorruptImagesError where it raises OSError."""
+        reasons: dict[int, str] = {}
+
+        def read_chunk(first: int) -> list[T]:
+            some, results = slice(first, first + chunk), []
+            columns = samples.indices[some].tolist(), samples.crop_boxes[some], samples.flips[some]
+            for index, box, flip in zip(*columns, strict=True):
+                try:
+                    results.append(read(index, box, flip))
+                except OSError as error:
+                    reasons[index] = error.strerror or str(error)
+            return results
+
+        chunks = self._readers.map(read_chunk, range(0, len(samples.indices), chunk))
+        results = list(chain.from_iterable(chunks))
+        if reasons:
+            raise CorruptImagesError(reasons)
+        return results
 
 
 def to_device(array: Any, device: torch.device) -> Tensor:

@@ -47,6 +47,10 @@ class Normalization:
         """[3], what images are divided by."""
         return np.asarray(self.std * (1 + pca_noise_std * self.rescale_by_noise), np.float32)
 
+    def scales(self, samples: SampleParams) -> NDArray[np.float32]:
+        """[3], what images are multiplied by."""
+        return np.reciprocal(self.stds(samples.pca_noise_std))
+
     def to_uint8_images(self, images: Tensor, pca_noise_std: float = 0.0) -> NDArray[np.uint8]:
         """Normalized images [b, 3, H, W] as images [b, H, W, 3] for people; PCA noise stays."""
         pixels = images.float().cpu().numpy().transpose(0, 2, 3, 1)

@@ -37,8 +37,8 @@ def build(
     defaults: dict[str, Any] = {
         "device": torch.device("cpu"),
         "max_batch_size": max(plan.batch_size, 60),
+        "threads": 2,
     }
-    defaults |= {"threads": 0 if name == "torch" else 2}
     return build_loader(name, dataset, normalization, plan, **defaults | options)
 
 

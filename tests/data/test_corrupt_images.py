@@ -10,7 +10,7 @@ import pytest
 from alexnet_dist.data.dali import find_corrupt
 from alexnet_dist.data.datasets import ImageDataset
 from alexnet_dist.data.formats import decode, validate_bytes
-from alexnet_dist.data.loader import OnCorruptImage
+from alexnet_dist.data.loader import CorruptImagesError, OnCorruptImage
 from alexnet_dist.data.plan import SampleParams, SamplePlan, TrainCrop
 from alexnet_dist.errors import UserError
 from tests.data import corrupt_images
@@ -152,9 +152,11 @@ def test_the_image_that_dali_fails_on_is_found(tmp_path: Path) -> None:
     other = MemoryError("Error in\nencountered:\n\nout of memory\nand more")
     for error, row in ((named, 2), (other, 1)):  # Pillow looks where DALI does not say
         wanted = {int(samples.indices[row]): "the decoder gives up on it"}
-        assert find_corrupt(samples, images, error) == wanted
-    with pytest.raises(UserError, match=r"DALI failed on a batch of images: out of memory$"):
-        find_corrupt(samples, [images[0]] * 4, other)
+        found = find_corrupt(samples, images, error)
+        assert isinstance(found, CorruptImagesError)
+        assert found.reasons == wanted
+    found = find_corrupt(samples, [images[0]] * 4, other)
+    assert str(found) == "DALI failed on a batch of images: out of memory"
 
 
 @pytest.mark.parametrize("name", LOADERS)

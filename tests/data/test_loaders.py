@@ -1,4 +1,4 @@
-"""DALI and gpu_cache give the batches of torch's DataLoader; here on CPUs, in tests/gpu on GPUs."""
+"""DALI and gpu_cache give the batches of the torch loader; here on CPUs, in tests/gpu on GPUs."""
 
 from contextlib import nullcontext
 from dataclasses import replace
