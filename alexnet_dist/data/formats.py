@@ -7,11 +7,10 @@ of them is made to agree with the other, here. What is wrong inside a file is le
 """
 
 from io import BytesIO
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image, ImageOps
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 """Pillow's names of what is taken, whatever a file's own name says."""
@@ -40,20 +39,6 @@ def validate_bytes(encoded: NDArray[np.uint8]) -> NDArray[np.uint8]:
         decode(encoded).save(buffer, "PNG", compress_level=0)
         return np.frombuffer(buffer.getvalue(), np.uint8)
     return encoded
-
-
-def read_size(path: str | Path, *, upright: bool = False) -> tuple[int, int]:
-    """Height and width of an image, from its header alone; (0, 0) where that cannot be read.
-
-    Args:
-        upright: as ``decode`` will turn it.
-    """
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            turned = upright and image.getexif().get(ExifTags.Base.Orientation, 1) > 4
-            return image.size if turned else image.size[::-1]
-    except Exception:  # struct.error, SyntaxError, EOFError, ...: it depends on the file
-        return 0, 0
 
 
 def decode(

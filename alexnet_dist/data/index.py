@@ -29,7 +29,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import ExifTags, Image
 
 from alexnet_dist.data.datasets import (
     DATASETS,
@@ -40,7 +40,7 @@ from alexnet_dist.data.datasets import (
     check_files,
     read_cifar10,
 )
-from alexnet_dist.data.formats import read_size
+from alexnet_dist.data.formats import FORMATS
 from alexnet_dist.data.statistics import ChannelStats, compute_stats
 from alexnet_dist.errors import UserError
 
@@ -208,6 +208,20 @@ def _scan(split: Path, classes: list[str], progress: Progress) -> dict[str, NDAr
             sizes[index] = size
             progress(f"indexing {split}", index + 1, len(names))
     return {"names": pack_names(names), "labels": np.array(labels, np.int64), "sizes": sizes}
+
+
+def read_size(path: str | Path, *, upright: bool = False) -> tuple[int, int]:
+    """Height and width of an image, from its header alone; (0, 0) where that cannot be read.
+
+    Args:
+        upright: as its EXIF data say.
+    """
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            turned = upright and image.getexif().get(ExifTags.Base.Orientation, 1) > 4
+            return image.size if turned else image.size[::-1]
+    except Exception:  # struct.error, SyntaxError, EOFError, ...: it depends on the file
+        return 0, 0
 
 
 def _cached(

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from alexnet_dist.data.datasets import ImageDataset
 from alexnet_dist.data.formats import SIZE_MISMATCH, decode
 from alexnet_dist.data.loader import Batch, Loader, to_device
 from alexnet_dist.data.plan import Ints, SampleParams
-from alexnet_dist.data.transforms import Normalization, crop_resize_flip, normalize
+from alexnet_dist.data.transforms import Normalization, normalize
 
 
 class TorchLoader(Loader):
@@ -49,3 +50,15 @@ class TorchLoader(Loader):
         if pixels.shape[:2] != tuple(self.dataset.index.sizes[index]):
             raise OSError(SIZE_MISMATCH)
         return pixels.permute(2, 0, 1)
+
+
+def crop_resize_flip(image: Tensor, box: Ints, flip: bool, size: int) -> Tensor:
+    """The ``box`` [4] of an uint8 image [3, H, W] as uint8 [3, size, size].
+
+    Bilinear with antialiasing, rounded to integers.
+    """
+    top, left, height, width = (int(x) for x in box)
+    image = image[:, top : top + height, left : left + width]
+    if (height, width) != (size, size):
+        image = F.interpolate(image[None], [size, size], mode="bilinear", antialias=True)[0]
+    return image.flip(-1) if flip else image

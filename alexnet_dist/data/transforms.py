@@ -1,5 +1,4 @@
-"""From pixels to the network's input: the arithmetic of every loader, and the reference for DALI
-and for the GPU's crops."""
+"""From pixels to the network's input: the arithmetic of every loader."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,7 +7,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 
 from alexnet_dist.data.plan import SampleParams
 from alexnet_dist.data.statistics import ChannelStats
@@ -84,18 +82,6 @@ def build_normalization(
     elif pca_noise == "paper":
         basis = 255 * stats.eigenvectors * (stats.eigenvalues / 255**2)
     return Normalization(mean, std, basis, size, rescale_by_noise=pca_noise == "source")
-
-
-def crop_resize_flip(image: Tensor, box: NDArray[np.int64], flip: bool, size: int) -> Tensor:
-    """The ``box`` [4] of an uint8 image [3, H, W] as uint8 [3, size, size].
-
-    Bilinear with antialiasing, rounded to integers.
-    """
-    top, left, height, width = (int(x) for x in box)
-    image = image[:, top : top + height, left : left + width]
-    if (height, width) != (size, size):
-        image = F.interpolate(image[None], [size, size], mode="bilinear", antialias=True)[0]
-    return image.flip(-1) if flip else image
 
 
 def normalize(images: Tensor, means: Tensor, scales: Tensor) -> Tensor:

@@ -1,6 +1,5 @@
 """Whatever disturbs a run, it resumes and ends with the bits of an undisturbed one."""
 
-import contextlib
 import json
 import os
 import signal
@@ -77,24 +76,6 @@ def test_a_preempted_run_saves_and_resumes(
     train(2, images, tmp_path, "--run.name=run", FEW)
     assert [e["step"] for e in events(run, "resume")] == [preempted["step"]]
     check_same(run, request.getfixturevalue("reference"))
-
-
-@pytest.mark.slow
-def test_signals_to_every_process_do_not_take_the_images_away(images: Path, tmp_path: Path) -> None:
-    """As a cluster sends them: to the processes that load images for training, too."""
-    loader = ["--data.loader=torch", "--runtime.threads=2", FEW]
-    with running(2, images, tmp_path, *loader) as launcher:
-        trainers = workers(launcher.pid)
-        loaders = [pid for trainer in trainers for pid in workers(trainer)]
-        assert len(loaders) >= 4
-        for name in ("SIGTERM", "SIGUSR2"):
-            for pid in (*loaders, *trainers):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.Signals[name])
-        out, _ = launcher.communicate(timeout=60)
-    assert launcher.returncode == 0, out[-2000:]
-    assert status(tmp_path / "run") == "preempted"
-    wait_for(lambda: not alive(str(tmp_path)), 10)
 
 
 @pytest.mark.slow
