@@ -87,15 +87,6 @@ def test_many_attempts_become_one_curve(run: Path) -> None:
     assert json.loads(config["optim"]) == {"lr": 0.25}
 
 
-def test_the_last_image_of_each_name_is_shown(run: Path) -> None:
-    images = [event for event in replay.select_events(run) if event["event"] == "image"]
-    assert [(event["name"], event["step"]) for event in images] == [
-        ("first_batch", 0),
-        ("curves", 8),
-    ]
-    assert all(Path(event["path"]).parent == run for event in images)
-
-
 def test_online_it_prints_the_address_or_what_was_refused(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,7 +1,6 @@
 """Weights in files: an export, torchvision's state_dict, and what is neither."""
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,30 +16,16 @@ from tests.networks import alone, command, save_network, weights_manager
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Network]:
-    return save_network(tmp_path_factory.mktemp("network") / "paper", "paper")
+    """A network as safetensors, and itself."""
+    folder = tmp_path_factory.mktemp("network")
+    run, network = save_network(folder / "paper", "paper")
+    command(export, "--checkpoint", run, "--out", folder)
+    return folder / "model.safetensors", network
 
 
-@pytest.fixture(scope="module")
-def network(saved: tuple[Path, Network]) -> Network:
-    return saved[1]
-
-
-@pytest.fixture(scope="module")
-def weights(saved: tuple[Path, Network]) -> Path:
-    """The network as safetensors."""
-    command(export, "--checkpoint", saved[0], "--out", saved[0].parent)
-    return saved[0].parent / "model.safetensors"
-
-
-@pytest.fixture
-def group(weights: Path) -> Iterator[None]:
+def test_a_run_starts_from_safetensors(saved: tuple[Path, Network]) -> None:
     alone()
-    yield
-    mesh.destroy_distributed()
-
-
-@pytest.mark.usefixtures("group")
-def test_a_run_starts_from_safetensors(network: Network, weights: Path) -> None:
+    weights, network = saved
     for arch, outputs, from_scratch in (
         ("paper", 3, []),
         ("paper", 7, ["fc8.weight", "fc8.bias"]),
@@ -60,14 +45,15 @@ def test_a_run_starts_from_safetensors(network: Network, weights: Path) -> None:
         load_model(str(weights)).load_weights(
             dict(build_model("owt", image_size=67).named_parameters())
         )
+    mesh.destroy_distributed()
 
 
-def test_what_cannot_be_read(weights: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_read(saved: tuple[Path, Network], tmp_path: Path) -> None:
     class Harm:
         def __reduce__(self) -> tuple:
             return os.mkdir, (str(tmp_path / "harm"),)
 
-    content = weights.read_bytes()
+    content = saved[0].read_bytes()
     (tmp_path / "cut.safetensors").write_bytes(content[: len(content) // 2])
     (tmp_path / "text.safetensors").write_text("weights")
     torch.save({"a": Harm()}, tmp_path / "harm.pth")
