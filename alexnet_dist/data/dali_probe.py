@@ -3,6 +3,7 @@
 import functools
 import subprocess
 import sys
+from contextlib import suppress
 from io import BytesIO
 
 import numpy as np
@@ -25,18 +26,11 @@ def probe_decoder(device: torch.device) -> Decoder:
         return "roi"
     candidates: tuple[Decoder, ...] = ("roi", "full")
     for decoder in candidates:
-        command = [
-            sys.executable,
-            "-m",
-            "alexnet_dist.data.dali_probe",
-            decoder,
-            str(device.index or 0),
-        ]
-        try:
+        command = [sys.executable, "-m", "alexnet_dist.data.dali_probe", decoder]
+        command.append(str(device.index or 0))
+        with suppress(subprocess.TimeoutExpired):
             if subprocess.run(command, capture_output=True, timeout=120).returncode == 0:
                 return decoder
-        except subprocess.TimeoutExpired:
-            continue
     return "cpu"
 
 

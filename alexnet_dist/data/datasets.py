@@ -58,7 +58,7 @@ class SplitIndex:
 
 
 class ImageDataset(ABC):
-    """The images of a split, opened from its index alone, so that other processes can open it too.
+    """The images of a split, opened from its index alone, by every process for itself.
 
     Attributes:
         is_decoded: whether ``read`` returns pixels.
@@ -77,9 +77,6 @@ class ImageDataset(ABC):
     def path(self, index: int) -> str:
         """What to call the image in messages."""
         return f"{self.index.folder}/{self.index.names[index]}"
-
-    def __reduce__(self) -> tuple[type["ImageDataset"], tuple[SplitIndex]]:
-        return type(self), (self.index,)
 
 
 class FolderDataset(ImageDataset):

@@ -18,13 +18,14 @@ import pytest
 from PIL import Image
 
 from alexnet_dist.data.formats import decode, validate_bytes
-from alexnet_dist.data.index import scan_dataset, unpack_names
+from alexnet_dist.data.index import open_datasets, unpack_names
 from alexnet_dist.errors import UserError
 from alexnet_dist.prepare.__main__ import exclusive_lock, main
 from alexnet_dist.prepare.images import OutputFormat, resize_image
 from alexnet_dist.prepare.sources import discover_dataset
 from tests.conftest import command, environment
 from tests.data.corrupt_images import corrupt_files, encode, odd_images, photograph
+from tests.data.loading import scan
 from tests.prepare import imagenet
 from tests.prepare.imagenet import CLASSES, IMAGES, tar, write
 
@@ -105,8 +106,7 @@ def test_corrupt_images_are_listed_and_skipped_or_stop_the_command(prepared: Pat
 def test_statistics_are_those_that_training_measures(tmp_path: Path) -> None:
     plain, out = imagenet.class_folders(tmp_path / "in"), tmp_path / "out"
     main([str(plain), f"--out={out}", "--size=4096", "--workers=1"])  # images as they are
-    scanned = (scan_dataset(str(root), str(tmp_path), lambda *_: None) for root in (out, plain))
-    ours, expected = (info.stats for info in scanned)
+    ours, expected = (scan(root).stats for root in (out, plain))
     for name, value in vars(expected).items():
         assert np.allclose(getattr(ours, name), value), name
 
@@ -130,14 +130,12 @@ def test_pixels_are_one_array_with_a_row_for_each_image(prepared: Path) -> None:
     out = prepared / "pixels"
     words = ["--format=pixels", "--crop=center", "--size=64", "--shard_mb=0.05", "--workers=2"]
     main([str(prepared / "in"), f"--out={out}", *words])
-    form = OutputFormat("pixels", 64, "center", 95)
-    for split, count in (("train", 10), ("val", 6)):
-        array = np.fromfile(out / f"{split}.pixels", np.uint8).reshape(-1, 64, 64, 3)
-        names, index = read_index(out, split)
-        rows = index["offsets"][:, 1] // (64 * 64 * 3)
-        assert len(names) == len(set(rows)) == count
-        for name, row in zip(names, rows, strict=True):
-            assert np.array_equal(array[row], resize_image(source_of(split, name), form)[0])
+    form, datasets = OutputFormat("pixels", 64, "center", 95), open_datasets(scan(out))
+    assert [len(dataset.index) for dataset in datasets] == [10, 6]
+    for split, dataset in zip(("train", "val"), datasets, strict=True):
+        for index, name in enumerate(dataset.index.names):
+            wanted, _, _ = resize_image(source_of(split, name), form)
+            assert np.array_equal(dataset.read(index), wanted)
 
 
 def test_a_finished_folder_is_kept(prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
