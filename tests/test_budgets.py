@@ -22,14 +22,14 @@ BUDGETS = {  # lines of Python, docstrings included: the most allowed, which may
     "config.py": (466, 320),
     "errors.py": (78, 60),
     "model": (1251, 1000),
-    "data": (1886, 1500),
+    "data": (1877, 1500),
     "parallel": (1560, 1250),
     "training": (1420, 1000),
     "tracking": (756, 700),
     "prepare": (945, 1000),
     "__init__.py": (3, 5),
 }
-IN_ALL = {"alexnet_dist": (10323, 8700), "benchmarks": (2296, 2300), "tests": (7469, 6500)}
+IN_ALL = {"alexnet_dist": (10314, 8700), "benchmarks": (2296, 2300), "tests": (7464, 6500)}
 FILES_OF_A_STEP, LINES_OF_A_STEP = (16, 16), (2989, 2800)
 
 TRACER = """
