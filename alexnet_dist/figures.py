@@ -76,7 +76,6 @@ def _parser() -> CommandParser:
     add("--queries", default=5, help="test images with neighbors (5)", **count)
     add("--neighbors", default=6, help="nearest training images of each (6)", **count)
     add("--train_images", help="search so many training images, not all", **count)
-    add("--names", metavar="FILE", help="names of class folders: 'n01440764 tench, Tinca tinca'")
     return parser
 
 
@@ -91,24 +90,7 @@ def _check(args: Namespace) -> Namespace:
             raise UserError(f"there is no run at {run}: give a run's folder")
     args.only = args.only or ["curves", "3", "4", *["1"] * (len(args.runs) > 1)]
     args.out = args.out or Path(args.runs[0], "figures")
-    args.names = read_names(args.names) if args.names else {}
     return args
-
-
-def read_names(path: str) -> dict[str, str]:
-    """The first name of each class folder, of a file with a folder and its names in each line."""
-    try:
-        pairs = [line.split(maxsplit=1) for line in Path(path).read_text().splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--names {path} cannot be read ({error}): give a text file") from None
-    return {pair[0]: pair[1].partition(",")[0].strip() for pair in pairs if len(pair) == 2}
-
-
-def label_names(labels: list[str], names: dict[str, str]) -> list[str]:
-    """What to call each label; with the label where two have one name, as ImageNet's cranes."""
-    short = [names.get(label, label) for label in labels]
-    pairs = zip(short, labels, strict=True)
-    return [f"{name} ({label})" if short.count(name) > 1 else name for name, label in pairs]
 
 
 def plot_curves(out: Path, records: dict[str, list[Event]]) -> None:
@@ -184,7 +166,7 @@ def plot_figure4(args: Namespace, model: LoadedModel, network: Network, mesh: Me
         nearest = knn(extract(tests[1].images)[0], features(), args.neighbors)
         found = list(train_loader.batches(map(train_plan.samples, nearest)))
 
-    names = label_names(model.labels, args.names)
+    names = info.short_names
     pixels = [model.normalization.to_uint8_images(batch.images) for batch in (*tests, *found)]
     captions = [[names[n] for n in batch.labels.tolist()] for batch in (*tests, *found)]
     left = pixels[0], captions[0], plots.top_labels(best, names)

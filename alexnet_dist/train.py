@@ -350,18 +350,19 @@ class Trainer:
     def _plot_results(self) -> None:
         """A few validation images with their best labels, kernels and curves; all ranks call it
         together."""
-        info, step, config = self.data.info, self.step, self.config
-        count = min(16, len(info.val), max(config.data.eval_batch_size // self.mesh.dp_size, 1))
+        info, names, step = self.data.info, self.data.info.short_names, self.step
+        most = max(self.config.data.eval_batch_size // self.mesh.dp_size, 1)
+        count = min(16, len(info.val), most)
         samples = self.data.eval_plan.samples(np.linspace(0, len(info.val) - 1, count, dtype=int))
         (batch,) = self.data.eval_loader.batches([samples])
         probs = self.layout.logits(batch.images).softmax(1)
         pixels = self.data.eval_loader.normalization.to_uint8_images(batch.images)
-        captions = [info.short_names[label] for label in batch.labels.tolist()]
-        best = plots.top_labels(probs, info.short_names)
+        captions = [names[label] for label in batch.labels.tolist()]
+        best = plots.top_labels(probs, names)
         self.logger.plot("predictions", step, plots.plot_predictions, pixels, captions, best, "", 8)
         first = next(t for t in self.checkpoints.state_tensors().values() if t.dim() == 4)
         kernels = (first.full_tensor() if isinstance(first, DTensor) else first).float().cpu()
-        towers = MODEL_REGISTRY[config.model.arch].towers
+        towers = MODEL_REGISTRY[self.config.model.arch].towers
         title = f"first-layer kernels after {step} steps"
         self.logger.plot("kernels", step, plots.plot_kernels, kernels.numpy(), towers, title)
         self.logger.plot_curves(step)

@@ -13,12 +13,15 @@ import torch
 from PIL import Image
 
 from alexnet_dist import figures
+from alexnet_dist.data.datasets import SplitIndex
+from alexnet_dist.data.index import DatasetInfo
+from alexnet_dist.data.statistics import ChannelStats
 from alexnet_dist.errors import UserError
 from alexnet_dist.model import Network, build_model
 from alexnet_dist.tracking import plots
 from alexnet_dist.tracking.logger import JsonlSink
 from tests.conftest import write_images
-from tests.networks import MEAN, command, save_network
+from tests.networks import CLASSES, MEAN, command, save_network
 
 SIZE = 67
 
@@ -104,6 +107,15 @@ def test_nearest_neighbors_are_those_of_a_plain_loop() -> None:
     assert indices[0, :2].tolist() == [4, 17]
 
 
+def test_classes_have_short_names_that_tell_them_apart() -> None:
+    split = SplitIndex("", [], np.array([]), np.array([]), ["n1", "n2", "n3", "n4"])
+    names = {"n1": "tench, Tinca tinca", "n2": "crane", "n3": "crane, a machine"}
+    info = DatasetInfo(
+        "folders", split, split, ChannelStats(np.zeros(3), np.zeros(3), np.eye(3)), names
+    )
+    assert info.short_names == ["tench", "crane (n2)", "crane (n3)", "n4"]
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Network]:
     return save_network(tmp_path_factory.mktemp("runs") / "run", "paper")
@@ -116,7 +128,6 @@ def test_figures_3_and_4_show_a_checkpoint(
     root = write_images(tmp_path / "images")
     for file in (root / "val").glob("*/*.jpg"):  # each is its own nearest
         shutil.copy(file, root / "train" / file.parent.name / f"copy-{file.name}")
-    (tmp_path / "names").write_text("blue azure, sky\nred  a long name for what is merely red\n")
     shown: dict[str, Any] = {}
     for name in ("plot_kernels", "plot_predictions", "plot_neighbors"):
         plot = getattr(plots, name)
@@ -127,7 +138,7 @@ def test_figures_3_and_4_show_a_checkpoint(
 
         monkeypatch.setattr(plots, name, spy)
     labeled = [str(root / "val" / "red" / "002.jpg"), "blue/003.jpg"]
-    options = ["--queries=3", "--neighbors", "4", "--names", tmp_path / "names", "--only", "3", "4"]
+    options = ["--queries=3", "--neighbors", "4", "--only", "3", "4"]
     options += ["--data.root", root, "--data.on_corrupt_image=skip", "--data.eval_batch_size=8"]
     command(figures.main, run, "--images", *labeled, *options)
 
@@ -137,11 +148,11 @@ def test_figures_3_and_4_show_a_checkpoint(
     assert towers == 2
 
     pixels, captions, predictions = shown["plot_predictions"]
-    assert captions == ["a long name for what is merely red", "azure"]
+    assert captions == ["red", "blue"]
     stored = np.asarray(Image.open(labeled[0]))
     assert np.abs(pixels[0] - stored[4:71, 4:71].astype(int)).mean() < 1  # the central 67 of 76
     images = torch.from_numpy(pixels - np.float32(MEAN)).permute(0, 3, 1, 2)
-    names = np.array(["azure", "green", captions[0]])
+    names = np.array(CLASSES)
     for row, best in zip(model(images).detach().softmax(1), predictions, strict=True):
         assert [name for name, _ in best] == names[row.argsort().flip(0)].tolist()
         assert [p for _, p in best] == pytest.approx(row.sort(descending=True)[0].tolist(), 1e-4)
@@ -171,7 +182,6 @@ def test_what_cannot_be_plotted_is_an_error_message(
         ("good", "empty", "--only", "1"): "the records of empty have no complete epoch",
         ("good", "--only", "2"): "--only: invalid choice: '2'",
         ("good", "--queries", "0"): "--queries: it must be a whole number of at least 1, not 0",
-        ("good", "--names", "nowhere"): "nowhere cannot be read",
         ("good", "--only=curves", "--out=good/metrics.jsonl/x"): "cannot be written .*: give --out",
         (run, "--only=4", "--data.root=none"): "there is no folder .*none: give --data.root",
         (run, "--only=4", root, "--images", "x.jpg"): "x.jpg is none of the validation images of",

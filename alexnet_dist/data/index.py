@@ -64,8 +64,7 @@ class DatasetInfo:
     Attributes:
         kind: folders, cifar10, shards or pixels.
         stats: of the training images.
-        class_names: what people call classes that have such a name: {"n01440764": "tench, Tinca
-            tinca"}.
+        class_names: of classes that have a name: {"n01440764": "tench, Tinca tinca"}.
     """
 
     kind: str
@@ -76,9 +75,10 @@ class DatasetInfo:
 
     @property
     def short_names(self) -> list[str]:
-        """What to call each class in a word or two: "tench" of "tench, Tinca tinca"."""
-        names = [self.class_names.get(name, name) for name in self.train.classes]
-        return [name.partition(",")[0] for name in names]
+        """What to call each class: "tench" of "tench, Tinca tinca"; "crane (n02012849)" of two."""
+        short = {c: self.class_names.get(c, c).partition(",")[0] for c in self.train.classes}
+        all_short = list(short.values())
+        return [f"{s} ({c})" if all_short.count(s) > 1 else s for c, s in short.items()]
 
     @property
     def dataset_hash(self) -> str:
