@@ -112,10 +112,8 @@ def plot_predictions(
 
 
 def top_labels(probs: Tensor, names: Sequence[str], k: int = 5) -> list[list[tuple[str, float]]]:
-    """The ``k`` best labels of each row of ``probs`` [n, outputs] with their probabilities; outputs
-    without a name are called by their index."""
+    """The ``k`` best labels of each row of ``probs`` [n, classes] with their probabilities."""
     best = probs.topk(min(k, probs.shape[1]))
-    names = [*names, *map(str, range(len(names), probs.shape[1]))]
     rows = zip(best.indices.tolist(), best.values.tolist(), strict=True)
     return [[(names[n], p) for n, p in zip(*row, strict=True)] for row in rows]
 

@@ -60,8 +60,6 @@ class Lars(KrizhevskySGD):
         weights: list[Tensor] = [p for group in groups for p in group["params"]]
         gradients = [w.grad for w in weights if w.grad is not None]
         decays = [group["weight_decay"] for group in groups for _ in group["params"]]
-        if not weights:
-            return
         squares = torch.stack([_sum_of_squares(tensor) for tensor in weights + gradients])
         pairs = squares.view(2, len(names)).unbind(1)
         sums = self._all_reduce_norms(dict(zip(names, pairs, strict=True)))
