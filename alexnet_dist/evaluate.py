@@ -23,7 +23,8 @@ from alexnet_dist.data.index import open_datasets
 from alexnet_dist.data.loader import Loader
 from alexnet_dist.errors import UserError, run_command
 from alexnet_dist.parallel.mesh import Mesh, init_distributed
-from alexnet_dist.parallel.sharded_loss import ShardedClasses
+from alexnet_dist.parallel.sharded_loss import eval_counts
+from alexnet_dist.parallel.sharding import ShardSpec
 from alexnet_dist.setup import LoadedModel, load_model
 from alexnet_dist.training.evaluation import EvalMetrics, count_skipped
 
@@ -118,10 +119,10 @@ def evaluate_average(
 
     complete = added == len(models)
     labels = torch.from_numpy(dataset.index.labels[mine]).to(device)[complete]
-    classes, metrics = ShardedClasses(shape[1]), EvalMetrics(device)
+    classes, metrics = ShardSpec(shape[1]), EvalMetrics(device)
     parts = (tensor.split(eval_batch_size) for tensor in (log_probs[complete], labels))
     for some, correct in zip(*parts, strict=True):
-        metrics.update(classes.eval_counts(some, correct))
+        metrics.update(eval_counts(some, correct, classes))
     return count_skipped(metrics.compute(), len(skipped), len(dataset.index))
 
 

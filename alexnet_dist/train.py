@@ -18,9 +18,8 @@ from alexnet_dist.config import (
     diff_configs,
     to_dict,
 )
-from alexnet_dist.data.index import DIGITS
 from alexnet_dist.data.loader import Batch, Loader
-from alexnet_dist.errors import UserError, run_command
+from alexnet_dist.errors import UserError, refuse, run_command
 from alexnet_dist.model import MODEL_REGISTRY
 from alexnet_dist.parallel.hang_detector import HangDetector
 from alexnet_dist.parallel.mesh import Mesh, init_distributed
@@ -32,14 +31,8 @@ from alexnet_dist.training.evaluation import EvalMetrics, count_skipped
 from alexnet_dist.training.preemption import Preempted, PreemptionHandler, StopReason
 from alexnet_dist.training.step import StepThrottle, StepTimer, TrainMetrics, lrs_at, set_lr
 
+# after so many steps without a finite loss and gradient, more of them will not help
 MAX_CONSECUTIVE_NONFINITE = 10
-"""After so many steps without a finite loss and gradient, more of them will not help."""
-
-QUICKSTART_HINT = """\
-next: Imagenette  --config configs/imagenette.yaml --data.root DIR
-      CIFAR-10    --data.root DIR (its own files, or folders of images)
-      ImageNet    --config configs/paper2012.yaml --data.root IMAGENET"""
-"""What to try after the embedded digits."""
 
 
 class Trainer:
@@ -172,18 +165,17 @@ class Trainer:
         skipped = self._log_corrupt_images(loader)
         result = count_skipped(result, skipped, len(self.data.info.val))
         self.logger.emit("eval", self.step, **result, seconds=timer.pop_times()[0])
-        metrics = self.metrics
         self.logger.emit(
             "epoch",
             self.step,
-            images=metrics.epoch_images,
-            sample_order_hash=metrics.sample_order_hash,
-            **metrics.epoch.averages(self.config.data.batch_size),
+            images=self.metrics.epoch_images,
+            sample_order_hash=self.metrics.sample_order_hash,
+            **self.metrics.epoch.averages(self.config.data.batch_size),
         )
         self.last_eval_step, is_best = self.step, False
         if self.step % self.steps_per_epoch == 0 or self.step == self.total_steps:
             self.state.schedule.step_metric(result["top1_error"])
-            metrics.next_epoch()
+            self.metrics.next_epoch()
             self.checkpoints.wait()  # if the best one is lost, the one before it counts
             best = self.checkpoints.best
             is_best = best is None or result["top1_error"] < best["top1_error"]
@@ -246,11 +238,8 @@ class Trainer:
         )
         check_resume_compatible(state["config"], to_dict(self.config), alternative)
         info = self.data.info
-        if state["dataset_hash"] != info.dataset_hash:
-            raise UserError(
-                f"the images below {info.train.folder} are not those of before: {alternative}",
-                on_all_ranks=True,
-            )
+        problem = f"the images below {info.train.folder} are not those of before: {alternative}"
+        refuse({problem: state["dataset_hash"] != info.dataset_hash})
 
     def _check_finite(self, *, weights: bool = False) -> None:
         """Read the metrics, and log steps that were not finite; before they reach a checkpoint.
@@ -272,12 +261,11 @@ class Trainer:
             problem = f"{bad[0].problem} at step {bad[0].step}"
         elif weights and not self.checkpoints.weights_finite():
             problem = f"a weight is not finite at step {self.step}"
-        if problem:
-            raise UserError(
-                f"{problem}: take a smaller --optim.lr (it is {self.config.optim.lr:g}), or a "
-                "warm-up by --optim.schedule.warmup_epochs 1; the last checkpoint is intact",
-                on_all_ranks=True,
-            )
+        fix = (
+            f"take a smaller --optim.lr (it is {self.config.optim.lr:g}), or a warm-up by "
+            "--optim.schedule.warmup_epochs 1; the last checkpoint is intact"
+        )
+        refuse({f"{problem}: {fix}": bool(problem)})
 
     # what is logged
 
@@ -375,8 +363,6 @@ class Trainer:
         self.logger.emit("finished", self.step, ended=ended, **result, best=self.checkpoints.best)
         self.logger.close("ended" if ended else "stopped", self.step)
         self.data.close()
-        if self.config.data.root in (None, DIGITS) and self.mesh.rank == 0:
-            print(QUICKSTART_HINT)
 
     def _save_and_exit(self, cause: StopReason) -> None:
         """Save, and end before the run does, to be resumed."""
@@ -405,12 +391,11 @@ def main(arguments: list[str]) -> None:
     mesh = init_distributed(runtime.device, runtime.threads, runtime.hang_timeout)
     setup.validate(config, mesh)
     mine = (path, kept, to_dict(config))
-    if any(other != mine for other in mesh.all_gather_object(mine)):
-        raise UserError(
-            "the processes of this run were started with different options, or do not all reach "
-            "the same run folder: give every machine the same command line",
-            on_all_ranks=True,
-        )
+    problem = (
+        "the processes of this run were started with different options, or do not all reach the "
+        "same run folder: give every machine the same command line"
+    )
+    refuse({problem: any(other != mine for other in mesh.all_gather_object(mine))})
     mesh.broadcast_from_rank0(lambda: run_dir.lock(path))
     try:
         Trainer(config, mesh.with_layout(config.parallel.towers), path).train()

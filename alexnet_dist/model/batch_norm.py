@@ -33,8 +33,7 @@ class BatchNorm(nn.Module):
         all_reduce: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
-        self.features, self.eps, self.momentum = features, eps, momentum
-        self.all_reduce = all_reduce
+        self.eps, self.momentum, self.all_reduce = eps, momentum, all_reduce
         self.weight = nn.Parameter(torch.empty(features))
         self.bias = nn.Parameter(torch.empty(features))
         self.running_mean = nn.Parameter(torch.empty(features), requires_grad=False)
@@ -72,7 +71,7 @@ class BatchNorm(nn.Module):
         dims = [dim for dim in range(x.dim()) if dim != 1]
         shape = [-1 if dim == 1 else 1 for dim in range(x.dim())]
         images = wide.new_full((1,), len(x))  # not pixels: float32 counts up to 2**24 exactly
-        sums, images = all_reduce(torch.cat([wide.sum(dims), images])).split([self.features, 1])
+        sums, images = all_reduce(torch.cat([wide.sum(dims), images])).split([x.shape[1], 1])
         count = images.detach() * x.shape[2:].numel()
         mean = sums / count
         centered = wide - mean.view(shape)  # all that backward needs of the size of x

@@ -12,7 +12,6 @@ import copy
 
 from alexnet_dist.errors import refuse
 from alexnet_dist.model import ModelSpec, Network
-from alexnet_dist.model.alexnet import AlexNet
 from alexnet_dist.parallel.collectives import CommTimer, TimedGroup
 from alexnet_dist.parallel.ddp import DDPLayout, LayoutConfig, sync_batch_norms
 from alexnet_dist.parallel.mesh import Mesh
@@ -33,18 +32,16 @@ def parallelize(model: Network, mesh: Mesh, config: LayoutConfig) -> Layout:
     them. What ``validate_parallel_config`` refuses is not checked again.
     """
     model, timer = copy.deepcopy(model), CommTimer(mesh.device)
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     sync_batch_norms(model, mesh, timer)
     if config.fc == "sharded":
         group = TimedGroup(mesh.group("dp"), timer)
-        sharding = Sharding(mesh, shard_classifier(model, group), "dp")
-        return ShardedFCLayout(model, mesh, config, sharding, group)
-    if config.towers == 1:
-        return DDPLayout(model, mesh, config, Sharding(mesh, {}, "mp"), timer)
-    assert isinstance(model, AlexNet)
-    pair = TimedGroup(mesh.group("mp"), timer)
-    split_model(model, pair)
-    return DDPLayout(model, mesh, config, Sharding(mesh, shapes, "mp"), timer, pair)
+        sharding = Sharding(mesh, shard_classifier(model, group), group, "dp")
+        return ShardedFCLayout(model, mesh, config, sharding, timer)
+    sharding = Sharding(mesh, {})
+    if config.towers == 2:
+        group = TimedGroup(mesh.group("mp"), timer)
+        sharding = Sharding(mesh, split_model(model, group), group, "mp")
+    return DDPLayout(model, mesh, config, sharding, timer)
 
 
 def validate_parallel_config(spec: ModelSpec, processes: int, config: LayoutConfig) -> None:

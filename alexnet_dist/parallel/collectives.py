@@ -1,6 +1,7 @@
 """The collectives that layouts are made of, and a timer of the waits for them."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,50 +96,53 @@ def all_gather(x: Tensor, group: TimedGroup) -> Tensor:
 
 
 def all_gather_autograd(x: Tensor, group: TimedGroup, grad_scale: int = 1) -> Tensor:
-    """As ``all_gather``; backward is a reduce-scatter of the gradient, times ``grad_scale``."""
-    gathered: Tensor = _AllGather.apply(x, group, grad_scale)
-    return gathered
+    """As ``all_gather``; backward is a reduce-scatter of the gradient, times ``grad_scale``.
 
+    The reduce-scatter is made of an all-to-all and a sum in float32 (or wider): its bytes, one
+    rounding, and the same order of addition on every backend.
+    """
 
-class _AllGather(torch.autograd.Function):
-    """Its reduce-scatter is made of an all-to-all and a sum in float32 (or wider): the bytes of a
-    reduce-scatter, one rounding, and the same order of addition on every backend."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: TimedGroup, grad_scale: int) -> Tensor:
-        ctx.group, ctx.grad_scale = group, grad_scale
-        return all_gather(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        sent = grads[0].contiguous()
+    def reduce_scatter(grad: Tensor) -> Tensor:
+        sent = grad.contiguous()
         received = torch.empty_like(sent)
-        ctx.group.timer.start()
-        dist.all_to_all_single(received, sent, group=ctx.group.group)
-        ctx.group.timer.stop()
+        group.timer.start()
+        dist.all_to_all_single(received, sent, group=group.group)
+        group.timer.stop()
         total = received.to(torch.promote_types(sent.dtype, torch.float32)).sum(0)
-        return (total * ctx.grad_scale).to(sent.dtype), None, None
+        return (total * grad_scale).to(sent.dtype)
+
+    return with_backward(x, lambda x: all_gather(x, group), reduce_scatter)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def all_reduce_autograd(x: Tensor, group: TimedGroup) -> Tensor:
-    """``x`` summed over the processes, the same bits on each; its gradient is summed as well."""
-    total: Tensor = _AllReduce.apply(x, group)
-    return total
+    """``x`` summed over the processes, the same bits on each. The loss of every process depends on
+    the sum: so its gradient is summed as well."""
 
-
-class _AllReduce(torch.autograd.Function):
-    """The loss of every process depends on the sum: so backward is an all-reduce again."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: TimedGroup) -> Tensor:
-        ctx.group = group
+    def all_reduce(x: Tensor) -> Tensor:
         total = x.clone()
         group.timer.start()
         dist.all_reduce(total, group=group.group)
         group.timer.stop()
         return total
 
+    return with_backward(x, all_reduce, all_reduce)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def with_backward(
+    x: Tensor, forward: Callable[[Tensor], Tensor], backward: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """``forward(x)``, whose gradient ``backward`` makes that of ``x``."""
+    y: Tensor = _WithBackward.apply(x, forward, backward)
+    return y
+
+
+class _WithBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, forward: Any, backward: Any) -> Tensor:
+        ctx.make_grad = backward
+        return forward(x)
+
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        return all_reduce_autograd(grads[0], ctx.group), None
+        return ctx.make_grad(grads[0]), None, None

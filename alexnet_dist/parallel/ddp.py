@@ -30,8 +30,8 @@ from alexnet_dist.model.batch_norm import BatchNorm
 from alexnet_dist.parallel.collectives import CommTimer, TimedGroup, all_reduce_autograd
 from alexnet_dist.parallel.mesh import Mesh
 from alexnet_dist.parallel.precision import Precision, SyncedGradScaler, autocast
-from alexnet_dist.parallel.sharded_loss import ShardedClasses
-from alexnet_dist.parallel.sharding import Sharding
+from alexnet_dist.parallel.sharded_loss import cross_entropy, eval_counts
+from alexnet_dist.parallel.sharding import Sharding, ShardSpec
 
 DDP_WARMUP_PASSES = 2
 """Backward passes before the first step, which change nothing.
@@ -44,36 +44,20 @@ an uninterrupted one in the last bits.
 
 @dataclass(frozen=True)
 class LayoutConfig:
-    """The options of a layout.
+    """The options of a layout; see config.py."""
 
-    Attributes:
-        batch_size: images in a global batch.
-        grad_accum_steps: microbatches in which it is computed, one after another.
-        towers: processes of a replica, as in the mesh (towers.py).
-        fc: "replicated", or "sharded" over all processes (sharded_fc.py).
-        grad_compression: how gradients are sent between replicas: uncompressed, in 16 bits, or as
-            PowerSGD's matrices of rank ``powersgd_rank`` (Vogels et al. 2019) after
-            ``powersgd_start`` steps.
-        compile: whether training steps run under torch.compile.
-        skip_nonfinite: whether updates whose gradients are not finite are skipped.
-    """
-
-    batch_size: int
-    grad_accum_steps: int = 1
+    batch_size: int  # images in a global batch
+    grad_accum_steps: int = 1  # microbatches in which it is computed, one after another
     precision: Precision = "fp32"
-    towers: int = 1
-    fc: Literal["replicated", "sharded"] = "replicated"
+    towers: int = 1  # processes of a replica, as in the mesh (towers.py)
+    fc: Literal["replicated", "sharded"] = "replicated"  # over all processes (sharded_fc.py)
+    # how gradients are sent: as they are, in 16 bits, or as PowerSGD's matrices of rank
+    # ``powersgd_rank`` (Vogels et al. 2019) after ``powersgd_start`` steps
     grad_compression: Literal["none", "bf16", "fp16", "powersgd"] = "none"
     powersgd_rank: int = 4
     powersgd_start: int = 1000
-    compile: bool = False
-    skip_nonfinite: bool = False
-
-    @property
-    def gradients(self) -> str:
-        """How they are sent, for people."""
-        kind = self.grad_compression
-        return "gradients in fp32" if kind == "none" else f"gradients compressed by {kind}"
+    compile: bool = False  # whether training steps run under torch.compile
+    skip_nonfinite: bool = False  # whether updates whose gradients are not finite are skipped
 
 
 class DDPLayout:
@@ -83,7 +67,6 @@ class DDPLayout:
     Args:
         model: this process's part of the network, on the meta device.
         sharding: how the parameters lie on the mesh.
-        shard_group: the processes that hold different shards of the same layers, if any do.
 
     Attributes:
         parameters: by name, plain local tensors, without values until ``sharding`` or a checkpoint
@@ -96,35 +79,30 @@ class DDPLayout:
     """
 
     def __init__(
-        self,
-        model: Network,
-        mesh: Mesh,
-        config: LayoutConfig,
-        sharding: Sharding,
-        comm_timer: CommTimer,
-        shard_group: TimedGroup | None = None,
+        self, model: Network, mesh: Mesh, config: LayoutConfig, sharding: Sharding, timer: CommTimer
     ) -> None:
         self.mesh, self.batch_size, self.precision = mesh, config.batch_size, config.precision
-        self.sharding, self.comm_timer = sharding, comm_timer
+        self.sharding, self.comm_timer = sharding, timer
         self._model = model.to_empty(device=mesh.device).to(memory_format=torch.channels_last)
         self.parameters = dict(self._model.named_parameters())
-        shapes = {n: sharding.shapes.get(n, p.shape) for n, p in self.parameters.items()}
-        trained = [shapes[n] for n, p in self.parameters.items() if p.requires_grad]
-        self.num_parameters = sum(map(math.prod, trained))
-        num_classes = trained[-1][0]  # the last layer's bias
-        self._data_parallel = wrap_ddp(self._replicated_part(), mesh, config, comm_timer)
+        trained = [name for name, p in self.parameters.items() if p.requires_grad]
+        shapes = [sharding.shapes.get(name, self.parameters[name].shape) for name in trained]
+        self.num_parameters = sum(map(math.prod, shapes))
+        self._classes = ShardSpec(shapes[-1][0], sharding.group)  # the last layer's bias
+        self._data_parallel = wrap_ddp(self._replicated_part(), mesh, config, timer)
         ddp = self._data_parallel
         self._no_sync = ddp.no_sync if isinstance(ddp, DistributedDataParallel) else nullcontext
         self.scaler: SyncedGradScaler | None = None
         if config.precision == "fp16" or config.skip_nonfinite:
-            group = shard_group.group if shard_group else None
             self.scaler = SyncedGradScaler(
-                mesh.device, group, fp16=config.precision == "fp16", skip=config.skip_nonfinite
+                mesh.device,
+                sharding.group,
+                fp16=config.precision == "fp16",
+                skip=config.skip_nonfinite,
             )
         self._autocast = autocast(config.precision, mesh.device)
-        self._classes = ShardedClasses(num_classes, shard_group)
         # what all processes of a group have counted, one of them reports
-        self._reports = shard_group is None or shard_group.rank == 0
+        self._reports = sharding.group is None or sharding.group.rank == 0
         self._microbatches = microbatch_slices(
             config.batch_size, mesh.dp_size, config.grad_accum_steps
         )
@@ -132,10 +110,13 @@ class DDPLayout:
         # the loss is divided by the global batch, so that gradients are to be summed over the
         # replicas; DDP divides the sum by their number, which this undoes
         self._loss_scale = mesh.dp_size
-        part = "a tower" if mesh.split_size > 1 else "the full network"
-        self.description = f"{part} in each process"
-        if mesh.dp_size > 1:
-            self.description += f", {mesh.dp_size} replicas, {config.gradients}"
+        part = "a tower" if config.towers > 1 else "the full network"
+        if config.fc == "sharded":
+            part = "a shard of the fully connected layers"
+        self.description = (
+            f"{part} in each process, {mesh.dp_size} replicas, gradient compression "
+            f"{config.grad_compression}"
+        )
 
     def dropout_masks(self, seed: int, step: int) -> tuple[Tensor, ...]:
         """The masks that ``forward_backward`` takes in the step that comes after ``step`` others:
@@ -193,14 +174,14 @@ class DDPLayout:
         """Summed loss, and the class of each image's highest logit [n]."""
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self._classes.group is not None:
-            return self._classes.cross_entropy(logits, labels)
+            return cross_entropy(logits, labels, self._classes)
         return F.cross_entropy(logits, labels, reduction="sum"), logits.argmax(1)
 
     def _forward_eval(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, slice]:
         """In evaluation: logits [n, own classes] and labels [n] of all images whose classes are
         counted together, and which of them are this process's."""
         if len(images) == 0:
-            return images.new_zeros(0, len(self._classes.spec)), labels, slice(None)
+            return images.new_zeros(0, len(self._classes)), labels, slice(None)
         return self._model(images), labels, slice(None)
 
     @torch.no_grad()
@@ -211,18 +192,18 @@ class DDPLayout:
         with self._autocast:
             none = torch.zeros(len(images), dtype=torch.int64, device=images.device)
             logits, _, rows = self._forward_eval(images, none)
-        return self._classes.gather_logits(logits.float())[rows]
+        return self._classes.gather(logits.float())[rows]
 
     @torch.no_grad()
     def eval_counts(self, images: Tensor, labels: Tensor) -> Tensor:
-        """``ShardedClasses.eval_counts``, float64 [4] on the device, to be summed over all
-        processes. Called as ``logits``."""
+        """``sharded_loss.eval_counts``, float64 [4] on the device, to be summed over all processes.
+        Called as ``logits``."""
         self._model.eval()
         with self._autocast:
             logits, targets, _ = self._forward_eval(images, labels)
         if len(logits) == 0:
             return torch.zeros(4, dtype=torch.float64, device=labels.device)
-        return self._classes.eval_counts(logits.float(), targets) * self._reports
+        return eval_counts(logits.float(), targets, self._classes) * self._reports
 
     def warm_up(self, image_size: int) -> None:
         """DDP_WARMUP_PASSES on images of zeros, where there are several processes; parameters do
@@ -260,17 +241,12 @@ def microbatch_slices(batch: int, replicas: int, count: int) -> list[slice]:
 
 
 def sync_batch_norms(model: nn.Module, mesh: Mesh, timer: CommTimer) -> None:
-    """Where there are several replicas, replace each BatchNorm in ``model`` by one with the
-    statistics of all, as torch's SyncBatchNorm.convert_sync_batchnorm does."""
-    if mesh.dp_size == 1:
-        return
-    all_reduce = partial(all_reduce_autograd, group=TimedGroup(mesh.group("dp"), timer))
-    for name, layer in list(model.named_modules()):
+    """Where there are several replicas, give each BatchNorm in ``model`` the statistics of all, as
+    torch's SyncBatchNorm.convert_sync_batchnorm does."""
+    for layer in model.modules() if mesh.dp_size > 1 else ():
         if isinstance(layer, BatchNorm):
-            synced = BatchNorm(layer.features, layer.eps, layer.momentum, all_reduce)
-            for key, parameter in layer.named_parameters():
-                setattr(synced, key, parameter)
-            model.set_submodule(name, synced)
+            group = TimedGroup(mesh.group("dp"), timer)
+            layer.all_reduce = partial(all_reduce_autograd, group=group)
 
 
 def wrap_ddp(module: nn.Module, mesh: Mesh, config: LayoutConfig, timer: CommTimer) -> nn.Module:

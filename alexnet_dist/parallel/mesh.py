@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from alexnet_dist.errors import UserError
+from alexnet_dist.errors import UserError, refuse
 from alexnet_dist.parallel.rendezvous import isolated_store
 
 T = TypeVar("T")
@@ -135,17 +135,15 @@ def init_distributed(
     if launched:
         _die_with_parent()
     gpus = torch.cuda.device_count() if device != "cpu" else 0
-    if device == "cuda" and gpus == 0:
-        raise UserError(
-            "runtime.device is cuda, but torch sees no GPU here: take --runtime.device cpu",
-            on_all_ranks=True,
-        )
-    if gpus and local_world_size > gpus:
-        raise UserError(
-            f"{local_world_size} processes on this machine, but {gpus} "
-            f"GPU{'s' if gpus > 1 else ''}: take --nproc_per_node={gpus}, or --runtime.device cpu",
-            on_all_ranks=True,
-        )
+    refuse(
+        {
+            "runtime.device is cuda, but torch sees no GPU here: take --runtime.device cpu": (
+                device == "cuda" and gpus == 0
+            ),
+            f"{local_world_size} processes on this machine, and {gpus} GPUs: take "
+            f"--nproc_per_node={gpus}, or --runtime.device cpu": 0 < gpus < local_world_size,
+        }
+    )
     torch_device = torch.device("cuda", local_rank) if gpus else torch.device("cpu")
     if gpus:
         torch.cuda.set_device(torch_device)

@@ -9,6 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 
+from alexnet_dist.parallel.collectives import TimedGroup
+
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 Wanted = Precision | Literal["auto"]
 
@@ -75,7 +77,7 @@ class SyncedGradScaler(GradScaler):
     """
 
     def __init__(
-        self, device: torch.device, group: dist.ProcessGroup | None, *, fp16: bool, skip: bool
+        self, device: torch.device, group: TimedGroup | None, *, fp16: bool, skip: bool
     ) -> None:
         super().__init__(device.type, init_scale=2.0**16 if fp16 else 1.0)
         self.fp16, self.skip, self._group = fp16, skip, group
@@ -85,7 +87,7 @@ class SyncedGradScaler(GradScaler):
         super().unscale_(optimizer)
         for found in self._per_optimizer_states[id(optimizer)]["found_inf_per_device"].values():
             if self._group is not None:
-                dist.all_reduce(found, dist.ReduceOp.MAX, self._group)
+                dist.all_reduce(found, dist.ReduceOp.MAX, self._group.group)
             if not self.fp16:
                 self.skipped = found
 

@@ -23,37 +23,32 @@ from alexnet_dist.model import Network
 from alexnet_dist.model.alexnet import GroupedLinear, forward_layers
 from alexnet_dist.model.batch_norm import BatchNorm
 from alexnet_dist.model.dropout import Dropout
-from alexnet_dist.parallel.collectives import TimedGroup, all_gather, all_gather_autograd
+from alexnet_dist.parallel.collectives import (
+    CommTimer,
+    TimedGroup,
+    all_gather,
+    all_gather_autograd,
+)
 from alexnet_dist.parallel.ddp import DDPLayout, LayoutConfig
 from alexnet_dist.parallel.mesh import Mesh
-from alexnet_dist.parallel.sharding import Sharding, ShardSpec, gather_columns
+from alexnet_dist.parallel.sharding import Sharding, ShardSpec, shard_parameters
 
 
 class ShardedFCLayout(DDPLayout):
-    """Data-parallel convolutions, and a shard of the fully connected layers on each process.
-
-    Args:
-        group: all processes; ``model`` has been through ``shard_classifier``.
-    """
+    """Data-parallel convolutions, and a shard of the fully connected layers on each process; the
+    model has been through ``shard_classifier``."""
 
     _features: nn.Sequential
     _classifier: dict[str, nn.Module]
 
     def __init__(
-        self,
-        model: Network,
-        mesh: Mesh,
-        config: LayoutConfig,
-        sharding: Sharding,
-        group: TimedGroup,
+        self, model: Network, mesh: Mesh, config: LayoutConfig, sharding: Sharding, timer: CommTimer
     ) -> None:
-        super().__init__(model, mesh, config, sharding, group.timer, group)
-        self._group = group
+        super().__init__(model, mesh, config, sharding, timer)
+        assert sharding.group is not None
+        self._group = sharding.group
         self._loss_scale = 1  # ``_forward`` sums the gradients of all images
         self._dropout_rows = slice(None)  # all images pass the layers that have dropout
-        self.description = (
-            f"fully connected layers sharded over {mesh.dp_size} processes, {config.gradients}"
-        )
 
     def _replicated_part(self) -> nn.Module:
         self._features, self._classifier = self._model.split_features_classifier()
@@ -100,13 +95,13 @@ def shard_classifier(model: Network, group: TimedGroup) -> dict[str, torch.Size]
     for name, layer in model.split_features_classifier()[1].items():
         shapes |= {f"{name}.{inner}": p.shape for inner, p in layer.named_parameters()}
         if isinstance(layer, (nn.Linear, GroupedLinear)):
-            inputs, spec = spec, ShardSpec(len(layer.weight), group.size, group.rank)
-            model.set_submodule(name, _ShardedLinear(layer, inputs, spec, group))
+            inputs, spec = spec, ShardSpec(len(layer.weight), group)
+            model.set_submodule(name, _ShardedLinear(layer, inputs, spec))
         elif isinstance(layer, Dropout) and spec is not None:
             model.set_submodule(name, layer.shard(spec.slice))
-        elif isinstance(layer, BatchNorm) and spec is not None:  # sees the images of all already
-            with torch.device("meta"):
-                model.set_submodule(name, BatchNorm(len(spec), layer.eps, layer.momentum))
+        elif isinstance(layer, BatchNorm):
+            shard_parameters(layer, group)
+            layer.all_reduce = None  # it sees the images of all already
     return shapes
 
 
@@ -119,14 +114,10 @@ class _ShardedLinear(nn.Module):
     """
 
     def __init__(
-        self,
-        full: nn.Linear | GroupedLinear,
-        inputs: ShardSpec | None,
-        outputs: ShardSpec,
-        group: TimedGroup,
+        self, full: nn.Linear | GroupedLinear, inputs: ShardSpec | None, outputs: ShardSpec
     ) -> None:
         super().__init__()
-        self.inputs, self.group = inputs, group
+        self.inputs = inputs
         self.weight = nn.Parameter(full.weight.detach()[outputs.slice])
         self.bias = nn.Parameter(full.bias.detach()[outputs.slice])
         groups = full.groups if isinstance(full, GroupedLinear) else 1
@@ -138,7 +129,7 @@ class _ShardedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.inputs is not None:
-            x = gather_columns(x, self.inputs, self.group)
+            x = self.inputs.gather(x)
         if len(self.sizes) == 1:
             return F.linear(x, self.weight, self.bias)
         weights, biases = self.weight.split(self.sizes), self.bias.split(self.sizes)

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.nn import functional as F
 
 from alexnet_dist.parallel.collectives import TimedGroup, all_gather_autograd
@@ -16,41 +16,41 @@ from alexnet_dist.parallel.mesh import Mesh
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """The outputs of a layer of ``full_size`` that one of ``num_shards`` processes holds.
+    """Which of the ``full_size`` outputs of a layer this process of ``group`` holds: all of them
+    where that is None.
 
-    Sharded as DTensor does: ceil(full_size / num_shards) to each process while there are any left,
-    so that the last ones get fewer, or none.
+    Sharded as DTensor does: ceil(full_size / processes) to each while there are any left, so that
+    the last ones get fewer, or none.
     """
 
     full_size: int
-    num_shards: int
-    shard_rank: int
+    group: TimedGroup | None = None
 
     @property
-    def max_shard_size(self) -> int:
-        return -(-self.full_size // self.num_shards)
+    def max_size(self) -> int:
+        return -(-self.full_size // self.group.size) if self.group else self.full_size
 
     @property
     def slice(self) -> slice:
-        start = min(self.shard_rank * self.max_shard_size, self.full_size)
-        return slice(start, min(start + self.max_shard_size, self.full_size))
+        start = min(self.group.rank * self.max_size, self.full_size) if self.group else 0
+        return slice(start, min(start + self.max_size, self.full_size))
 
     def __len__(self) -> int:
         return self.slice.stop - self.slice.start
 
+    def gather(self, x: Tensor) -> Tensor:
+        """The outputs of all processes, [n, full], of this process's ``x`` [n, own]."""
+        if self.group is None:
+            return x
+        # in blocks of equal width; the padding lies behind the last column of all
+        gathered = all_gather_autograd(F.pad(x, (0, self.max_size - len(self))), self.group)
+        return gathered.transpose(0, 1).flatten(1)[:, : self.full_size]
 
-def gather_columns(x: Tensor, spec: ShardSpec, group: TimedGroup) -> Tensor:
-    """The outputs of all processes of a sharded layer: [n, own] to [n, full]."""
-    # in blocks of equal width; the padding lies behind the last column of all
-    padded = F.pad(x, (0, spec.max_shard_size - len(spec)))
-    gathered = all_gather_autograd(padded, group)
-    return gathered.transpose(0, 1).flatten(1)[:, : spec.full_size]
 
-
-def shard_parameters(layer: nn.Module, num_shards: int, shard_rank: int) -> nn.Module:
+def shard_parameters(layer: nn.Module, group: TimedGroup) -> nn.Module:
     """``layer``, which is on the meta device, with a shard of each of its parameters."""
     for name, parameter in layer.named_parameters():
-        shard = parameter.detach()[ShardSpec(len(parameter), num_shards, shard_rank).slice]
+        shard = parameter.detach()[ShardSpec(len(parameter), group).slice]
         setattr(layer, name, nn.Parameter(shard, parameter.requires_grad))
     return layer
 
@@ -62,19 +62,18 @@ class Sharding:
     Attributes:
         shapes: the full shapes of the parameters that are sharded, by name; all others are
             replicated.
-        mesh_dim: the dimension of the mesh over which they are, "mp" (towers) or "dp" (replicas).
+        group: the processes that hold different shards; None where nothing is sharded.
+        mesh_dim: their dimension of the mesh, "mp" (towers) or "dp" (replicas).
     """
 
     mesh: Mesh
     shapes: Mapping[str, torch.Size]
-    mesh_dim: Literal["dp", "mp"]
+    group: TimedGroup | None = None
+    mesh_dim: Literal["dp", "mp"] = "dp"
 
     def local_shard(self, name: str, full: Tensor) -> Tensor:
         """What this process holds of a ``full`` parameter, or of a tensor shaped like it."""
-        if name not in self.shapes:
-            return full
-        group = self.mesh.group(self.mesh_dim)
-        return full[ShardSpec(len(full), group.size(), group.rank()).slice]
+        return full[ShardSpec(len(full), self.group).slice] if name in self.shapes else full
 
     @torch.no_grad()
     def load_full_weights(
@@ -88,10 +87,10 @@ class Sharding:
         """Turn sums over local shards, by parameter name and all of one shape, into sums over full
         parameters: one all-reduce, of those that are sharded."""
         sharded = [name for name in sums if name in self.shapes]
-        if not sharded:
+        if self.group is None or not sharded:
             return sums
         total = torch.stack([sums[name] for name in sharded])
-        dist.all_reduce(total, group=self.mesh.group(self.mesh_dim))
+        dist.all_reduce(total, group=self.group.group)
         return sums | dict(zip(sharded, total.unbind(), strict=True))
 
     def to_dtensor(self, name: str, local: Tensor) -> Tensor:
@@ -102,12 +101,10 @@ class Sharding:
         if name not in self.shapes:
             return local
         shape = self.shapes[name]
-        placements: dict[str, Placement] = {"dp": Replicate(), "mp": Replicate()}
-        placements[self.mesh_dim] = Shard(0)
         return DTensor.from_local(
             local,
             self.mesh.device_mesh,
-            list(placements.values()),
+            [Shard(0) if dim == self.mesh_dim else Replicate() for dim in ("dp", "mp")],
             run_check=False,
             shape=shape,
             stride=torch.empty(shape, device="meta").stride(),

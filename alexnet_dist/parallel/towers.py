@@ -35,25 +35,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from alexnet_dist.model.alexnet import AlexNet, GroupedLinear
-from alexnet_dist.model.batch_norm import BatchNorm
+from alexnet_dist.model import Network
+from alexnet_dist.model.alexnet import GroupedLinear
 from alexnet_dist.model.dropout import Dropout
 from alexnet_dist.model.lrn import LocalResponseNorm
-from alexnet_dist.parallel.collectives import AsyncAllGather, TimedGroup
+from alexnet_dist.parallel.collectives import AsyncAllGather, TimedGroup, with_backward
 from alexnet_dist.parallel.sharding import ShardSpec, shard_parameters
 
 
-def split_model(model: AlexNet, group: TimedGroup) -> None:
-    """Replace each layer of ``model`` by this process's tower of it.
-
-    Args:
-        model: a network of two towers on the meta device.
-        group: the two processes.
-    """
+def split_model(model: Network, group: TimedGroup) -> dict[str, torch.Size]:
+    """Replace each layer of ``model``, a network of two towers on the meta device, by the tower of
+    it of this process of two; the full shapes of the parameters, by name."""
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     for name, layer in list(model.named_children()):
-        half = shard_parameters(layer, 2, group.rank)
+        half = shard_parameters(layer, group)
         split = _SPLIT.get(type(layer))
         setattr(model, name, split(half, group) if split else half)
+    return shapes
 
 
 class _ExchangeLayer(nn.Module):
@@ -76,68 +74,42 @@ class _ExchangeLayer(nn.Module):
         the gradient that the other tower waits for is in flight under that product's backward."""
         halves, rank = self.weight.split(self.weight.shape[1] // 2, 1), self.group.rank
         exchange = _PeerExchange(self.group)
-        in_flight = _StartExchange.apply(x, exchange)
+        in_flight = exchange.start(x)
         own = self.product(x, halves[rank], self.bias)
-        theirs = _FinishExchange.apply(in_flight, exchange)
+        theirs = exchange.finish(in_flight)
         return own + self.product(theirs, halves[1 - rank], None)
 
 
 class _PeerExchange:
-    """The exchange of one tensor between two towers and, in backward, of its gradient."""
+    """The exchange of one tensor between two towers: ``start``, then ``finish``.
+
+    Backward autograd goes the other way, and exchanges the gradient alike: behind ``finish`` it is
+    started, behind ``start`` it has arrived.
+    """
 
     def __init__(self, group: TimedGroup) -> None:
         self._group = group
-        self._in_flight: AsyncAllGather | None = None
-        self._received: Tensor | None = None
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def start(self, x: Tensor) -> Tensor:
-        """Start to exchange ``x``; what is returned has the other tower's values after ``wait``."""
+        """What the other tower's ``x`` will be received in."""
+        return with_backward(x, self._send, self._wait)
+
+    def finish(self, in_flight: Tensor) -> Tensor:
+        """The other tower's values, of what ``start`` returned."""
+        return with_backward(in_flight, self._wait, self._send)
+
+    def _send(self, x: Tensor) -> Tensor:
         # maps as they lie in memory, channels last, so that nothing is copied to be sent
         packed = x.permute(0, 2, 3, 1) if x.dim() == 4 else x
-        self._in_flight = AsyncAllGather(packed, self._group)
-        theirs = self._in_flight.output[1 - self._group.rank]
-        self._received = theirs.permute(0, 3, 1, 2) if x.dim() == 4 else theirs
-        return self._received
+        self._pending = AsyncAllGather(packed, self._group)
+        theirs = self._pending.output[1 - self._group.rank]
+        # .data, since autograd would take what arrives for a change of a view in place
+        return (theirs.permute(0, 3, 1, 2) if x.dim() == 4 else theirs).data
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def wait(self) -> Tensor:
-        """The other tower's values."""
-        assert self._in_flight is not None
-        assert self._received is not None
-        self._in_flight.wait()
-        received, self._in_flight, self._received = self._received, None, None
+    def _wait(self, received: Tensor) -> Tensor:
+        self._pending.wait()
+        del self._pending
         return received
-
-
-class _StartExchange(torch.autograd.Function):
-    """Forward: start to send ``x``. Backward: its gradient has arrived from the other tower."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, exchange: _PeerExchange) -> Tensor:
-        ctx.exchange = exchange
-        exchange.start(x)
-        return x.new_empty(()).expand_as(x)  # stands for what is in flight, and takes no memory
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        ctx.exchange.wait()
-        return grads[0], None
-
-
-class _FinishExchange(torch.autograd.Function):
-    """Forward: the other tower's activations have arrived. Backward: start to send their gradient,
-    and return the buffer for the other tower's gradient of one's own activations, which has arrived
-    when ``_StartExchange`` passes it on."""
-
-    @staticmethod
-    def forward(ctx: Any, _: Tensor, exchange: _PeerExchange) -> Tensor:
-        ctx.exchange = exchange
-        return exchange.wait()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        return ctx.exchange.start(grads[0]), None
 
 
 def _ungroup(half: Any, _: TimedGroup) -> nn.Module:
@@ -151,10 +123,7 @@ _SPLIT: dict[type[nn.Module], Callable[[Any, TimedGroup], nn.Module]] = {
     nn.Linear: _ExchangeLayer,
     GroupedLinear: _ungroup,
     LocalResponseNorm: _ungroup,
-    BatchNorm: lambda half, _: BatchNorm(
-        len(half.weight), half.eps, half.momentum, half.all_reduce
-    ),
-    Dropout: lambda layer, group: layer.shard(ShardSpec(layer.units, 2, group.rank).slice),
+    Dropout: lambda layer, group: layer.shard(ShardSpec(layer.units, group).slice),
 }
 """What a tower has of a layer besides its half of the parameters, by the layer's type. Others serve
 as they are: the first convolution reads the image, which both processes have."""

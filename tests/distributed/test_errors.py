@@ -161,11 +161,6 @@ def test_nothing_to_evaluate(tmp_path: Path) -> None:
     assert "there is no checkpoint at" in error_message(result)
 
 
-def test_debug_shows_where_it_came_from() -> None:
-    result = launch(0, "--data.root=/nowhere", "--debug", "--run.output_dir=/tmp/none")
-    assert "Traceback" in result.err
-
-
 def test_interrupt_is_no_traceback(images: Path, tmp_path: Path) -> None:
     with running(0, images, tmp_path) as process:
         process.send_signal(signal.SIGINT)

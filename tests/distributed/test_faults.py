@@ -209,20 +209,10 @@ def test_an_update_that_is_not_finite_is_skipped(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", ["stop", "skip"])
-def test_a_run_that_is_never_finite_again_stops(policy: str, images: Path, tmp_path: Path) -> None:
+def test_a_run_that_is_never_finite_again_stops(images: Path, tmp_path: Path) -> None:
     always = "images:" + ",".join(map(str, range(6, 40)))
-    result = launch_with_fault(always, images, tmp_path, f"--train.on_nonfinite={policy}")
+    result = launch_with_fault(always, images, tmp_path, "--train.on_nonfinite=skip")
     assert result.code != 0
     assert "take a smaller --optim.lr" in result.said[0]
     assert events(tmp_path / "run", "nonfinite")[0]["step"] == 6
     assert status(tmp_path / "run") == "failed"
-
-
-@pytest.mark.slow
-def test_a_checkpoint_never_holds_a_weight_that_is_not_finite(images: Path, tmp_path: Path) -> None:
-    result = launch_with_fault("weights:8", images, tmp_path)
-    assert result.code != 0
-    assert "a weight is not finite at step 8" in result.said[0]
-    checkpoints = tmp_path / "run/checkpoints"
-    assert sorted(p.name for p in checkpoints.glob("step-*")) == ["step-00000004"]

@@ -15,7 +15,7 @@ from alexnet_dist.errors import UserError
 from alexnet_dist.model import MODEL_REGISTRY
 from alexnet_dist.parallel import LayoutConfig, towers, validate_parallel_config
 from alexnet_dist.parallel.mesh import Mesh
-from alexnet_dist.parallel.sharded_loss import ShardedClasses
+from alexnet_dist.parallel.sharded_loss import eval_counts
 from alexnet_dist.parallel.sharding import ShardSpec
 from tests.conftest import environment
 from tests.parallel import worker
@@ -244,17 +244,20 @@ def test_two_neighbors_with_a_tower_each_have_the_same_images() -> None:
 
 
 def test_shards_are_those_of_dtensor() -> None:
-    assert [len(ShardSpec(10, 8, rank)) for rank in range(8)] == [2, 2, 2, 2, 2, 0, 0, 0]
+    def sizes(full: int, shards: int) -> list[int]:
+        groups: list[Any] = [SimpleNamespace(size=shards, rank=rank) for rank in range(shards)]
+        return [len(ShardSpec(full, group)) for group in groups]
+
+    assert sizes(10, 8) == [2, 2, 2, 2, 2, 0, 0, 0]
     for size in range(1, 20):
         for shards in range(1, 9):
             chunks = [len(chunk) for chunk in torch.arange(size).chunk(shards)]
-            chunks += [0] * (shards - len(chunks))
-            assert [len(ShardSpec(size, shards, rank)) for rank in range(shards)] == chunks
+            assert sizes(size, shards) == chunks + [0] * (shards - len(chunks))
 
 
 def test_equal_logits_are_ranked_by_class_and_nan_is_never_correct() -> None:
     """And images are counted whatever their loss is."""
-    classes, nan, inf = ShardedClasses(7), torch.nan, torch.inf
+    classes, nan, inf = ShardSpec(7), torch.nan, torch.inf
     for logits, label, top1, top5 in (
         ([1.0] * 7, 0, 1, 1),
         ([1.0] * 7, 1, 0, 1),
@@ -266,5 +269,5 @@ def test_equal_logits_are_ranked_by_class_and_nan_is_never_correct() -> None:
         ([nan] * 7, 1, 0, 0),
         ([nan, 0, 0, 0, 0, 0, 0], 2, 0, 0),
     ):
-        counts = classes.eval_counts(torch.tensor([logits]), torch.tensor([label]))
+        counts = eval_counts(torch.tensor([logits]), torch.tensor([label]), classes)
         assert counts[1:].tolist() == [top1, top5, 1]

@@ -15,7 +15,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(UserError) as failure:
         mesh.init_distributed()
     assert str(failure.value) == (
-        "3 processes on this machine, but 2 GPUs: take --nproc_per_node=2, or --runtime.device cpu"
+        "3 processes on this machine, and 2 GPUs: take --nproc_per_node=2, or --runtime.device cpu"
     )
     assert failure.value.on_all_ranks
 
