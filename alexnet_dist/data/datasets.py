@@ -22,9 +22,7 @@ PREPARED = "prepared.json"
 
 FIX = "copy it again from where it was prepared, or remove the folder and prepare it from scratch"
 
-
-MAX_OPEN_FILES = 512
-"""Of the thousand that a process may have open."""
+MAX_OPEN_FILES = 512  # of the thousand that a process may have open
 
 
 @dataclass(frozen=True)
@@ -110,9 +108,11 @@ class TarDataset(_PackedDataset):
         self._open = functools.lru_cache(MAX_OPEN_FILES)(functools.partial(open, buffering=0))
 
     def read(self, index: int) -> NDArray[np.uint8]:
-        file, offset, length = self.index.offsets[index].tolist()
+        number, offset, length = self.index.offsets[index].tolist()
+        # kept here: the cache may drop it meanwhile, or keep one that another thread has opened
+        file = self._open(self._paths[number], "rb")
         # no memory map: a page that is not there yet would be waited for by all threads
-        encoded = os.pread(self._open(self._paths[file], "rb").fileno(), length, offset)
+        encoded = os.pread(file.fileno(), length, offset)
         return validate_bytes(np.frombuffer(encoded, np.uint8))
 
 

@@ -1,12 +1,14 @@
 """Packed folders give training what the folder of images gives, and are refused when incomplete."""
 
 import json
+import os
 import pickle
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from alexnet_dist.data import datasets
 from alexnet_dist.data.formats import decode
 from alexnet_dist.data.index import open_datasets
 from alexnet_dist.errors import UserError
@@ -69,3 +71,20 @@ def test_a_corrupt_image_in_a_shard_is_named(folders: dict[str, Path], tmp_path:
     with pytest.raises(OSError, match="cut short"):
         dataset.read(5)
     assert dataset.path(5) == f"{folder}/train-{shard:05d}.tar: {dataset.index.names[5]}"
+
+
+def test_a_shard_stays_open_while_it_is_read(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though other threads, which come in between, open more of them than are kept open."""
+    monkeypatch.setattr(datasets, "MAX_OPEN_FILES", 1)
+    dataset, _ = open_datasets(scan(folders["shards"]))
+    expected, pread = dataset.read(0), os.pread
+
+    def late(*read: int) -> bytes:
+        monkeypatch.setattr(os, "pread", pread)
+        dataset.read(len(dataset.index) - 1)  # of another shard
+        return pread(*read)
+
+    monkeypatch.setattr(os, "pread", late)
+    assert np.array_equal(dataset.read(0), expected)
