@@ -101,7 +101,7 @@ class TrainBenchmark:
         num_classes = len(self.data.info.train.classes)
         size = config.data.image_size
         self.flops_per_image = training_flops(config.model.arch, num_classes, size)
-        self.state = setup.build_training(config, mesh, num_classes)
+        self.state = setup.build_training(config, mesh, self.data)
         setup.init_weights(config, self.state.layout, num_classes)
         self.state.layout.warm_up(size)
         self.steps, self.timer = itertools.count(), StepTimer()

@@ -165,7 +165,7 @@ class RuntimeConfig:
     # auto: bf16 where the device is fast at it, else fp32; weights stay in fp32
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
     compile: Switch = False  # compile the network with torch.compile; auto: on GPUs
-    cuda_graph: Switch = False  # launch a step as one CUDA graph; auto: where that is possible
+    cuda_graph: Switch = "auto"  # launch a step as one CUDA graph; auto: where that is possible
     deterministic: bool = False  # the same bits in each run on a GPU, too, but more slowly
     threads: NonNegativeInt = 0  # per process, to compute and to load; 0: as many as it has CPUs
     hang_timeout: PositiveFloat = 600.0  # seconds without a step after which the run ends

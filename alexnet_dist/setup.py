@@ -177,9 +177,9 @@ class TrainState:
     train_step: Callable[[Tensor, Tensor, Iterable[Tensor]], Tensor]
 
 
-def build_training(config: Config, mesh: Mesh, num_classes: int) -> TrainState:
-    """Network, optimizer and schedule, still without weights; see ``init_weights``."""
-    optim = config.optim
+def build_training(config: Config, mesh: Mesh, data: DataPipeline) -> TrainState:
+    """Network, optimizer and schedule for ``data``, still without weights; see ``init_weights``."""
+    optim, num_classes = config.optim, len(data.info.train.classes)
     use_precision(config.runtime.precision, mesh.device, config.runtime.deterministic)
     layout = parallelize(build_model(config, num_classes), mesh, layout_config(config, mesh))
     optimizer = build_optimizer(
@@ -198,8 +198,11 @@ def build_training(config: Config, mesh: Mesh, num_classes: int) -> TrainState:
         epochs_scale=config.train.epochs_scale,
         **vars(optim.schedule),
     )
-    step = CudaGraphStep if uses_cuda_graph(config, mesh) else partial(partial, train_step)
-    return TrainState(layout, optimizer, schedule, step(layout, optimizer))
+    step: Callable[..., Tensor] = partial(train_step, layout, optimizer)
+    if uses_cuda_graph(config, mesh):
+        idle, fall_back = data.loader.wait_until_idle, config.runtime.cuda_graph == "auto"
+        step = CudaGraphStep(layout, optimizer, before_capture=idle, fall_back=fall_back)
+    return TrainState(layout, optimizer, schedule, step)
 
 
 def build_model(config: Config, num_classes: int) -> Network:

@@ -47,7 +47,7 @@ class Trainer:
     def __init__(self, config: Config, mesh: Mesh, path: Path) -> None:
         self.config, self.mesh, self.path = config, mesh, path
         self.data = setup.build_data(config, mesh)
-        self.state = setup.build_training(config, mesh, len(self.data.info.train.classes))
+        self.state = setup.build_training(config, mesh, self.data)
         self.layout = self.state.layout
         self.step, self.last_eval_step = 0, -1
         self.steps_per_epoch = self.data.plan.steps_per_epoch

@@ -4,7 +4,7 @@ do when an image cannot be decoded."""
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, islice
@@ -149,6 +149,7 @@ class Loader(ABC):
         self._threads = threads
         self._labels = torch.from_numpy(dataset.index.labels)
         self._readers = ThreadPoolExecutor(max(threads, self.min_readers), "read")
+        self._pending: deque[Future[tuple[SampleParams, Batch]]] = deque()
 
     def batches(self, samples: Iterable[SampleParams]) -> Generator[Batch, None, None]:
         """One batch for each of ``samples``.
@@ -156,10 +157,15 @@ class Loader(ABC):
         Raises:
             UserError: an image cannot be decoded and the policy is to stop.
         """
-        loaded = load_ahead(self._load_good, samples, self.device, self.batches_at_once)
+        count, self._pending = self.batches_at_once, deque()
+        loaded = load_ahead(self._load_good, samples, self.device, count, self._pending)
         for planned, batch in loaded:
             self.corrupt.log_substitutions(planned)
             yield batch
+
+    def wait_until_idle(self) -> None:
+        """Return when nothing is being loaded, nor will be before the next batch is taken."""
+        wait(self._pending)
 
     def close(self) -> None:
         """End its threads."""
@@ -214,15 +220,16 @@ def load_ahead(
     samples: Iterable[SampleParams],
     device: torch.device,
     threads: int,
+    pending: deque[Future[T]],
 ) -> Generator[T, None, None]:
     """What ``load`` returns for each of ``samples``, in their order; ``threads`` of them are loaded
-    at a time, and PREFETCH more wait to be taken."""
+    at a time, and PREFETCH more wait to be taken. They are ``pending`` until they are."""
     # CUDA calls of a thread go to device 0 unless it says otherwise
     use_device = partial(torch.cuda.set_device, device) if device.type == "cuda" else None
     pool = ThreadPoolExecutor(threads, "load", initializer=use_device)
     tasks = (pool.submit(load, planned) for planned in samples)
     try:
-        pending = deque(islice(tasks, threads + PREFETCH))
+        pending.extend(islice(tasks, threads + PREFETCH))
         while pending:
             loaded = pending.popleft().result()
             pending.extend(islice(tasks, 1))

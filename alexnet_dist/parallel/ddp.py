@@ -249,11 +249,21 @@ def sync_batch_norms(model: nn.Module, mesh: Mesh, timer: CommTimer) -> None:
             layer.all_reduce = partial(all_reduce_autograd, group=group)
 
 
+def compile_module(module: nn.Module) -> nn.Module:
+    """``module`` under torch.compile, but max pooling's backward as eager: torch 2.14 decomposes it
+    into atomic additions, whose sums have other bits each time (pytorch issue 167318)."""
+    from torch._inductor.decomposition import select_decomp_table  # takes a second
+
+    select_decomp_table().pop(torch.ops.aten.max_pool2d_with_indices_backward.default, None)
+    compiled = torch.compile(module)
+    assert isinstance(compiled, nn.Module)
+    return compiled
+
+
 def wrap_ddp(module: nn.Module, mesh: Mesh, config: LayoutConfig, timer: CommTimer) -> nn.Module:
     """``module`` as training calls it: compiled if asked for, and in DDP where there are several
     replicas."""
-    called = torch.compile(module) if config.compile else module
-    assert isinstance(called, nn.Module)
+    called = compile_module(module) if config.compile else module
     if mesh.dp_size == 1:
         return called
     for parameter in module.parameters():

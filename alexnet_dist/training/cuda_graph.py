@@ -5,16 +5,18 @@ copied into them before each replay, and the result is copied out. Of the number
 computes only the learning rates change from step to step; the update reads them from tensors.
 
 The first steps run eagerly, and count: cuDNN chooses its kernels then, Triton and torch.compile
-build theirs, none of which can happen during a capture.
+build theirs, none of which can happen during a capture. Nor may any thread synchronize the device
+then, as DALI does when it releases memory: so the loader is idle during it.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from alexnet_dist.errors import UserError
+from alexnet_dist.errors import UserError, print_error
 from alexnet_dist.training.sgd2012 import KrizhevskySGD
 from alexnet_dist.training.step import TrainableLayout, train_step
 
@@ -23,12 +25,25 @@ CAPTURE_WARMUP_STEPS = 3
 
 
 class CudaGraphStep:
-    """``train_step`` of a layout and an optimizer, for batches of one shape."""
+    """``train_step`` of a layout and an optimizer, for batches of one shape.
 
-    def __init__(self, layout: TrainableLayout, optimizer: torch.optim.Optimizer) -> None:
+    Args:
+        before_capture: is called when nothing else may use the GPU from now on.
+        fall_back: where the step cannot be captured, say so and go on with eager steps.
+    """
+
+    def __init__(
+        self,
+        layout: TrainableLayout,
+        optimizer: torch.optim.Optimizer,
+        *,
+        before_capture: Callable[[], None] = lambda: None,
+        fall_back: bool = False,
+    ) -> None:
         assert isinstance(optimizer, KrizhevskySGD)
         self._layout, self._optimizer = layout, optimizer
-        self._eager_steps = 0
+        self._before_capture, self._fall_back = before_capture, fall_back
+        self._eager_steps: float = CAPTURE_WARMUP_STEPS  # still to be taken
         self._inputs: list[Tensor] = []
         self._captured: tuple[torch.cuda.CUDAGraph, Tensor] | None = None
 
@@ -46,15 +61,30 @@ class CudaGraphStep:
             static.copy_(tensor)
         images, labels, *masks = self._inputs
         step = partial(train_step, self._layout, self._optimizer, images, labels, masks)
-        if self._eager_steps < CAPTURE_WARMUP_STEPS:
-            self._eager_steps += 1
+        if self._eager_steps > 0:
+            self._eager_steps -= 1
             return _run_on_side_stream(step).clone()
         self._optimizer.sync_lr()
         if self._captured is None:
-            self._captured = _capture(step)
+            self._before_capture()
+            try:
+                self._captured = _capture(step)
+            except RuntimeError as error:
+                self._give_up(error)
+                return step()
         graph, result = self._captured
         graph.replay()
         return result.clone()  # the next replay overwrites it
+
+    def _give_up(self, error: RuntimeError) -> None:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        message = f"the step cannot be captured as a CUDA graph ({reason})"
+        if not self._fall_back:
+            fix = "take --runtime.cuda_graph false"
+            raise UserError(f"{message}: {fix}", on_all_ranks=True) from error
+        print_error(f"{message}: steps go on without one")
+        self._eager_steps = math.inf
+        self._optimizer.zero_grad(set_to_none=True)  # they lie in the memory of the graph
 
 
 def _run_on_side_stream(step: Callable[[], Tensor]) -> Tensor:
@@ -70,13 +100,6 @@ def _run_on_side_stream(step: Callable[[], Tensor]) -> Tensor:
 def _capture(step: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
     """The graph of ``step``, and where a replay writes its result; nothing is computed yet."""
     graph = torch.cuda.CUDAGraph()
-    try:
-        # of this thread only: the loaders' threads allocate and synchronize meanwhile
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            return graph, step()
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
-        raise UserError(
-            f"the step cannot be captured as a CUDA graph ({reason}): take "
-            "--runtime.cuda_graph false"
-        ) from error
+    # of this thread only: the loaders' threads may allocate memory meanwhile
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        return graph, step()

@@ -1,9 +1,12 @@
 """DALI and gpu_cache give the batches of the torch loader; here on CPUs, in tests/gpu on GPUs."""
 
-from contextlib import nullcontext
+import time
+from collections import deque
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from threading import Event
+from threading import Event, Lock
+from typing import Any
 
 import numpy as np
 import pytest
@@ -152,9 +155,34 @@ def test_batches_keep_their_order_though_one_overtakes_another() -> None:
 
     for fail in (False, True):
         second.clear()
-        loaded = load_ahead(load_batch, samples, torch.device("cpu"), 2)
+        loaded = load_ahead(load_batch, samples, torch.device("cpu"), 2, deque())
         with pytest.raises(UserError, match="the first") if fail else nullcontext():
             assert [one is other for one, other in zip(loaded, samples, strict=True)] == [True] * 3
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_loader_becomes_idle(name: str, folders: dict[str, Path]) -> None:
+    """While nobody takes a batch, no thread of it works: a CUDA graph can be captured then."""
+    dataset, _, normalization = opened(folders, name)
+    plan = SamplePlan(dataset.index.sizes, 4, 5)
+    loader: Any = build(name, dataset, plan, normalization)
+    load_batch, running, loaded = loader._load, Lock(), 0
+
+    def watched(samples: SampleParams) -> Batch:
+        nonlocal loaded
+        time.sleep(0.1)
+        with running:
+            loaded += 1
+        batch: Batch = load_batch(samples)
+        return batch
+
+    loader._load = watched
+    with closing(loader), closing(loader.batches(plan.epoch(0, 0, ALL))) as batches:
+        next(batches)
+        loader.wait_until_idle()
+        before = loaded
+        time.sleep(0.3)
+        assert loaded == before > 1
 
 
 def test_resize_by_matrix_products_is_torchs(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from alexnet_dist.parallel import precision as precision_module
+from alexnet_dist.parallel.ddp import compile_module
 from alexnet_dist.training.optim import build_optimizer
 
 
@@ -55,3 +56,16 @@ def test_an_update_that_is_not_finite_is_left_out_without_a_trace(name: str) -> 
         weights.append(weight.detach())
         assert left_out == [0, 0, 1, 0, 0] * guarded
     assert torch.equal(*weights)
+
+
+def test_compiled_max_pooling_adds_nothing_atomically() -> None:
+    from torch._inductor import config
+    from torch._inductor.utils import run_fw_bw_and_get_code
+
+    torch.compiler.reset()
+    pool = compile_module(torch.nn.MaxPool2d(3, 2))
+    images = torch.randn(2, 8, 13, 13).to(memory_format=torch.channels_last).requires_grad_()
+    with config.patch(force_disable_caches=True):
+        _, (_, backward) = run_fw_bw_and_get_code(lambda: pool(images))
+    assert "max_pool2d_with_indices_backward" in backward
+    assert "scatter" not in backward
