@@ -20,11 +20,11 @@ from alexnet_dist.model.alexnet import (
     AlexNet,
     GroupedLinear,
     StemConv2d,
-    TorchvisionAlexNet,
 )
 from alexnet_dist.model.batch_norm import BatchNorm
 from alexnet_dist.model.dropout import Dropout, DropoutScaling
 from alexnet_dist.model.lrn import LocalResponseNorm, WithinChannelLRN
+from alexnet_dist.model.torchvision_alexnet import TorchvisionAlexNet
 
 Init = Literal["source", "paper", "torch"]
 

@@ -29,7 +29,12 @@ from alexnet_dist.model import Network, dropout_layers, make_dropout_masks
 from alexnet_dist.model.batch_norm import BatchNorm
 from alexnet_dist.parallel.collectives import CommTimer, TimedGroup, all_reduce_autograd
 from alexnet_dist.parallel.mesh import Mesh
-from alexnet_dist.parallel.precision import Precision, SyncedGradScaler, autocast
+from alexnet_dist.parallel.precision import (
+    Precision,
+    SyncedGradScaler,
+    autocast,
+    compile_module,
+)
 from alexnet_dist.parallel.sharded_loss import cross_entropy, eval_counts
 from alexnet_dist.parallel.sharding import Sharding, ShardSpec
 
@@ -247,17 +252,6 @@ def sync_batch_norms(model: nn.Module, mesh: Mesh, timer: CommTimer) -> None:
         if isinstance(layer, BatchNorm):
             group = TimedGroup(mesh.group("dp"), timer)
             layer.all_reduce = partial(all_reduce_autograd, group=group)
-
-
-def compile_module(module: nn.Module) -> nn.Module:
-    """``module`` under torch.compile, but max pooling's backward as eager: torch 2.14 decomposes it
-    into atomic additions, whose sums have other bits each time (pytorch issue 167318)."""
-    from torch._inductor.decomposition import select_decomp_table  # takes a second
-
-    select_decomp_table().pop(torch.ops.aten.max_pool2d_with_indices_backward.default, None)
-    compiled = torch.compile(module)
-    assert isinstance(compiled, nn.Module)
-    return compiled
 
 
 def wrap_ddp(module: nn.Module, mesh: Mesh, config: LayoutConfig, timer: CommTimer) -> nn.Module:

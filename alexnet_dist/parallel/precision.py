@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
 from alexnet_dist.parallel.collectives import TimedGroup
@@ -57,6 +57,17 @@ def autocast(precision: Precision, device: torch.device) -> torch.autocast:
     """torch.autocast to ``precision``; disabled in fp32 and tf32."""
     dtype = _AUTOCAST.get(precision)
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
+
+
+def compile_module(module: nn.Module) -> nn.Module:
+    """``module`` under torch.compile, but max pooling's backward as eager: torch 2.14 decomposes it
+    into atomic additions, whose sums have other bits each time (pytorch issue 167318)."""
+    from torch._inductor.decomposition import select_decomp_table  # takes a second
+
+    select_decomp_table().pop(torch.ops.aten.max_pool2d_with_indices_backward.default, None)
+    compiled = torch.compile(module)
+    assert isinstance(compiled, nn.Module)
+    return compiled
 
 
 class SyncedGradScaler(GradScaler):

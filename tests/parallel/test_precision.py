@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from alexnet_dist.parallel import precision as precision_module
-from alexnet_dist.parallel.ddp import compile_module
 from alexnet_dist.training.optim import build_optimizer
 
 
@@ -63,7 +62,7 @@ def test_compiled_max_pooling_adds_nothing_atomically() -> None:
     from torch._inductor.utils import run_fw_bw_and_get_code
 
     torch.compiler.reset()
-    pool = compile_module(torch.nn.MaxPool2d(3, 2))
+    pool = precision_module.compile_module(torch.nn.MaxPool2d(3, 2))
     images = torch.randn(2, 8, 13, 13).to(memory_format=torch.channels_last).requires_grad_()
     with config.patch(force_disable_caches=True):
         _, (_, backward) = run_fw_bw_and_get_code(lambda: pool(images))
