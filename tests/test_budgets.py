@@ -21,15 +21,15 @@ BUDGETS = {  # lines of Python, docstrings included: the most allowed, which may
     "setup.py": (352, 220),
     "config.py": (466, 320),
     "errors.py": (78, 60),
-    "model": (1250, 1000),
+    "model": (1259, 1000),
     "data": (1884, 1500),
-    "parallel": (1490, 1250),
+    "parallel": (1495, 1250),
     "training": (1441, 1000),
     "tracking": (754, 700),
     "prepare": (945, 1000),
     "__init__.py": (3, 5),
 }
-IN_ALL = {"alexnet_dist": (10241, 8700), "benchmarks": (2296, 2300), "tests": (7544, 6500)}
+IN_ALL = {"alexnet_dist": (10255, 8700), "benchmarks": (2296, 2300), "tests": (7543, 6500)}
 FILES_OF_A_STEP, LINES_OF_A_STEP = (16, 16), (2940, 2800)
 
 TRACER = """
