@@ -24,6 +24,9 @@ _POLL_SECONDS = 1.0
 """Between two looks for the file: network storage answers slowly."""
 _RESERVE_SECONDS = 10.0
 """Kept free before the deadline, besides what steps and saves have taken so far."""
+_STUCK_SECONDS = 8.0
+"""Without a step boundary for so much longer than one was to take, SIGTERM came because another
+process has died: NCCL's collectives wait for it for ever."""
 
 
 class StopReason(IntEnum):
@@ -50,8 +53,8 @@ class PreemptionHandler:
         group: the processes of the run.
         signals: names of those that stop the run, besides SIGTERM and Ctrl-C.
         time_limit: seconds from the start of this process.
-        grace: seconds after SIGTERM when this process exits, whatever it does: the signal may have
-            come because another process died, for which collectives wait for ever.
+        grace: seconds after SIGTERM when this process exits, whatever it does; sooner where it is
+            stuck.
         before_exit: puts the terminal in order before such an exit.
     """
 
@@ -69,7 +72,8 @@ class PreemptionHandler:
         self._grace, self._before_exit = grace, before_exit
         self._rank = dist.get_rank()
         self._received = StopReason.NONE
-        self._timer: threading.Timer | None = None
+        self._timers: list[threading.Timer] = []
+        self._boundaries, self._need = 0, 0.0
         self._last_poll = 0.0
         self._result: tuple[dist.Work, torch.Tensor] | None = None
         self._deadline = deadline(time_limit)
@@ -87,6 +91,7 @@ class PreemptionHandler:
         Raises:
             Preempted: some process had to stop at this boundary or the one before.
         """
+        self._boundaries, self._need = self._boundaries + 1, need
         mine = self._poll(need)
         stop = mine if dist.get_world_size() == 1 else self._pop_result()
         if stop:
@@ -102,8 +107,8 @@ class PreemptionHandler:
     def close(self) -> None:
         """The run is over: signals mean what they mean elsewhere."""
         self._pop_result()
-        if self._timer is not None:
-            self._timer.cancel()
+        for timer in self._timers:
+            timer.cancel()
         self._reset_handlers()
 
     def _poll(self, need: float) -> int:
@@ -160,16 +165,24 @@ class PreemptionHandler:
             os._exit(130)
         reason = StopReason.INTERRUPT if number == signal.SIGINT else StopReason.SIGNAL
         self._received = max(self._received, reason)
-        if number == signal.SIGTERM and self._timer is None:
-            self._timer = threading.Timer(self._grace, self._exit)
-            self._timer.daemon = True
-            self._timer.start()
+        if number == signal.SIGTERM and not self._timers:
+            waits: list[tuple[float, int | None]] = [(self._grace, None)]
+            if self._need:  # else the first step is being compiled, perhaps for minutes
+                waits.append((min(self._need + _STUCK_SECONDS, self._grace), self._boundaries))
+            for seconds, boundaries in waits:
+                timer = threading.Timer(seconds, self._exit, [seconds, boundaries])
+                timer.daemon = True
+                timer.start()
+                self._timers.append(timer)
 
-    def _exit(self) -> None:
+    def _exit(self, seconds: float, stuck_at: int | None) -> None:
+        """End this process, so long after SIGTERM; unless it has left the boundary ``stuck_at``."""
+        if stuck_at not in (None, self._boundaries):
+            return
         self._before_exit()
         print_error(
-            f"process {self._rank} could not save within {self._grace:g} s of SIGTERM, and "
-            "exits; the checkpoint before is intact"
+            f"process {self._rank} could not save within {seconds:g} s of SIGTERM, and exits; the "
+            "checkpoint before is intact"
         )
         os._exit(1)
 

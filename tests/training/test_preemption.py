@@ -100,18 +100,30 @@ from pathlib import Path
 import torch.distributed as dist
 from alexnet_dist.training.preemption import PreemptionHandler
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-PreemptionHandler(Path(sys.argv[1]), dist.group.WORLD, signals=(), time_limit=None, grace=1.0,
-           before_exit=lambda: None)
+handler = PreemptionHandler(Path(sys.argv[1]), dist.group.WORLD, signals=(), time_limit=None,
+                            grace=float(sys.argv[2]), before_exit=lambda: None)
+if sys.argv[3:]:
+    handler.check_stop(float(sys.argv[3]))
 print("waiting", flush=True)
 store = dist.TCPStore("127.0.0.1", 0, None, True)
 store.wait(["what nobody sends"], datetime.timedelta(seconds=300))
 """
 
 
-@pytest.mark.parametrize("signals", ["SIGTERM", "SIGINT SIGINT", "SIGINT SIGTERM"])
-def test_preemption_ends_a_process_that_is_stuck(signals: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("signals", "options", "message"),
+    [
+        ("SIGTERM", ["1"], "could not save within 1 s of SIGTERM"),
+        ("SIGTERM", ["60", "0.1"], "could not save within 8.1 s of SIGTERM"),  # no step meanwhile
+        ("SIGINT SIGINT", ["1"], ""),
+        ("SIGINT SIGTERM", ["1"], ""),
+    ],
+)
+def test_preemption_ends_a_process_that_is_stuck(
+    signals: str, options: list[str], message: str, tmp_path: Path
+) -> None:
     """In C++, where no Python handler runs, as in a collective whose peer has died."""
-    command = [sys.executable, "-c", STUCK, str(tmp_path)]
+    command = [sys.executable, "-c", STUCK, str(tmp_path), *options]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as process:
         assert process.stdout is not None
@@ -121,5 +133,6 @@ def test_preemption_ends_a_process_that_is_stuck(signals: str, tmp_path: Path) -
             process.send_signal(signal.Signals[name])
             time.sleep(0.3)
         _, err = process.communicate(timeout=20)
-    assert process.returncode == (1 if signals == "SIGTERM" else 130)
-    assert ("could not save within 1 s of SIGTERM" in err) == (signals == "SIGTERM")
+    assert process.returncode == (1 if message else 130)
+    assert message in err
+    assert message or "could not save" not in err
