@@ -22,14 +22,14 @@ BUDGETS = {  # lines of Python, docstrings included: the most allowed, which may
     "config.py": (466, 320),
     "errors.py": (78, 60),
     "model": (1259, 1000),
-    "data": (1884, 1500),
+    "data": (1927, 1500),
     "parallel": (1495, 1250),
     "training": (1454, 1000),
     "tracking": (754, 700),
     "prepare": (945, 1000),
     "__init__.py": (3, 5),
 }
-IN_ALL = {"alexnet_dist": (10268, 8700), "benchmarks": (2296, 2300), "tests": (7556, 6500)}
+IN_ALL = {"alexnet_dist": (10311, 8700), "benchmarks": (2296, 2300), "tests": (7607, 6500)}
 FILES_OF_A_STEP, LINES_OF_A_STEP = (16, 16), (2940, 2800)
 
 TRACER = """

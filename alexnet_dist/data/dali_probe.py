@@ -1,4 +1,4 @@
-"""Which of DALI's decoders works on this machine and is fastest, tried in processes of their own."""
+"""Which of DALI's decoders works here and is fastest, tried in processes of their own."""
 
 import fcntl
 import functools

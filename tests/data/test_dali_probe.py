@@ -1,4 +1,4 @@
-"""Which decoder is chosen on a GPU, from what its trials say; that they are true is in tests/gpu."""
+"""Which decoder is chosen on a GPU by what its trials say; whether they are true: tests/gpu."""
 
 import subprocess
 import tempfile
@@ -30,7 +30,6 @@ def test_the_fastest_decoder_that_works_is_remembered(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     trials: list[str] = []
-    name = "H100"
 
     def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
         trials.append(command[-2])
@@ -43,8 +42,10 @@ def test_the_fastest_decoder_that_works_is_remembered(
 
     monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
-    for name, tried in (("H100", 2), ("H100", 2), ("A100", 4)):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: gpus[-1])
+    gpus = []
+    for gpu, tried in (("H100", 2), ("H100", 2), ("A100", 4)):
+        gpus.append(gpu)
         dali_probe.probe_decoder.cache_clear()  # as another process has it
         assert dali_probe.probe_decoder(GPU) == decoder
         assert len(trials) == tried
