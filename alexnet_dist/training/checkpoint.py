@@ -198,12 +198,14 @@ class CheckpointManager:
             found = [*self._find_intact()]
         dist.broadcast_object_list(found)
         checkpoint, warnings = found
-        if checkpoint is None:
-            return None, warnings
-        state = read_state(checkpoint)
-        check(state)
-        _copy_tensors(checkpoint, state, self.state_tensors())
-        self.best = state["best"]
+        state = None
+        if checkpoint is not None:
+            state = read_state(checkpoint)
+            check(state)
+            _copy_tensors(checkpoint, state, self.state_tensors())
+            self.best = state["best"]
+        if dist.get_rank() == 0:
+            self._link_best()
         return state, warnings
 
     def load_pretrained(self, path: str) -> list[str]:
@@ -247,6 +249,15 @@ class CheckpointManager:
                 f"{quarantined.name}, and the one before it is used"
             )
         return None, warnings
+
+    def _link_best(self) -> None:
+        """Have the link name the best checkpoint again, where a kill came between the two, or a
+        better one is quarantined."""
+        name = f"step-{self.best['step']:08d}" if self.best else "step-"
+        if (self.folder / name).exists():
+            _link(self.folder / "best", name)
+        else:
+            (self.folder / "best").unlink(missing_ok=True)
 
     def _remove_old(self) -> None:
         best = os.path.realpath(self.folder / "best")

@@ -47,7 +47,7 @@ def test_checkpoint_holds_what_was_there_when_the_save_began(tmp_path: Path) -> 
     manager, events = weights_manager(tmp_path, live)
     for step in (12, 13):
         saved = {name: tensor.clone() for name, tensor in live.items()}
-        manager.save({"step": step, "last_eval_step": 7, "loss": 0.1 + 0.2}, {"loss": 0.5})
+        manager.save({"step": step, "last_eval_step": 7, "loss": 0.1 + 0.2}, {"step": step})
         for tensor in live.values():
             tensor.mul_(-2)
         manager.wait()
@@ -55,7 +55,7 @@ def test_checkpoint_holds_what_was_there_when_the_save_began(tmp_path: Path) -> 
         assert (tmp_path / "last").resolve() == (tmp_path / "best").resolve() == path
         found, warnings = manager.restore(lambda state: None)
         assert all(torch.equal(live[name], saved[name]) for name in saved)
-        assert (found["loss"], found["best"], warnings) == (0.1 + 0.2, {"loss": 0.5}, [])
+        assert (found["loss"], found["best"], warnings) == (0.1 + 0.2, {"step": step}, [])
         assert manager.last_saved == (step, 7)
         assert {file.suffix for file in path.iterdir()} == {".json", ".safetensors"}  # no pickles
     assert [event["event"] for event in events] == ["checkpoint", "best"] * 2
@@ -91,15 +91,16 @@ def test_checkpoint_retention(tmp_path: Path) -> None:
 
 def test_a_kill_while_a_checkpoint_is_replaced_loses_none(tmp_path: Path) -> None:
     manager, _ = weights_manager(tmp_path, weights())
-    path = save(manager, 1, loss=0.5)
+    path = save(manager, 1, best={"step": 1}, loss=0.5)
     path.rename(tmp_path / ".replaced-step-00000001")  # as it is between the two renames
+    (tmp_path / "best").unlink()
     (tmp_path / ".partial-step-00000001").mkdir()
     found, warnings = manager.restore(lambda state: None)
     assert (found["loss"], warnings) == (0.5, [])
-    assert names(tmp_path) == ["last", "step-00000001"]
+    assert names(tmp_path) == ["best", "last", "step-00000001"]
     save(manager, 1, loss=0.25)
     assert read_state(path)["loss"] == 0.25
-    assert names(tmp_path) == ["last", "step-00000001"]
+    assert names(tmp_path) == ["best", "last", "step-00000001"]
 
 
 def test_checkpoint_survives_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,8 +142,8 @@ def test_checkpoint_that_is_corrupt_is_quarantined(corruption: str, tmp_path: Pa
     """And is not offered any more."""
     tmp_path /= "checkpoints"
     manager, _ = weights_manager(tmp_path, weights())
-    save(manager, 9)
-    second = save(manager, 10, best={"loss": 1.0})
+    save(manager, 9, best={"step": 9})
+    second = save(manager, 10, best={"step": 10})
     CORRUPTIONS[corruption](second)
     with pytest.raises(UserError, match="is corrupt"):
         load_tensors(second, manager.state_tensors())
@@ -150,7 +151,8 @@ def test_checkpoint_that_is_corrupt_is_quarantined(corruption: str, tmp_path: Pa
     assert state["step"] == 9
     assert len(warnings) == 1
     assert f"the checkpoint {second} is corrupt" in warnings[0]
-    assert (tmp_path / "last").resolve().name == "step-00000009"
+    for link in ("last", "best"):
+        assert (tmp_path / link).resolve().name == "step-00000009"
     assert names(tmp_path) == ["best", "corrupt-step-00000010", "last", "step-00000009"]
     assert checkpoint.find_checkpoint(str(tmp_path.parent)) == tmp_path / "step-00000009"
 
