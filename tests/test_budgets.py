@@ -24,12 +24,12 @@ BUDGETS = {  # lines of Python, docstrings included: the most allowed, which may
     "model": (1259, 1000),
     "data": (1927, 1500),
     "parallel": (1495, 1250),
-    "training": (1454, 1000),
+    "training": (1465, 1000),
     "tracking": (754, 700),
     "prepare": (945, 1000),
     "__init__.py": (3, 5),
 }
-IN_ALL = {"alexnet_dist": (10311, 8700), "benchmarks": (2296, 2300), "tests": (7608, 6500)}
+IN_ALL = {"alexnet_dist": (10322, 8700), "benchmarks": (2296, 2300), "tests": (7610, 6500)}
 FILES_OF_A_STEP, LINES_OF_A_STEP = (16, 16), (2940, 2800)
 
 TRACER = """
