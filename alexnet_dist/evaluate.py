@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> None:
     models = load_models(args.checkpoint, lambda kept: parser.parse(arguments, kept).config)
     runtime = models[0].config.runtime
     mesh = init_distributed(runtime.device, runtime.threads).with_layout(1)
-    dataset = open_datasets(models[0].scan_dataset(mesh))[1]
+    dataset = open_datasets(models[0].scan_dataset(mesh, only_val=True))[1]
     num_crops: NumCrops = 10 if args.ten_crop else 1
     if len(models) == num_crops == 1:
         result = evaluate_one(models[0], mesh, dataset)

@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 from alexnet_dist.config import CommandParser, positive_int
 from alexnet_dist.data.datasets import ImageDataset, SplitIndex
 from alexnet_dist.data.eval_plan import NumCrops
+from alexnet_dist.data.folders import LeftOut, list_images
 from alexnet_dist.data.formats import decode, validate_bytes
-from alexnet_dist.data.index import is_image_name, read_size
+from alexnet_dist.data.index import read_size
 from alexnet_dist.errors import UserError, print_error, run_command
 from alexnet_dist.parallel.mesh import Mesh, init_distributed
 from alexnet_dist.setup import LoadedModel, load_model
@@ -47,11 +48,11 @@ class Photographs(ImageDataset):
         return self.index.names[index]
 
 
-def find_images(path: str) -> list[str]:
+def find_images(path: str, left_out: LeftOut) -> list[str]:
     """The images anywhere below a folder, sorted. A file, and what holds no image, is given back:
     reading it tells what is wrong with it."""
-    below = [str(file) for file in Path(path).rglob("*") if is_image_name(file.name)]
-    return sorted(below) or [path]
+    below = list_images(Path(path), left_out) if Path(path).is_dir() else []
+    return [str(Path(path, file.name)) for file in below] or [path]
 
 
 def main(arguments: list[str]) -> None:
@@ -71,7 +72,10 @@ def main(arguments: list[str]) -> None:
     mesh = init_distributed(runtime.device, runtime.threads).with_layout(1)
     if mesh.world_size > 1:
         raise UserError("predict is one process: start it without torchrun", on_all_ranks=True)
-    paths = [path for word in args.images for path in find_images(word)]
+    left_out = LeftOut()
+    paths = [path for word in args.images for path in find_images(word, left_out)]
+    if left_out:
+        print_error(f"left out of the images: {left_out}")
     count, shown = 0, []
     with open(args.json, "w") if args.json not in (None, "-") else nullcontext(sys.stdout) as file:
         for count, (path, best, pixels) in enumerate(predict(model, mesh, paths, args), 1):

@@ -20,7 +20,7 @@ from alexnet_dist.data.loader import Loader, OnCorruptImage
 from alexnet_dist.data.plan import SamplePlan
 from alexnet_dist.data.statistics import ChannelStats
 from alexnet_dist.data.transforms import Normalization, PcaNoise, build_normalization
-from alexnet_dist.errors import UserError, refuse
+from alexnet_dist.errors import UserError, print_error, refuse
 from alexnet_dist.model import MODEL_REGISTRY, Network, build_on_meta, iter_initial_weights
 from alexnet_dist.parallel import Layout, LayoutConfig, parallelize, validate_parallel_config
 from alexnet_dist.parallel.mesh import Mesh
@@ -98,10 +98,10 @@ def build_data(config: Config, mesh: Mesh) -> DataPipeline:
     return DataPipeline(info, plan, eval_plan, loader, eval_loader)
 
 
-def scan_images(config: Config, mesh: Mesh) -> DatasetInfo:
+def scan_images(config: Config, mesh: Mesh, *, only_val: bool = False) -> DatasetInfo:
     """The images at data.root; all ranks call it together. Raises UserError if there are none."""
-    root, cache_dir = config.data.root, config.data.cache_dir
-    return mesh.broadcast_from_rank0(lambda: scan_dataset(root, cache_dir, ProgressReporter()))
+    scan = partial(scan_dataset, config.data.root, config.data.cache_dir, only_val=only_val)
+    return mesh.broadcast_from_rank0(lambda: scan(ProgressReporter()))
 
 
 def loader_for(
@@ -296,22 +296,30 @@ class LoadedModel:
         """How pixels become its input."""
         return normalization_for(self.config, self.stats)
 
-    def scan_dataset(self, mesh: Mesh) -> DatasetInfo:
-        """The images at data.root; all ranks call it together.
+    def scan_dataset(self, mesh: Mesh, *, only_val: bool = False) -> DatasetInfo:
+        """The images at data.root, labeled by this network's outputs; all ranks call it together.
 
         Raises:
-            UserError: there are none, or they are of other classes. A file that does not name its
-                classes takes any that are as many.
+            UserError: there are none, or they are of other classes.
         """
-        info, classes = scan_images(self.config, mesh), self.labels
-        named = not self.state.get("unnamed", False)
-        if info.val.classes != classes if named else len(info.val.classes) != len(classes):
-            raise UserError(
-                f"the classes of {info.val.folder} are not those that {self.path} was trained on: "
-                "give --data.root a folder with the same class folders",
-                on_all_ranks=True,
+        info, named = scan_images(self.config, mesh, only_val=only_val), "unnamed" not in self.state
+        for warning in info.warnings if mesh.rank == 0 else []:
+            print_error(warning)
+        labeled = info.with_labels_of(self.labels, named=named)
+        if labeled is not None:
+            return labeled
+        fix = "give --data.root a folder with the same class folders"
+        if not named:
+            fix = (
+                f"that file does not name its {len(self.labels)} classes: name the class folders "
+                "by their numbers, from 0 on, or by WordNet IDs, or prepare them from a source "
+                "that numbers its classes"
             )
-        return info
+        raise UserError(
+            f"the classes of {info.val.folder} are not those that {self.path} was trained on: "
+            f"{fix}",
+            on_all_ranks=True,
+        )
 
     def eval_loader(
         self, mesh: Mesh, dataset: ImageDataset, batch_size: int, num_crops: NumCrops = 1

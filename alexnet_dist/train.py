@@ -286,6 +286,7 @@ class Trainer:
             "num_classes": len(info.train.classes),
             "train_images": len(info.train),
             "val_images": len(info.val),
+            "left_out": info.left_out,
             "versions": setup.VERSIONS,
             "restarts": run_dir.restart_info(),
         }
@@ -294,7 +295,7 @@ class Trainer:
         else:
             changed = diff_configs(resumed_config, config)
             self.logger.emit("resume", self.step, changed=changed, **values)
-        for message in warnings:
+        for message in [*info.warnings, *warnings]:
             self.logger.emit("warning", self.step, message=message)
 
     def _log_steps(self) -> None:

@@ -6,6 +6,7 @@ pixels. Which images there are is found out by index.py.
 
 import functools
 import os
+import resource
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,8 @@ PREPARED = "prepared.json"
 
 FIX = "copy it again from where it was prepared, or remove the folder and prepare it from scratch"
 
-MAX_OPEN_FILES = 512  # of the thousand that a process may have open
+# a quarter of those that a process may have open (ulimit -n): training and validation have as many
+MAX_OPEN_FILES = max(min(resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4, 512), 1)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,10 @@ validated before any decoder sees them, and where Pillow and DALI read a good fi
 of them is made to agree with the other, here. What is wrong inside a file is left to the decoders.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +19,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 """Pillow's names of what is taken, whatever a file's own name says."""
 
 DECODE_ERROR = "the decoder gives up on it"
-SIZE_MISMATCH = "it has another size than when it was indexed"
+TOO_LARGE = "it has more than the 178,956,970 pixels that Pillow takes"
+SIZE_MISMATCH = "it has another size than when it was indexed; a new start indexes it again"
 
 _JPEG, _END_OF_JPEG, _SCAN = b"\xff\xd8\xff", b"\xff\xd9", 0xDA
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -56,11 +60,24 @@ def decode(
     """
     if encoded.ndim == 3:
         return Image.fromarray(encoded)
+    with open_image(BytesIO(encoded.tobytes())) as image:
+        if near is not None:
+            image.draft("RGB", (near, near))
+        return _rgb(ImageOps.exif_transpose(image) if upright else image)
+
+
+@contextmanager
+def open_image(file: str | Path | BytesIO) -> Iterator[Image.Image]:
+    """Pillow's image of a file, whose header is read; it may be decoded within.
+
+    Raises:
+        OSError: Pillow gives up on it.
+    """
     try:
-        with Image.open(BytesIO(encoded.tobytes()), formats=FORMATS) as image:
-            if near is not None:
-                image.draft("RGB", (near, near))
-            return _rgb(ImageOps.exif_transpose(image) if upright else image)
+        with Image.open(file, formats=FORMATS) as image:
+            yield image
+    except Image.DecompressionBombError:
+        raise OSError(TOO_LARGE) from None
     except Exception as error:  # struct.error, SyntaxError, EOFError, ...: it depends on the file
         raise OSError(DECODE_ERROR) from error
 

@@ -16,12 +16,12 @@ Its index is in the order of class folders, so that the plan gives the same imag
 import hashlib
 import json
 import os
-import shutil
+import re
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,18 +40,22 @@ from alexnet_dist.data.datasets import (
     check_files,
     read_cifar10,
 )
-from alexnet_dist.data.formats import FORMATS
-from alexnet_dist.data.statistics import ChannelStats, compute_stats
+from alexnet_dist.data.folders import (
+    SPLITS,
+    LeftOut,
+    SplitFiles,
+    find_form,
+    find_split,
+    list_split,
+)
+from alexnet_dist.data.formats import open_image
+from alexnet_dist.data.statistics import NO_STATS, ChannelStats, compute_stats
 from alexnet_dist.errors import UserError
-
-IMAGE_SUFFIXES = frozenset({".jpeg", ".jpg", ".png", ".webp", ".bmp"})
-SPLITS = {"train": ("train",), "val": ("val", "valid", "validation", "test")}
-"""What people call them, the best first: ImageNet's test images have no labels."""
 
 DIGITS = "digits"
 PACKED_FORMAT = 2  # of packed folders; raise it when their meaning changes
 _BEGUN = (".partial", "train.index.npz")  # what there is of a packed folder before PREPARED
-_CACHE_FORMAT = 4  # of cached indexes and statistics; raise it when their meaning changes
+_CACHE_FORMAT = 5  # of cached indexes and statistics; raise it when their meaning changes
 
 Progress = Callable[[str, int, int], None]
 """Is called with what is being done, images done, images in all."""
@@ -65,6 +69,9 @@ class DatasetInfo:
         kind: folders, cifar10, shards or pixels.
         stats: of the training images.
         class_names: of classes that have a name: {"n01440764": "tench, Tinca tinca"}.
+        class_numbers: of each class, where the source has numbered them: {"n01440764": 0}.
+        left_out: what was found beside the images.
+        notes: what else people should know.
     """
 
     kind: str
@@ -72,11 +79,21 @@ class DatasetInfo:
     val: SplitIndex
     stats: ChannelStats
     class_names: dict[str, str] = field(default_factory=dict)
+    class_numbers: dict[str, int] = field(default_factory=dict)
+    left_out: LeftOut = field(default_factory=LeftOut)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What people should know, a sentence each."""
+        left_out = f"left out of the images: {self.left_out}"
+        return [left_out, *self.notes] if self.left_out else self.notes
 
     @property
     def short_names(self) -> list[str]:
         """What to call each class: "tench" of "tench, Tinca tinca"; "crane (n02012849)" of two."""
         short = {c: self.class_names.get(c, c).partition(",")[0] for c in self.train.classes}
+        short = {c: os.fsencode(s).decode(errors="replace") for c, s in short.items()}
         all_short = list(short.values())
         return [f"{s} ({c})" if all_short.count(s) > 1 else s for c, s in short.items()]
 
@@ -90,19 +107,49 @@ class DatasetInfo:
             digest.update(index.sizes.tobytes())
         return digest.hexdigest()[:16]
 
+    def with_labels_of(self, classes: list[str], *, named: bool) -> "DatasetInfo | None":
+        """The same images, labeled by the outputs of a network; None where they have no part in
+        common.
+
+        Args:
+            classes: of each output; without names, its number. Images then need numbers of their
+                own: the source's, numbers as names, or WordNet IDs, which ImageNet numbers in
+                their order.
+        """
+        mine = self.val.classes
+        numbers = self.class_numbers
+        if not numbers and all(re.fullmatch("[0-9]+", name) for name in mine):
+            numbers = {name: int(name) for name in mine}
+        if not numbers and all(re.fullmatch(r"n\d{8}", name) for name in mine):
+            numbers = {name: place for place, name in enumerate(sorted(mine))}
+        outputs = mine if named else [str(numbers.get(name)) for name in mine]
+        if sorted(outputs) != sorted(classes):
+            return None
+        places = np.array([classes.index(output) for output in outputs])
+        ordered = [mine[row] for row in np.argsort(places)]
+        train, val = (
+            replace(index, labels=places[index.labels], classes=ordered)
+            for index in (self.train, self.val)
+        )
+        return replace(self, train=train, val=val)
+
 
 def open_datasets(info: DatasetInfo) -> tuple[ImageDataset, ImageDataset]:
     """Training and validation images, in whichever process."""
     return DATASETS[info.kind](info.train), DATASETS[info.kind](info.val)
 
 
-def scan_dataset(root: str | None, cache_dir: str, progress: Progress) -> DatasetInfo:
+def scan_dataset(
+    root: str | None, cache_dir: str, progress: Progress, *, only_val: bool = False
+) -> DatasetInfo:
     """Find out what is at ``root``, and cache the answer.
 
     Args:
         root: a folder with train/ and val/ (or test/), each with a folder a class; a packed folder;
             one with CIFAR-10's own files; None or "digits" for the embedded digits.
         cache_dir: the folder for the digits, indices and statistics.
+        only_val: look for validation images alone: in val/, or, where there is no train/ either, in
+            class folders of ``root`` itself. There are no statistics.
 
     Raises:
         UserError: there is no such folder, it is laid out otherwise, or its preparation has not
@@ -118,96 +165,114 @@ def scan_dataset(root: str | None, cache_dir: str, progress: Progress) -> Datase
         return _load_packed(folder)
     cache = cache / "indexes" / hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]
     if (folder / "cifar-10-batches-py").is_dir():
-        kind = "cifar10"
         train, val = (_index_cifar10(folder, split) for split in ("train", "test"))
+        numbers = {name: number for number, name in enumerate(train.classes)}
+        info, key = DatasetInfo("cifar10", train, val, NO_STATS, class_numbers=numbers), b""
     else:
-        kind = "folders"
-        train, val = (_index_split(folder, split, cache, progress) for split in SPLITS)
+        info, key = _index_folders(folder, cache, progress, only_val)
+    if only_val:
+        return info
+    train, val = info.train, info.val
     if train.classes != val.classes:
         odd = sorted(set(train.classes) ^ set(val.classes))
         raise UserError(
             f"the classes of {train.folder} and {val.folder} differ ({', '.join(odd[:5])}"
             f"{', ...' if len(odd) > 5 else ''}): give both the same class folders"
         )
-    dataset, measured = DATASETS[kind](train), partial(progress, "measuring colors")
-    stats = _cached(
-        cache / "statistics.npz",
-        [train.names, train.sizes.tolist()],
-        lambda: vars(compute_stats(len(train), dataset.read, measured)),
-    )
-    return DatasetInfo(kind, train, val, ChannelStats(**stats))
+    return replace(info, stats=_measure_colors(info, key, cache / "statistics.npz", progress))
 
 
-def find_split(folder: Path, split: str) -> Path | None:
-    """The folder of the "train" or the "val" images."""
-    found = (folder / name for name in SPLITS[split])
-    return next((path for path in found if path.is_dir()), None)
+def _index_folders(
+    folder: Path, cache: Path, progress: Progress, only_val: bool
+) -> tuple[DatasetInfo, bytes]:
+    """The images of class folders; and what changes when a training image does."""
+    indexes, left_out, notes, key = [], LeftOut(), [], b""
+    for name in ("val",) if only_val else SPLITS:
+        split = find_split(folder, name)
+        if split is None and only_val and find_form(folder) is None:
+            split = folder
+        if split is None:
+            raise UserError(_no_split(folder, name))
+        files = list_split(split)
+        sizes, said = _read_sizes(split, files, cache / f"{split.name}.npz", progress)
+        indexes.append(SplitIndex(str(split), files.names, files.labels, sizes, files.classes))
+        left_out.merge(files.left_out)
+        notes += [note for note in said if note not in notes]
+        key = key or files.stamps.tobytes()
+    val = indexes[-1]
+    nothing = replace(val, names=[], labels=val.labels[:0], sizes=val.sizes[:0])
+    train = nothing if only_val else indexes[0]
+    info = DatasetInfo("folders", train, val, NO_STATS, left_out=left_out, notes=notes)
+    return info, key
 
 
-def class_folders(split: Path) -> dict[str, int]:
-    """Names of the class folders, sorted, with the time each was changed last."""
-    with os.scandir(split) as entries:
-        folders = (entry for entry in entries if entry.is_dir() and not entry.name.startswith("."))
-        return dict(sorted((entry.name, entry.stat().st_mtime_ns) for entry in folders))
+def _read_sizes(
+    split: Path, files: SplitFiles, path: Path, progress: Progress
+) -> tuple[NDArray[np.int64], list[str]]:
+    """The sizes [N, 2] of the images, from the cache at ``path`` for all that have not changed
+    since; and what people should know."""
+    names, known, notes = files.names, _load_arrays(path), []
+    before = unpack_names(known["names"]) if known else []
+    sizes = np.zeros((len(names), 2), np.int64)
+    if before and len(before) == len(known["stamps"]) == len(known["sizes"]):
+        row_before = {name: row for row, name in enumerate(before)}
+        rows = np.array([row_before.get(name, -1) for name in names])
+        kept = (rows >= 0) & (known["stamps"][rows] == files.stamps).all(1)
+        sizes[kept] = known["sizes"][rows[kept]]
+        readable = known["sizes"][rows].min(1) > 0
+        if len(changed := np.flatnonzero((rows >= 0) & ~kept & readable)):
+            notes.append(
+                f"{len(changed):,} images in {split} have changed since they were indexed, as "
+                f"{names[changed[0]]}: the index is renewed"
+            )
+    # one that could not be read is read again: its disk may have come back
+    missing = np.flatnonzero(sizes.min(1) == 0).tolist()
+    with ThreadPoolExecutor(16) as pool:  # network storage answers slowly, but many at once
+        found = pool.map(read_size, [split / names[row] for row in missing])
+        for done, (row, size) in enumerate(zip(missing, found, strict=True)):
+            sizes[row] = size
+            progress(f"indexing {split}", done + 1, len(missing))
+    if missing or before != names:
+        arrays = {"names": pack_names(names), "stamps": files.stamps, "sizes": sizes}
+        notes += _save_arrays(path, arrays)
+    return sizes, notes
 
 
-def list_images(folder: Path) -> list[str]:
-    """Names of the image files in a folder, sorted."""
-    with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if is_image_name(entry.name))
+def _measure_colors(info: DatasetInfo, key: bytes, path: Path, progress: Progress) -> ChannelStats:
+    """Statistics of the training images; those in the cache, if they are of the same ``key``."""
+    digest = hashlib.sha256(key + pack_names(info.train.names).tobytes()).hexdigest()
+    known = _load_arrays(path)
+    if known and str(known.pop("key")) == digest:
+        return ChannelStats(**known)
+    dataset, measured = DATASETS[info.kind](info.train), partial(progress, "measuring colors")
+    stats = compute_stats(len(info.train), dataset.read, measured)
+    _save_arrays(path, vars(stats) | {"key": np.array(digest)})
+    return stats
 
 
-def is_image_name(name: str) -> bool:
-    """Whether a file of this name is an image: by its extension, and not hidden."""
-    return Path(name).suffix.lower() in IMAGE_SUFFIXES and not name.startswith(".")
-
-
-def _index_split(folder: Path, name: str, cache: Path, progress: Progress) -> SplitIndex:
-    """The index of a split: the cached one, unless a class folder has changed since."""
-    split = find_split(folder, name)
-    if split is None and any((folder / begun).exists() for begun in _BEGUN):
-        raise UserError(
+def _no_split(folder: Path, name: str) -> str:
+    """What to do with a folder that has no such split."""
+    if any((folder / begun).exists() for begun in _BEGUN):
+        return (
             f"the preparation of {folder} did not finish: run the same python -m "
             "alexnet_dist.prepare again, and it goes on"
         )
-    if split is None:
-        raise UserError(
-            f"{folder} has no folder {name}/: data.root is the folder that holds train/ and val/, "
-            "each with a folder a class"
+    if (form := find_form(folder)) not in (None, "class folders"):
+        return (
+            f"{folder} holds {form}: run python -m alexnet_dist.prepare {folder} --out DIR, and "
+            "give --data.root DIR"
         )
-    folders = class_folders(split)
-    arrays = _cached(
-        cache / f"{split.name}.npz",
-        list(folders.items()),
-        lambda: _scan(split, list(folders), progress),
+    if name == "val" and form:
+        return (
+            f"{folder} has no validation images: add a folder val/ with the same class folders as "
+            "train/"
+        )
+    inner = next((path for path in sorted(folder.glob("*")) if find_split(path, name)), None)
+    hint = f"; give --data.root {inner}" if inner else ""
+    return (
+        f"{folder} has no folder {name}/: data.root is the folder that holds train/ and val/, each "
+        f"with a folder a class{hint}"
     )
-    names, sizes = unpack_names(arrays["names"]), arrays["sizes"]
-    index = SplitIndex(str(split), names, arrays["labels"], sizes, list(folders))
-    for corrupt in index.corrupt_indices():
-        # read again: a file that is fixed leaves the time of its folder as it was
-        sizes[corrupt] = read_size(split / names[corrupt])
-    return index
-
-
-def _scan(split: Path, classes: list[str], progress: Progress) -> dict[str, NDArray[Any]]:
-    """Names, labels and sizes of the images of a split."""
-    names: list[str] = []
-    labels: list[int] = []
-    for label, name in enumerate(classes):
-        images = list_images(split / name)
-        names += [f"{name}/{image}" for image in images]
-        labels += [label] * len(images)
-    if not names:
-        raise UserError(
-            f"{split} has no images ({', '.join(sorted(IMAGE_SUFFIXES))}) in folders of it: it "
-            "wants one for each class, full of images"
-        )
-    sizes = np.zeros((len(names), 2), np.int64)
-    with ThreadPoolExecutor(16) as pool:  # network storage answers slowly, but many at once
-        for index, size in enumerate(pool.map(read_size, [split / name for name in names])):
-            sizes[index] = size
-            progress(f"indexing {split}", index + 1, len(names))
-    return {"names": pack_names(names), "labels": np.array(labels, np.int64), "sizes": sizes}
 
 
 def read_size(path: str | Path, *, upright: bool = False) -> tuple[int, int]:
@@ -217,32 +282,35 @@ def read_size(path: str | Path, *, upright: bool = False) -> tuple[int, int]:
         upright: as its EXIF data say.
     """
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with open_image(path) as image:
             turned = upright and image.getexif().get(ExifTags.Base.Orientation, 1) > 4
             return image.size if turned else image.size[::-1]
-    except Exception:  # struct.error, SyntaxError, EOFError, ...: it depends on the file
+    except OSError:
         return 0, 0
 
 
-def _cached(
-    path: Path, key: Any, make: Callable[[], dict[str, NDArray[Any]]]
-) -> dict[str, NDArray[Any]]:
-    """What ``make`` returns, or what it returned when it was called for the same ``key`` before."""
-    digest = hashlib.sha256(json.dumps([_CACHE_FORMAT, key]).encode()).hexdigest()
-    try:
-        with np.load(path, allow_pickle=False) as saved:
-            arrays = dict(saved)
-        if str(arrays.pop("key")) == digest:
+def _load_arrays(path: Path) -> dict[str, NDArray[Any]]:
+    """What ``_save_arrays`` has written; nothing, where that is gone or corrupt."""
+    with suppress(OSError, ValueError, EOFError, KeyError, BadZipFile), np.load(path) as saved:
+        arrays = dict(saved)
+        if arrays.pop("format") == _CACHE_FORMAT:
             return arrays
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile):
-        pass
-    arrays = make()
-    with suppress(OSError):  # where nothing can be written, nothing is cached
+    return {}
+
+
+def _save_arrays(path: Path, arrays: dict[str, NDArray[Any]]) -> list[str]:
+    """Write arrays into the cache; where that is impossible, what to do about it."""
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as partial:
-            np.savez(f"{partial}/{path.name}", key=np.array(digest), **arrays)  # type: ignore[arg-type]
+            np.savez(f"{partial}/{path.name}", format=_CACHE_FORMAT, **arrays)  # type: ignore[arg-type]
             os.replace(f"{partial}/{path.name}", path)
-    return arrays
+    except OSError as error:
+        return [
+            f"the index of the images is not kept, as {path.parent} cannot be written "
+            f"({error.strerror}): give another --data.cache_dir"
+        ]
+    return []
 
 
 def _load_packed(folder: Path) -> DatasetInfo:
@@ -270,7 +338,8 @@ def _load_packed(folder: Path) -> DatasetInfo:
         reason = error.strerror if isinstance(error, OSError) else f"{error}"
         raise UserError(f"{path} is corrupt ({reason or type(error).__name__}): {FIX}") from None
     train, val = indexes
-    return DatasetInfo(facts["kind"], train, val, stats, facts["class_names"])
+    numbers, left_out = facts.get("class_numbers", {}), LeftOut(facts.get("left_out", {}))
+    return DatasetInfo(facts["kind"], train, val, stats, facts["class_names"], numbers, left_out)
 
 
 def pack_names(names: list[str]) -> NDArray[np.uint8]:
@@ -306,18 +375,25 @@ def _write_digits(folder: Path) -> Path:
             "the embedded digits come with scikit-learn, which is not installed: "
             "pip install 'alexnet-dist[quickstart]', or give --data.root a folder of images"
         ) from None
-    digits = load_digits()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=".digits-", dir=folder.parent))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".digits-", dir=folder.parent) as unfinished:
+            _draw_digits(load_digits(), Path(unfinished, DIGITS))
+            with suppress(OSError):  # where another run was faster
+                Path(unfinished, DIGITS).rename(folder)
+    except OSError as error:
+        raise UserError(
+            f"the digits cannot be written to {folder} ({error.strerror}): give --data.cache_dir a "
+            "folder that can be written"
+        ) from None
+    return folder
+
+
+def _draw_digits(digits: Any, folder: Path) -> None:
     order = np.random.Generator(np.random.Philox(2012)).permutation(len(digits.images))
     for position, index in enumerate(order):
-        target = unfinished / ("val" if position < 500 else "train") / str(digits.target[index])
+        target = folder / ("val" if position < 500 else "train") / str(digits.target[index])
         target.mkdir(parents=True, exist_ok=True)
         pixels = (digits.images[index] * (255 / 16)).astype(np.uint8)
         image = Image.fromarray(pixels).resize((256, 256), Image.Resampling.BICUBIC)
         image.convert("RGB").save(target / f"{index:04d}.jpg", quality=90)
-    try:
-        unfinished.rename(folder)
-    except OSError:  # another run was faster
-        shutil.rmtree(unfinished, ignore_errors=True)
-    return folder

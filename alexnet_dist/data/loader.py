@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import partial
+from io import BytesIO
 from itertools import chain, islice
 from typing import Any, Literal, TypeVar
 
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from alexnet_dist.data.datasets import ImageDataset
+from alexnet_dist.data.formats import SIZE_MISMATCH, open_image
 from alexnet_dist.data.plan import Ints, SampleParams
 from alexnet_dist.data.transforms import Normalization
 from alexnet_dist.errors import UserError
@@ -61,9 +63,8 @@ class CorruptImagePolicy:
     events: list[dict[str, object]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        reason = "it has no readable header of a JPEG, PNG, WebP or BMP"
-        unreadable = dict.fromkeys(self.dataset.index.corrupt_indices(), reason)
-        self.mark_corrupt(unreadable, on_all_ranks=True)
+        unreadable = self.dataset.index.corrupt_indices()
+        self.mark_corrupt({n: self._reason(n) for n in unreadable}, on_all_ranks=True)
 
     def mark_corrupt(self, reasons: dict[int, str], *, on_all_ranks: bool = False) -> None:
         """Note why images cannot be decoded; raises UserError where the policy is to stop."""
@@ -76,6 +77,16 @@ class CorruptImagePolicy:
                 "remove it, or go on without it by --data.on_corrupt_image skip",
                 on_all_ranks=on_all_ranks,
             )
+
+    def _reason(self, index: int) -> str:
+        """Why an image's header could not be read."""
+        try:
+            with open_image(BytesIO(self.dataset.read(index).tobytes())):
+                return SIZE_MISMATCH
+        except FileNotFoundError:
+            return "there is no such file, or it is a link to one that is gone"
+        except OSError as error:
+            return error.strerror or str(error)
 
     def substitute(self, samples: SampleParams) -> SampleParams:
         """The samples with the images that are known to be corrupt replaced or skipped."""

@@ -36,6 +36,10 @@ class ChannelStats:
         return cls(**{name: np.array(record[name]) for name in cls.__annotations__})
 
 
+NO_STATS = ChannelStats(np.full(3, 127.5), np.zeros(3), np.eye(3))
+"""Those of gray."""
+
+
 def compute_stats(
     count: int,
     read: Callable[[int], NDArray[np.uint8]],
@@ -62,7 +66,7 @@ def compute_stats(
             if result is not None:
                 first, second, used = first + result[0], second + result[1], used + 1
     if used == 0:
-        return ChannelStats(np.full(3, 127.5), np.zeros(3), np.eye(3))
+        return NO_STATS
     return stats_from_moments(first / used, second / used)
 
 

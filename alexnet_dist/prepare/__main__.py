@@ -27,8 +27,10 @@ from typing import Any
 
 from alexnet_dist.config import CommandParser
 from alexnet_dist.data.datasets import PREPARED
+from alexnet_dist.data.folders import LeftOut
 from alexnet_dist.errors import UserError, run_command
 from alexnet_dist.prepare import shards
+from alexnet_dist.prepare.archives import UNPAIRED
 from alexnet_dist.prepare.images import OutputFormat
 from alexnet_dist.prepare.listing import write_json
 from alexnet_dist.prepare.sources import discover_dataset
@@ -44,8 +46,10 @@ def main(arguments: list[str]) -> None:
     source = str(args.input.absolute())
     request = {"input": source, "shard_mb": args.shard_mb, **vars(form)}
     if (out / PREPARED).is_file():
-        check_same_request(out, json.loads((out / PREPARED).read_text()), request)
+        prepared = json.loads((out / PREPARED).read_text())
+        check_same_request(out, prepared, request)
         print(f"{out} is already prepared with these options; remove it to start from scratch")
+        refuse_unpaired(prepared)
         return
     check_output_dir(out, args.input)
     try:
@@ -53,6 +57,7 @@ def main(arguments: list[str]) -> None:
             start = time.perf_counter()
             prepared = prepare(out, args, form, request)
             print(summarize(out, prepared, time.perf_counter() - start), flush=True)
+            refuse_unpaired(prepared)
     except OSError as error:
         raise UserError(
             f"{error.filename or out} cannot be written or read ({error.strerror or error}): make "
@@ -119,6 +124,20 @@ def exclusive_lock(out: Path) -> Iterator[None]:
         yield
 
 
+def refuse_unpaired(prepared: dict[str, Any]) -> None:
+    """End with an error where images may have been meant, and are not there.
+
+    Raises:
+        UserError: members of a webdataset tar are left out.
+    """
+    if found := prepared.get("left_out", {}).get(UNPAIRED):
+        raise UserError(
+            f"{found[0]} members of tars were left out, as {found[1][0]}: a name ends at its first "
+            "dot, and an image and its .cls share it; rename them and prepare again, if they "
+            "belong to the data set"
+        )
+
+
 def summarize(out: Path, prepared: dict[str, Any], seconds: float) -> str:
     """What was made, for people."""
     lines = []
@@ -127,6 +146,8 @@ def summarize(out: Path, prepared: dict[str, Any], seconds: float) -> str:
         lines.append(f"{split}: {made['images']:,} images, {size / 1e6:,.1f} MB")
     if count := prepared["num_corrupt"]:
         lines.append(f"skipped: {count:,} corrupt images, listed in {out / shards.CORRUPT_IMAGES}")
+    if left_out := LeftOut(prepared["left_out"]):
+        lines.append(f"left out: {left_out}")
     classes, source = len(prepared["classes"]), prepared["source"]
     return "\n".join([*lines, f"{classes:,} classes from {source}, in {seconds:,.1f} s: {out}"])
 

@@ -15,11 +15,15 @@ from typing import Any
 
 import numpy as np
 
-from alexnet_dist.data.index import IMAGE_SUFFIXES, Progress, is_image_name
+from alexnet_dist.data.folders import IMAGE_SUFFIXES, is_hidden, is_image_name
+from alexnet_dist.data.index import Progress
 from alexnet_dist.errors import UserError
 from alexnet_dist.prepare.listing import DatasetListing, ImageEntry, write_json
 
 _WNID = re.compile(r"n\d{8}")  # the WordNet ID of an ImageNet class
+UNPAIRED = "members of samples that are not one image and a .cls of the same name up to a dot"
+"""Why members of webdataset tars are left out."""
+
 _META, _TRUTH = "data/meta.mat", "data/ILSVRC2012_validation_ground_truth.txt"
 
 
@@ -43,8 +47,14 @@ def read_official_tars(root: Path, progress: Progress) -> DatasetListing:
                 if is_image_name(name):
                     entry = ImageEntry("train", label, name, str(path), offset, member.size)
                     listing.entries.append(entry)
-    path = root / "ILSVRC2012_img_val.tar"
-    members = sorted(_members(path), key=lambda member: member.name)
+                else:
+                    listing.left_out.add_file(f"{path}: {inner.name}/{member.name}")
+    path, members = root / "ILSVRC2012_img_val.tar", []
+    for member in sorted(_members(path), key=lambda member: member.name):
+        if is_image_name(Path(member.name).name):
+            members.append(member)
+        else:
+            listing.left_out.add_file(f"{path}: {member.name}")
     if len(members) != len(truth):
         raise UserError(
             f"{path} has {len(members)} images, the devkit classes of {len(truth)}: download them"
@@ -55,8 +65,10 @@ def read_official_tars(root: Path, progress: Progress) -> DatasetListing:
     return listing
 
 
-def read_webdataset(root: Path, splits: dict[Path, str], progress: Progress) -> DatasetListing:
-    """The images of webdataset tars.
+def read_webdataset(
+    root: Path, splits: dict[Path, str], others: list[Path], progress: Progress
+) -> DatasetListing:
+    """The images of webdataset tars, but for those of ``others``.
 
     Raises:
         UserError: a tar is cut short or compressed, or has no classes.
@@ -65,14 +77,17 @@ def read_webdataset(root: Path, splits: dict[Path, str], progress: Progress) -> 
     for done, (path, split) in enumerate(splits.items()):
         progress("indexing tars", done, len(splits))
         _read_webdataset(path, split, listing)
+    for path in others:
+        listing.left_out.add("tars of other splits", str(path))
     return _name_classes(listing)
 
 
 def _members(path: Path, file: Any = None) -> list[tarfile.TarInfo]:
-    """The regular files in a tar."""
+    """The regular files in a tar that are not hidden."""
     try:
         with tarfile.open(path, "r:", file) as tar:
-            return [member for member in tar if member.isreg()]
+            files = [member for member in tar if member.isreg()]
+            return [file for file in files if not any(map(is_hidden, file.name.split("/")))]
     except (tarfile.TarError, EOFError) as error:
         raise UserError(
             f"{path} is compressed, corrupt or cut short ({error}): download it again, or unpack it"
@@ -105,25 +120,31 @@ def _read_devkit(root: Path) -> tuple[list[str], dict[str, str]]:
 def _read_webdataset(path: Path, split: str, listing: DatasetListing) -> None:
     """Samples are members with the same name up to the first dot: an image, its class index in
     .cls, and perhaps its file name and the name of its class in .json."""
-    samples: dict[str, dict[str, ImageEntry]] = {}
+    samples: dict[str, dict[str, tuple[ImageEntry, str]]] = {}
     for member in _members(path):
         folder, slash, name = member.name.rpartition("/")
         stem, _, extension = name.partition(".")
         part = ImageEntry(split, "", stem, str(path), member.offset_data, member.size)
-        samples.setdefault(f"{folder}{slash}{stem}", {})[extension.lower()] = part
+        sample = samples.setdefault(f"{folder}{slash}{stem}", {})
+        if extension.lower() in sample:
+            listing.left_out.add("members that come twice", f"{path}: {member.name}")
+        else:
+            sample[extension.lower()] = part, member.name
     for key, sample in samples.items():
-        image = next((part for e, part in sample.items() if f".{e}" in IMAGE_SUFFIXES), None)
-        if image is None:
+        images = [part for e, (part, _) in sample.items() if f".{e}" in IMAGE_SUFFIXES]
+        if len(images) != 1 or "cls" not in sample:
+            for _, name in sample.values():
+                listing.left_out.add(UNPAIRED, f"{path}: {name}")
             continue
-        label = sample["cls"].read().tobytes().strip() if "cls" in sample else b""
+        label = sample["cls"][0].read().tobytes().strip()
         if not label.isdigit():
-            raise UserError(f"{path}: {key} has no class index in a .cls: give it one")
+            raise UserError(f"{path}: {key} has no class index in its .cls: give it one")
         facts = {}
         with contextlib.suppress(ValueError, TypeError, KeyError):
-            facts = dict(json.loads(sample["json"].read().tobytes()))
+            facts = dict(json.loads(sample["json"][0].read().tobytes()))
         index = str(int(label))
-        name = Path(str(facts.get("filename", image.name))).name
-        listing.entries.append(image._replace(label=index, name=name))
+        name = Path(str(facts.get("filename", images[0].name))).name
+        listing.entries.append(images[0]._replace(label=index, name=name))
         if "class_name" in facts:
             listing.class_names[index] = str(facts["class_name"])
 
@@ -139,13 +160,15 @@ def _name_classes(listing: DatasetListing) -> DatasetListing:
         names = {label: wnid for label, (wnid,) in wnids.items()}
     entries = [entry._replace(label=names[entry.label]) for entry in listing.entries]
     words = {names[index]: words for index, words in listing.class_names.items() if index in names}
-    return DatasetListing(listing.source, entries, words)
+    numbers = {name: int(index) for index, name in names.items()}
+    return DatasetListing(listing.source, entries, words, numbers, listing.left_out)
 
 
 def read_parquet(
-    root: Path, splits: dict[Path, str], scratch: Path, progress: Progress
+    root: Path, splits: dict[Path, str], others: list[Path], scratch: Path, progress: Progress
 ) -> DatasetListing:
-    """The images of Hugging Face's parquet files, a row each, copied into the scratch folder.
+    """The images of Hugging Face's parquet files, a row each, copied into the scratch folder, but
+    for those of ``others``.
 
     Raises:
         UserError: a file is corrupt or has other columns.
@@ -159,7 +182,14 @@ def read_parquet(
         class_names, images = json.loads(index.read_text())
         listing.class_names = {str(label): name for label, name in enumerate(class_names)}
         for name, label, offset, length in images:
-            listing.entries.append(ImageEntry(split, label, name, str(copy), offset, length))
+            if label is None or int(label) < 0:
+                listing.left_out.add("images without a class", f"{path}: {name}")
+            else:
+                listing.entries.append(ImageEntry(split, label, name, str(copy), offset, length))
+    for path in others:
+        with contextlib.suppress(Exception):  # what is wrong in it does not matter
+            count = _import("pyarrow.parquet").ParquetFile(path).metadata.num_rows
+            listing.left_out.add("images of other splits", str(path), count)
     return _name_classes(listing)
 
 
@@ -175,11 +205,10 @@ def _copy_images(path: Path, copy: Path) -> tuple[list[str], list[list[Any]]]:
         with copy.open("wb") as file:
             for batch in table.iter_batches(64, columns=["image", "label"]):
                 for row in batch.to_pylist():
-                    label, image = int(row["label"]), row["image"]
+                    label, image = row["label"], row["image"]
+                    label = None if label is None else str(int(label))
                     name = Path(image["path"] or f"{path.stem}_{len(images):08d}.jpg").name
-                    if label < 0:
-                        raise UserError(f"{path}: {name} has no class: remove it from the data set")
-                    images.append([name, str(label), file.tell(), file.write(image["bytes"])])
+                    images.append([name, label, file.tell(), file.write(image["bytes"])])
         return features.get("label", {}).get("names") or [], images
     except (KeyError, TypeError):
         raise UserError(

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.nn.functional import interpolate
 
-from alexnet_dist.data.formats import DECODE_ERROR, FORMATS, decode, validate_bytes
+from alexnet_dist.data.formats import decode, open_image, validate_bytes
 
 try:  # torchvision 0.29 announces its removal
     from torchvision.io import ImageReadMode, decode_jpeg
@@ -55,11 +55,8 @@ def resize_image(
         OSError: with the reason, where it is no complete image.
     """
     valid = validate_bytes(encoded)
-    try:
-        with Image.open(BytesIO(valid.data), formats=FORMATS) as header:
-            file_type, mode, (width, height) = header.format or "", header.mode, header.size
-    except Exception as error:  # struct.error, SyntaxError, EOFError, ...: it depends on the damage
-        raise OSError(DECODE_ERROR) from error
+    with open_image(BytesIO(valid.data)) as header:
+        file_type, mode, (width, height) = header.format or "", header.mode, header.size
     pixels = _decode(valid, plain_jpeg=file_type == "JPEG" and mode in ("L", "RGB"))
     short = min(width, height)
     if height == width == form.size if form.crop == "center" else short <= form.size:

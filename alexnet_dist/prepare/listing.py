@@ -4,12 +4,14 @@ import json
 import os
 from collections import Counter
 from dataclasses import dataclass, field
+from os.path import splitext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from alexnet_dist.data.folders import LeftOut, sort_classes
 from alexnet_dist.errors import UserError
 
 
@@ -52,15 +54,19 @@ class DatasetListing:
         source: what they were found in, for people.
         entries: sorted by split, class and name.
         class_names: {"n01440764": "tench, Tinca tinca"}, where known.
+        class_numbers: {"n01440764": 0}, where the source has numbered its classes.
+        left_out: what else was found.
     """
 
     source: str
     entries: list[ImageEntry]
     class_names: dict[str, str] = field(default_factory=dict)
+    class_numbers: dict[str, int] = field(default_factory=dict)
+    left_out: LeftOut = field(default_factory=LeftOut)
 
     @property
     def classes(self) -> list[str]:
-        return sorted({entry.label for entry in self.entries})
+        return sort_classes({entry.label for entry in self.entries})
 
     @property
     def splits(self) -> dict[str, list[ImageEntry]]:
@@ -83,7 +89,7 @@ def sanitize_names(entries: list[ImageEntry]) -> list[ImageEntry]:
     seen: Counter[str] = Counter()
     result = []
     for entry in sorted(entries):
-        label, stem = labels[entry.label], sanitize_name(Path(entry.name).stem).replace(".", "_")
+        label, stem = labels[entry.label], sanitize_name(splitext(entry.name)[0]).replace(".", "_")
         seen[f"{entry.split}/{label}/{stem}"] += 1
         count = seen[f"{entry.split}/{label}/{stem}"]
         name = stem if count == 1 else f"{stem}_{count}"
@@ -101,7 +107,7 @@ def write_json(path: Path, value: Any, indent: int | None = None) -> None:
     """Write a value as JSON into a file that is complete or absent, whenever this is killed."""
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("w") as file:
-        file.write(json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
+        file.write(json.dumps(value, indent=indent) + "\n")
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)

@@ -158,13 +158,15 @@ def finalize(
         splits[split] = {"images": len(images), "files": files}
     if corrupt:
         corrupt.sort(key=lambda image: (image["split"], image["name"]))
-        lines = [json.dumps(image, ensure_ascii=False) + "\n" for image in corrupt]
+        lines = [json.dumps(image) + "\n" for image in corrupt]
         (out / CORRUPT_IMAGES).write_text("".join(lines))
     prepared = {
         "format": PACKED_FORMAT,
         "source": listing.source,
         "classes": listing.classes,
         "class_names": listing.class_names,
+        "class_numbers": listing.class_numbers,
+        "left_out": listing.left_out,
         "statistics": stats.to_json(),
         "splits": splits,
         "num_corrupt": len(corrupt),
@@ -176,12 +178,12 @@ def finalize(
 
 
 def _write_index(path: Path, images: list[tuple[Any, ...]]) -> None:
-    """The index of a split, sorted by class and file name.
+    """The index of a split, sorted by label and file name.
 
     ``images``: of each the class, the file's name, label, height, width, offset and length in
     bytes, and the number of the file that it is in.
     """
-    images.sort()
+    images.sort(key=lambda image: (image[2], image[1]))
     names = pack_names([f"{label}/{name}" for label, name, *_ in images])
     columns = np.array([image[2:] for image in images], np.int64).reshape(-1, 6)
     labels, sizes, offsets = columns[:, 0], columns[:, 1:3], columns[:, [5, 3, 4]]

@@ -4,7 +4,16 @@ import csv
 import re
 from pathlib import Path
 
-from alexnet_dist.data.index import SPLITS, Progress, class_folders, find_split, list_images
+from alexnet_dist.data.folders import (
+    SPLITS,
+    find_form,
+    find_split,
+    is_hidden,
+    is_image_name,
+    list_images,
+    list_split,
+)
+from alexnet_dist.data.index import Progress
 from alexnet_dist.errors import UserError
 from alexnet_dist.prepare.archives import read_official_tars, read_parquet, read_webdataset
 from alexnet_dist.prepare.listing import DatasetListing, ImageEntry, sanitize_name, sanitize_names
@@ -25,8 +34,9 @@ def discover_dataset(root: Path, scratch: Path, progress: Progress) -> DatasetLi
         for split in ("train", "val")
     )
     if not train or not val:
-        missing = "validation" if train else "training"
-        raise UserError(f"{root} has no {missing} images ({listing.source}): add them")
+        missing = "validation images: add them in val/" if train else "training images: add them"
+        besides = f"; left out are {listing.left_out}" if listing.left_out else ""
+        raise UserError(f"{listing.source} have no {missing}{besides}")
     if odd := sorted(val - train):
         raise UserError(
             f"there are validation images of classes without training images "
@@ -39,15 +49,16 @@ def discover_dataset(root: Path, scratch: Path, progress: Progress) -> DatasetLi
 
 
 def _discover(root: Path, scratch: Path, progress: Progress) -> DatasetListing:
-    if tables := sorted([*root.glob("*.parquet"), *root.glob("*/*.parquet")]):
-        return read_parquet(root, _assign_splits(tables), scratch, progress)
-    for folder in (root, root / "ILSVRC/Data/CLS-LOC"):
-        if (folder / "train").is_dir():
-            return _read_folders(folder)
-    if (root / "ILSVRC2012_img_train.tar").is_file():
+    form = find_form(root)
+    if form == "parquet files":
+        tables = [*root.glob("*.parquet"), *root.glob("*/*.parquet")]
+        return read_parquet(root, *_assign_splits(tables), scratch, progress)
+    if form == "webdataset tars":
+        return read_webdataset(root, *_assign_splits([*root.glob("*.tar")]), progress)
+    if form == "official tars":
         return read_official_tars(root, progress)
-    if tars := sorted(root.glob("*.tar")):
-        return read_webdataset(root, _assign_splits(tars), progress)
+    if form is not None:
+        return _read_folders(root if form == "class folders" else root / "ILSVRC/Data/CLS-LOC")
     raise UserError(
         f"{root} is no folder with a known form of ImageNet: give one with the official tars, "
         "train/CLASS/ and val/CLASS/, Kaggle's ILSVRC/Data/CLS-LOC/, parquet files "
@@ -56,52 +67,60 @@ def _discover(root: Path, scratch: Path, progress: Progress) -> DatasetListing:
 
 
 def _read_folders(folder: Path) -> DatasetListing:
-    """train/CLASS/ and val/CLASS/; or Kaggle's, whose val/ has no class folders, but tables of the
-    images' classes and of the classes' names beside it or up to three folders above."""
+    """train/CLASS/ and val/CLASS/; or a val/ without class folders, whose classes are in a table:
+    Kaggle's, beside it or up to three folders above, or Tiny ImageNet's, in it."""
     listing = DatasetListing(f"class folders of {folder}", [])
     for split in SPLITS:
         if (path := find_split(folder, split)) is None:
             continue
+        if split == "val" and (table := _find_table(path)):
+            _read_table(path, table, listing)
+            continue
+        files = list_split(path)
+        listing.left_out.merge(files.left_out)
         listing.entries += [
-            ImageEntry(split, label, name, f"{path}/{label}/{name}")
-            for label in class_folders(path)
-            for name in list_images(path / label)
+            ImageEntry(split, files.classes[label], name.partition("/")[2], f"{path}/{name}")
+            for name, label in zip(files.names, files.labels.tolist(), strict=True)
         ]
-        if split == "val" and (images := list_images(path)):
-            _read_kaggle_val(path, images, listing)
     return listing
 
 
-def _read_kaggle_val(folder: Path, images: list[str], listing: DatasetListing) -> None:
-    tables = [parent / "LOC_val_solution.csv" for parent in folder.absolute().parents[:4]]
-    table = next((table for table in tables if table.is_file()), None)
-    if table is None:
-        raise UserError(
-            f"{folder} has images without class folders: put Kaggle's LOC_val_solution.csv into "
-            f"{folder.parent}"
-        )
+def _find_table(val: Path) -> Path | None:
+    """The file with the classes of validation images, if these are not in folders of them."""
+    if (tiny := val / "val_annotations.txt").is_file():
+        return tiny
+    tables = [parent / "LOC_val_solution.csv" for parent in val.absolute().parents[:4]]
+    flat = any(is_image_name(path.name) for path in val.iterdir())
+    return next((table for table in tables if flat and table.is_file()), None)
+
+
+def _read_table(folder: Path, table: Path, listing: DatasetListing) -> None:
+    kaggle = table.suffix == ".csv"
     with table.open(newline="") as file:
-        rows = [row for row in csv.reader(file) if len(row) > 1]
-    labels = {name: boxes.partition(" ")[0] for name, boxes, *_ in rows[1:]}
-    for name in images:
+        rows = [row for row in csv.reader(file, delimiter="," if kaggle else "\t") if len(row) > 1]
+    labels = {Path(name).stem: label.partition(" ")[0] for name, label, *_ in rows}
+    for name, _ in list_images(folder, listing.left_out):
         if Path(name).stem not in labels:
             raise UserError(f"{table} has no line for {name}: download it again")
         listing.entries.append(ImageEntry("val", labels[Path(name).stem], name, f"{folder}/{name}"))
-    listing.source = f"Kaggle's layout in {folder.parent}"
-    names = table.with_name("LOC_synset_mapping.txt")
+    listing.source = f"{'Kaggle' if kaggle else 'Tiny ImageNet'}'s layout in {folder.parent}"
+    names = table.with_name("LOC_synset_mapping.txt") if kaggle else folder.parent / "words.txt"
     lines = names.read_text().splitlines() if names.is_file() else []
     listing.class_names = {line[:9]: line[10:] for line in lines}
 
 
-def _assign_splits(paths: list[Path]) -> dict[Path, str]:
-    """The files of each split, by the words in their names, or by their folder's name."""
+def _assign_splits(paths: list[Path]) -> tuple[dict[Path, str], list[Path]]:
+    """The files of each split, by the words in their names, or by their folder's name; and the
+    files of other splits."""
     known = {name for names in SPLITS.values() for name in names}
     found: dict[str, list[Path]] = {}
-    for path in paths:
-        words = [*re.split(r"[^a-z]+", path.name.lower()), path.parent.name, "train"]
-        found.setdefault(next(word for word in words if word in known), []).append(path)
+    for path in sorted(paths):
+        if not is_hidden(path.name) and not is_hidden(path.parent.name):
+            words = [*re.split(r"[^a-z]+", path.name.lower()), path.parent.name, "train"]
+            found.setdefault(next(word for word in words if word in known), []).append(path)
     best = {
         split: next((name for name in names if name in found), "")
         for split, names in SPLITS.items()
     }
-    return {path: split for split, name in best.items() for path in found.get(name, [])}
+    used = {path: split for split, name in best.items() for path in found.pop(name, [])}
+    return used, [path for others in found.values() for path in others]
