@@ -194,7 +194,9 @@ def _walk(
     if here in parents:
         return []
     with os.scandir(folder) as entries:
-        for entry in (entry for entry in entries if not is_hidden(entry.name)):
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            if is_hidden(entry.name):
+                continue
             name, is_image = below + entry.name, is_image_name(entry.name)
             if entry.is_dir():
                 inner = _walk(entry.path, f"{name}/", parents | {here}, left_out)

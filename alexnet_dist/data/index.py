@@ -246,7 +246,7 @@ def _measure_colors(info: DatasetInfo, key: bytes, path: Path, progress: Progres
         return ChannelStats(**known)
     dataset, measured = DATASETS[info.kind](info.train), partial(progress, "measuring colors")
     stats = compute_stats(len(info.train), dataset.read, measured)
-    _save_arrays(path, vars(stats) | {"key": np.array(digest)})
+    _save_arrays(path, {"key": np.array(digest), **vars(stats)})
     return stats
 
 
@@ -298,7 +298,7 @@ def _load_arrays(path: Path) -> dict[str, NDArray[Any]]:
     return {}
 
 
-def _save_arrays(path: Path, arrays: dict[str, NDArray[Any]]) -> list[str]:
+def _save_arrays(path: Path, arrays: dict[str, Any]) -> list[str]:
     """Write arrays into the cache; where that is impossible, what to do about it."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

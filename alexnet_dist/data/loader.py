@@ -84,7 +84,7 @@ class CorruptImagePolicy:
             with open_image(BytesIO(self.dataset.read(index).tobytes())):
                 return SIZE_MISMATCH
         except FileNotFoundError:
-            return "there is no such file, or it is a link to one that is gone"
+            return "there is no such file, or a link to it leads nowhere"
         except OSError as error:
             return error.strerror or str(error)
 

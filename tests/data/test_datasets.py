@@ -32,31 +32,32 @@ def test_index_of_class_folders(images: Path, tmp_path: Path) -> None:
     assert bytes(val.read(12)[:2]) == b"\xff\xd8"
 
 
-def test_index_is_cached_until_the_folder_changes(
+def test_index_is_cached_until_an_image_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = write_images(tmp_path / "i")
     (root / "train/red/a\nb.jpg").write_bytes((root / "train/red/002.jpg").read_bytes())
     (root / "val").rename(root / "test")  # as good a name as val
+    paths: list[Path] = []
+    read_size = datasets.read_size
+    monkeypatch.setattr(datasets, "read_size", lambda p: paths.append(p) or read_size(p))
     first = scan(root, tmp_path)
-    scans: list[Path] = []
-    scan_split = datasets._scan
-    monkeypatch.setattr(datasets, "_scan", lambda s, *a: scans.append(s) or scan_split(s, *a))
+    assert len(paths) == 32 + 13
+    paths.clear()
     again = scan(root, tmp_path)
     assert again.dataset_hash == first.dataset_hash
     assert again.train.names == first.train.names
     assert "red/a\nb.jpg" in again.train.names
-    assert not scans
+    assert paths == again.warnings == []
     (root / "train/red/002.jpg").unlink()
-    assert len(scan(root, tmp_path).train) == 31
-    assert scans == [root / "train"]
-
-
-def test_index_notes_a_file_that_is_fixed_in_place(tmp_path: Path) -> None:
-    paths = write_folder(tmp_path, {"it": b"no image"})
-    assert scan(tmp_path, tmp_path).train.corrupt_indices() == [0]
-    paths["it"].write_bytes(encode(photograph(), "JPEG"))
-    assert not scan(tmp_path, tmp_path).train.corrupt_indices()
+    photograph(30, 40).save(root / "train/blue/000.jpg")  # in place
+    third = scan(root, tmp_path)
+    assert len(third.train) == 31
+    assert third.train.sizes[0].tolist() == [30, 40]
+    assert paths == [root / "train/blue/000.jpg"]
+    assert len(third.warnings) == 1
+    assert third.warnings[0].endswith("as blue/000.jpg: the index is renewed")
+    assert not np.array_equal(third.stats.mean, first.stats.mean)
 
 
 @pytest.mark.parametrize("left", [0, -30])
@@ -75,7 +76,9 @@ def test_a_full_disk_leaves_no_piece_of_a_cache(
         raise OSError(28, "No space left on device", Path(path).write_bytes(b"half"))
 
     monkeypatch.setattr(np, "savez", full)
-    assert len(scan(images, tmp_path).train) == 31
+    info = scan(images, tmp_path)
+    assert len(info.train) == 31
+    assert "give another --data.cache_dir" in info.warnings[0]
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
@@ -92,13 +95,14 @@ def test_folders_that_are_laid_out_otherwise_are_refused(tmp_path: Path) -> None
     (root / "train").mkdir()
     assert "in folders of it: it wants one for each class" in message(root)
     (root / "train/a").mkdir()
-    assert "has no images (.bmp, .jpeg" in message(root)
+    assert "has no images (.bmp, .jfif, .jpeg" in message(root)
     shutil.rmtree(root)
     write_images(root)
     (root / "val/red").rename(root / "val/rouge")
     assert "differ (red, rouge)" in message(root)
     shutil.rmtree(root / "val")
-    assert "has no folder val/" in message(root)
+    assert "has no validation images: add a folder val/" in message(root)
+    assert f"give --data.root {root}" in message(tmp_path)
 
 
 def test_an_unreadable_header_is_named_at_the_start(tmp_path: Path) -> None:
