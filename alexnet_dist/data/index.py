@@ -303,7 +303,7 @@ def _save_arrays(path: Path, arrays: dict[str, Any]) -> list[str]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as partial:
-            np.savez(f"{partial}/{path.name}", format=_CACHE_FORMAT, **arrays)  # type: ignore[arg-type]
+            np.savez(f"{partial}/{path.name}", format=_CACHE_FORMAT, **arrays)
             os.replace(f"{partial}/{path.name}", path)
     except OSError as error:
         return [
