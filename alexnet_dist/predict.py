@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 
 from alexnet_dist.config import CommandParser, positive_int
 from alexnet_dist.data.datasets import ImageDataset, SplitIndex
+from alexnet_dist.data.decode import decode, read_size
 from alexnet_dist.data.eval_plan import NumCrops
 from alexnet_dist.data.folders import LeftOut, list_images
-from alexnet_dist.data.formats import decode, validate_bytes
-from alexnet_dist.data.index import read_size
+from alexnet_dist.data.formats import validate_bytes
 from alexnet_dist.errors import UserError, print_error, run_command
 from alexnet_dist.parallel.mesh import Mesh, init_distributed
 from alexnet_dist.setup import LoadedModel, load_model

@@ -1,12 +1,14 @@
 """From a config to its data, network and optimizer; and to a trained model from a checkpoint."""
 
 import platform
+import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -305,8 +307,7 @@ class LoadedModel:
         info, named = scan_images(self.config, mesh, only_val=only_val), "unnamed" not in self.state
         for warning in info.warnings if mesh.rank == 0 else []:
             print_error(warning)
-        labeled = info.with_labels_of(self.labels, named=named)
-        if labeled is not None:
+        if (labeled := _relabel(info, self.labels, named)) is not None:
             return labeled
         fix = "give --data.root a folder with the same class folders"
         if not named:
@@ -347,6 +348,32 @@ class LoadedModel:
     def load_weights(self, parameters: dict[str, torch.nn.Parameter]) -> None:
         """Read the weights by name; raises UserError where they are corrupt, or others."""
         load_tensors(self.path, {f"model.{name}": p.detach() for name, p in parameters.items()})
+
+
+def _relabel(info: DatasetInfo, classes: list[str], named: bool) -> DatasetInfo | None:
+    """The images with the labels of a network's outputs; None where these are other classes.
+
+    Args:
+        classes: of each output; where it has no name, its number. Images then need numbers, too:
+            their source's, names that are numbers, or WordNet IDs, in whose order ImageNet's
+            classes are numbered.
+    """
+    mine, numbers = info.val.classes, info.class_numbers
+    if not numbers and all(re.fullmatch("[0-9]+", name) for name in mine):
+        numbers = {name: int(name) for name in mine}
+    if not numbers and all(re.fullmatch(r"n\d{8}", name) for name in mine):
+        numbers = {name: place for place, name in enumerate(sorted(mine))}
+    outputs = mine if named else [str(numbers.get(name)) for name in mine]
+    if sorted(outputs) != sorted(classes):
+        return None
+    place_of = {output: place for place, output in enumerate(classes)}
+    places = np.array([place_of[output] for output in outputs])
+    ordered = [mine[row] for row in np.argsort(places)]
+    train, val = (
+        replace(index, labels=places[index.labels], classes=ordered)
+        for index in (info.train, info.val)
+    )
+    return replace(info, train=train, val=val)
 
 
 def load_model(path: str, options: Callable[[dict[str, Any]], Config] = from_dict) -> LoadedModel:

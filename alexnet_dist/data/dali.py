@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from alexnet_dist.data.datasets import ImageDataset
-from alexnet_dist.data.formats import DECODE_ERROR, SIZE_MISMATCH, decode
+from alexnet_dist.data.decode import DECODE_ERROR, SIZE_MISMATCH, decode
 from alexnet_dist.data.loader import Batch, CorruptImagesError, Loader, to_device
 from alexnet_dist.data.plan import Ints, SampleParams
 from alexnet_dist.data.transforms import Normalization

@@ -6,21 +6,12 @@ validated before any decoder sees them, and where Pillow and DALI read a good fi
 of them is made to agree with the other, here. What is wrong inside a file is left to the decoders.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from io import BytesIO
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
-"""Pillow's names of what is taken, whatever a file's own name says."""
-
-DECODE_ERROR = "the decoder gives up on it"
-TOO_LARGE = "it has more than the 178,956,970 pixels that Pillow takes"
-SIZE_MISMATCH = "it has another size than when it was indexed; a new start indexes it again"
+from alexnet_dist.data.decode import decode
 
 _JPEG, _END_OF_JPEG, _SCAN = b"\xff\xd8\xff", b"\xff\xd9", 0xDA
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -43,43 +34,6 @@ def validate_bytes(encoded: NDArray[np.uint8]) -> NDArray[np.uint8]:
         decode(encoded).save(buffer, "PNG", compress_level=0)
         return np.frombuffer(buffer.getvalue(), np.uint8)
     return encoded
-
-
-def decode(
-    encoded: NDArray[np.uint8], near: int | None = None, *, upright: bool = False
-) -> Image.Image:
-    """An image by Pillow, in RGB as DALI would give it: stored orientation, without its alpha.
-
-    Args:
-        encoded: the bytes of a file; pixels [H, W, 3] are taken as they are.
-        near: a smaller image will do, if no side of it is shorter than this.
-        upright: turn it as its EXIF data say.
-
-    Raises:
-        OSError: Pillow gives up on it.
-    """
-    if encoded.ndim == 3:
-        return Image.fromarray(encoded)
-    with open_image(BytesIO(encoded.tobytes())) as image:
-        if near is not None:
-            image.draft("RGB", (near, near))
-        return _rgb(ImageOps.exif_transpose(image) if upright else image)
-
-
-@contextmanager
-def open_image(file: str | Path | BytesIO) -> Iterator[Image.Image]:
-    """Pillow's image of a file, whose header is read; it may be decoded within.
-
-    Raises:
-        OSError: Pillow gives up on it.
-    """
-    try:
-        with Image.open(file, formats=FORMATS) as image:
-            yield image
-    except Image.DecompressionBombError:
-        raise OSError(TOO_LARGE) from None
-    except Exception as error:  # struct.error, SyntaxError, EOFError, ...: it depends on the file
-        raise OSError(DECODE_ERROR) from error
 
 
 def _defect(data: bytes) -> str | None:
@@ -118,13 +72,3 @@ def _png_ends(data: bytes) -> bool:
             return True
         at += 12 + int.from_bytes(data[at : at + 4])
     return False
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16 bits of gray; Pillow would cut off all above 255
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode == "CMYK":  # by DALI's arithmetic; Pillow takes all to be inverted as Adobe's are
-        ink = np.asarray(image, np.uint16)
-        light = 255 - ink if "adobe" in image.info else ink
-        return Image.fromarray((light[..., :3] * light[..., 3:] // 255).astype(np.uint8))
-    return image.convert("RGB")

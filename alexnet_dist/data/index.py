@@ -16,7 +16,6 @@ Its index is in the order of class folders, so that the plan gives the same imag
 import hashlib
 import json
 import os
-import re
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +28,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image
+from PIL import Image
 
 from alexnet_dist.data.datasets import (
     DATASETS,
@@ -40,6 +39,7 @@ from alexnet_dist.data.datasets import (
     check_files,
     read_cifar10,
 )
+from alexnet_dist.data.decode import read_size
 from alexnet_dist.data.folders import (
     SPLITS,
     LeftOut,
@@ -48,7 +48,6 @@ from alexnet_dist.data.folders import (
     find_split,
     list_split,
 )
-from alexnet_dist.data.formats import open_image
 from alexnet_dist.data.statistics import NO_STATS, ChannelStats, compute_stats
 from alexnet_dist.errors import UserError
 
@@ -106,32 +105,6 @@ class DatasetInfo:
             digest.update(index.labels.tobytes())
             digest.update(index.sizes.tobytes())
         return digest.hexdigest()[:16]
-
-    def with_labels_of(self, classes: list[str], *, named: bool) -> "DatasetInfo | None":
-        """The same images, labeled by the outputs of a network; None where they have no part in
-        common.
-
-        Args:
-            classes: of each output; without names, its number. Images then need numbers of their
-                own: the source's, numbers as names, or WordNet IDs, which ImageNet numbers in
-                their order.
-        """
-        mine = self.val.classes
-        numbers = self.class_numbers
-        if not numbers and all(re.fullmatch("[0-9]+", name) for name in mine):
-            numbers = {name: int(name) for name in mine}
-        if not numbers and all(re.fullmatch(r"n\d{8}", name) for name in mine):
-            numbers = {name: place for place, name in enumerate(sorted(mine))}
-        outputs = mine if named else [str(numbers.get(name)) for name in mine]
-        if sorted(outputs) != sorted(classes):
-            return None
-        places = np.array([classes.index(output) for output in outputs])
-        ordered = [mine[row] for row in np.argsort(places)]
-        train, val = (
-            replace(index, labels=places[index.labels], classes=ordered)
-            for index in (self.train, self.val)
-        )
-        return replace(self, train=train, val=val)
 
 
 def open_datasets(info: DatasetInfo) -> tuple[ImageDataset, ImageDataset]:
@@ -273,20 +246,6 @@ def _no_split(folder: Path, name: str) -> str:
         f"{folder} has no folder {name}/: data.root is the folder that holds train/ and val/, each "
         f"with a folder a class{hint}"
     )
-
-
-def read_size(path: str | Path, *, upright: bool = False) -> tuple[int, int]:
-    """Height and width of an image, from its header alone; (0, 0) where that cannot be read.
-
-    Args:
-        upright: as its EXIF data say.
-    """
-    try:
-        with open_image(path) as image:
-            turned = upright and image.getexif().get(ExifTags.Base.Orientation, 1) > 4
-            return image.size if turned else image.size[::-1]
-    except OSError:
-        return 0, 0
 
 
 def _load_arrays(path: Path) -> dict[str, NDArray[Any]]:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from alexnet_dist.data.datasets import ImageDataset
-from alexnet_dist.data.formats import SIZE_MISMATCH, open_image
+from alexnet_dist.data.decode import SIZE_MISMATCH, open_image
 from alexnet_dist.data.plan import Ints, SampleParams
 from alexnet_dist.data.transforms import Normalization
 from alexnet_dist.errors import UserError

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from alexnet_dist.data.formats import decode
+from alexnet_dist.data.decode import decode
 
 NUM_SAMPLED_IMAGES = 1024
 

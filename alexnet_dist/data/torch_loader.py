@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from alexnet_dist.data.datasets import ImageDataset
-from alexnet_dist.data.formats import SIZE_MISMATCH, decode
+from alexnet_dist.data.decode import SIZE_MISMATCH, decode
 from alexnet_dist.data.loader import Batch, Loader, to_device
 from alexnet_dist.data.plan import Ints, SampleParams
 from alexnet_dist.data.transforms import Normalization, normalize

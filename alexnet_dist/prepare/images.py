@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.nn.functional import interpolate
 
-from alexnet_dist.data.formats import decode, open_image, validate_bytes
+from alexnet_dist.data.decode import decode, open_image
+from alexnet_dist.data.formats import validate_bytes
 
 try:  # torchvision 0.29 announces its removal
     from torchvision.io import ImageReadMode, decode_jpeg

@@ -9,7 +9,8 @@ import pytest
 
 from alexnet_dist.data.dali import find_corrupt
 from alexnet_dist.data.datasets import ImageDataset
-from alexnet_dist.data.formats import SIZE_MISMATCH, decode, validate_bytes
+from alexnet_dist.data.decode import SIZE_MISMATCH, decode
+from alexnet_dist.data.formats import validate_bytes
 from alexnet_dist.data.loader import CorruptImagesError, OnCorruptImage
 from alexnet_dist.data.plan import SampleParams, SamplePlan, TrainCrop
 from alexnet_dist.errors import UserError

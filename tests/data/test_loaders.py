@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 from alexnet_dist.data.datasets import ImageDataset, RawDataset
+from alexnet_dist.data.decode import decode
 from alexnet_dist.data.eval_plan import EvalPlan, needs_resize
-from alexnet_dist.data.formats import decode
 from alexnet_dist.data.gpu_cache import GpuCacheLoader, fits_in_gpu_memory, resize_crops
 from alexnet_dist.data.index import open_datasets
 from alexnet_dist.data.loader import Batch, load_ahead

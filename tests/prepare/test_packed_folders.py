@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from alexnet_dist.data import datasets
-from alexnet_dist.data.formats import decode
+from alexnet_dist.data.decode import decode
 from alexnet_dist.data.index import open_datasets
 from alexnet_dist.errors import UserError
 from tests.conftest import write_images

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alexnet_dist.data.formats import decode, validate_bytes
+from alexnet_dist.data.decode import decode
+from alexnet_dist.data.formats import validate_bytes
 from alexnet_dist.data.index import open_datasets, unpack_names
 from alexnet_dist.errors import UserError
 from alexnet_dist.prepare.__main__ import exclusive_lock, main
