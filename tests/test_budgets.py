@@ -18,18 +18,18 @@ BUDGETS = {  # lines of Python, docstrings included: the most allowed, which may
     "bench.py": (269, 260),
     "submit.py": (76, 80),
     "replay.py": (80, 80),
-    "setup.py": (360, 220),
+    "setup.py": (387, 220),
     "config.py": (466, 320),
     "errors.py": (78, 60),
     "model": (1259, 1000),
-    "data": (2250, 1500),
+    "data": (2231, 1500),
     "parallel": (1495, 1250),
     "training": (1465, 1000),
     "tracking": (754, 700),
-    "prepare": (1019, 1000),
+    "prepare": (1020, 1000),
     "__init__.py": (3, 5),
 }
-IN_ALL = {"alexnet_dist": (10732, 8700), "benchmarks": (2296, 2300), "tests": (7613, 6500)}
+IN_ALL = {"alexnet_dist": (10741, 8700), "benchmarks": (2296, 2300), "tests": (7615, 6500)}
 FILES_OF_A_STEP, LINES_OF_A_STEP = (16, 16), (2940, 2800)
 
 TRACER = """
