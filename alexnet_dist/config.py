@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import inspect
 import json
+import os
 import re
 import typing
 from dataclasses import dataclass, field
@@ -24,13 +25,32 @@ from alexnet_dist.errors import UserError, refuse
 
 _error = partial(UserError, on_all_ranks=True)
 
-# Reads all values as text. What they are says an option's type, not YAML, to which off is false,
-# 1:30:00 is 5400 and 1e-3 no number.
-_TextLoader = yaml.BaseLoader
+
+class _TextLoader(yaml.BaseLoader):
+    """Reads all values as text. What they are says an option's type, not YAML, to which off is
+    false, 1:30:00 is 5400 and 1e-3 no number; and it would let the last of two equal keys win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            name, line = str(key.value), key.start_mark.line + 1
+            if name in lines:
+                problem = f"{name} stands in line {lines[name]} and in line {line}: write it once"
+                raise yaml.constructor.ConstructorError(None, None, problem)
+            lines[name] = line
+        return super().construct_mapping(node, deep)
 
 
 def _from_yaml(value: object) -> object:
     return yaml.load(value, _TextLoader) if isinstance(value, str) else value
+
+
+def _expand_home(word: object) -> object:
+    """What a shell makes of ~/x, also in --out=~/x, where a shell leaves it; ~ alone is null."""
+    if not isinstance(word, str) or "/" not in word:
+        return word
+    option, equals, path = word.partition("=") if word.startswith("--") else ("", "", word)
+    return option + equals + os.path.expanduser(path)
 
 
 def _seconds(duration: object) -> float:
@@ -49,6 +69,7 @@ NonNegativeFloat = Annotated[float, Field(ge=0), "a number of at least 0"]
 BelowOne = Annotated[float, Field(ge=0, lt=1), "a number from 0 up to, but not, 1"]
 Switch = Annotated[bool | Literal["auto"], "true, false or auto"]
 Duration = Annotated[float, BeforeValidator(_seconds), "seconds, M:S, H:M:S or D-H:M:S"]
+FilePath = Annotated[str, BeforeValidator(_expand_home), "a path"]
 _Yaml = BeforeValidator(_from_yaml)
 Range = Annotated[tuple[float, float], _Yaml, "two numbers, as [0.1, 1]"]
 Signal = Literal["SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGALRM"]
@@ -64,7 +85,7 @@ Milestones = Annotated[
 @dataclass
 class DataConfig:
     # folder with train/ and val/, or one that prepare wrote, or CIFAR-10's; or "digits"
-    root: str | None = None
+    root: FilePath | None = None
     cache_dir: str = "~/.cache/alexnet_dist"  # for digits, indices and statistics of data folders
     batch_size: PositiveInt = 128  # images per step over all processes (the paper, section 5)
     eval_batch_size: PositiveInt = 256  # crops per step of an evaluation over all processes
@@ -91,7 +112,7 @@ class ModelConfig:
     init: Literal["source", "paper", "torch"] | None = None
     dropout: BelowOne = 0.5  # probability of a unit of fc6, fc7 (torchvision's: their inputs)
     # start from a run, a checkpoint, an exported .safetensors, or torchvision's AlexNet (.pth)
-    pretrained: str | None = None
+    pretrained: FilePath | None = None
 
 
 @dataclass
@@ -139,9 +160,9 @@ class CheckpointConfig:
 
 @dataclass
 class RunConfig:
-    output_dir: str = "runs"  # where run folders are
-    name: str | None = None  # of the folder; null: the config file's (-2, -3 once it is finished)
-    resume: str = "auto"  # auto: an unfinished run of this name; never; or a run's folder
+    output_dir: FilePath = "runs"  # where run folders are
+    name: str | None = None  # of the folder; null: the config file's (-2, -3 once it has ended)
+    resume: FilePath = "auto"  # auto: an unfinished run of this name; never; or a run's folder
     time_limit: Duration | None = None  # save and exit before it; that of a SLURM job is known
     # save and exit on these, on SIGTERM, on Ctrl-C, and on a file PREEMPT in the run's folder
     preempt_signals: Signals = field(default_factory=lambda: ["SIGUSR2"])
@@ -202,20 +223,29 @@ IMMUTABLE_ON_RESUME = (
 # options of one start of a run, which do not carry over when it resumes
 NOT_PERSISTED = ("train.max_steps", "run.resume", "run.output_dir", "run.name", "run.time_limit")
 
-# new names of options of 0.1.0, where the nearest name is another
+# new names of options of 0.1.0, where the nearest name is another; and those without one
 OLD_NAMES = {
     "data.engine": "data.loader",
     "data.crop": "data.train_crop",
     "data.colour": "data.pca_noise",
+    "data.colour_table": "data.pca_noise_std",
     "model.variant": "model.arch",
     "model.weights": "model.pretrained",
     "optim.bias_lr": "optim.lr_mults",
+    "optim.factors": "optim.lr_mults",
+    "optim.schedule.rise": "optim.schedule.pct_start",
     "optim.schedule.table": "optim.schedule.milestones",
     "run.root": "run.output_dir",
+    "run.grace": "run.sigterm_grace",
     "track.wandb": "wandb.mode",
     "views": "ten_crop",
     "picture": "save_image",
 }
+GONE = (
+    *("data.ahead", "data.decoder", "model.num_classes", "optim.schedule.drops", "optim.trust"),
+    *("checkpoint.asynchronous", "parallel.fc_schedule", "runtime.lrn", "runtime.pool_first"),
+    *("runtime.stem", "runtime.update", "runtime.weight_copies", "track.images"),
+)
 
 # the dataclass of each section of options
 SECTIONS: dict[str, type] = typing.get_type_hints(Config)
@@ -246,7 +276,7 @@ class ParsedArgs(NamedTuple):
     """A parsed command line."""
 
     config: Config  # all options of the trainer
-    config_name: str  # the config file's name without its ending, the default of run.name
+    config_name: str  # the config files' names without their endings, the default of run.name
     args: argparse.Namespace  # the command's own options
 
 
@@ -272,7 +302,8 @@ class CommandParser(argparse.ArgumentParser):
         self.trainer_options = trainer_options
         if not trainer_options:
             return
-        self.add_argument("--config", metavar="FILE", help="a YAML file of trainer options")
+        about_config = "a YAML file of trainer options; of several, the later win"
+        self.add_argument("--config", action="append", metavar="FILE", help=about_config)
         self.add_argument("--print_config", action="store_true", help="print them and exit")
         if command == "train":
             self.usage = "%(prog)s [--config FILE] [--OPTION VALUE ...]"
@@ -304,23 +335,23 @@ class CommandParser(argparse.ArgumentParser):
         for word in arguments:
             if word.startswith("--"):  # argparse has no suggestion
                 _check_name(word[2:].partition("=")[0], known, None)
-        args = self.parse_args(arguments)
+        args = self.parse_args([str(_expand_home(word)) for word in arguments])
         if not self.trainer_options:
             return ParsedArgs(Config(), "", args)
         dotted = {name: text for name, text in vars(args).items() if name in OPTIONS}
-        path = args.config
-        if path is None and base_config is None and "data.root" not in dotted:
-            path = str(packaged_folder("configs") / "quickstart.yaml")
+        paths = args.config or []
+        if not paths and base_config is None and "data.root" not in dotted:
+            paths = [str(packaged_folder("configs") / "quickstart.yaml")]
         kept = flatten(base_config or {})
         config = from_dict({name: kept[name] for name in kept if name not in NOT_PERSISTED})
-        if path:
+        for path in paths:
             _set_options(config, _read_config_file(path), path)
         _set_options(config, dotted, None)
         _check_combinations(config)
         if args.print_config:
             print(yaml.safe_dump(to_dict(config), sort_keys=False), end="")
             raise SystemExit(0)
-        return ParsedArgs(config, Path(path).stem if path else "run", args)
+        return ParsedArgs(config, "-".join(Path(path).stem for path in paths) or "run", args)
 
     def error(self, message: str) -> NoReturn:
         """Raise a UserError, where argparse would exit."""
@@ -341,7 +372,7 @@ def from_dict(record: dict[str, Any], where: str = "the run's config.yaml") -> C
         UserError: an option or a value that this version does not know.
     """
     values = flatten(record)
-    if any(name in OLD_NAMES for name in values):
+    if any(name in OLD_NAMES or name in GONE for name in values):
         raise _error(f"{where} was written by alexnet_dist 0.1.0: use it with that version")
     config = Config()
     _set_options(config, values, where)
@@ -360,7 +391,10 @@ def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in nested.items():
         name = f"{prefix}{key}"
         inner = isinstance(value, dict) and name not in OPTIONS
-        flat |= flatten(value, f"{name}.") if inner else {name: value}
+        values = flatten(value, f"{name}.") if inner else {name: value}
+        for twice in flat.keys() & values:
+            raise ValueError(f"{twice} is given twice, under a section and by its full name")
+        flat |= values
     return flat
 
 
@@ -382,6 +416,12 @@ def check_resume_compatible(before: dict[str, Any], now: dict[str, Any], otherwi
             raise _error(f"{name} cannot change from {old} to {new}: {fix}")
 
 
+def check_data_root(config: Config) -> None:
+    """Refuse a run without images; raises UserError. The digits' recipe alone names them itself."""
+    problem = "there are no images: give --data.root the folder that holds train/ and val/"
+    refuse({problem: config.data.root is None})
+
+
 def packaged_folder(name: Literal["configs", "slurm"]) -> Path:
     """A folder that is installed inside the package, and lies beside it in a checkout."""
     installed = Path(__file__).parent / name
@@ -396,11 +436,11 @@ def _read_config_file(path: str) -> dict[str, Any]:
         raise _error(f"there is no config {path}; the package brings {names} in {folder}")
     try:
         content = yaml.load(Path(path).read_text(), _TextLoader) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise _error(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
+        values = flatten(content) if isinstance(content, dict) else None
+    except (yaml.YAMLError, ValueError) as error:
+        raise _error(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+    if values is None:
         raise _error(f"{path} holds no options: it needs lines like 'optim: {{lr: 0.01}}'")
-    values = flatten(content)
     return {name: value for name, value in values.items() if value or name not in SECTIONS}
 
 
@@ -446,6 +486,8 @@ def _check_name(name: str, known: list[str], where: str | None) -> None:
     dashes, place = ("", f" in {where}") if where else ("--", "")
     if OLD_NAMES.get(name) in known:
         raise _error(f"option {dashes}{name}{place} is now {dashes}{OLD_NAMES[name]}")
+    if name in GONE:
+        raise _error(f"option {dashes}{name}{place} is gone: leave it out")
     same_end = [option for option in known if option.split(".")[-1] == name.split(".")[-1]]
     near = difflib.get_close_matches(name, same_end or known, 1, 0.0 if same_end else 0.5)
     fix = f"did you mean {dashes}{near[0]}?" if near else "--help lists all options"

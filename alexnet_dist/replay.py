@@ -3,6 +3,7 @@
 python -m alexnet_dist.replay RUN [--wandb online|offline|auto] [--project P] [--name N] [--id ID]
 """
 
+import shlex
 import uuid
 from pathlib import Path
 
@@ -40,7 +41,7 @@ def main(arguments: list[str]) -> None:
             project=args.project or config.get("wandb", {}).get("project"),
             resume="never",  # appended to another replay, every step would be there twice
         )
-        where = f"wandb sync {Path(run.dir).parent}" if run.url is None else str(run.url)
+        where = run.url or f"wandb sync {shlex.quote(str(Path(run.dir).parent))}"
         for event in events:
             log_event(run, event)
         run.finish()

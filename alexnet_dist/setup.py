@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from alexnet_dist import __version__
-from alexnet_dist.config import Config, from_dict
+from alexnet_dist.config import Config, check_data_root, from_dict
 from alexnet_dist.data import build_loader
 from alexnet_dist.data.datasets import ImageDataset
 from alexnet_dist.data.eval_plan import EvalPlan, NumCrops
@@ -102,6 +102,7 @@ def build_data(config: Config, mesh: Mesh) -> DataPipeline:
 
 def scan_images(config: Config, mesh: Mesh, *, only_val: bool = False) -> DatasetInfo:
     """The images at data.root; all ranks call it together. Raises UserError if there are none."""
+    check_data_root(config)
     scan = partial(scan_dataset, config.data.root, config.data.cache_dir, only_val=only_val)
     return mesh.broadcast_from_rank0(lambda: scan(ProgressReporter()))
 

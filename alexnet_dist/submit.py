@@ -15,7 +15,7 @@ import shlex
 import subprocess
 import sys
 
-from alexnet_dist.config import CommandParser, packaged_folder
+from alexnet_dist.config import CommandParser, check_data_root, packaged_folder
 from alexnet_dist.errors import UserError, run_command
 
 
@@ -34,6 +34,7 @@ def main(arguments: list[str]) -> None:
         print(f"job {_sbatch(flags, script, words, dry_run)} evaluates")
         return
     parsed = CommandParser("submit", __doc__).parse(words)
+    check_data_root(parsed.config)
     run = parsed.config.run
     if run.resume != "auto":
         raise UserError("leave out run.resume: a job resumes its own run (see --run.name)")

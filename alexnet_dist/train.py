@@ -14,6 +14,7 @@ from alexnet_dist import setup
 from alexnet_dist.config import (
     CommandParser,
     Config,
+    check_data_root,
     check_resume_compatible,
     diff_configs,
     to_dict,
@@ -33,6 +34,11 @@ from alexnet_dist.training.step import StepThrottle, StepTimer, TrainMetrics, lr
 
 # after so many steps without a finite loss and gradient, more of them will not help
 MAX_CONSECUTIVE_NONFINITE = 10
+
+QUICKSTART_HINT = """\
+next: Imagenette  --config configs/imagenette.yaml --data.root DIR
+      CIFAR-10    --data.root DIR (its own files, or folders of images)
+      ImageNet    --config configs/paper2012.yaml --data.root IMAGENET"""
 
 
 class Trainer:
@@ -364,6 +370,8 @@ class Trainer:
         self.logger.emit("finished", self.step, ended=ended, **result, best=self.checkpoints.best)
         self.logger.close("ended" if ended else "stopped", self.step)
         self.data.close()
+        if self.config.data.root == "digits" and self.mesh.rank == 0:
+            print(QUICKSTART_HINT)
 
     def _save_and_exit(self, cause: StopReason) -> None:
         """Save, and end before the run does, to be resumed."""
@@ -385,9 +393,9 @@ def main(arguments: list[str]) -> None:
     parser = CommandParser("train", __doc__)
     parsed = parser.parse(arguments)
     run = parsed.config.run
-    name = run.name or parsed.config_name
-    path, kept = run_dir.resolve_run_dir(run.output_dir, name, run.resume)
+    path, kept = run_dir.resolve_run_dir(run.output_dir, run.name, parsed.config_name, run.resume)
     config = parser.parse(arguments, kept).config if kept else parsed.config
+    check_data_root(config)
     runtime = config.runtime
     mesh = init_distributed(runtime.device, runtime.threads, runtime.hang_timeout)
     setup.validate(config, mesh)

@@ -1,16 +1,19 @@
 """The command line and the config files."""
 
+import json
 from pathlib import Path
 
 import pytest
 import yaml
 
 from alexnet_dist.config import (
+    GONE,
     IMMUTABLE_ON_RESUME,
     OLD_NAMES,
     OPTIONS,
     CommandParser,
     Config,
+    OptimConfig,
     check_resume_compatible,
     flatten,
     from_dict,
@@ -86,10 +89,14 @@ def test_config_errors_name_the_option_and_the_fix(word: str, message: str) -> N
         ("optim: {learning_rate: 1}", "no option optim.learning_rate in"),
         ("optm: {lr: 1}", "mine.yaml; did you mean optim.lr?"),
         ("optim: 3", "there is no option optim in"),
-        ("optim: [lr", "is not YAML"),
+        ("optim: [lr", "cannot be read: while parsing a flow sequence in"),
         ("[optim]", "holds no options: it needs lines like 'optim: {lr: 0.01}'"),
         ("optim: {lr: null}", "optim.lr must be a number of at least 0, not null"),
         ("data: {engine: dali}", "mine.yaml is now data.loader"),
+        ("optim:\n  lr: 1\ndata:\noptim:\n", "be read: optim stands in line 1 and in line 4"),
+        ("optim: {lr: 1, lr: 2}", "lr stands in line 1 and in line 1: write it once"),
+        ("optim:\n  lr: 1\n  momentum: 0\n  lr: 1", "lr stands in line 2 and in line 4"),
+        ("optim: {lr: 1}\noptim.lr: 2", "optim.lr is given twice, under a section and by its"),
     ],
 )
 def test_config_files_are_held_to_the_same_rules(text: str, message: str, tmp_path: Path) -> None:
@@ -98,6 +105,30 @@ def test_config_files_are_held_to_the_same_rules(text: str, message: str, tmp_pa
     found = error_of("--config", str(file))
     assert message in found
     assert str(file) in found
+
+
+def test_config_of_several_files_the_later_win(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("optim: {lr: 1, momentum: 0.8}\ndata: {batch_size: 64}\n")
+    (tmp_path / "more.yaml").write_text("optim: {lr: 2}\n")
+    parsed = parse(["--config", f"{tmp_path}/base.yaml", f"--config={tmp_path}/more.yaml"])
+    assert parsed.config.optim == OptimConfig(lr=2, momentum=0.8)
+    assert (parsed.config.data.batch_size, parsed.config_name) == (64, "base-more")
+
+
+def test_config_paths_begin_with_a_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    values = {"data": {"root": "~/a"}, "run": {"output_dir": "~/b", "resume": "~/c"}}
+    values |= {"model": {"pretrained": "~/d"}}
+    (tmp_path / "mine.yaml").write_text(json.dumps(values))
+    for words in (["--config=~/mine.yaml"], [f"--{n}={p}" for n, p in flatten(values).items()]):
+        config = parse(words).config
+        run = config.run
+        found = (config.data.root, run.output_dir, run.resume, config.model.pretrained)
+        assert found == tuple(f"{tmp_path}/{name}" for name in "abcd")
+    assert parse(["--data.root=~"]).config.data.root is None  # as YAML has it
+    parser = CommandParser("predict", None)
+    parser.add_argument("--out", type=Path)
+    assert parser.parse(["--out=~/x"]).args.out == tmp_path / "x"
 
 
 def test_config_files_say_names_and_numbers_as_people_write_them(tmp_path: Path) -> None:
@@ -114,20 +145,31 @@ def test_config_files_say_names_and_numbers_as_people_write_them(tmp_path: Path)
 
 
 def test_config_old_names_are_refused_with_the_new_ones() -> None:
-    near_enough = {
-        "data.resize": "data.resize_size",
+    renamed = {
+        **{old: new for old, new in OLD_NAMES.items() if "." in old},
+        "data.cache": "data.cache_dir",
+        "data.colour_strength": "data.pca_noise_std",
+        "data.flip": "data.hflip",
         "data.on_bad_image": "data.on_corrupt_image",
+        "data.resize": "data.resize_size",
         "data.threads": "runtime.threads",
         "optim.schedule.warmup": "optim.schedule.warmup_epochs",
         "train.accumulate": "train.grad_accum_steps",
+        "train.log_every": "train.log_interval",
+        "train.on_nan": "train.on_nonfinite",
         "checkpoint.every_steps": "checkpoint.interval_steps",
+        "checkpoint.keep": "checkpoint.keep_last",
+        "run.signals": "run.preempt_signals",
+        "parallel.compress": "parallel.grad_compression",
         "runtime.timeout": "runtime.hang_timeout",
+        "track.project": "wandb.project",
     }
-    for old, new in near_enough.items():
-        assert f"there is no option --{old}; did you mean --{new}?" in error_of(f"--{old}=1")
-    options = {old: new for old, new in OLD_NAMES.items() if "." in old}
-    assert set(options.values()) <= set(OPTIONS)
-    assert not set(options) & set(OPTIONS)
+    for old, new in renamed.items():
+        assert error_of(f"--{old}=1").endswith((f" is now --{new}", f"; did you mean --{new}?"))
+    for old in GONE:
+        assert error_of(f"--{old}=1") == f"option --{old} is gone: leave it out"
+    assert set(renamed.values()) <= set(OPTIONS)
+    assert not {*renamed, *GONE} & set(OPTIONS)
 
 
 def test_config_kept_by_an_earlier_version_is_refused() -> None:
@@ -163,7 +205,8 @@ def test_config_that_would_be_another_run_cannot_resume() -> None:
     other = to_dict(parse(["--data.root=x", "--optim.lr=1", "--model.arch=owt"]).config)
     with pytest.raises(UserError, match=r"model\.arch cannot change from paper to owt: .*; NEW$"):
         check_resume_compatible(kept, other, "NEW")
-    check_resume_compatible(kept, kept | {"optim.lr": 1}, "NEW")
+    other = to_dict(parse(["--data.root=x", "--optim.lr=1"]).config)
+    check_resume_compatible(kept, other, "NEW")
 
 
 def test_config_print_config_can_be_read_again(

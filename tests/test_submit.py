@@ -11,7 +11,8 @@ from alexnet_dist.errors import UserError
 from alexnet_dist.submit import main
 
 SLURM = Path(__file__).parents[1] / "slurm"
-PAPER = f"--config {packaged_folder('configs')}/paper2012.yaml"
+RECIPE = f"--config {packaged_folder('configs')}/paper2012.yaml"
+PAPER = f"{RECIPE} --data.root /d"
 
 
 def submitted(capsys: pytest.CaptureFixture[str], words: str) -> list[str]:
@@ -39,6 +40,8 @@ def test_submit_train_passes_flags_to_sbatch_and_options_to_the_trainer(
     )
     (command,) = submitted(capsys, f"-J other --dry_run -- {PAPER}")
     assert command.startswith("sbatch --parsable --job-name=other train.sbatch")
+    main(["--comment=two words", "--dry_run", "--"])
+    assert " --parsable --job-name=quickstart '--comment=two words' " in capsys.readouterr().out
 
 
 def test_submit_evaluate(capsys: pytest.CaptureFixture[str]) -> None:
@@ -81,6 +84,7 @@ def test_submit_array5_evaluates_the_average_after_the_five(
         ("--optim.lrr 1", "no option --optim.lrr; did you mean --optim.lr?"),
         ("--nodes=4 -- --train.epochs many", "train.epochs must be a number above 0, not many"),
         ("--config nowhere.yaml", "there is no config nowhere.yaml"),
+        (RECIPE, "there are no images: give --data.root the folder that holds train/ and val/"),
         ("array5 -- --run.resume never", "leave out run.resume: a job resumes its own run"),
         ("evaluate", "required: --checkpoint"),
         ("evaluate -- --checkpoint runs/done --dota.root x", "did you mean --data.root?"),

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from alexnet_dist.errors import UserError, refuse
-from alexnet_dist.parallel.rendezvous import isolated_store
+from alexnet_dist.parallel.rendezvous import is_launched, open_store
 
 T = TypeVar("T")
 
@@ -126,9 +126,10 @@ def init_distributed(
             collective waits three times as long, so that it is not the first to give up.
 
     Raises:
-        UserError: GPUs are asked for and there are none, or fewer than local processes.
+        UserError: GPUs are asked for and there are none, or fewer than local processes; or the
+            processes do not know of each other, or do not come.
     """
-    launched = "RANK" in os.environ
+    launched = is_launched()
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -150,13 +151,13 @@ def init_distributed(
     else:
         tune_malloc()
     collective_timeout = timedelta(seconds=3 * timeout)
-    store = isolated_store(rank, world_size, collective_timeout) if launched else dist.HashStore()
+    store = open_store(rank, world_size, collective_timeout) if launched else dist.HashStore()
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if gpus else "gloo",
         timeout=collective_timeout,
         store=store,
-        rank=rank if store else -1,  # -1: as the environment says
-        world_size=world_size if store else -1,
+        rank=rank,
+        world_size=world_size,
     )
     atexit.register(destroy_distributed)
     threads = threads or max(available_cpus() // local_world_size, 1)

@@ -99,15 +99,19 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def resolve_run_dir(output_dir: str, name: str, resume: str) -> tuple[Path, dict[str, Any]]:
+def resolve_run_dir(
+    output_dir: str, name: str | None, default_name: str, resume: str
+) -> tuple[Path, dict[str, Any]]:
     """The folder of a run of this name, and the options that it keeps if the run resumes there.
 
-    Under "auto" an unfinished run resumes; a new one takes the name, or name-2, name-3, ... where
-    runs of it have ended. Under "never" a run is new, unless this very launcher began it and
-    restarts it after a fault. Any other ``resume`` is a run's folder.
+    Under "auto" an unfinished run resumes; a new one takes the name. Where a run of it has ended, a
+    new one of the default name takes name-2, name-3, ..., and one that was named is refused. Under
+    "never" a run is new, unless this very launcher began it and restarts it after a fault. Any
+    other ``resume`` is a run's folder.
 
     Raises:
-        UserError: ``resume`` names a folder without a run, or the run is of another version.
+        UserError: ``resume`` names a folder without a run, or the run is of another version, or the
+            run ``name`` has ended.
     """
     if resume not in ("auto", "never"):
         path = Path(resume)
@@ -116,13 +120,19 @@ def resolve_run_dir(output_dir: str, name: str, resume: str) -> tuple[Path, dict
         message = f"there is no run at {resume}: give --run.resume a run's folder"
         raise UserError(message, on_all_ranks=True)
     for number in count(1):
-        path = Path(output_dir) / (name if number == 1 else f"{name}-{number}")
+        path = Path(output_dir, (name or default_name) + f"-{number}" * (number > 1))
         if not (path / "config.yaml").is_file():
             break
         status = read_status(path)
         ours = status.get("launch") and status["launch"] == _launch_id()
         if (resume == "auto" or ours) and status.get("status") != "ended":
             return path, read_config(path)
+        if name and resume == "auto":
+            raise UserError(
+                f"the run {path} has ended: give another --run.name, --run.resume never to train "
+                f"from scratch beside it, or --run.resume {path} with more --train.epochs",
+                on_all_ranks=True,
+            )
     return path, {}
 
 

@@ -131,5 +131,9 @@ class WandbSink:
         except Exception as error:  # without a network, curves are still kept for `wandb sync`
             if mode != "online":
                 raise
-            print_error(f"Weights & Biases: {error}; tracking continues offline")
+            reason = " ".join(str(error).split())
+            print_error(f"Weights & Biases: {reason}; tracking continues offline")
+            import wandb
+
+            wandb.teardown()  # its service still has a run of this id
             return init_run(self._folder, self._run_id, mode="offline", **options)

@@ -181,9 +181,11 @@ def test_a_run_resumes_in_mid_epoch_on_other_processes(
 
 
 @pytest.mark.slow
-def test_a_name_is_taken_again_once_its_run_has_ended(images: Path, tmp_path: Path) -> None:
+def test_the_same_command_again_trains_again_once_its_run_has_ended(
+    images: Path, tmp_path: Path
+) -> None:
     for _ in range(2):
-        train(0, images, tmp_path, "--train.epochs=1", "--run.name=run")
+        train(0, images, tmp_path, "--train.epochs=1")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run", "run-2"]
     assert losses(tmp_path / "run") == losses(tmp_path / "run-2")
 

@@ -1,12 +1,14 @@
 """Who the processes are, and what is refused before they meet."""
 
+import os
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 
 from alexnet_dist.errors import UserError
-from alexnet_dist.parallel import mesh
+from alexnet_dist.parallel import mesh, rendezvous
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -18,6 +20,43 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
         "3 processes on this machine, and 2 GPUs: take --nproc_per_node=2, or --runtime.device cpu"
     )
     assert failure.value.on_all_ranks
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ("WORLD_SIZE=4", "the environment has only WORLD_SIZE=4: start this command by torchrun"),
+        ("RANK=0", "MASTER_ADDR, MASTER_PORT the environment has only RANK=0: start this"),
+        ("RANK=0 WORLD_SIZE=1 MASTER_PORT=1", "has only RANK=0, WORLD_SIZE=1, MASTER_PORT=1"),
+        ("RANK=a WORLD_SIZE=1 MASTER_ADDR=a MASTER_PORT=1", "has only RANK=a, WORLD_SIZE=1"),
+        ("RANK=2 WORLD_SIZE=2 MASTER_ADDR=a MASTER_PORT=1", "there is no such process: the"),
+        ("SLURM_STEP_NUM_TASKS=2", "srun started 2 copies of this command, which know nothing of"),
+    ],
+)
+def test_what_launchers_say_is_checked_together(
+    variables: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (word.split("=") for word in variables.split()):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError) as failure:
+        mesh.init_distributed()
+    assert message in str(failure.value)
+
+
+@pytest.mark.parametrize(
+    ("rank", "reason"), [(0, "1/2 clients joined"), (1, "trying to connect to (localhost, ")]
+)
+def test_a_process_that_never_comes(
+    rank: int, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rendezvous, "_RENDEZVOUS_SECONDS", 1)
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", str(20000 + os.getpid() % 9000))
+    with pytest.raises(UserError, match="not all 2 processes met at localhost:") as failure:
+        rendezvous.open_store(rank, 2, timedelta(seconds=60))
+    assert reason in str(failure.value)
+    assert "within 1 s" in str(failure.value)
+    assert "start all machines of the run together" in str(failure.value)
 
 
 def test_processors_are_those_that_may_be_used(monkeypatch: pytest.MonkeyPatch) -> None:

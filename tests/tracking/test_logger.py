@@ -103,7 +103,7 @@ def make_run(path: Path, **status: Any) -> Path:
 
 def test_names_of_runs(tmp_path: Path) -> None:
     def next_name(resume: str = "auto") -> tuple[str, bool]:
-        path, kept = resolve_run_dir(str(tmp_path), "a", resume)
+        path, kept = resolve_run_dir(str(tmp_path), None, "a", resume)
         assert kept in ({}, {"x": 1})
         return path.name, bool(kept)
 
@@ -115,9 +115,12 @@ def test_names_of_runs(tmp_path: Path) -> None:
     set_status(run, "ended")
     assert read_status(run)["wandb_id"] == run_id
     assert next_name() == ("a-2", False)
-    assert resolve_run_dir(str(tmp_path), "b", str(run)) == (run, {"x": 1})
+    with pytest.raises(UserError, match=r"a has ended: give another --run\.name"):
+        resolve_run_dir(str(tmp_path), "a", "b", "auto")
+    assert resolve_run_dir(str(tmp_path), "a", "b", "never") == (tmp_path / "a-2", {})
+    assert resolve_run_dir(str(tmp_path), "b", "b", str(run)) == (run, {"x": 1})
     with pytest.raises(UserError, match="no run at"):
-        resolve_run_dir(str(tmp_path), "b", str(tmp_path / "c"))
+        resolve_run_dir(str(tmp_path), "b", "b", str(tmp_path / "c"))
 
 
 def test_a_restarted_launcher_resumes_its_own_run(
@@ -125,9 +128,9 @@ def test_a_restarted_launcher_resumes_its_own_run(
 ) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     make_run(tmp_path / "a")
-    assert resolve_run_dir(str(tmp_path), "a", "never") == (tmp_path / "a", {"x": 1})
+    assert resolve_run_dir(str(tmp_path), "a", "b", "never") == (tmp_path / "a", {"x": 1})
     monkeypatch.setenv("SLURM_JOB_ID", "8")
-    assert resolve_run_dir(str(tmp_path), "a", "never") == (tmp_path / "a-2", {})
+    assert resolve_run_dir(str(tmp_path), "a", "b", "never") == (tmp_path / "a-2", {})
 
 
 def test_a_run_of_the_old_names_is_refused(tmp_path: Path) -> None:
@@ -138,5 +141,5 @@ def test_a_run_of_the_old_names_is_refused(tmp_path: Path) -> None:
     message = "a was written by alexnet_dist 0.1.0, whose options and records have other names"
     for name, resume in (("a", "auto"), ("b", str(path))):
         with pytest.raises(UserError, match=message):
-            resolve_run_dir(str(tmp_path), name, resume)
-    assert resolve_run_dir(str(tmp_path), "a", "never") == (tmp_path / "a-2", {})
+            resolve_run_dir(str(tmp_path), name, "c", resume)
+    assert resolve_run_dir(str(tmp_path), "a", "c", "never") == (tmp_path / "a-2", {})

@@ -42,7 +42,7 @@ def steps(first: int, last: int) -> list[tuple[str, int]]:
 def run(tmp_path: Path) -> Path:
     """Four attempts: the first without a checkpoint, then one killed after its checkpoint of step
     4, one that was preempted, and one that came to the run's end."""
-    run = tmp_path / "run"
+    run = tmp_path / "my run"
     lock(run)
     save_config(run, {"optim": {"lr": 0.25}, "wandb": {"project": "p"}})
     set_status(run, "ended")
@@ -67,7 +67,7 @@ def test_many_attempts_become_one_curve(run: Path) -> None:
     assert result.code == 0, result.err
     assert "8 train events, 2 evaluations and 2 images" in result.out
     (folder,) = run.glob("replay/wandb/offline-run-*")
-    assert result.out.splitlines()[-1] == f"wandb sync {folder}"
+    assert result.out.splitlines()[-1] == f"wandb sync '{folder}'"
     history, summary, ids, config = read_back(run / "replay")
     assert len(ids) == 1
     trained = {int(row["global_step"]): row for row in history if "train/loss" in row}

@@ -79,23 +79,25 @@ def test_wandb_that_hangs_does_not_hold_the_process(tmp_path: Path) -> None:
     assert "written" in done.stdout
 
 
-def test_wandb_without_a_network_continues_offline(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    modes: list[str] = []
-
-    def init(*, mode: str, **_: object) -> object:
-        modes.append(mode)
-        if mode == "online":
-            raise RuntimeError("timed out")
-        return types.SimpleNamespace(
-            define_metric=lambda *_, **__: None, finish=lambda: None, log=lambda _: None
-        )
-
-    fake(monkeypatch, init)
-    sink(tmp_path, "online").close(60)
-    assert modes == ["online", "offline"]
-    assert "continues offline" in capsys.readouterr().err
+def test_wandb_without_a_network_continues_offline(tmp_path: Path) -> None:
+    script = (
+        "import sys; from pathlib import Path\n"
+        "from alexnet_dist.tracking import wandb as tracking\n"
+        "tracking.INIT_TIMEOUT = 2\n"
+        "config = {'wandb': {'mode': 'online', 'project': 'p'}}\n"
+        "run = tracking.WandbSink(Path(sys.argv[1]), 'x', config)\n"
+        "run.log({'event': 'train', 'step': 3, 'epoch': 1, 'loss': 2.0}); run.close(60)\n"
+    )
+    nowhere = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": 40 * "0"}
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=60, env=environment(**nowhere)
+    )
+    (message,) = Result(done.returncode, "", done.stderr).said
+    assert message.endswith("connection refused; tracking continues offline")
+    history, _, ids, _ = read_back(tmp_path)
+    assert ids == {"x"}
+    assert [row["global_step"] for row in history] == ["3"]
 
 
 def test_auto_is_online_only_with_a_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
