@@ -46,8 +46,10 @@ def validate(config: Config, mesh: Mesh) -> None:
     """Refuse what cannot be trained so on these ranks, before anything begins.
 
     Raises:
-        UserError: there is no such network, or it cannot be placed or captured as asked for.
+        UserError: there are no images, or there is no such network, or it cannot be placed or
+            captured as asked for.
     """
+    check_data_root(config)
     arch, archs = config.model.arch, ", ".join(MODEL_REGISTRY)
     refuse({f"there is no model.arch {arch}; there are {archs}": arch not in MODEL_REGISTRY})
     validate_parallel_config(MODEL_REGISTRY[arch], mesh.world_size, layout_config(config, mesh))

@@ -14,7 +14,6 @@ from alexnet_dist import setup
 from alexnet_dist.config import (
     CommandParser,
     Config,
-    check_data_root,
     check_resume_compatible,
     diff_configs,
     to_dict,
@@ -34,11 +33,6 @@ from alexnet_dist.training.step import StepThrottle, StepTimer, TrainMetrics, lr
 
 # after so many steps without a finite loss and gradient, more of them will not help
 MAX_CONSECUTIVE_NONFINITE = 10
-
-QUICKSTART_HINT = """\
-next: Imagenette  --config configs/imagenette.yaml --data.root DIR
-      CIFAR-10    --data.root DIR (its own files, or folders of images)
-      ImageNet    --config configs/paper2012.yaml --data.root IMAGENET"""
 
 
 class Trainer:
@@ -121,8 +115,7 @@ class Trainer:
             self.logger.stop_progress_bar()
 
     def _train_epoch(self) -> None:
-        """Steps to the end of this epoch, or to the last step; none if only an evaluation is
-        missing."""
+        """Steps to this epoch's end or the last step; none if only an evaluation is missing."""
         config, plan, state = self.config, self.data.plan, self.state
         # not of self.step: at an epoch's end its evaluation may be missing still
         epoch = max(self.last_eval_step, 0) // self.steps_per_epoch
@@ -343,8 +336,7 @@ class Trainer:
         self.logger.plot("first_batch", 0, plots.plot_image_grid, pixels, captions, title)
 
     def _plot_results(self) -> None:
-        """A few validation images with their best labels, kernels and curves; all ranks call it
-        together."""
+        """Validation images with their best labels, kernels, curves; all ranks call it together."""
         info, names, step = self.data.info, self.data.info.short_names, self.step
         most = max(self.config.data.eval_batch_size // self.mesh.dp_size, 1)
         count = min(16, len(info.val), most)
@@ -371,7 +363,10 @@ class Trainer:
         self.logger.close("ended" if ended else "stopped", self.step)
         self.data.close()
         if self.config.data.root == "digits" and self.mesh.rank == 0:
-            print(QUICKSTART_HINT)
+            print(
+                "next: --config configs/imagenette.yaml (Imagenette), configs/paper2012.yaml "
+                "(ImageNet) or none (CIFAR-10), with --data.root DIR"
+            )
 
     def _save_and_exit(self, cause: StopReason) -> None:
         """Save, and end before the run does, to be resumed."""
@@ -395,7 +390,6 @@ def main(arguments: list[str]) -> None:
     run = parsed.config.run
     path, kept = run_dir.resolve_run_dir(run.output_dir, run.name, parsed.config_name, run.resume)
     config = parser.parse(arguments, kept).config if kept else parsed.config
-    check_data_root(config)
     runtime = config.runtime
     mesh = init_distributed(runtime.device, runtime.threads, runtime.hang_timeout)
     setup.validate(config, mesh)

@@ -13,7 +13,7 @@ from tests.conftest import events, launch
 def test_the_embedded_default_learns_its_digits(tmp_path: Path) -> None:
     result = launch(2, f"--run.output_dir={tmp_path}", timeout=800)
     assert result.code == 0, result.err[-3000:]
-    assert "next: Imagenette  --config configs/imagenette.yaml --data.root DIR" in result.out
+    assert "\nnext: --config configs/imagenette.yaml (Imagenette), " in result.out
     run = tmp_path / "quickstart"
     (end,) = events(run, "finished")
     assert end["top1_error"] <= 3.0

@@ -34,6 +34,7 @@ def runs(tmp_path: Path) -> str:
     ("option", "message"),
     [
         ("--data.root=/nowhere", "there is no folder /nowhere: give --data.root"),
+        ("--data.root=", "there are no images: give --data.root the folder that holds train/ and"),
         ("--model.arch=alexnet", "there is no model.arch alexnet; there are paper,"),
         ("--run.resume=/nowhere", "there is no run at /nowhere"),
         ("--runtime.device=cuda", "runtime.device is cuda, but torch sees no GPU here"),
