@@ -29,7 +29,7 @@ BUDGETS = {  # lines of Python, docstrings included: the most allowed, which may
     "prepare": (1020, 1000),
     "__init__.py": (3, 5),
 }
-IN_ALL = {"alexnet_dist": (10852, 8700), "benchmarks": (2296, 2300), "tests": (7726, 6500)}
+IN_ALL = {"alexnet_dist": (10852, 8700), "benchmarks": (2296, 2300), "tests": (7714, 6500)}
 FILES_OF_A_STEP, LINES_OF_A_STEP = (16, 16), (2940, 2800)
 
 TRACER = """
