@@ -133,9 +133,9 @@ def _window_column(
 
 @triton.jit
 def _forward(
-    z_pointer, bias_pointer, out_pointer, code_pointer, count, k, scale, height, width, out_height,
-    out_width, channels: tl.constexpr, per_group: tl.constexpr, relu_first: tl.constexpr,
-    threads: tl.constexpr,
+    z_pointer, bias_pointer, out_pointer, code_pointer, count, k, scale, height, out_height,
+    width: tl.constexpr, out_width: tl.constexpr, channels: tl.constexpr, per_group: tl.constexpr,
+    relu_first: tl.constexpr, threads: tl.constexpr,
 ):  # fmt: skip
     """A thread has a row of windows of an image."""
     image, row, first, there = _thread(count, out_height, channels, per_group, threads)
@@ -193,8 +193,8 @@ def _normalization_backward(a, sums, grad, k, scale, relu: tl.constexpr):
 @triton.jit
 def _backward(
     z_pointer, bias_pointer, grad_pointer, code_pointer, out_pointer, bias_grad_pointer, count, k,
-    scale, height, width, out_height, out_width, channels: tl.constexpr, per_group: tl.constexpr,
-    relu_first: tl.constexpr, threads: tl.constexpr,
+    scale, height, out_height, width: tl.constexpr, out_width: tl.constexpr, channels: tl.constexpr,
+    per_group: tl.constexpr, relu_first: tl.constexpr, threads: tl.constexpr,
 ):  # fmt: skip
     """A thread has a row of pixels of an image. A pixel of an even row lies in two rows of windows,
     at the end of the upper and at the beginning of the lower; columns likewise."""
@@ -263,10 +263,11 @@ def norm_pool(
     out, code = _outputs(z)
     batch, channels, height, width = z.shape
     count = batch * out.shape[2] * (channels // 8)
+    sizes = height, out.shape[2], width, out.shape[3]
     constants = channels, channels // groups // 8, relu_first, THREADS
     if count:
         _forward[(triton.cdiv(count, THREADS),)](
-            *(z, bias, out, code, count, k, scale, height, width, *out.shape[2:], *constants)
+            *(z, bias, out, code, count, k, scale, *sizes, *constants)
         )
     return out, code
 
@@ -288,7 +289,7 @@ def norm_pool_backward(
     batch, channels, height, width = z.shape
     bias_grad = bias.new_empty(batch * height, channels)
     count = batch * height * (channels // 8)
-    sizes = height, width, *code.shape[2:]
+    sizes = height, code.shape[2], width, code.shape[3]
     constants = channels, channels // groups // 8, relu_first, THREADS
     if count:
         _backward[(triton.cdiv(count, THREADS),)](
