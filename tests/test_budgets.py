@@ -21,7 +21,7 @@ BUDGETS = {  # lines of Python, docstrings included: the most allowed, which may
     "setup.py": (390, 220),
     "config.py": (508, 320),
     "errors.py": (78, 60),
-    "model": (1259, 1000),
+    "model": (1260, 1000),
     "data": (2231, 1500),
     "parallel": (1543, 1250),
     "training": (1465, 1000),
@@ -29,7 +29,7 @@ BUDGETS = {  # lines of Python, docstrings included: the most allowed, which may
     "prepare": (1020, 1000),
     "__init__.py": (3, 5),
 }
-IN_ALL = {"alexnet_dist": (10852, 8700), "benchmarks": (2296, 2300), "tests": (7714, 6500)}
+IN_ALL = {"alexnet_dist": (10853, 8700), "benchmarks": (2296, 2300), "tests": (7715, 6500)}
 FILES_OF_A_STEP, LINES_OF_A_STEP = (16, 16), (2940, 2800)
 
 TRACER = """
