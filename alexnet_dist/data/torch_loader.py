@@ -3,6 +3,7 @@
 For machines without DALI, and the reference that the other loaders are tested against.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any
 
@@ -23,6 +24,8 @@ class TorchLoader(Loader):
 
     def __init__(self, dataset: ImageDataset, normalization: Normalization, **options: Any) -> None:
         super().__init__(dataset, normalization, **options)
+        torch.get_num_threads()  # this thread keeps it; the readers would each have so many threads
+        self._readers = ThreadPoolExecutor(self._threads, "read", torch.set_num_threads, (1,))
         self._pixels = lru_cache(self._threads)(self._decode)  # the ten crops of an image share it
         self.description = f"Pillow and torch, {self._threads} threads"
 

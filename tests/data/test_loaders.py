@@ -114,6 +114,19 @@ def test_the_torch_loader_gives_the_pixels_of_the_file(folders: dict[str, Path])
         assert np.array_equal(batch.images[row].numpy().transpose(1, 2, 0), image)
 
 
+def test_a_thread_that_decodes_starts_no_threads_of_its_own(folders: dict[str, Path]) -> None:
+    dataset, _, normalization = opened(folders, "torch")
+    mine = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        loader: Any = build("torch", dataset, SamplePlan(dataset.index.sizes, 4, 5), normalization)
+        with closing(loader):
+            assert loader._readers.submit(torch.get_num_threads).result() == 1
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(mine)
+
+
 def test_pca_noise_shifts_the_full_image(folders: dict[str, Path]) -> None:
     dataset, _, normalization = opened(folders, "torch")
     plan = SamplePlan(dataset.index.sizes, 4, 5, crop_fraction=0.5, pca_noise_std=lambda _: 0.1)
