@@ -22,14 +22,14 @@ BUDGETS = {  # lines of Python, docstrings included: the most allowed, which may
     "config.py": (508, 320),
     "errors.py": (78, 60),
     "model": (1260, 1000),
-    "data": (2231, 1500),
+    "data": (2234, 1500),
     "parallel": (1543, 1250),
     "training": (1465, 1000),
     "tracking": (768, 700),
     "prepare": (1020, 1000),
     "__init__.py": (3, 5),
 }
-IN_ALL = {"alexnet_dist": (10853, 8700), "benchmarks": (2296, 2300), "tests": (7715, 6500)}
+IN_ALL = {"alexnet_dist": (10856, 8700), "benchmarks": (2296, 2300), "tests": (7728, 6500)}
 FILES_OF_A_STEP, LINES_OF_A_STEP = (16, 16), (2940, 2800)
 
 TRACER = """
