@@ -435,7 +435,8 @@ def _read_config_file(path: str) -> dict[str, Any]:
         names = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
         raise _error(f"there is no config {path}; the package brings {names} in {folder}")
     try:
-        content = yaml.load(Path(path).read_text(), _TextLoader) or {}
+        with open(path) as file:  # which errors name, with the line
+            content = yaml.load(file, _TextLoader) or {}
         values = flatten(content) if isinstance(content, dict) else None
     except (yaml.YAMLError, ValueError) as error:
         raise _error(f"{path} cannot be read: {' '.join(str(error).split())}") from None
@@ -505,4 +506,4 @@ def _expected(hint: Any) -> str:
 
 
 def _as_text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+    return (value or "null") if isinstance(value, str) else json.dumps(value)

@@ -19,7 +19,7 @@ BUDGETS = {  # lines of Python, docstrings included: the most allowed, which may
     "submit.py": (77, 80),
     "replay.py": (81, 80),
     "setup.py": (390, 220),
-    "config.py": (508, 320),
+    "config.py": (509, 320),
     "errors.py": (78, 60),
     "model": (1260, 1000),
     "data": (2234, 1500),
@@ -29,7 +29,7 @@ BUDGETS = {  # lines of Python, docstrings included: the most allowed, which may
     "prepare": (1020, 1000),
     "__init__.py": (3, 5),
 }
-IN_ALL = {"alexnet_dist": (10856, 8700), "benchmarks": (2296, 2300), "tests": (7728, 6500)}
+IN_ALL = {"alexnet_dist": (10857, 8700), "benchmarks": (2296, 2300), "tests": (7730, 6500)}
 FILES_OF_A_STEP, LINES_OF_A_STEP = (16, 16), (2940, 2800)
 
 TRACER = """
