@@ -379,6 +379,12 @@ def _relabel(info: DatasetInfo, classes: list[str], named: bool) -> DatasetInfo 
     return replace(info, train=train, val=val)
 
 
+def same_classes(info: DatasetInfo, state: dict[str, Any]) -> bool:
+    """Whether the outputs of the network of a checkpoint's ``state`` are the labels of images."""
+    labeled = _relabel(info, state["classes"], "unnamed" not in state)
+    return labeled is not None and labeled.train.classes == info.train.classes
+
+
 def load_model(path: str, options: Callable[[dict[str, Any]], Config] = from_dict) -> LoadedModel:
     """The model at ``path``: a run (its best checkpoint), a checkpoint, an exported file, or
     torchvision's AlexNet. Raises UserError where there is none.

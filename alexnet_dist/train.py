@@ -4,6 +4,7 @@ torchrun --nproc_per_node=2 -m alexnet_dist.train --config configs/imagenette.ya
 """
 
 import contextlib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -224,9 +225,9 @@ class Trainer:
                 self.layout.scaler.load_state_dict(state["scaler"])
             return state["config"], warnings
         setup.init_weights(self.config, self.layout, len(self.data.info.train.classes))
-        path = self.config.model.pretrained
-        if path and (missing := ", ".join(self.checkpoints.load_pretrained(path))):
-            warnings.append(f"{path} has no {missing} for this network: initialized from scratch")
+        path, same = self.config.model.pretrained, partial(setup.same_classes, self.data.info)
+        if path and (missing := ", ".join(self.checkpoints.load_pretrained(path, same))):
+            warnings.append(f"{path} has no {missing} for these classes: initialized from scratch")
         return None, warnings
 
     def _check_resumable(self, state: dict[str, Any]) -> None:

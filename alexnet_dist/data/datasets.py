@@ -23,8 +23,7 @@ PREPARED = "prepared.json"
 
 FIX = "copy it again from where it was prepared, or remove the folder and prepare it from scratch"
 
-# a quarter of those that a process may have open (ulimit -n): training and validation have as many
-MAX_OPEN_FILES = max(min(resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4, 512), 1)
+MAX_OPEN_FILES = 512  # of the thousand that a process may have open; fewer where it may have fewer
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,8 @@ class TarDataset(_PackedDataset):
 
     def __init__(self, index: SplitIndex) -> None:
         super().__init__(index)
-        self._open = functools.lru_cache(MAX_OPEN_FILES)(functools.partial(open, buffering=0))
+        most = min(resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4, MAX_OPEN_FILES)
+        self._open = functools.lru_cache(most)(functools.partial(open, buffering=0))
 
     def read(self, index: int) -> NDArray[np.uint8]:
         number, offset, length = self.index.offsets[index].tolist()

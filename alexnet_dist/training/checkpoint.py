@@ -20,6 +20,8 @@ import hashlib
 import json
 import logging
 import os
+import pickle
+import re
 import shutil
 import time
 import warnings
@@ -208,20 +210,28 @@ class CheckpointManager:
             self._link_best()
         return state, warnings
 
-    def load_pretrained(self, path: str) -> list[str]:
+    def load_pretrained(
+        self, path: str, same_classes: Callable[[dict[str, Any]], bool] = lambda state: True
+    ) -> list[str]:
         """Read the weights of another run, or of a file.
 
         A last layer for other classes keeps its initial weights, and so do layers that the other
         network does not have: net 146 began with those of net 145.
 
+        Args:
+            same_classes: takes its state, and says whether its outputs are this network's.
+
         Returns:
             The parameters that keep their initial weights.
         """
         found = find_checkpoint(path)
-        shapes = read_state(found)["tensors"]
+        state = read_state(found)
+        shapes, same = state["tensors"], same_classes(state)
         mine = {n: t for n, t in self.state_tensors().items() if n.startswith("model.")}
         final = list(mine)[-2:]
-        missing = [n for n in final if n in shapes and shapes[n] != list(mine[n].shape)]
+        missing = [
+            n for n in final if n in shapes and not (same and shapes[n] == list(mine[n].shape))
+        ]
         if set(shapes) & (set(mine) - set(final)):
             missing += [n for n in mine if n not in shapes]
         load_tensors(found, {n: t for n, t in mine.items() if n not in missing})
@@ -432,7 +442,7 @@ def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with safe_open(path, "pt") as file:
             header = file.metadata() or {}
     else:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        found = _load_pth(path)
     if not isinstance(found, dict) or not all(isinstance(t, Tensor) for t in found.values()):
         raise ValueError("it holds something else than tensors by name")
     tensors = {f"model.{name}": tensor for name, tensor in found.items()}
@@ -443,6 +453,26 @@ def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     else:
         state = _torchvision_state(path, shapes)
     return tensors, {**state, "tensors": shapes}
+
+
+def _load_pth(path: Path) -> Any:
+    """A state_dict, also inside what PyTorch's ImageNet example saves, and of a network that was
+    wrapped by DataParallel or DistributedDataParallel."""
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if forbidden := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise UserError(
+                f"{path} holds {forbidden[1]} and not tensors alone, as torch.save(model) writes "
+                "it, and it might execute anything: write model.state_dict() instead",
+                on_all_ranks=True,
+            ) from None
+        raise
+    if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
+        found = found["state_dict"]
+    if isinstance(found, dict):
+        found = {re.sub(r"\bmodule\.", "", str(name)): value for name, value in found.items()}
+    return found
 
 
 def _torchvision_state(path: Path, shapes: dict[str, list[int]]) -> dict[str, Any]:
@@ -530,4 +560,5 @@ def _reason(error: BaseException) -> str:
     error = _cause(error)
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
+    plain = re.sub(r"\x1b\[[\d;]*m", "", str(error))  # of colors
+    return (plain.strip().splitlines() or [type(error).__name__])[-1].strip()

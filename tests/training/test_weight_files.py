@@ -11,6 +11,7 @@ from alexnet_dist.export import main as export
 from alexnet_dist.model import Network, build_model
 from alexnet_dist.parallel import mesh
 from alexnet_dist.setup import load_model
+from alexnet_dist.training.checkpoint import read_state
 from tests.networks import alone, command, save_network, weights_manager
 
 
@@ -26,16 +27,17 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Network]:
 def test_a_run_starts_from_safetensors(saved: tuple[Path, Network]) -> None:
     alone()
     weights, network = saved
-    for arch, outputs, from_scratch in (
-        ("paper", 3, []),
-        ("paper", 7, ["fc8.weight", "fc8.bias"]),
-        ("original146", 3, ["conv6.weight", "conv6.bias"]),
+    for arch, outputs, same, from_scratch in (
+        ("paper", 3, True, []),
+        ("paper", 3, False, ["fc8.weight", "fc8.bias"]),
+        ("paper", 7, False, ["fc8.weight", "fc8.bias"]),
+        ("original146", 3, True, ["conv6.weight", "conv6.bias"]),
     ):
         mine = build_model(arch, num_classes=outputs, image_size=67)
         initial = {name: value.clone() for name, value in mine.named_parameters()}
         parameters = dict(mine.named_parameters())
         manager, _ = weights_manager(Path(), parameters)
-        assert manager.load_pretrained(str(weights)) == from_scratch
+        assert manager.load_pretrained(str(weights), lambda _, same=same: same) == from_scratch
         theirs = dict(network.named_parameters())
         for name, parameter in mine.named_parameters():
             assert torch.equal(
@@ -57,6 +59,7 @@ def test_what_cannot_be_read(saved: tuple[Path, Network], tmp_path: Path) -> Non
     (tmp_path / "cut.safetensors").write_bytes(content[: len(content) // 2])
     (tmp_path / "text.safetensors").write_text("weights")
     torch.save({"a": Harm()}, tmp_path / "harm.pth")
+    torch.save(saved[1], tmp_path / "whole.pth")
     torch.save([1, 2], tmp_path / "list.pth")
     torch.save({"features.0.weight": torch.zeros(3)}, tmp_path / "other.pth")
     (tmp_path / "later.safetensors").write_bytes(
@@ -65,7 +68,8 @@ def test_what_cannot_be_read(saved: tuple[Path, Network], tmp_path: Path) -> Non
     for name, sentence in {
         "cut.safetensors": "is corrupt, or cannot be read",
         "text.safetensors": "is corrupt, or cannot be read",
-        "harm.pth": "is corrupt, or cannot be read",
+        "harm.pth": r"holds posix\.mkdir and not tensors .* write model\.state_dict\(\) instead",
+        "whole.pth": r"holds alexnet_dist\.model\.\S+ and not tensors",
         "list.pth": "holds something else than tensors by name",
         "other.pth": "neither an export of this package nor torchvision's AlexNet",
         "later.safetensors": "was written by a newer alexnet_dist",
@@ -76,3 +80,14 @@ def test_what_cannot_be_read(saved: tuple[Path, Network], tmp_path: Path) -> Non
         assert "\n" not in str(failure.value)
         assert failure.value.on_all_ranks
     assert not (tmp_path / "harm").exists()
+
+
+def test_checkpoints_of_pytorchs_example(tmp_path: Path) -> None:
+    """Its network is wrapped by DistributedDataParallel, or its features by DataParallel."""
+    weights = {"features.0.weight": torch.ones(64, 3, 11, 11), "classifier.6.weight": torch.ones(2)}
+    for old, new in (("features", "module.features"), ("features.", "features.module.")):
+        wrapped = {name.replace(old, new): tensor for name, tensor in weights.items()}
+        torch.save({"epoch": 9, "arch": "alexnet", "state_dict": wrapped}, tmp_path / "a.pth.tar")
+        state = read_state(tmp_path / "a.pth.tar")
+        assert list(state["tensors"]) == [f"model.{name}" for name in weights]
+        assert state["classes"] == ["0", "1"]
