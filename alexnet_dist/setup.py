@@ -71,7 +71,7 @@ class DataPipeline:
     eval_loader: Loader
 
     def close(self) -> None:
-        """End the loaders' threads and processes."""
+        """End the loaders' threads."""
         self.loader.close()
         self.eval_loader.close()
 
