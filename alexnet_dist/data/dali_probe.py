@@ -9,7 +9,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
 from typing import IO
@@ -46,7 +45,9 @@ def probe_decoder(device: torch.device) -> Decoder:
 
 def _remembered(file: IO[str], device: torch.device) -> Decoder:
     """What ``file`` says, or else what is found out, and written there."""
-    key = [torch.cuda.get_device_name(device), torch.__version__, version("nvidia-dali-cuda130")]
+    from nvidia.dali import __version__ as dali_version  # whichever CUDA its package is for
+
+    key = [torch.cuda.get_device_name(device), torch.__version__, dali_version]
     known = json.loads(file.read() or "{}")
     if known.get("key") != key:
         candidates: tuple[Decoder, ...] = ("roi", "full")

@@ -1,5 +1,6 @@
 """Which decoder is chosen on a GPU by what its trials say; whether they are true: tests/gpu."""
 
+import importlib.metadata
 import subprocess
 import tempfile
 from pathlib import Path
@@ -43,6 +44,7 @@ def test_the_fastest_decoder_that_works_is_remembered(
     monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: gpus[-1])
+    monkeypatch.setattr(importlib.metadata, "distribution", {}.get)  # DALI has many
     gpus = []
     for gpu, tried in (("H100", 2), ("H100", 2), ("A100", 4)):
         gpus.append(gpu)
