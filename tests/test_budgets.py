@@ -22,14 +22,14 @@ BUDGETS = {  # lines of Python, docstrings included: the most allowed, which may
     "config.py": (509, 320),
     "errors.py": (81, 60),
     "model": (1260, 1000),
-    "data": (2234, 1500),
+    "data": (2235, 1500),
     "parallel": (1543, 1250),
     "training": (1496, 1000),
     "tracking": (768, 700),
     "prepare": (1020, 1000),
     "__init__.py": (3, 5),
 }
-IN_ALL = {"alexnet_dist": (10898, 8700), "benchmarks": (2296, 2300), "tests": (8097, 6500)}
+IN_ALL = {"alexnet_dist": (10899, 8700), "benchmarks": (2296, 2300), "tests": (8099, 6500)}
 FILES_OF_A_STEP, LINES_OF_A_STEP = (16, 16), (2940, 2800)
 
 TRACER = """
