@@ -184,7 +184,8 @@ class Trainer:
 
     def _check_stop(self, timer: StepTimer) -> None:
         """Stop here if told to, or if the time left is for no more than a step and a save."""
-        self.preemption.check_stop(2 * timer.longest_step + 2 * self.checkpoints.longest_save)
+        need = 2 * timer.longest_step + 2 * self.checkpoints.longest_save
+        self.preemption.check_stop(need, need if self.checkpoints.longest_save else None)
 
     # checkpoints
 

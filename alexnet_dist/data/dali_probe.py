@@ -3,6 +3,7 @@
 import fcntl
 import functools
 import json
+import math
 import os
 import resource
 import subprocess
@@ -36,11 +37,14 @@ def probe_decoder(device: torch.device) -> Decoder:
     if device.type != "cuda":
         return "roi"
     folder = Path(tempfile.gettempdir(), f"alexnet_dist-{os.getuid()}")
-    folder.mkdir(exist_ok=True, mode=0o700)
-    with (folder / "decoder.json").open("a+") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        file.seek(0)
-        return _remembered(file, device)
+    try:
+        folder.mkdir(exist_ok=True, mode=0o700)
+        with (folder / "decoder.json").open("a+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.seek(0)
+            return _remembered(file, device)
+    except (OSError, ValueError):  # nothing can be remembered there
+        return _fastest(device)
 
 
 def _remembered(file: IO[str], device: torch.device) -> Decoder:
@@ -50,26 +54,29 @@ def _remembered(file: IO[str], device: torch.device) -> Decoder:
     key = [torch.cuda.get_device_name(device), torch.__version__, dali_version]
     known = json.loads(file.read() or "{}")
     if known.get("key") != key:
-        candidates: tuple[Decoder, ...] = ("roi", "full")
-        seconds = {decoder: _time(decoder, device) for decoder in candidates}
-        working: list[Decoder] = [name for name in candidates if seconds[name] is not None]
-        best = min(working, key=lambda name: seconds[name] or 0.0, default="cpu")
-        known = {"key": key, "decoder": best, "seconds": seconds}
+        known = {"key": key, "decoder": _fastest(device)}
         file.truncate(0)
         json.dump(known, file)
     decoder: Decoder = known["decoder"]
     return decoder
 
 
-def _time(decoder: Decoder, device: torch.device) -> float | None:
-    """Seconds that a decoder takes for some images; None where it does not work."""
+def _fastest(device: torch.device) -> Decoder:
+    candidates: tuple[Decoder, ...] = ("roi", "full")
+    seconds = {decoder: _time(decoder, device) for decoder in candidates}
+    fastest = min(candidates, key=seconds.__getitem__)
+    return fastest if seconds[fastest] < math.inf else "cpu"
+
+
+def _time(decoder: Decoder, device: torch.device) -> float:
+    """Seconds that a decoder takes for some images; infinite where it does not work."""
     module = "alexnet_dist.data.dali_probe"
     command = [sys.executable, "-m", module, decoder, str(device.index or 0)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     except subprocess.TimeoutExpired:
-        return None
-    return float(done.stdout.split()[-1]) if done.returncode == 0 else None
+        return math.inf
+    return float(done.stdout.split()[-1]) if done.returncode == 0 else math.inf
 
 
 def _probe(decoder: Decoder, device: torch.device) -> None:

@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import partial
 from io import BytesIO
-from itertools import chain, islice
+from itertools import chain
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -160,7 +160,7 @@ class Loader(ABC):
         self._threads = threads
         self._labels = torch.from_numpy(dataset.index.labels)
         self._readers = ThreadPoolExecutor(max(threads, self.min_readers), "read")
-        self._pending: deque[Future[tuple[SampleParams, Batch]]] = deque()
+        self._pending: deque[Future[tuple[SampleParams, Batch] | None]] = deque()
 
     def batches(self, samples: Iterable[SampleParams]) -> Generator[Batch, None, None]:
         """One batch for each of ``samples``.
@@ -231,19 +231,29 @@ def load_ahead(
     samples: Iterable[SampleParams],
     device: torch.device,
     threads: int,
-    pending: deque[Future[T]],
+    pending: deque[Future[T | None]],
 ) -> Generator[T, None, None]:
     """What ``load`` returns for each of ``samples``, in their order; ``threads`` of them are loaded
     at a time, and PREFETCH more wait to be taken. They are ``pending`` until they are."""
+    source = iter(samples)
+    planning = ThreadPoolExecutor(1, "plan")  # a batch of thousands takes milliseconds
     # CUDA calls of a thread go to device 0 unless it says otherwise
     use_device = partial(torch.cuda.set_device, device) if device.type == "cuda" else None
     pool = ThreadPoolExecutor(threads, "load", initializer=use_device)
-    tasks = (pool.submit(load, planned) for planned in samples)
+
+    def load_planned(plan: Future[SampleParams | None]) -> T | None:
+        planned = plan.result()
+        return None if planned is None else load(planned)
+
+    def submit() -> None:
+        pending.append(pool.submit(load_planned, planning.submit(next, source, None)))
+
     try:
-        pending.extend(islice(tasks, threads + PREFETCH))
-        while pending:
-            loaded = pending.popleft().result()
-            pending.extend(islice(tasks, 1))
+        for _ in range(threads + PREFETCH):
+            submit()
+        while (loaded := pending.popleft().result()) is not None:
+            submit()
             yield loaded
     finally:
+        planning.shutdown(cancel_futures=True)
         pool.shutdown(cancel_futures=True)

@@ -73,7 +73,8 @@ class PreemptionHandler:
         self._rank = dist.get_rank()
         self._received = StopReason.NONE
         self._timers: list[threading.Timer] = []
-        self._boundaries, self._need = 0, 0.0
+        self._boundaries = 0
+        self._patience: float | None = None
         self._last_poll = 0.0
         self._result: tuple[dist.Work, torch.Tensor] | None = None
         self._deadline = deadline(time_limit)
@@ -82,16 +83,17 @@ class PreemptionHandler:
         self._signals = [signal.Signals[name] for name in {"SIGTERM", "SIGINT", *signals}]
         self._install_handlers()
 
-    def check_stop(self, need: float = 0.0) -> None:
+    def check_stop(self, need: float = 0.0, patience: float | None = None) -> None:
         """All processes call it at the same step boundaries.
 
         Args:
             need: seconds until the next boundary, and for a save there.
+            patience: seconds within which the next boundary comes; None where that is not known.
 
         Raises:
             Preempted: some process had to stop at this boundary or the one before.
         """
-        self._boundaries, self._need = self._boundaries + 1, need
+        self._boundaries, self._patience = self._boundaries + 1, patience
         mine = self._poll(need)
         stop = mine if dist.get_world_size() == 1 else self._pop_result()
         if stop:
@@ -167,8 +169,9 @@ class PreemptionHandler:
         self._received = max(self._received, reason)
         if number == signal.SIGTERM and not self._timers:
             waits: list[tuple[float, int | None]] = [(self._grace, None)]
-            if self._need:  # else the first step is being compiled, perhaps for minutes
-                waits.append((min(self._need + _STUCK_SECONDS, self._grace), self._boundaries))
+            if self._patience is not None:
+                stuck = self._patience + _STUCK_SECONDS
+                waits.append((min(stuck, self._grace), self._boundaries))
             for seconds, boundaries in waits:
                 timer = threading.Timer(seconds, self._exit, [seconds, boundaries])
                 timer.daemon = True

@@ -103,7 +103,7 @@ dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 handler = PreemptionHandler(Path(sys.argv[1]), dist.group.WORLD, signals=(), time_limit=None,
                             grace=float(sys.argv[2]), before_exit=lambda: None)
 if sys.argv[3:]:
-    handler.check_stop(float(sys.argv[3]))
+    handler.check_stop(patience=float(sys.argv[3]))
 print("waiting", flush=True)
 store = dist.TCPStore("127.0.0.1", 0, None, True)
 store.wait(["what nobody sends"], datetime.timedelta(seconds=300))
