@@ -7,6 +7,7 @@ is 1.
 """
 
 import json
+import os
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
@@ -52,7 +53,7 @@ def find_images(path: str, left_out: LeftOut) -> list[str]:
     """The images anywhere below a folder, sorted. A file, and what holds no image, is given back:
     reading it tells what is wrong with it."""
     below = list_images(Path(path), left_out) if Path(path).is_dir() else []
-    return [str(Path(path, file.name)) for file in below] or [path]
+    return [str(Path(path, name)) for name, *_ in below] or [path]
 
 
 def main(arguments: list[str]) -> None:
@@ -87,7 +88,8 @@ def main(arguments: list[str]) -> None:
                 rows = (f"  {100 * prob:6.2f} %  {label}" for label, prob in best)
                 print(path, *rows, sep="\n", flush=True)
             if args.save_image and count <= MAX_IMAGES_IN_FIGURE:
-                shown.append((pixels, Path(path).name, best))
+                name = os.fsencode(Path(path).name).decode(errors="replace")
+                shown.append((pixels, name, best))
     if shown:
         title = f"{model.config.model.arch}, {model.path.name}: {len(shown)} of {count} images"
         images, names, bests = zip(*shown, strict=True)

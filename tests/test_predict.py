@@ -1,6 +1,8 @@
 """The most likely labels of images: an evaluation's numbers, and a word for every image."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -114,6 +116,23 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_done(
             f"alexnet_dist: {path} cannot be read ({reason}): it is skipped"
             for path, reason in reasons.items()
         ]
+
+
+def test_a_name_in_another_encoding_and_files_of_other_kinds(
+    trained: tuple[Path, Network], photographs: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    odd = tmp_path / "in" / os.fsdecode(b"caf\xe9.jpg")
+    odd.parent.mkdir()
+    shutil.copy(photographs / "a" / "00.jpg", odd)
+    for name in ("._a.jpg", "a.gif"):
+        (odd.parent / name).touch()
+    words = [odd.parent, "--checkpoint", trained[0], "--save_image", tmp_path / "a.png"]
+    command(main, *words, "--json", "-")
+    said = capsys.readouterr()
+    assert json.loads(said.out)["path"] == str(odd)
+    assert said.err == f"alexnet_dist: left out of the images: 1 .gif files ({odd.parent}/a.gif)\n"
+    assert (tmp_path / "a.png").is_file()
 
 
 def test_text_json_and_image(

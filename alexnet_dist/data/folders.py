@@ -20,12 +20,12 @@ IMAGE_SUFFIXES = frozenset({".jpeg", ".jpg", ".jfif", ".png", ".webp", ".bmp"})
 SPLITS = {"train": ("train",), "val": ("val", "valid", "validation", "test")}
 """What people call them, the best first: ImageNet's test images have no labels."""
 
+PARQUET = ("*.parquet", "*/*.parquet")
+
 _COMPANIONS = frozenset(
     {"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "lost+found", "Thumbs.db", "desktop.ini"}
 )
 """What a Mac, a NAS, Windows and file systems put beside people's files."""
-
-UNREADABLE = (-1, -1)
 
 
 class LeftOut(dict[str, list[Any]]):
@@ -57,12 +57,9 @@ class LeftOut(dict[str, list[Any]]):
         )
 
 
-class ImageFile(NamedTuple):
-    """An image below a folder: its path from there, and its stamp: bytes and time of the last
-    change in ns; UNREADABLE for a broken link, or a folder in its place."""
-
-    name: str
-    stamp: tuple[int, int]
+ImageFile = tuple[str, int, int]
+"""An image's path below a folder, its bytes, and when it changed last, in ns; -1, -1 for a broken
+link, or a folder in its place."""
 
 
 class SplitFiles(NamedTuple):
@@ -72,7 +69,7 @@ class SplitFiles(NamedTuple):
         classes: names of the folders, in the order of their labels.
         names: paths below the split's folder, by class.
         labels: [N].
-        stamps: [N, 2], of ``ImageFile``.
+        stamps: [N, 2], bytes and time of ``ImageFile``.
     """
 
     classes: list[str]
@@ -104,14 +101,15 @@ def find_split(folder: Path, split: str) -> Path | None:
     return next((path for path in found if path.is_dir()), None)
 
 
+def find_archives(root: Path, *patterns: str) -> list[Path]:
+    """The files that match and are not hidden, sorted."""
+    found = sorted(path for pattern in patterns for path in root.glob(pattern))
+    return [path for path in found if not any(map(is_hidden, path.relative_to(root).parts))]
+
+
 def find_form(root: Path) -> str | None:
     """In which form a folder holds ImageNet, as people have it; prepare reads all."""
-
-    def any_of(*patterns: str) -> bool:
-        found = (path for pattern in patterns for path in root.glob(pattern))
-        return any(not is_hidden(path.name) and not is_hidden(path.parent.name) for path in found)
-
-    if any_of("*.parquet", "*/*.parquet"):
+    if find_archives(root, *PARQUET):
         return "parquet files"
     if (root / "train").is_dir():
         return "class folders"
@@ -119,7 +117,7 @@ def find_form(root: Path) -> str | None:
         return "Kaggle's layout"
     if (root / "ILSVRC2012_img_train.tar").is_file():
         return "official tars"
-    return "webdataset tars" if any_of("*.tar") else None
+    return "webdataset tars" if find_archives(root, "*.tar") else None
 
 
 def list_images(folder: Path, left_out: LeftOut) -> list[ImageFile]:
@@ -148,17 +146,10 @@ def list_split(split: Path) -> SplitFiles:
     for each in counted:
         left_out.merge(each)
     _refuse_empty(split, classes, [len(images) for images in found], left_out)
-    return SplitFiles(
-        classes,
-        [
-            f"{name}/{file.name}"
-            for name, files in zip(classes, found, strict=True)
-            for file in files
-        ],
-        np.repeat(np.arange(len(classes)), [len(files) for files in found]),
-        np.array([file.stamp for files in found for file in files], np.int64),
-        left_out,
-    )
+    names = [f"{c}/{name}" for c, files in zip(classes, found, strict=True) for name, *_ in files]
+    labels = np.repeat(np.arange(len(classes)), [*map(len, found)])
+    stamps = np.array([stamp for files in found for _, *stamp in files], np.int64)
+    return SplitFiles(classes, names, labels, stamps, left_out)
 
 
 def _refuse_empty(split: Path, classes: list[str], counts: list[int], left_out: LeftOut) -> None:
@@ -200,12 +191,12 @@ def _walk(
             name, is_image = below + entry.name, is_image_name(entry.name)
             if entry.is_dir():
                 inner = _walk(entry.path, f"{name}/", parents | {here}, left_out)
-                found += inner or [ImageFile(name, UNREADABLE)] * is_image
+                found += inner or [(name, -1, -1)] * is_image
             elif is_image and entry.is_file():
                 status = entry.stat()
-                found.append(ImageFile(name, (status.st_size, status.st_mtime_ns)))
+                found.append((name, status.st_size, status.st_mtime_ns))
             elif is_image and not os.path.exists(entry.path):
-                found.append(ImageFile(name, UNREADABLE))
+                found.append((name, -1, -1))
             elif is_image:
                 left_out.add("devices, pipes and sockets", entry.path)
             else:

@@ -225,27 +225,20 @@ def _measure_colors(info: DatasetInfo, key: bytes, path: Path, progress: Progres
 
 def _no_split(folder: Path, name: str) -> str:
     """What to do with a folder that has no such split."""
+    form = find_form(folder)
     if any((folder / begun).exists() for begun in _BEGUN):
-        return (
-            f"the preparation of {folder} did not finish: run the same python -m "
-            "alexnet_dist.prepare again, and it goes on"
-        )
-    if (form := find_form(folder)) not in (None, "class folders"):
-        return (
-            f"{folder} holds {form}: run python -m alexnet_dist.prepare {folder} --out DIR, and "
-            "give --data.root DIR"
-        )
+        problem = "is not prepared to its end: run"
+        return f"{folder} {problem} the same python -m alexnet_dist.prepare again, and it goes on"
+    if form not in (None, "class folders"):
+        command = f"python -m alexnet_dist.prepare {folder} --out DIR"
+        return f"{folder} holds {form}: run {command}, and give --data.root DIR"
     if name == "val" and form:
-        return (
-            f"{folder} has no validation images: add a folder val/ with the same class folders as "
-            "train/"
-        )
+        fix = "add a folder val/ with the same class folders as train/"
+        return f"{folder} has no validation images: {fix}"
+    layout = "data.root is the folder that holds train/ and val/, each with a folder a class"
     inner = next((path for path in sorted(folder.glob("*")) if find_split(path, name)), None)
     hint = f"; give --data.root {inner}" if inner else ""
-    return (
-        f"{folder} has no folder {name}/: data.root is the folder that holds train/ and val/, each "
-        f"with a folder a class{hint}"
-    )
+    return f"{folder} has no folder {name}/: {layout}{hint}"
 
 
 def _load_arrays(path: Path) -> dict[str, NDArray[Any]]:

@@ -72,7 +72,7 @@ def prepare(
     with ProgressReporter() as progress:
         listing = discover_dataset(args.input, out / shards.PARTIAL, progress)
         total = len(listing.entries)
-        names = repr([entry[:3] for entry in listing.entries])
+        names = repr([listing.classes, *(entry[:3] for entry in listing.entries)])
         request |= {"image list": hashlib.sha256(names.encode()).hexdigest()[:16]}
         plan = out / shards.PARTIAL / "plan.json"
         if not plan.exists():

@@ -5,10 +5,11 @@ import re
 from pathlib import Path
 
 from alexnet_dist.data.folders import (
+    PARQUET,
     SPLITS,
+    find_archives,
     find_form,
     find_split,
-    is_hidden,
     is_image_name,
     list_images,
     list_split,
@@ -51,10 +52,10 @@ def discover_dataset(root: Path, scratch: Path, progress: Progress) -> DatasetLi
 def _discover(root: Path, scratch: Path, progress: Progress) -> DatasetListing:
     form = find_form(root)
     if form == "parquet files":
-        tables = [*root.glob("*.parquet"), *root.glob("*/*.parquet")]
+        tables = find_archives(root, *PARQUET)
         return read_parquet(root, *_assign_splits(tables), scratch, progress)
     if form == "webdataset tars":
-        return read_webdataset(root, *_assign_splits([*root.glob("*.tar")]), progress)
+        return read_webdataset(root, *_assign_splits(find_archives(root, "*.tar")), progress)
     if form == "official tars":
         return read_official_tars(root, progress)
     if form is not None:
@@ -99,7 +100,7 @@ def _read_table(folder: Path, table: Path, listing: DatasetListing) -> None:
     with table.open(newline="") as file:
         rows = [row for row in csv.reader(file, delimiter="," if kaggle else "\t") if len(row) > 1]
     labels = {Path(name).stem: label.partition(" ")[0] for name, label, *_ in rows}
-    for name, _ in list_images(folder, listing.left_out):
+    for name, *_ in list_images(folder, listing.left_out):
         if Path(name).stem not in labels:
             raise UserError(f"{table} has no line for {name}: download it again")
         listing.entries.append(ImageEntry("val", labels[Path(name).stem], name, f"{folder}/{name}"))
@@ -114,10 +115,9 @@ def _assign_splits(paths: list[Path]) -> tuple[dict[Path, str], list[Path]]:
     files of other splits."""
     known = {name for names in SPLITS.values() for name in names}
     found: dict[str, list[Path]] = {}
-    for path in sorted(paths):
-        if not is_hidden(path.name) and not is_hidden(path.parent.name):
-            words = [*re.split(r"[^a-z]+", path.name.lower()), path.parent.name, "train"]
-            found.setdefault(next(word for word in words if word in known), []).append(path)
+    for path in paths:
+        words = [*re.split(r"[^a-z]+", path.name.lower()), path.parent.name, "train"]
+        found.setdefault(next(word for word in words if word in known), []).append(path)
     best = {
         split: next((name for name in names if name in found), "")
         for split, names in SPLITS.items()
