@@ -152,6 +152,7 @@ def test_what_a_machine_does_not_allow(tmp_path: Path, monkeypatch: pytest.Monke
         dataset = open_datasets(scan(out))[0]
         assert all(len(dataset.read(index)) for index in range(90))
         scan(root, tmp_path / "cache")
+        scan_dataset(None, str(tmp_path / "cache"), lambda *_: None)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         os.umask(umask)

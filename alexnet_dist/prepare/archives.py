@@ -9,6 +9,7 @@ import importlib
 import json
 import re
 import tarfile
+from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -41,20 +42,16 @@ def read_official_tars(root: Path, progress: Progress) -> DatasetListing:
     with tarfile.open(path, "r:") as outer:
         for done, inner in enumerate(class_tars):
             progress("indexing classes", done, len(class_tars))
-            for member in _members(path / inner.name, outer.extractfile(inner)):
-                label, name = Path(inner.name).stem, Path(member.name).name
-                offset = inner.offset_data + member.offset_data
-                if is_image_name(name):
-                    entry = ImageEntry("train", label, name, str(path), offset, member.size)
-                    listing.entries.append(entry)
-                else:
-                    listing.left_out.add_file(f"{path}: {inner.name}/{member.name}")
-    path, members = root / "ILSVRC2012_img_val.tar", []
-    for member in sorted(_members(path), key=lambda member: member.name):
-        if is_image_name(Path(member.name).name):
-            members.append(member)
-        else:
-            listing.left_out.add_file(f"{path}: {member.name}")
+            if not inner.name.endswith(".tar"):
+                listing.left_out.add_file(f"{path}: {inner.name}")
+                continue
+            label = Path(inner.name).stem
+            for member in _images(path / inner.name, outer.extractfile(inner), listing):
+                name, offset = Path(member.name).name, inner.offset_data + member.offset_data
+                entry = ImageEntry("train", label, name, str(path), offset, member.size)
+                listing.entries.append(entry)
+    path = root / "ILSVRC2012_img_val.tar"
+    members = sorted(_images(path, None, listing), key=lambda member: member.name)
     if len(members) != len(truth):
         raise UserError(
             f"{path} has {len(members)} images, the devkit classes of {len(truth)}: download them"
@@ -92,6 +89,15 @@ def _members(path: Path, file: Any = None) -> list[tarfile.TarInfo]:
         raise UserError(
             f"{path} is compressed, corrupt or cut short ({error}): download it again, or unpack it"
         ) from None
+
+
+def _images(path: Path, file: Any, listing: DatasetListing) -> Iterator[tarfile.TarInfo]:
+    """The images in a tar; what else is in it is counted."""
+    for member in _members(path, file):
+        if is_image_name(Path(member.name).name):
+            yield member
+        else:
+            listing.left_out.add_file(f"{path}: {member.name}")
 
 
 def _read_devkit(root: Path) -> tuple[list[str], dict[str, str]]:
