@@ -26,10 +26,10 @@ BUDGETS = {  # lines of Python, docstrings included: the most allowed, which may
     "parallel": (1543, 1250),
     "training": (1499, 1000),
     "tracking": (768, 700),
-    "prepare": (1020, 1000),
+    "prepare": (1026, 1000),
     "__init__.py": (3, 5),
 }
-IN_ALL = {"alexnet_dist": (10906, 8700), "benchmarks": (2296, 2300), "tests": (8129, 6500)}
+IN_ALL = {"alexnet_dist": (10912, 8700), "benchmarks": (2296, 2300), "tests": (8130, 6500)}
 FILES_OF_A_STEP, LINES_OF_A_STEP = (16, 16), (2940, 2800)
 
 TRACER = """
