@@ -21,15 +21,15 @@ BUDGETS = {  # lines of Python, docstrings included: the most allowed, and what 
     "setup.py": (396, 220),
     "config.py": (509, 320),
     "errors.py": (81, 60),
-    "model": (1260, 1000),
-    "data": (2236, 1500),
+    "model": (1261, 1000),
+    "data": (2237, 1500),
     "parallel": (1543, 1250),
     "training": (1499, 1000),
     "tracking": (768, 700),
     "prepare": (1026, 1000),
     "__init__.py": (3, 5),
 }
-IN_ALL = {"alexnet_dist": (10912, 8700), "benchmarks": (2296, 2300), "tests": (8130, 6500)}
+IN_ALL = {"alexnet_dist": (10914, 8700), "benchmarks": (2297, 2300), "tests": (8159, 6500)}
 FILES_OF_A_STEP, LINES_OF_A_STEP = (16, 16), (2940, 2800)
 
 TRACER = """

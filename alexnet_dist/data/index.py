@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -93,8 +94,8 @@ class DatasetInfo:
         """What to call each class: "tench" of "tench, Tinca tinca"; "crane (n02012849)" of two."""
         short = {c: self.class_names.get(c, c).partition(",")[0] for c in self.train.classes}
         short = {c: os.fsencode(s).decode(errors="replace") for c, s in short.items()}
-        all_short = list(short.values())
-        return [f"{s} ({c})" if all_short.count(s) > 1 else s for c, s in short.items()]
+        counts = Counter(short.values())
+        return [f"{s} ({c})" if counts[s] > 1 else s for c, s in short.items()]
 
     @property
     def dataset_hash(self) -> str:

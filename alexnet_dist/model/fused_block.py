@@ -105,8 +105,9 @@ def _activations(pointer, first, there, bias, relu: tl.constexpr, reach: tl.cons
 
 @triton.jit
 def _maximum(best, code, other, other_code):
-    """The larger of two with its code; NaN is larger than all."""
-    larger = (other > best) | (other != other)
+    """The larger of two with its code; of equal ones the first in its window, as in torch; NaN is
+    larger than all."""
+    larger = (other > best) | (other != other) | ((other == best) & (other_code < code))
     return tl.where(larger, other, best), tl.where(larger, other_code, code)
 
 

@@ -34,7 +34,7 @@ def test_in_the_interpreter() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout[-5000:]
-    assert "12 passed" in done.stdout
+    assert "13 passed" in done.stdout
 
 
 def plain(z: Tensor, bias: Tensor, groups: int, relu_first: bool) -> Tensor:
@@ -70,10 +70,10 @@ def test_against_the_definition(
     wanted = plain(exact, exact_bias, groups, relu_first)
     theirs = wanted, *torch.autograd.grad(wanted, (exact, exact_bias), grad.double())
     # the interpreter cuts 16 bits off, where a GPU rounds
-    error = {torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}[dtype]
+    error = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}[dtype]
     for mine, other in zip(ours, theirs, strict=True):
         largest = float(other.detach().abs().max())
-        assert torch.allclose(mine.double(), other, rtol=error, atol=error * largest)
+        assert torch.allclose(mine.double(), other, rtol=error, atol=2e-6 * largest)
     assert pooled.dtype == ours[1].dtype == dtype
     assert pooled.is_contiguous(memory_format=torch.channels_last)
 
@@ -86,6 +86,15 @@ def test_beyond_a_group_nothing_is_read_and_nan_is_the_maximum() -> None:
         assert kernels.norm_pool(z, bias, K, 1e-4, 2, relu_first)[0][:, :48].isfinite().all()
         assert kernels.norm_pool(z, bias, K, 1e-4, 2, relu_first)[0][:, 48:].isnan().all()
         assert not kernels.norm_pool(z, bias, K, 1e-4, 1, relu_first)[0][:, :48].isfinite().all()
+
+
+@interpreted
+def test_of_equal_values_the_first_is_the_maximum() -> None:
+    """As torch has it: row by row."""
+    z = torch.zeros(1, 8, 3, 3)
+    z[:, :, 1, 0] = z[:, :, 0, 2] = 1.0
+    code = kernels.norm_pool(z, torch.zeros(8), K, 1e-4, 1, True)[1]
+    assert code.unique().tolist() == [2]
 
 
 @interpreted
@@ -103,8 +112,8 @@ def test_networks_take_them(monkeypatch: pytest.MonkeyPatch, arch: str, blocks: 
     """With a pretended GPU: the same logits and gradients, in both orders of the layers; but not
     where something else stands between them."""
     torch.manual_seed(0)
-    model = build_model(arch, num_classes=3, image_size=67)
-    images = torch.randn(1, 3, 67, 67).mul_(50)
+    model = build_model(arch, num_classes=3, image_size=51)
+    images = torch.randn(1, 3, 51, 51).mul_(50)
     images = images.to(memory_format=torch.channels_last)
     results, calls = [], []
 
