@@ -24,12 +24,12 @@ BUDGETS = {  # lines of Python, docstrings included: the most allowed, and what 
     "model": (1261, 1000),
     "data": (2237, 1500),
     "parallel": (1543, 1250),
-    "training": (1499, 1000),
+    "training": (1500, 1000),
     "tracking": (768, 700),
     "prepare": (1026, 1000),
     "__init__.py": (3, 5),
 }
-IN_ALL = {"alexnet_dist": (10914, 8700), "benchmarks": (2297, 2300), "tests": (8159, 6500)}
+IN_ALL = {"alexnet_dist": (10915, 8700), "benchmarks": (2297, 2300), "tests": (8160, 6500)}
 FILES_OF_A_STEP, LINES_OF_A_STEP = (16, 16), (2940, 2800)
 
 TRACER = """

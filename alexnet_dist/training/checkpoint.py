@@ -46,9 +46,9 @@ from alexnet_dist.errors import UserError
 from alexnet_dist.training.optim import momentum_buffers
 from alexnet_dist.training.step import TrainableLayout
 
-FORMAT = 3
-"""Of checkpoints and exported files. Those of alexnet_dist 0.1.0, whose options have other names,
-do not have it in their state."""
+FORMAT = 4
+"""Of checkpoints and exported files. Those of alexnet_dist 0.1.0 have up to 2, or none; 3 was
+written before 0.2.0 was released."""
 
 _MANIFEST, _STATE = "manifest.json", "state.json"
 _PARTIAL, _REPLACED, _CORRUPT = ".partial-", ".replaced-", "corrupt-"
@@ -367,10 +367,11 @@ def read_state(found: Path) -> dict[str, Any]:
             state = json.loads((found / _STATE).read_text())
     format_ = state.get("format", 0)
     if format_ != FORMAT:
-        version = "alexnet_dist 0.1.0" if format_ < FORMAT else "a newer alexnet_dist"
+        older = "alexnet_dist 0.1.0" if format_ < 3 else "an unreleased alexnet_dist 0.2.0"
+        version = older if format_ < FORMAT else "a newer alexnet_dist"
         raise UserError(
-            f"{found} was written by {version}, whose options have other names: use it with that "
-            "version",
+            f"{found} was written by {version}, which keeps other things under other names: use it "
+            "with that version",
             on_all_ranks=True,
         )
     return state

@@ -162,7 +162,8 @@ def test_checkpoint_of_another_network_or_version_is_refused(tmp_path: Path) -> 
     with pytest.raises(UserError, match=r"another network: model\.fc8\.bias should be \[7\]"):
         load_tensors(path, {"model.fc8.bias": torch.zeros(7)})
     state = json.loads((path / "state.json").read_text())
-    for format_, version in ((None, r"alexnet_dist 0\.1\.0"), (99, "a newer alexnet_dist")):
+    versions = {None: r"alexnet_dist 0\.1\.0", 3: "an unreleased alexnet_dist", 99: "a newer"}
+    for format_, version in versions.items():
         state |= {"format": format_}
         kept = {name: value for name, value in state.items() if value is not None}
         (path / "state.json").write_text(json.dumps(kept))

@@ -63,7 +63,7 @@ def test_what_cannot_be_read(saved: tuple[Path, Network], tmp_path: Path) -> Non
     torch.save([1, 2], tmp_path / "list.pth")
     torch.save({"features.0.weight": torch.zeros(3)}, tmp_path / "other.pth")
     (tmp_path / "later.safetensors").write_bytes(
-        content.replace(b'"alexnet_dist":"3"', b'"alexnet_dist":"9"', 1)
+        content.replace(b'"alexnet_dist":"4"', b'"alexnet_dist":"9"', 1)
     )
     for name, sentence in {
         "cut.safetensors": "is corrupt, or cannot be read",
