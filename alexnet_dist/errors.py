@@ -55,10 +55,10 @@ def run_command(main: Callable[[list[str]], None]) -> NoReturn:
         if "--debug" in sys.argv:
             traceback.print_exc()
         if isinstance(error, UserError):
-            if rank == "0" or not error.on_all_ranks:
-                print_error(str(error))
+            if rank != "0" and error.on_all_ranks:
+                _wait_for_rank0()
             else:
-                time.sleep(2)  # torchrun kills all once one has exited: let rank 0 print first
+                print_error(str(error))
             _stop_elastic_restarts()
         elif isinstance(error, RuntimeError) and re.search(LOST_PEER, str(error)):
             time.sleep(1)  # the one that exited first says why
@@ -70,6 +70,14 @@ def run_command(main: Callable[[list[str]], None]) -> NoReturn:
             traceback.print_exc()
     sys.stdout.flush()
     os._exit(code)  # a normal exit would wait for threads, and for processes that are gone
+
+
+def _wait_for_rank0() -> None:
+    """Let rank 0 print what all have to say: torchrun ends a machine's processes once one of them
+    has exited, and rank 0 may come seconds later. It then ends this one, too; on other machines
+    nobody does."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(30 if os.environ.get("GROUP_RANK", "0") == "0" else 2)
 
 
 def _stop_elastic_restarts() -> None:

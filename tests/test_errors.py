@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -26,3 +27,22 @@ def test_a_file_that_cannot_be_written_is_one_sentence(work: str, line: str) -> 
         assert done.returncode == 1
         assert ("Traceback" in done.stderr) == traceback
         assert done.stderr.startswith(f"alexnet_dist: {line}") == (not traceback)
+
+
+LATE = """
+import os, time
+from alexnet_dist.errors import UserError, run_command
+def main(_):
+    time.sleep(4 * (os.environ["RANK"] == "0"))
+    raise UserError("what all have to say", on_all_ranks=True)
+run_command(main)
+"""
+
+
+def test_what_all_ranks_say_is_said_once_however_late_rank_0_comes(tmp_path: Path) -> None:
+    (tmp_path / "late.py").write_text(LATE)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command.append(str(tmp_path / "late.py"))
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=25)
+    assert done.returncode == 1
+    assert done.stderr.count("alexnet_dist: what all have to say") == 1
