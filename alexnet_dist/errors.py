@@ -1,5 +1,6 @@
 """Errors that users can fix, and how a command ends on one."""
 
+import gc
 import io
 import os
 import re
@@ -39,6 +40,8 @@ def print_error(message: str) -> None:
 
 def run_command(main: Callable[[list[str]], None]) -> NoReturn:
     """Run a command; a UserError ends it with its message, exit code 1 and no traceback."""
+    gc.freeze()  # what was imported is not searched for garbage, now or at the end
+    gc.enable()
     rank, code = os.environ.get("RANK", "0"), 1
     if isinstance(sys.stdout, io.TextIOWrapper):  # a path may hold what no encoding has
         sys.stdout.reconfigure(errors="backslashreplace")

@@ -1,11 +1,14 @@
 """Which part of the package may import which."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 import alexnet_dist
+from tests.conftest import environment
 
 PACKAGE = Path(alexnet_dist.__file__).parent
 FOLDERS = {"model", "data", "parallel", "training", "tracking", "prepare"}
@@ -57,3 +60,16 @@ def test_imports_are_allowed(path: Path) -> None:
 def test_the_model_does_without_processes() -> None:
     for path in (PACKAGE / "model").glob("*.py"):
         assert "torch.distributed" not in path.read_text()
+
+
+def test_a_start_imports_no_compiler_and_looks_for_no_garbage() -> None:
+    code = (
+        "import gc, sys; sys.argv = ['-m']; import alexnet_dist.train; assert not gc.isenabled();"
+        "assert 'torch._inductor.compile_fx' not in sys.modules; sys.argv = ['train'];"
+        "alexnet_dist.train.run_command(lambda _: print(gc.isenabled(), gc.get_freeze_count()))"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment())
+    enabled, frozen = done.stdout.split()
+    assert enabled == "True"
+    assert int(frozen) > 100_000

@@ -5,7 +5,8 @@ dropped on every device and however the batch is divided, a process computes the
 slice only, and a resumed run needs no RNG state.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from importlib.util import find_spec
 from typing import Literal
 
@@ -89,8 +90,8 @@ def make_dropout_masks(
         compute = _kept
         if device.type == "cuda":  # no copy from pageable memory, for which the host would wait
             keys = keys.pin_memory().to(device, non_blocking=True)
-            if has_triton(device):
-                compute = _compiled_kept
+            if has_triton(device):  # one kernel, where torch would launch forty
+                compute = _compiled_kept()
         units = layer.first_unit, layer.first_unit + layer.units
         masks.append(compute(keys, (start, stop, stride), units, layer.p))
     return tuple(masks)
@@ -111,8 +112,9 @@ def _kept(keys: Tensor, images: tuple[int, int, int], units: tuple[int, int], p:
     return _hash(image_bits[:, None] ^ unit_bits) >= round(p * 2**32) - 2**31
 
 
-_compiled_kept = torch.compile(_kept, dynamic=False)
-"""One kernel, where GPUs would launch forty."""
+@cache
+def _compiled_kept() -> Callable[..., Tensor]:
+    return torch.compile(_kept, dynamic=False)  # imports the compiler: a second
 
 
 def _hash(bits: Tensor) -> Tensor:
