@@ -8,7 +8,8 @@ ENV := .venv/.made
 PY := .venv/bin/python
 # Tests start many processes and wait for them, so that two at a time are done sooner on two cores.
 PYTEST := $(PY) -m pytest -q --numprocesses=2 --dist=loadfile
-TORCHRUN := .venv/bin/torchrun --nproc_per_node=$(PROCESSES)
+# torchrun would set OMP_NUM_THREADS, with a warning; the trainer sets its threads itself.
+TORCHRUN := OMP_NUM_THREADS=1 .venv/bin/torchrun --nproc_per_node=$(PROCESSES)
 
 .PHONY: train test test-slow test-oldest lint bench bench-layouts bench-scaling bench-gpu clean
 

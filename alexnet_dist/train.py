@@ -366,7 +366,7 @@ class Trainer:
         self.data.close()
         if self.config.data.root == "digits" and self.mesh.rank == 0:
             print(
-                "next: --config configs/imagenette.yaml (Imagenette), configs/paper2012.yaml "
+                "next: --config configs/imagenette.yaml (Imagenette), configs/paper2012.yaml\n"
                 "(ImageNet) or none (CIFAR-10), with --data.root DIR"
             )
 

@@ -6,16 +6,22 @@ signals and exit code.
 """
 
 import atexit
+import contextlib
+import fcntl
+import functools
 import importlib
 import multiprocessing
 import os
+import select
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -49,6 +55,44 @@ def run_main(module: str, *options: str) -> None:
     sys.argv = [module, *options]
     command = importlib.import_module(module)
     command.run_command(command.main)
+
+
+@contextlib.contextmanager
+def terminal(columns: int, *words: str) -> Iterator[tuple[Callable[..., str], Callable[..., int]]]:
+    """The command ``words`` in a terminal of its own: what reads from there until a text comes, or
+    fails after so many seconds, and what writes there as a keyboard does."""
+    keyboard, screen = os.openpty()
+    fcntl.ioctl(screen, termios.TIOCSWINSZ, struct.pack("4H", 30, columns, 0, 0))
+    args = (os.ttyname(screen), {**os.environ, "TERM": "xterm", "COLUMNS": ""}, words)
+    process = _FORKSERVER.Process(target=_run_in_terminal, args=args)
+    process.start()
+
+    def read_until(text: str, seconds: float) -> str:
+        found, end = b"", time.monotonic() + seconds
+        while text.encode() not in found:
+            ready, _, _ = select.select([keyboard], [], [], max(end - time.monotonic(), 0))
+            assert ready, f"{text!r} did not come within {seconds} s: {found.decode()}"
+            found += os.read(keyboard, 4096)
+        return found.decode()
+
+    try:
+        yield read_until, functools.partial(os.write, keyboard)
+        process.join(30)
+    finally:
+        process.kill()
+        os.close(keyboard)
+        os.close(screen)
+
+
+def _run_in_terminal(screen: str, env: dict[str, str], words: tuple[str, ...]) -> None:
+    os.environ.clear()
+    os.environ.update(env)
+    os.setsid()
+    terminal = os.open(screen, os.O_RDWR)  # which becomes the controlling one
+    for number in (0, 1, 2):
+        os.dup2(terminal, number)
+    sys.stdout, sys.stderr = (open(fd, "w", buffering=1) for fd in (1, 2))  # noqa: SIM115
+    run_main(*words)
 
 
 def _ranks(processes: int) -> list[dict[str, str]]:

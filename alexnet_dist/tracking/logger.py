@@ -91,7 +91,7 @@ class Logger:
     def stop_progress_bar(self) -> None:
         """Leave the terminal in order where the process ends without ``close``."""
         if self._run_dir is not None:
-            self._console.bar.stop()
+            self._console.stop()
 
 
 def read_events(run_dir: Path, *, superseded: bool = False) -> list[Event]:

@@ -1,11 +1,15 @@
 """The records of a run, and its folder."""
 
+import io
 import json
+import re
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from alexnet_dist.errors import UserError
 from alexnet_dist.tracking import plots
@@ -18,6 +22,8 @@ from alexnet_dist.tracking.run_dir import (
     save_config,
     set_status,
 )
+from tests.conftest import TINY
+from tests.processes import terminal
 
 
 def test_records_survive_a_truncated_line(tmp_path: Path) -> None:
@@ -78,20 +84,70 @@ def test_steps_after_the_checkpoint_are_superseded(tmp_path: Path) -> None:
     assert len(read_events(tmp_path, superseded=True)) == 7
 
 
-def test_the_console_has_a_line_for_a_step_where_there_is_no_terminal(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+CONTROL = r"\x1b\[\??[0-9;]*[A-Za-z]"
+TRAIN = {"event": "train", "loss": 6.9077, "top1_error": 98.21, "lrs": {"weights": 0.01}}
+
+
+def test_a_file_gets_a_line_for_an_interval_and_no_control_characters(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
     sink = ConsoleSink(tmp_path, total_steps=6, steps_per_epoch=3)
-    event = {"event": "train", "step": 4, "epoch": 4 / 3, "loss": None, "lrs": {"weights": 0.01}}
-    event["top1_error"] = None  # as the loss, where no step was finite
     speeds = {"images_per_second": 9, "data_time_fraction": 0.25, "comm_time_fraction": 0}
-    sink.log(event | speeds)
-    sink.log({"event": "warning", "step": 4, "message": "[a] {b}"})
+    sink.log(TRAIN | {"event": "eval", "epoch": 1, "step": 3, "top5_error": 9, "seconds": 4})
+    # where no step was finite, there is no loss
+    sink.log(TRAIN | speeds | {"step": 4, "seconds": 5, "loss": None, "top1_error": None})
+    sink.log({"event": "warning", "step": 4, "message": "[a] {b}" + 99 * " c"})
     sink.log({"event": "checkpoint", "step": 4})  # is not shown
+    sink.stop()
     assert capsys.readouterr().out.splitlines() == [
-        "epoch 2/2  step 4/6  loss nan  lr 0.01  9 img/s  data 25%",
-        "warning: [a] {b}",
+        "epoch 1  validation top-1 1.79 %  (error 98.21 %, top-5 9.00 %)  loss 6.9077",
+        "epoch 2/2 step 4/6 loss nan top-1 nan% lr 0.01 9 img/s data 25% "
+        "left 10s of the epoch, 14s of the run",
+        "warning: [a] {b}" + 99 * " c",
     ]
+
+
+SHORT = "ep 12/90 step 14020 loss 6.91 top-1 2% 24013/s data 12% comm 100% 42s, 1h10m"
+LONG = (
+    "epoch 12/90 step 14020/112590 loss 6.9077 top-1 1.8% lr 0.01 24013 img/s data 12% comm 100% "
+    "left 42s of the epoch, 1h10m of the run"
+)
+
+
+@pytest.mark.parametrize(("width", "expected"), [(80, SHORT), (200, LONG)])
+def test_a_terminal_has_one_line_of_progress(tmp_path: Path, width: int, expected: str) -> None:
+    """Of a run on ImageNet with 1,024 images a step, on 8 processes."""
+    stream = io.StringIO()
+    console = Console(width=width, force_terminal=True, file=stream, highlight=False)
+    sink = ConsoleSink(tmp_path, total_steps=112590, steps_per_epoch=1251, console=console)
+    speeds = {"images_per_second": 24013, "data_time_fraction": 0.12, "comm_time_fraction": 1}
+    path, sink._step = 16 * "/a_folder", 14000
+    sink.log(TRAIN | speeds | {"step": 14020, "seconds": 20 * 1024 / 24013})
+    sink.log({"event": "warning", "step": 14020, "message": 40 * "word " + path})
+    sink.stop()
+    shown = [text.strip() for text in re.split(f"{CONTROL}|[\r\n]", stream.getvalue())]
+    assert len(expected) <= width
+    assert {text for text in shown if text.startswith("ep")} == {expected}
+    assert {text for text in shown if len(text) > width} <= {path}  # which can be copied
+
+
+def test_ctrl_c_in_a_terminal_is_answered_at_once(images: Path, tmp_path: Path) -> None:
+    options = [*TINY, f"--data.root={images}", f"--run.output_dir={tmp_path}"]
+    words = ["alexnet_dist.train", *options, "--run.name=a", "--train.epochs=1000"]
+    with terminal(80, *words) as (read_until, write):
+        shown = read_until("left ", 60)
+        write(b"\x03")
+        begin = time.monotonic()
+        shown += read_until("ends it unsaved", 10)
+        assert time.monotonic() - begin < 2
+        assert "stopped by" not in shown
+        shown += read_until("the same command resumes", 60)
+    lines = [text.strip() for text in re.split(f"{CONTROL}|[\r\n]", shown)]
+    assert any(re.match(r"epoch 1/1000 step \d+/4000 loss .* left ", line) for line in lines)
+    assert any(line.startswith("alexnet_dist: Ctrl-C: the run is saved and ends") for line in lines)
+    assert max(map(len, set(lines) - {f"the run is in {tmp_path}/a"})) <= 80
+    assert read_status(tmp_path / "a")["status"] == "stopped"
 
 
 def make_run(path: Path, **status: Any) -> Path:
