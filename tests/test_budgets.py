@@ -24,12 +24,12 @@ BUDGETS = {  # lines of Python, docstrings included: the most allowed, and what 
     "model": (1263, 1000),
     "data": (2237, 1500),
     "parallel": (1543, 1250),
-    "training": (1500, 1000),
-    "tracking": (768, 700),
+    "training": (1502, 1000),
+    "tracking": (849, 700),
     "prepare": (1026, 1000),
     "__init__.py": (9, 5),
 }
-IN_ALL = {"alexnet_dist": (10934, 8700), "benchmarks": (2297, 2300), "tests": (8196, 6500)}
+IN_ALL = {"alexnet_dist": (11017, 8700), "benchmarks": (2297, 2300), "tests": (8296, 6500)}
 FILES_OF_A_STEP, LINES_OF_A_STEP = (16, 16), (2940, 2800)
 
 TRACER = """
