@@ -3,7 +3,7 @@
 import gc
 import sys
 
-__version__ = "0.2.0"
+__version__ = "1.0.0"
 
 if sys.argv[:1] == ["-m"]:  # a command is about to import much, and all of it stays: no garbage
     gc.disable()  # until errors.run_command; a third of the time that starting takes

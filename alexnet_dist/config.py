@@ -302,7 +302,7 @@ class CommandParser(argparse.ArgumentParser):
         self.trainer_options = trainer_options
         if not trainer_options:
             return
-        about_config = "a YAML file of trainer options; of several, the later win"
+        about_config = "a YAML file of trainer options, or its name in configs/; the later win"
         self.add_argument("--config", action="append", metavar="FILE", help=about_config)
         self.add_argument("--print_config", action="store_true", help="print them and exit")
         if command == "train":
@@ -344,7 +344,7 @@ class CommandParser(argparse.ArgumentParser):
             paths = [str(packaged_folder("configs") / "quickstart.yaml")]
         kept = flatten(base_config or {})
         config = from_dict({name: kept[name] for name in kept if name not in NOT_PERSISTED})
-        for path in paths:
+        for path in map(_find_config_file, paths):
             _set_options(config, _read_config_file(path), path)
         _set_options(config, dotted, None)
         _check_combinations(config)
@@ -428,12 +428,20 @@ def packaged_folder(name: Literal["configs", "slurm"]) -> Path:
     return installed if installed.is_dir() else Path(__file__).parents[1] / name
 
 
+def _find_config_file(path: str) -> str:
+    """A file, or one of the package's by its name: paper2012, or configs/paper2012.yaml in a folder
+    that has no such file."""
+    if Path(path).is_file():
+        return path
+    folder, name = packaged_folder("configs"), Path(path).stem
+    packaged = {file.stem: str(file) for file in sorted(folder.glob("*.yaml"))}
+    if name in packaged and path in (name, f"configs/{name}.yaml"):
+        return packaged[name]
+    raise _error(f"there is no config {path}; the package brings {', '.join(packaged)} in {folder}")
+
+
 def _read_config_file(path: str) -> dict[str, Any]:
     """The options in a YAML file, by dotted name."""
-    if not Path(path).is_file():
-        folder = packaged_folder("configs")
-        names = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
-        raise _error(f"there is no config {path}; the package brings {names} in {folder}")
     try:
         with open(path) as file:  # which errors name, with the line
             content = yaml.load(file, _TextLoader) or {}

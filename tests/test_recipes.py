@@ -52,6 +52,17 @@ def test_a_config_resolves(name: str) -> None:
             check_data_root(config)
 
 
+def test_a_config_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for path in ("fast", "configs/fast.yaml"):
+        parsed = CommandParser().parse([f"--config={path}"])
+        assert (parsed.config, parsed.config_name) == (resolve("fast"), "fast")
+    (tmp_path / "fast").write_text("optim: {lr: 7}")  # a file comes first
+    assert CommandParser().parse(["--config=fast"]).config.optim.lr == 7
+    with pytest.raises(UserError, match=r"there is no config other/fast\.yaml"):
+        CommandParser().parse(["--config=other/fast.yaml"])
+
+
 PARAMETERS = [
     ("conv1.weight", "weights"),
     ("conv1.bias", "biases"),
