@@ -19,7 +19,7 @@ BUDGETS = {  # lines of Python, docstrings included: the most allowed, and what 
     "submit.py": (77, 80),
     "replay.py": (81, 80),
     "setup.py": (396, 220),
-    "config.py": (509, 320),
+    "config.py": (517, 320),
     "errors.py": (92, 60),
     "model": (1263, 1000),
     "data": (2237, 1500),
@@ -29,7 +29,7 @@ BUDGETS = {  # lines of Python, docstrings included: the most allowed, and what 
     "prepare": (1026, 1000),
     "__init__.py": (9, 5),
 }
-IN_ALL = {"alexnet_dist": (11017, 8700), "benchmarks": (2297, 2300), "tests": (8296, 6500)}
+IN_ALL = {"alexnet_dist": (11066, 8700), "benchmarks": (2297, 2300), "tests": (8388, 6500)}
 FILES_OF_A_STEP, LINES_OF_A_STEP = (16, 16), (2940, 2800)
 
 TRACER = """
