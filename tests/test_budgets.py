@@ -28,9 +28,9 @@ BUDGETS = {  # lines of Python, docstrings included: the most allowed, and what 
     "tracking": (849, 700),
     "prepare": (1026, 1000),
     "__init__.py": (9, 5),
-    "__main__.py": (42, 45),
+    "__main__.py": (41, 45),
 }
-IN_ALL = {"alexnet_dist": (11066, 8700), "benchmarks": (2297, 2300), "tests": (8388, 6500)}
+IN_ALL = {"alexnet_dist": (11066, 8700), "benchmarks": (2297, 2300), "tests": (8389, 6500)}
 FILES_OF_A_STEP, LINES_OF_A_STEP = (16, 16), (2940, 2800)
 
 TRACER = """
