@@ -112,7 +112,8 @@ class TrainBenchmark:
         mesh, model = self.mesh, self.config.model
         batches = self.batches(self.data.loader)
         batch = next(batches)
-        for _ in range(CAPTURE_WARMUP_STEPS + 2):
+        captured = setup.uses_cuda_graph(self.config, mesh)
+        for _ in range(CAPTURE_WARMUP_STEPS + 2 if captured else 4):
             self.step(batch)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         if mesh.device.type == "cuda":

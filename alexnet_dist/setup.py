@@ -29,7 +29,7 @@ from alexnet_dist.parallel.mesh import Mesh
 from alexnet_dist.parallel.precision import resolve_precision, use_precision
 from alexnet_dist.tracking.console import ProgressReporter
 from alexnet_dist.training.checkpoint import find_checkpoint, load_tensors, read_state
-from alexnet_dist.training.cuda_graph import CudaGraphStep
+from alexnet_dist.training.cuda_graph import CudaGraphStep, run_on
 from alexnet_dist.training.optim import build_optimizer
 from alexnet_dist.training.schedules import Schedule, piecewise_value
 from alexnet_dist.training.step import train_step
@@ -186,7 +186,9 @@ def build_training(config: Config, mesh: Mesh, data: DataPipeline) -> TrainState
     """Network, optimizer and schedule for ``data``, still without weights; see ``init_weights``."""
     optim, num_classes = config.optim, len(data.info.train.classes)
     use_precision(config.runtime.precision, mesh.device, config.runtime.deterministic)
-    layout = parallelize(build_model(config, num_classes), mesh, layout_config(config, mesh))
+    stream = torch.cuda.Stream(mesh.device) if uses_cuda_graph(config, mesh) else None
+    model, options = build_model(config, num_classes), layout_config(config, mesh)
+    layout = run_on(stream, partial(parallelize, model, mesh, options))
     optimizer = build_optimizer(
         optim.name,
         layout.parameters,
@@ -204,9 +206,15 @@ def build_training(config: Config, mesh: Mesh, data: DataPipeline) -> TrainState
         **vars(optim.schedule),
     )
     step: Callable[..., Tensor] = partial(train_step, layout, optimizer)
-    if uses_cuda_graph(config, mesh):
-        idle, fall_back = data.loader.wait_until_idle, config.runtime.cuda_graph == "auto"
-        step = CudaGraphStep(layout, optimizer, before_capture=idle, fall_back=fall_back)
+    if stream is not None:
+        step = CudaGraphStep(
+            layout,
+            optimizer,
+            stream,
+            before_capture=data.loader.wait_until_idle,
+            on_all=lambda captured: all(mesh.all_gather_object(captured)),
+            fall_back=config.runtime.cuda_graph == "auto",
+        )
     return TrainState(layout, optimizer, schedule, step)
 
 
@@ -256,8 +264,9 @@ def uses_cuda_graph(config: Config, mesh: Mesh) -> bool:
     wanted, layout = config.runtime.cuda_graph, layout_config(config, mesh)
     obstacles = {
         "runtime.cuda_graph needs an NVIDIA GPU: leave it out": mesh.device.type != "cuda",
-        "runtime.cuda_graph cannot capture all-reduces yet, and there are "
-        f"{mesh.world_size} processes: leave it out, or take one": mesh.world_size > 1,
+        "runtime.cuda_graph captures no towers: take --parallel.towers 1": mesh.split_size > 1,
+        "runtime.cuda_graph cannot capture PowerSGD, whose first steps differ: take "
+        "--parallel.grad_compression bf16": layout.grad_compression == "powersgd",
         "runtime.cuda_graph captures no sharded layers: take --parallel.fc replicated": (
             layout.fc == "sharded"
         ),

@@ -17,7 +17,8 @@ class CommTimer:
     """Adds up how long this process waits for others: communication that nothing hides.
 
     On a GPU the stream waits, not the process: there the time lies between two CUDA events, which
-    are read by ``pop_seconds``, so that no step waits for its timer.
+    are read by ``pop_seconds``, so that no step waits for its timer. In a CUDA graph nothing is
+    timed.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -27,7 +28,8 @@ class CommTimer:
 
     def start(self) -> None:
         """A wait starts; one that was started before, and has not stopped, starts only now."""
-        self._started = self._now()
+        if not (self._cuda and torch.cuda.is_current_stream_capturing()):
+            self._started = self._now()
 
     def stop(self) -> None:
         """What was waited for has arrived."""

@@ -5,13 +5,15 @@ copied into them before each replay, and the result is copied out. Of the number
 computes only the learning rates change from step to step; the update reads them from tensors.
 
 The first steps run eagerly, and count: cuDNN chooses its kernels then, Triton and torch.compile
-build theirs, none of which can happen during a capture. Nor may any thread synchronize the device
-then, as DALI does when it releases memory: so the loader is idle during it.
+build theirs, DDP times its first ten passes, none of which can happen during a capture. Nor may any
+thread synchronize the device then, as DALI does when it releases memory: so the loader is idle. The
+layout is made on the stream of the capture, since autograd remembers where a gradient is summed.
 """
 
 import math
 from collections.abc import Callable, Iterable
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -20,15 +22,20 @@ from alexnet_dist.errors import UserError, print_error
 from alexnet_dist.training.sgd2012 import KrizhevskySGD
 from alexnet_dist.training.step import TrainableLayout, train_step
 
-CAPTURE_WARMUP_STEPS = 3
+CAPTURE_WARMUP_STEPS = 11
 """Eager steps before the one that is captured."""
+
+T = TypeVar("T")
 
 
 class CudaGraphStep:
     """``train_step`` of a layout and an optimizer, for batches of one shape.
 
     Args:
+        stream: on which the layout was made.
         before_capture: is called when nothing else may use the GPU from now on.
+        on_all: whether the step was captured on every process, of whether it was on this one: a
+            collective call, since one that is in a graph has to be in all (NCCL's manual).
         fall_back: where the step cannot be captured, say so and go on with eager steps.
     """
 
@@ -36,13 +43,15 @@ class CudaGraphStep:
         self,
         layout: TrainableLayout,
         optimizer: torch.optim.Optimizer,
+        stream: torch.cuda.Stream,
         *,
         before_capture: Callable[[], None] = lambda: None,
+        on_all: Callable[[bool], bool] = bool,
         fall_back: bool = False,
     ) -> None:
         assert isinstance(optimizer, KrizhevskySGD)
-        self._layout, self._optimizer = layout, optimizer
-        self._before_capture, self._fall_back = before_capture, fall_back
+        self._layout, self._optimizer, self._stream = layout, optimizer, stream
+        self._before_capture, self._on_all, self._fall_back = before_capture, on_all, fall_back
         self._eager_steps: float = CAPTURE_WARMUP_STEPS  # still to be taken
         self._inputs: list[Tensor] = []
         self._captured: tuple[torch.cuda.CUDAGraph, Tensor] | None = None
@@ -63,15 +72,19 @@ class CudaGraphStep:
         step = partial(train_step, self._layout, self._optimizer, images, labels, masks)
         if self._eager_steps > 0:
             self._eager_steps -= 1
-            return _run_on_side_stream(step).clone()
+            return run_on(self._stream, step).clone()
         self._optimizer.sync_lr()
         if self._captured is None:
             self._before_capture()
+            error = RuntimeError("another process cannot")
             try:
-                self._captured = _capture(step)
-            except RuntimeError as error:
+                self._captured = _capture(step, self._stream)
+            except RuntimeError as mine:
+                error = mine
+            if not self._on_all(self._captured is not None):
                 self._give_up(error)
                 return step()
+            assert self._captured is not None
         graph, result = self._captured
         graph.replay()
         return result.clone()  # the next replay overwrites it
@@ -83,23 +96,27 @@ class CudaGraphStep:
             fix = "take --runtime.cuda_graph false"
             raise UserError(f"{message}: {fix}", on_all_ranks=True) from error
         print_error(f"{message}: steps go on without one")
-        self._eager_steps = math.inf
+        self._captured, self._eager_steps = None, math.inf
         self._optimizer.zero_grad(set_to_none=True)  # they lie in the memory of the graph
 
 
-def _run_on_side_stream(step: Callable[[], Tensor]) -> Tensor:
-    """As torch requires of what comes before a capture."""
-    current, side = torch.cuda.current_stream(), torch.cuda.Stream()
-    side.wait_stream(current)
-    with torch.cuda.stream(side):
-        result = step()
-    current.wait_stream(side)
+def run_on(stream: torch.cuda.Stream | None, work: Callable[[], T]) -> T:
+    """Run ``work`` on ``stream``: after all that was launched before, before all that comes."""
+    if stream is None:
+        return work()
+    current = torch.cuda.current_stream()
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        result = work()
+    current.wait_stream(stream)
     return result
 
 
-def _capture(step: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+def _capture(
+    step: Callable[[], Tensor], stream: torch.cuda.Stream
+) -> tuple[torch.cuda.CUDAGraph, Tensor]:
     """The graph of ``step``, and where a replay writes its result; nothing is computed yet."""
     graph = torch.cuda.CUDAGraph()
     # of this thread only: the loaders' threads may allocate memory meanwhile
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         return graph, step()

@@ -304,22 +304,28 @@ def test_sgd2012_compiled_is_the_plain_function() -> None:
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("processes", "options"),
     [
-        [],
-        ["--runtime.compile=true"],
-        ["--optim.name=lars", "--optim.lr=0.02", "--train.grad_accum_steps=2"],
+        (1, []),
+        (1, ["--runtime.compile=true"]),
+        (1, ["--optim.name=lars", "--optim.lr=0.02", "--train.grad_accum_steps=2"]),
+        (2, []),  # with DDP's all-reduces
+        (2, ["--parallel.grad_compression=bf16", "--model.arch=alexnet_bn"]),
     ],
 )
-def test_a_cuda_graph_step_is_the_eager_one(options: list[str], tmp_path: Path) -> None:
-    """Over twelve steps, nine of them replayed, each with another learning rate."""
+def test_a_cuda_graph_step_is_the_eager_one(
+    processes: int, options: list[str], tmp_path: Path
+) -> None:
+    """Over twenty steps, nine of them replayed, each with another learning rate."""
+    if torch.cuda.device_count() < processes:
+        pytest.skip(f"needs {processes} GPUs")
     root = write_images(tmp_path / "i")
-    same = ["--runtime.precision=bf16", "--runtime.deterministic=true", "--train.epochs=3"]
+    same = ["--runtime.precision=bf16", "--runtime.deterministic=true", "--train.epochs=5"]
     same += ["--optim.schedule.name=one_cycle", "--optim.lr=0.002", *options]
-    train(1, root, tmp_path, "--run.name=plain", "--runtime.cuda_graph=false", *same)
-    train(1, root, tmp_path, "--run.name=graph", "--runtime.cuda_graph=true", *same)
+    train(processes, root, tmp_path, "--run.name=plain", "--runtime.cuda_graph=false", *same)
+    train(processes, root, tmp_path, "--run.name=graph", "--runtime.cuda_graph=true", *same)
     plain, graph = losses(tmp_path / "plain"), losses(tmp_path / "graph")
-    assert len(plain) == 12
+    assert len(plain) == 20
     assert graph == pytest.approx(plain, rel=1e-4)
 
 
@@ -359,13 +365,13 @@ def test_batch_normalization_is_that_of_the_cpu(tmp_path: Path) -> None:
 
 def test_the_fast_recipe_compiles_and_captures(tmp_path: Path) -> None:
     root = write_images(tmp_path / "i")
-    options = ["--config=configs/fast.yaml", "--train.max_steps=6"]
+    options = ["--config=configs/fast.yaml", "--train.max_steps=14"]
     result = train(0, root, tmp_path, "--run.name=run", "--runtime.precision=bf16", *options)
     assert "cannot be captured" not in result.err  # it is captured, beside DALI where that is
     (start,) = events(tmp_path / "run", "start")
     assert start["compiled"]
     assert start["cuda_graph"]
-    assert len(losses(tmp_path / "run")) == 6
+    assert len(losses(tmp_path / "run")) == 14
 
 
 def test_bench_measures_every_part(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Which steps are captured as a CUDA graph; that captured ones compute the same is in tests/gpu."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,9 +23,10 @@ def configured(cuda_graph: str, *words: str) -> Config:
     return CommandParser().parse(options).config
 
 
-def test_cuda_graph_of_one_process_in_bf16() -> None:
+@pytest.mark.parametrize("processes", [1, 8])
+def test_cuda_graph_in_bf16(processes: int) -> None:
     for wanted in ("true", "auto"):
-        assert uses_cuda_graph(configured(wanted, "--optim.name=lars"), mesh())
+        assert uses_cuda_graph(configured(wanted, "--optim.name=lars"), mesh("cuda", processes))
     assert not uses_cuda_graph(configured("false"), mesh())
 
 
@@ -32,7 +34,8 @@ def test_cuda_graph_of_one_process_in_bf16() -> None:
     ("where", "option", "message"),
     [
         (mesh("cpu"), "", "needs an NVIDIA GPU: leave it out"),
-        (mesh("cuda", 2), "", "cannot capture all-reduces yet, and there are 2 processes"),
+        (replace(mesh("cuda", 2), split_size=2), "", "captures no towers: take"),
+        (mesh("cuda", 2), "--parallel.grad_compression=powersgd", "take .* bf16"),
         (mesh(), "--parallel.fc=sharded", "take --parallel.fc replicated"),
         (mesh(), "--runtime.precision=fp16", "take --runtime.precision bf16"),
         (mesh(), "--optim.name=sgd", "take --optim.name sgd2012 or lars"),
@@ -46,16 +49,23 @@ def test_cuda_graph_names_what_cannot_be_captured(where: Mesh, option: str, mess
     assert not uses_cuda_graph(configured("auto", *words), where)
 
 
+@pytest.mark.parametrize("here", [True, False])
 @pytest.mark.parametrize("fall_back", [True, False])
 def test_a_step_that_cannot_be_captured(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fall_back: bool
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    fall_back: bool,
+    here: bool,
 ) -> None:
-    """The loader is idle when it is tried, once; steps then go on eagerly if that is allowed."""
+    """Whether here or on another process. The loader is idle when it is tried, once; steps then go
+    on eagerly on all if that is allowed."""
     calls: list[str] = []
 
-    def capture(step: Any) -> None:
+    def capture(step: Any, stream: Any) -> tuple[None, torch.Tensor]:
         calls.append("capture")
-        raise RuntimeError("operation would make the legacy stream depend on a capturing stream.")
+        if here:
+            raise RuntimeError("operation would make the legacy stream depend on a capturing one.")
+        return None, torch.zeros(2)
 
     def train_step(*_: Any) -> torch.Tensor:
         calls.append("step")
@@ -63,20 +73,26 @@ def test_a_step_that_cannot_be_captured(
 
     monkeypatch.setattr(cuda_graph, "_capture", capture)
     monkeypatch.setattr(cuda_graph, "train_step", train_step)
-    monkeypatch.setattr(cuda_graph, "_run_on_side_stream", lambda step: step())
     optimizer = KrizhevskySGD([torch.nn.Parameter(torch.ones(1))], lr=0.1, momentum=0.9)
-    layout: Any = None
+    no_gpu: Any = None
     step = cuda_graph.CudaGraphStep(
-        layout, optimizer, before_capture=lambda: calls.append("idle"), fall_back=fall_back
+        no_gpu,
+        optimizer,
+        no_gpu,
+        before_capture=lambda: calls.append("idle"),
+        on_all=lambda captured: False,
+        fall_back=fall_back,
     )
     batch = torch.zeros(2, 3), torch.zeros(2)
     for _ in range(cuda_graph.CAPTURE_WARMUP_STEPS):
         step(*batch, ())
     if not fall_back:
-        with pytest.raises(UserError, match=r"depend on a capturing stream\): take --runtime.cuda"):
+        reason = "depend on a capturing one" if here else "another process cannot"
+        with pytest.raises(UserError, match=rf"{reason}\): take --runtime.cuda_graph false"):
             step(*batch, ())
         return
     for _ in range(2):
         step(*batch, ())
-    assert calls == ["step"] * 3 + ["idle", "capture"] + ["step"] * 2
+    warm_up = ["step"] * cuda_graph.CAPTURE_WARMUP_STEPS
+    assert calls == [*warm_up, "idle", "capture", "step", "step"]
     assert "steps go on without one" in capsys.readouterr().err
