@@ -89,7 +89,7 @@ class DataConfig:
     cache_dir: str = "~/.cache/alexnet_dist"  # for digits, indices and statistics of data folders
     batch_size: PositiveInt = 128  # images per step over all processes (the paper, section 5)
     eval_batch_size: PositiveInt = 256  # crops per step of an evaluation over all processes
-    # gpu_cache: raw pixels in GPU memory; auto: that for raw pixels, else DALI if installed
+    # gpu_cache: raw pixels cropped by the GPU; auto: that for raw pixels, else DALI if installed
     loader: Literal["auto", "dali", "torch", "gpu_cache"] = "auto"
     image_size: PositiveInt = 224  # width and height of the network's input, in pixels
     resize_size: PositiveInt = 256  # a crop is image_size / resize_size of the shorter side

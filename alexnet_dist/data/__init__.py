@@ -7,7 +7,7 @@ import torch
 from alexnet_dist.data import dali, dali_probe
 from alexnet_dist.data.datasets import ImageDataset, RawDataset
 from alexnet_dist.data.eval_plan import EvalPlan, needs_resize
-from alexnet_dist.data.gpu_cache import GpuCacheLoader, fits_in_gpu_memory
+from alexnet_dist.data.gpu_cache import GpuCacheLoader
 from alexnet_dist.data.loader import Loader, OnCorruptImage
 from alexnet_dist.data.plan import SamplePlan
 from alexnet_dist.data.torch_loader import TorchLoader
@@ -33,7 +33,7 @@ def build_loader(
 
     Raises:
         UserError: DALI is asked for by name and not installed, or gpu_cache for a dataset without
-            raw pixels, or with more than the GPU has room for.
+            raw pixels.
     """
     if name == "dali" and not dali.available():
         raise UserError(
@@ -49,15 +49,10 @@ def build_loader(
             on_all_ranks=True,
         )
     options: dict[str, Any] = {"device": device, "threads": threads, "on_corrupt": on_corrupt}
-    if isinstance(dataset, RawDataset) and name in ("auto", "gpu_cache"):
-        fits = fits_in_gpu_memory(dataset, device)
-        if name == "gpu_cache" and not fits and device.type == "cuda":
-            raise UserError(
-                f"{dataset.index.folder} has {dataset.pixels.nbytes / 1e9:.1f} GB of pixels, which "
-                "leave no room for training on this GPU: take --data.loader auto"
-            )
-        if fits or name == "gpu_cache":
-            return GpuCacheLoader(dataset, normalization, **options)
+    if isinstance(dataset, RawDataset) and (
+        name == "gpu_cache" or (name == "auto" and device.type == "cuda")
+    ):
+        return GpuCacheLoader(dataset, normalization, **options)
     if name == "torch" or not dali.available():
         return TorchLoader(dataset, normalization, **options)
     return dali.DaliLoader(

@@ -1,21 +1,26 @@
-"""The loader for raw pixels that lie in a GPU's memory: a batch is cropped out of them there.
+"""The loader for raw pixels, of which a GPU crops its batches.
 
-CPUs compute the same, so that it can be tried there; DALI is faster on them.
+They lie in its memory where they fit; else threads copy a batch of them from the file into pinned
+memory, from which it fetches them. CPUs compute the same, so that it can be tried there; DALI is
+faster on them.
 """
 
 from collections.abc import Generator, Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from alexnet_dist.data.datasets import RawDataset
 from alexnet_dist.data.loader import Batch, Loader, to_device
-from alexnet_dist.data.plan import SampleParams
+from alexnet_dist.data.plan import Ints, SampleParams
 from alexnet_dist.data.transforms import Normalization, normalize
 
 RESIZE_CHUNK = 64
 """Images that are resized at a time: as float32 they take 50 MB."""
+READ_CHUNK = 8
+"""Images that a thread reads at a time."""
 
 
 def fits_in_gpu_memory(dataset: RawDataset, device: torch.device) -> bool:
@@ -81,21 +86,26 @@ def _resize_weights(start: Tensor, length: Tensor, stored: int, size: int) -> Te
 
 
 class GpuCacheLoader(Loader):
-    """Loads samples of raw pixels, which all lie on the device."""
+    """Loads samples of raw pixels."""
 
     batches_at_once = 1  # they share a stream
 
     def __init__(self, dataset: RawDataset, normalization: Normalization, **options: Any) -> None:
         super().__init__(dataset, normalization, **options)
         gpu = self.device.type == "cuda"
-        self._rows, pixels = dataset.rows, dataset.pixels
-        self._images = torch.empty(pixels.shape, dtype=torch.uint8, device=self.device)
-        for first in range(0, len(pixels), 1024):  # without a second copy of all on the host
-            self._images[first : first + 1024] = torch.tensor(pixels[first : first + 1024])
+        self._rows, self._pixels = dataset.rows, dataset.pixels
+        self._images: Tensor | None = None
+        where = f"read by {self._threads} threads"
+        if fits_in_gpu_memory(dataset, self.device):
+            where = "in the memory of the GPU"
+            self._images = torch.empty(self._pixels.shape, dtype=torch.uint8, device=self.device)
+            for first in range(0, len(self._pixels), 1024):  # no second copy of all on the host
+                some = slice(first, first + 1024)
+                self._images[some] = torch.tensor(self._pixels[some])
         self._stream = torch.cuda.Stream(self.device) if gpu else None
         self._crop = torch.compile(crop_normalize, dynamic=True) if gpu else crop_normalize
-        size = f"{pixels.nbytes / 1e9:.1f} GB of raw pixels"
-        self.description = f"gpu_cache: {size} in the memory of the {'GPU' if gpu else 'host'}"
+        size = f"{self._pixels.nbytes / 1e9:.1f} GB of raw pixels"
+        self.description = f"gpu_cache: {size}, {where}"
 
     def batches(self, samples: Iterable[SampleParams]) -> Generator[Batch, None, None]:
         for batch in super().batches(samples):
@@ -108,11 +118,14 @@ class GpuCacheLoader(Loader):
 
     def _load(self, samples: SampleParams) -> Batch:
         normalization, size = self.normalization, self.normalization.size
+        at, images = self._rows[samples.indices], self._images
+        if images is None:
+            read, at = self._read(at), np.arange(len(at))
         with torch.cuda.stream(self._stream):  # None on CPUs, which changes nothing
             rows, boxes, flips, means, scales, labels = (
                 to_device(array, self.device)
                 for array in (
-                    self._rows[samples.indices],
+                    at,
                     samples.crop_boxes,
                     samples.flips,
                     normalization.means(samples),
@@ -120,7 +133,8 @@ class GpuCacheLoader(Loader):
                     self._labels[samples.indices],
                 )
             )
-            images = self._images
+            if images is None:
+                images = read.to(self.device, non_blocking=True)
             if (samples.crop_boxes[:, 2:] != size).any():
                 chunks = zip(*(x.split(RESIZE_CHUNK) for x in (rows, boxes, flips)), strict=True)
                 images = torch.cat([resize_crops(images[n], b, f, size) for n, b, f in chunks])
@@ -128,3 +142,16 @@ class GpuCacheLoader(Loader):
                 boxes, flips = torch.zeros_like(boxes), torch.zeros_like(flips)
             images = self._crop(images, rows, boxes, flips, means, scales, size)
         return Batch(images, labels, samples.indices)
+
+    def _read(self, rows: Ints) -> Tensor:
+        """The pixels [b, H, W, 3] at ``rows`` of the file, in memory that a GPU can fetch from."""
+        pinned, shape = self.device.type == "cuda", self._pixels.shape[1:]
+        images = torch.empty(len(rows), *shape, dtype=torch.uint8, pin_memory=pinned)
+        out = images.numpy()
+
+        def read_chunk(first: int) -> None:
+            some = slice(first, first + READ_CHUNK)  # clip: numpy writes there without a copy
+            np.take(self._pixels, rows[some], axis=0, out=out[some], mode="clip")
+
+        list(self._readers.map(read_chunk, range(0, len(rows), READ_CHUNK)))
+        return images

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from alexnet_dist.data import gpu_cache
 from alexnet_dist.data.datasets import ImageDataset, RawDataset
 from alexnet_dist.data.decode import decode
 from alexnet_dist.data.eval_plan import EvalPlan, needs_resize
@@ -67,14 +68,23 @@ def assert_close(ours: list[Batch], theirs: list[Batch], mean_difference: float)
 
 
 @pytest.mark.parametrize("crop", ["no resize", "paper", "random_resized"])
-@pytest.mark.parametrize(("name", "resized"), [("dali", 1), ("gpu_cache", 0.05 / 58)])
+@pytest.mark.parametrize(
+    ("name", "resized", "in_memory"),
+    [("dali", 1, False), ("gpu_cache", 0.05 / 58, False), ("gpu_cache", 0.05 / 58, True)],
+)
 def test_loader_gives_the_torch_loaders_batches(
-    name: str, resized: float, crop: TrainCrop, folders: dict[str, Path]
+    name: str,
+    resized: float,
+    in_memory: bool,
+    crop: TrainCrop,
+    folders: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """To the bit without a resize: flipped, with PCA noise that ends in mid-epoch, from the middle
     of an epoch, for one rank of two and for one that has no image. DALI resizes, as torch does,
     bilinearly with antialiasing, but with other weights and roundings: 0.2 to 0.3 of 255 on average
     on these images, which are noise (0.17 on 64 photographs of ImageNet, 12 at most)."""
+    monkeypatch.setattr(gpu_cache, "fits_in_gpu_memory", lambda *_: in_memory)
     dataset, _, normalization = opened(folders, name)
     fraction, crop = (0.5, "paper") if crop == "no resize" else (0.8, crop)
     plan = SamplePlan(

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from alexnet_dist.data import dali_probe
+from alexnet_dist.data import dali_probe, gpu_cache
 from alexnet_dist.data.datasets import ImageDataset
 from alexnet_dist.data.loader import Batch
 from alexnet_dist.data.plan import SamplePlan, TrainCrop
@@ -95,10 +95,14 @@ def test_dali_agrees_with_the_torch_loader(
     assert_close(ours, theirs, 1.0 if decoder == "none" else 2.0)
 
 
+@pytest.mark.parametrize("fits", [True, False])
 @pytest.mark.parametrize("crop", ["paper", "random_resized"])
-def test_gpu_cache_gives_the_torch_loaders_batches(crop: TrainCrop, tmp_path: Path) -> None:
+def test_gpu_cache_gives_the_torch_loaders_batches(
+    crop: TrainCrop, fits: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """To the bit where no box is resized, in an epoch that is longer than what is prefetched, and
-    for a rank without any image."""
+    for a rank without any image; also of pixels that do not fit into the GPU."""
+    monkeypatch.setattr(gpu_cache, "fits_in_gpu_memory", lambda *_: fits)
     dataset, normalization = open_images(tmp_path, pixels=True)
     plan = SamplePlan(dataset.index.sizes, 7, 1, crop, 0.7, pca_noise_std=lambda _: 0.1)
     samples = [*plan.epoch(0, 0, ALL), plan.sample(0, 0, slice(7, None, 8))]
@@ -116,7 +120,7 @@ def test_auto_takes_the_gpu_cache_for_raw_pixels(tmp_path: Path) -> None:
         options = [f"--data.loader={name}", "--runtime.deterministic=true"]
         train(1, folder, tmp_path / name, "--run.name=run", *options)
     (start,) = events(tmp_path / "auto" / "run", "start")
-    assert start["loader"] == "gpu_cache: 0.0 GB of raw pixels in the memory of the GPU"
+    assert start["loader"] == "gpu_cache: 0.0 GB of raw pixels, in the memory of the GPU"
     assert losses(tmp_path / "auto/run") == losses(tmp_path / "torch/run")
 
 
