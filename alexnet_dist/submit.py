@@ -17,6 +17,7 @@ import sys
 
 from alexnet_dist.config import CommandParser, check_data_root, packaged_folder
 from alexnet_dist.errors import UserError, run_command
+from alexnet_dist.tracking.run_dir import resolve_run_dir
 
 
 def main(arguments: list[str]) -> None:
@@ -38,6 +39,9 @@ def main(arguments: list[str]) -> None:
     run = parsed.config.run
     if run.resume != "auto":
         raise UserError("leave out run.resume: a job resumes its own run (see --run.name)")
+    members = [run.name] if script == "train" else [f"{run.name}-{n}" for n in range(5)]
+    for member in members if run.name else ():  # one that has ended is refused now, not by the job
+        resolve_run_dir(run.output_dir, member, "", run.resume)
     # the scripts read no YAML
     words += [f"--run.output_dir={run.output_dir}", f"--train.seed={parsed.config.train.seed}"]
     words += [f"--run.name={run.name}"] if run.name else []

@@ -29,6 +29,15 @@ def test_a_file_that_cannot_be_written_is_one_sentence(work: str, line: str) -> 
         assert done.stderr.startswith(f"alexnet_dist: {line}") == (not traceback)
 
 
+def test_a_path_that_a_terminal_cannot_show_is_printed_with_escapes() -> None:
+    code = (
+        r"from alexnet_dist.errors import run_command; run_command(lambda _: print('\udce9\xe9'))"
+    )
+    env = environment() | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert (done.returncode, done.stdout) == (0, "\\udce9\\xe9\n")
+
+
 LATE = """
 import os, time
 from alexnet_dist.errors import UserError, run_command

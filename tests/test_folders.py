@@ -65,6 +65,11 @@ TREES: dict[str, tuple[list[str | bytes], list[str | bytes], dict[str, int]]] = 
         ["train/__MACOSX/ant/._0.jpg", "val/@eaDir/0.jpg", "train/ant/._0.jpg", "val/.x/y.jpg"],
         {},
     ),
+    "more splits": (
+        [],
+        ["test/ant/0.jpg", "validation/0.jpg", "unlabeled/0.jpg"],
+        {"folders of other splits": 2},
+    ),
     "odd names": (
         [b"train/ant/caf\xe9.jpg", "train/ant/a\nb.jpg", "train/ant/ .jpg", "val/bee/x\t,.png"],
         [],
@@ -90,7 +95,8 @@ def test_training_and_prepare_find_the_same_images(kind: str, tmp_path: Path) ->
         assert {reason: count for reason, (count, _) in info.left_out.items()} == left_out
         assert len(info.warnings) == bool(left_out)
     below = LeftOut()
-    assert len(find_images(str(root), below)) == len(PLAIN) + len(found) + (kind == "other endings")
+    more = {"other endings": 1, "more splits": 3}.get(kind, 0)
+    assert len(find_images(str(root), below)) == len(PLAIN) + len(found) + more
     assert sum(count for count, _ in below.values()) == sum(
         count for reason, count in left_out.items() if reason.endswith(("files", "kind"))
     )
@@ -196,6 +202,12 @@ def test_rows_of_parquet_without_a_class_are_counted(tmp_path: Path) -> None:
         "images of other splits": 1
     }
     assert listing.class_numbers == imagenet.LABELS
+    for path in (tmp_path / "in").glob("validation-*"):
+        path.unlink()
+    assert message(discover, tmp_path / "in").endswith(
+        "have no validation images: add them in val/; left out are 1 images without a class "
+        f"({tmp_path}/in/test-0.parquet: test.JPEG)"
+    )
 
 
 def test_a_run_tells_at_its_start_what_is_left_out(tmp_path: Path) -> None:

@@ -96,6 +96,17 @@ def test_submit_refuses_before_anything_waits_in_a_queue(words: str, message: st
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize(("script", "ended"), [("train", "net"), ("array5", "net-3")])
+def test_submit_refuses_a_named_run_that_has_ended(script: str, ended: str, tmp_path: Path) -> None:
+    (tmp_path / ended).mkdir()
+    (tmp_path / ended / "config.yaml").write_text("{}\n")
+    (tmp_path / ended / "status.json").write_text('{"format": 2, "status": "ended"}')
+    words = [script, "--dry_run", "--", f"--run.output_dir={tmp_path}", "--run.name=net"]
+    with pytest.raises(UserError, match=f"the run {tmp_path}/{ended} has ended: give another"):
+        main(words)
+    main([*words[:-1], "--run.name=other"])
+
+
 def test_submit_without_sbatch_or_against_its_will(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

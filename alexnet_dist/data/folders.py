@@ -101,6 +101,12 @@ def find_split(folder: Path, split: str) -> Path | None:
     return next((path for path in found if path.is_dir()), None)
 
 
+def count_unused_splits(folder: Path, left_out: LeftOut) -> None:
+    """Count the folders of validation images that ``find_split`` passes over for a better one."""
+    for path in [folder / name for name in SPLITS["val"] if (folder / name).is_dir()][1:]:
+        left_out.add("folders of other splits", str(path))
+
+
 def find_archives(root: Path, *patterns: str) -> list[Path]:
     """The files that match and are not hidden, sorted."""
     found = sorted(path for pattern in patterns for path in root.glob(pattern))

@@ -45,6 +45,7 @@ from alexnet_dist.data.folders import (
     SPLITS,
     LeftOut,
     SplitFiles,
+    count_unused_splits,
     find_form,
     find_split,
     list_split,
@@ -161,6 +162,7 @@ def _index_folders(
 ) -> tuple[DatasetInfo, bytes]:
     """The images of class folders; and what changes when a training image does."""
     indexes, left_out, notes, key = [], LeftOut(), [], b""
+    count_unused_splits(folder, left_out)
     for name in ("val",) if only_val else SPLITS:
         split = find_split(folder, name)
         if split is None and only_val and find_form(folder) is None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from alexnet_dist.data.folders import (
     PARQUET,
     SPLITS,
+    count_unused_splits,
     find_archives,
     find_form,
     find_split,
@@ -71,6 +72,7 @@ def _read_folders(folder: Path) -> DatasetListing:
     """train/CLASS/ and val/CLASS/; or a val/ without class folders, whose classes are in a table:
     Kaggle's, beside it or up to three folders above, or Tiny ImageNet's, in it."""
     listing = DatasetListing(f"class folders of {folder}", [])
+    count_unused_splits(folder, listing.left_out)
     for split in SPLITS:
         if (path := find_split(folder, split)) is None:
             continue
