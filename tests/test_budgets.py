@@ -15,22 +15,22 @@ BUDGETS = {  # lines of Python, docstrings included: the most allowed, and what 
     "export.py": (178, 180),
     "figures.py": (234, 250),
     "summary.py": (63, 70),
-    "bench.py": (269, 260),
-    "submit.py": (77, 80),
+    "bench.py": (270, 260),
+    "submit.py": (81, 80),
     "replay.py": (81, 80),
-    "setup.py": (396, 220),
+    "setup.py": (405, 220),
     "config.py": (517, 320),
     "errors.py": (92, 60),
     "model": (1263, 1000),
-    "data": (2237, 1500),
-    "parallel": (1543, 1250),
-    "training": (1502, 1000),
+    "data": (2267, 1500),
+    "parallel": (1545, 1250),
+    "training": (1519, 1000),
     "tracking": (849, 700),
-    "prepare": (1026, 1000),
+    "prepare": (1028, 1000),
     "__init__.py": (9, 5),
     "__main__.py": (41, 45),
 }
-IN_ALL = {"alexnet_dist": (11066, 8700), "benchmarks": (2297, 2300), "tests": (8389, 6500)}
+IN_ALL = {"alexnet_dist": (11131, 8700), "benchmarks": (2297, 2300), "tests": (8457, 6500)}
 FILES_OF_A_STEP, LINES_OF_A_STEP = (16, 16), (2940, 2800)
 
 TRACER = """
