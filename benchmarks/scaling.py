@@ -41,6 +41,7 @@ COUNTS = [2**power for power in range(11)]
 STRONG, WEAK = 1024, 128  # images of the global batch; per GPU
 LOCAL_BATCH, CHECK_SHAPE = 8, {"classes": 1000, "image_size": 67}
 MEMORY = 2.7e12  # bytes per second, of a memory of 3.35
+HOST = {"ddp": 0.3e-3, "ddp+bf16": 0.3e-3, "ddp+powersgd": 6e-3, "sharded": 6e-3}
 REDUCING = {"": 8, "bf16": 20, "powersgd": 40}  # bytes that DDP copies per gradient value
 ASSUMPTIONS = """\
 of nodes of 8 H100 (nothing of it measured):
@@ -50,6 +51,7 @@ of nodes of 8 H100 (nothing of it measured):
 - update: 20 bytes per parameter; DDP copies 8 bytes per gradient value, 20 in bf16, 40 for PowerSGD
 - NVLink: 360 GB/s per GPU and direction, 3 us per hop; hops by the logarithm of the group
 - InfiniBand: 400 Gbit/s per GPU, of which 45 GB/s, 8 us per hop; no switch is oversubscribed
+- the host launches a step in 0.3 ms as a CUDA graph, in 6 ms with PowerSGD or sharded layers
 - collectives take a tenth of a GPU from what computes beside them
 - loading is never the bottleneck
 of the model:
@@ -100,7 +102,8 @@ def table() -> list[dict[str, Any]]:
                 batch = STRONG if scaling == "strong" else WEAK * n
                 computing, backward = h100_computing(layers, layout, n, batch)
                 waits = waiting(layers, backward, H100, layout, n, batch)
-                speed = batch / (computing + waits)
+                launching = HOST[layout if n > 1 else "ddp"]
+                speed = batch / max(computing + waits, launching)
                 alone = alone or speed
                 found.append(
                     {
