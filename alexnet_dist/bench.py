@@ -27,7 +27,7 @@ from alexnet_dist.data import dali
 from alexnet_dist.data.index import open_datasets
 from alexnet_dist.data.loader import Batch, Loader
 from alexnet_dist.errors import UserError, run_command
-from alexnet_dist.model.layer_stats import layer_stats
+from alexnet_dist.model.layer_stats import training_flops
 from alexnet_dist.parallel.mesh import Mesh, init_distributed
 from alexnet_dist.parallel.precision import device_name
 from alexnet_dist.training.cuda_graph import CAPTURE_WARMUP_STEPS
@@ -202,15 +202,6 @@ class TrainBenchmark:
             MATMUL: BenchCase(lambda: 2e-9 * size**3 * ranks * bool((a @ a).numel())),
             COPY: BenchCase(lambda: 2e-9 * ranks * target.copy_(source).nbytes),
         }
-
-
-def training_flops(arch: str, num_classes: int, image_size: int) -> int:
-    """Floating-point operations of a training step for one image: two for each multiply-add
-    forward, and twice as many backward, where the first layer computes no gradient of its input.
-    Normalization and pooling do not count."""
-    layers = layer_stats(arch, num_classes=num_classes, image_size=image_size)
-    products = [layer.multiply_adds for layer in layers if layer.multiply_adds]
-    return 2 * (3 * sum(products) - products[0])
 
 
 def bottleneck(record: Mapping[str, Any]) -> str:

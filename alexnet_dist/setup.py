@@ -82,8 +82,14 @@ def build_data(config: Config, mesh: Mesh) -> DataPipeline:
     Raises:
         UserError: there are no images, or they do not suit the config.
     """
-    data, info = config.data, scan_images(config, mesh)
+    info = scan_images(config, mesh)
     _check_batch(config, mesh, info)
+    return data_pipeline(config, mesh, info)
+
+
+def data_pipeline(config: Config, mesh: Mesh, info: DatasetInfo) -> DataPipeline:
+    """Plans and loaders of the images of ``info``."""
+    data = config.data
     plan = SamplePlan(
         info.train.sizes,
         data.batch_size,

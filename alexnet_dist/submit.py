@@ -3,9 +3,11 @@
 python -m alexnet_dist.submit --nodes=4 --gpus-per-node=8 --cpus-per-task=64 -- --config FILE ...
 python -m alexnet_dist.submit array5 --gpus-per-node=8 --cpus-per-task=64 -- --config FILE ...
 python -m alexnet_dist.submit evaluate -- --checkpoint RUN [RUN ...] [--ten_crop]
+python -m alexnet_dist.submit doctor --nodes=4 --gpus-per-node=8 -- --config FILE ...
 
 Before "--": sbatch's own flags; after it: the options of what the job runs. "train", the default,
-is one run; "array5" the paper's five networks, a job each, and then an evaluation of their average.
+is one run; "array5" the paper's five networks, a job each, and then an evaluation of their average;
+"doctor" looks whether a run would work on such nodes.
 --dry_run prints the sbatch command instead.
 """
 
@@ -24,7 +26,8 @@ def main(arguments: list[str]) -> None:
     """Submit what the command line says."""
     dry_run = "--dry_run" in arguments
     words = [word for word in arguments if word != "--dry_run"]
-    script = words.pop(0) if words[:1] in (["train"], ["array5"], ["evaluate"]) else "train"
+    scripts = ("train", "array5", "evaluate", "doctor")
+    script = words.pop(0) if words and words[0] in scripts else "train"
     at = words.index("--") if "--" in words else -1
     flags, words = words[: max(at, 0)], words[at + 1 :]
     if script == "evaluate":
@@ -33,6 +36,10 @@ def main(arguments: list[str]) -> None:
         parser.add_argument("--ten_crop", action="store_true")
         parser.parse(words)
         print(f"job {_sbatch(flags, script, words, dry_run)} evaluates")
+        return
+    if script == "doctor":
+        CommandParser("doctor", __doc__).parse(words)
+        print(f"job {_sbatch(flags, script, words, dry_run)} looks at its nodes")
         return
     parsed = CommandParser("submit", __doc__).parse(words)
     check_data_root(parsed.config)

@@ -10,6 +10,7 @@
 # Container   export SRUN_OPTIONS='--container-image=IMAGE --container-mounts=IMAGENET,RUNS' (pyxis)
 #             PYTHON is then the container's; these scripts run outside of it
 # Processes   export PROCESSES=2: on each node; else as many as it has GPUs, or 1
+# Doctor      export DOCTOR=no: train without looking first whether that would work (half a minute)
 python=${PYTHON:-python}
 processes=${PROCESSES:-${SLURM_GPUS_ON_NODE:-1}}
 read -ra srun_options <<<"${SRUN_OPTIONS:-}"
@@ -67,6 +68,8 @@ launch() { # MODULE WORDS...: run torchrun on each node and wait for all; srun's
             "--nnodes=$SLURM_NNODES" --rdzv-backend=c10d "--rdzv-endpoint=$host:$port"
             "--rdzv-id=$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"
         )
+        # a node that does not come is what it is to find
+        [ "$1" != alexnet_dist.doctor ] || rendezvous+=(--rdzv-conf=join_timeout=120)
     fi
     log "job $SLURM_JOB_ID starts on $SLURM_JOB_NODELIST," \
         "$processes processes per node, torchrun ${rendezvous[*]}"
@@ -109,6 +112,12 @@ train() { # WORDS...: train until the run is finished; requeue the job if it is 
     fi
     count_starts
     export_end_time
+    if [ "${DOCTOR:-yes}" != no ]; then
+        launch alexnet_dist.doctor --quick "$@" --run.output_dir="$output_dir" --run.name="$name"
+        code=$?
+        [ -z "$saving$terminated" ] || finish_job
+        [ "$code" -eq 0 ] || refuse
+    fi
     while :; do
         before=$(last_checkpoint)
         launch alexnet_dist.train "$@" --run.output_dir="$output_dir" --run.name="$name"
@@ -195,6 +204,12 @@ finish_job() { # after srun: exit, or requeue the job
         exit 1
         ;;
     esac
+}
+
+refuse() { # what the doctor has found would fail on these nodes again and again
+    log "job $SLURM_JOB_ID ends before it trains: fix what fails above, and submit it again" \
+        "(export DOCTOR=no trains all the same)"
+    exit 1
 }
 
 requeue() { # WHAT happened to the run

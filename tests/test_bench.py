@@ -13,9 +13,9 @@ from alexnet_dist.bench import (
     main,
     summarize,
     time_interleaved,
-    training_flops,
 )
 from alexnet_dist.errors import UserError
+from alexnet_dist.model.layer_stats import training_flops
 from tests.conftest import TINY, launch
 from tests.networks import command
 

@@ -15,14 +15,16 @@ BUDGETS = {  # lines of Python, docstrings included: the most allowed, and what 
     "export.py": (178, 180),
     "figures.py": (234, 250),
     "summary.py": (63, 70),
-    "bench.py": (270, 260),
-    "submit.py": (81, 80),
+    "bench.py": (261, 260),
+    "submit.py": (88, 80),
     "replay.py": (81, 80),
-    "setup.py": (405, 220),
+    "doctor.py": (258, 100),
+    "checks.py": (583, 120),  # what the doctor looks at
+    "setup.py": (411, 220),
     "config.py": (517, 320),
     "errors.py": (92, 60),
-    "model": (1263, 1000),
-    "data": (2267, 1500),
+    "model": (1272, 1000),
+    "data": (2306, 1500),
     "parallel": (1545, 1250),
     "training": (1519, 1000),
     "tracking": (849, 700),
@@ -30,7 +32,7 @@ BUDGETS = {  # lines of Python, docstrings included: the most allowed, and what 
     "__init__.py": (9, 5),
     "__main__.py": (41, 45),
 }
-IN_ALL = {"alexnet_dist": (11131, 8700), "benchmarks": (2300, 2300), "tests": (8457, 6500)}
+IN_ALL = {"alexnet_dist": (12024, 8700), "benchmarks": (2300, 2300), "tests": (8738, 6500)}
 FILES_OF_A_STEP, LINES_OF_A_STEP = (16, 16), (2940, 2800)
 
 TRACER = """

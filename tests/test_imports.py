@@ -14,12 +14,14 @@ PACKAGE = Path(alexnet_dist.__file__).parent
 FOLDERS = {"model", "data", "parallel", "training", "tracking", "prepare"}
 COMMANDS = {path.stem for path in PACKAGE.glob("*.py")} - {
     "__init__",
+    "checks",
     "config",
     "errors",
     "setup",
 }
 MAY_IMPORT = {
     "setup": {*FOLDERS, "config", "errors"},
+    "checks": {*FOLDERS, "setup", "config", "errors"},
     "model": {"model"},
     "data": {"data", "errors"},
     "prepare": {"prepare", "data", "errors"},

@@ -51,6 +51,12 @@ def test_submit_evaluate(capsys: pytest.CaptureFixture[str]) -> None:
     ]
 
 
+def test_submit_doctor(capsys: pytest.CaptureFixture[str]) -> None:
+    assert submitted(capsys, f"--dry_run doctor --nodes=4 -- {PAPER}") == [
+        f"sbatch --parsable --nodes=4 doctor.sbatch {PAPER}"
+    ]
+
+
 def test_submit_array5_evaluates_the_average_after_the_five(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,6 +5,7 @@ lies there and is not used is counted by reason.
 """
 
 import os
+import random
 import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -56,6 +57,9 @@ class LeftOut(dict[str, list[Any]]):
             for reason, (count, some) in self.items()
         )
 
+
+SAMPLED_CLASSES = 16
+"""Folders that are listed for a sample of images: where storage is slow, each takes its time."""
 
 ImageFile = tuple[str, int, int]
 """An image's path below a folder, its bytes, and when it changed last, in ns; -1, -1 for a broken
@@ -131,8 +135,8 @@ def list_images(folder: Path, left_out: LeftOut) -> list[ImageFile]:
     return sorted(_walk(str(folder), "", frozenset(), left_out))
 
 
-def list_split(split: Path) -> SplitFiles:
-    """The images of a split's class folders.
+def list_split(split: Path, sample: int | None = None) -> SplitFiles:
+    """The images of a split's class folders; or ``sample`` of them, drawn from a few classes.
 
     Raises:
         UserError: it has none, or one of them is empty.
@@ -146,16 +150,30 @@ def list_split(split: Path) -> SplitFiles:
             left_out.add("images outside of class folders", f"{split}/{entry.name}")
         elif not entry.is_dir():
             left_out.add_file(f"{split}/{entry.name}")
-    counted = [LeftOut() for _ in classes]
+    drawn = list(range(len(classes)))
+    if sample is not None:
+        drawn = sample_rows(len(classes), SAMPLED_CLASSES)
+    listed = [classes[label] for label in drawn]
+    counted = [LeftOut() for _ in listed]
     with ThreadPoolExecutor(16) as pool:  # network storage answers slowly, but many at once
-        found = [*pool.map(list_images, [split / name for name in classes], counted)]
+        found = [*pool.map(list_images, [split / name for name in listed], counted)]
     for each in counted:
         left_out.merge(each)
-    _refuse_empty(split, classes, [len(images) for images in found], left_out)
-    names = [f"{c}/{name}" for c, files in zip(classes, found, strict=True) for name, *_ in files]
-    labels = np.repeat(np.arange(len(classes)), [*map(len, found)])
+    _refuse_empty(split, listed, [len(images) for images in found], left_out)
+    names = [f"{c}/{name}" for c, files in zip(listed, found, strict=True) for name, *_ in files]
+    labels = np.repeat(np.array(drawn), [*map(len, found)])
     stamps = np.array([stamp for files in found for _, *stamp in files], np.int64)
-    return SplitFiles(classes, names, labels, stamps, left_out)
+    files = SplitFiles(classes, names, labels, stamps, left_out)
+    if sample is None:
+        return files
+    rows = sample_rows(len(names), sample)
+    names = [names[row] for row in rows]
+    return files._replace(names=names, labels=labels[rows], stamps=stamps[rows])
+
+
+def sample_rows(count: int, sample: int) -> list[int]:
+    """Rows of ``sample`` of ``count`` images, drawn by chance, in their order."""
+    return sorted(random.sample(range(count), min(count, sample)))
 
 
 def _refuse_empty(split: Path, classes: list[str], counts: list[int], left_out: LeftOut) -> None:

@@ -49,6 +49,7 @@ from alexnet_dist.data.folders import (
     find_form,
     find_split,
     list_split,
+    sample_rows,
 )
 from alexnet_dist.data.statistics import NO_STATS, ChannelStats, compute_stats
 from alexnet_dist.errors import UserError
@@ -115,7 +116,12 @@ def open_datasets(info: DatasetInfo) -> tuple[ImageDataset, ImageDataset]:
 
 
 def scan_dataset(
-    root: str | None, cache_dir: str, progress: Progress, *, only_val: bool = False
+    root: str | None,
+    cache_dir: str,
+    progress: Progress,
+    *,
+    only_val: bool = False,
+    sample: int | None = None,
 ) -> DatasetInfo:
     """Find out what is at ``root``, and cache the answer.
 
@@ -125,6 +131,7 @@ def scan_dataset(
         cache_dir: the folder for the digits, indices and statistics.
         only_val: look for validation images alone: in val/, or, where there is no train/ either, in
             class folders of ``root`` itself. There are no statistics.
+        sample: find only so many images of each split, drawn anew each time; without statistics.
 
     Raises:
         UserError: there is no such folder, it is laid out otherwise, or its preparation has not
@@ -137,14 +144,17 @@ def scan_dataset(
             f"there is no folder {folder}: give --data.root the folder that holds train/ and val/"
         )
     if (folder / PREPARED).exists():
-        return _load_packed(folder)
+        info = _load_packed(folder)
+        if sample is None:
+            return info
+        return replace(info, train=_sample(info.train, sample), val=_sample(info.val, sample))
     cache = cache / "indexes" / hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]
     if (folder / "cifar-10-batches-py").is_dir():
         train, val = (_index_cifar10(folder, split) for split in ("train", "test"))
         numbers = {name: number for number, name in enumerate(train.classes)}
         info, key = DatasetInfo("cifar10", train, val, NO_STATS, class_numbers=numbers), b""
     else:
-        info, key = _index_folders(folder, cache, progress, only_val)
+        info, key = _index_folders(folder, cache, progress, only_val, sample)
     if only_val:
         return info
     train, val = info.train, info.val
@@ -154,23 +164,34 @@ def scan_dataset(
             f"the classes of {train.folder} and {val.folder} differ ({', '.join(odd[:5])}"
             f"{', ...' if len(odd) > 5 else ''}): give both the same class folders"
         )
+    if sample is not None:
+        return info
     return replace(info, stats=_measure_colors(info, key, cache / "statistics.npz", progress))
 
 
+def _sample(index: SplitIndex, count: int) -> SplitIndex:
+    """``count`` images of a packed folder."""
+    rows = sample_rows(len(index), count)
+    arrays = {name: getattr(index, name)[rows] for name in ("labels", "sizes", "offsets")}
+    return replace(index, names=[index.names[row] for row in rows], **arrays)
+
+
 def _index_folders(
-    folder: Path, cache: Path, progress: Progress, only_val: bool
+    folder: Path, cache: Path, progress: Progress, only_val: bool, sample: int | None
 ) -> tuple[DatasetInfo, bytes]:
     """The images of class folders; and what changes when a training image does."""
     indexes, left_out, notes, key = [], LeftOut(), [], b""
     count_unused_splits(folder, left_out)
-    for name in ("val",) if only_val else SPLITS:
-        split = find_split(folder, name)
-        if split is None and only_val and find_form(folder) is None:
-            split = folder
+    splits = {name: find_split(folder, name) for name in (("val",) if only_val else SPLITS)}
+    if only_val and splits["val"] is None and find_form(folder) is None:
+        splits["val"] = folder
+    for name, split in splits.items():  # before hours of listing
         if split is None:
             raise UserError(_no_split(folder, name))
-        files = list_split(split)
-        sizes, said = _read_sizes(split, files, cache / f"{split.name}.npz", progress)
+    for split in filter(None, splits.values()):
+        files = list_split(split, sample)
+        known = cache / f"{split.name}{'' if sample is None else '-sample'}.npz"
+        sizes, said = _read_sizes(split, files, known, progress)
         indexes.append(SplitIndex(str(split), files.names, files.labels, sizes, files.classes))
         left_out.merge(files.left_out)
         notes += [note for note in said if note not in notes]

@@ -48,3 +48,12 @@ def layer_stats(arch: str, *, num_classes: int = 1000, image_size: int = 224) ->
     as_written: Any = type(model).__mro__[1]  # torch's class: one layer after another
     as_written.forward(model, images)
     return stats
+
+
+def training_flops(arch: str, num_classes: int, image_size: int) -> int:
+    """Floating-point operations of a training step for one image: two for each multiply-add
+    forward, and twice as many backward, where the first layer computes no gradient of its input.
+    Normalization and pooling do not count."""
+    layers = layer_stats(arch, num_classes=num_classes, image_size=image_size)
+    products = [layer.multiply_adds for layer in layers if layer.multiply_adds]
+    return 2 * (3 * sum(products) - products[0])

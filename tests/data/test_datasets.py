@@ -92,6 +92,7 @@ def test_folders_that_are_laid_out_otherwise_are_refused(tmp_path: Path) -> None
     root = tmp_path / "i"
     root.mkdir()
     assert "has no folder train/" in message(root)
+    (root / "val").mkdir()
     (root / "train").mkdir()
     assert "in folders of it: it wants one for each class" in message(root)
     (root / "train/a").mkdir()

@@ -2,9 +2,11 @@
 # Stands in for python in tests of the batch script: takes torchrun's command line, trains nothing,
 # and does what the trainer promises: status.json, checkpoints/last, PREEMPT and SIGUSR2 obeyed. The
 # environment says what happens: STEPS of a tenth of a second, and then ENDS as the status, of which
-# "running" is a run that is killed and "nothing" one that has not begun.
+# "running" is a run that is killed and "nothing" one that has not begun. The doctor before it exits
+# with DOCTOR_CODE.
 for word in "$@"; do
     case $word in
+    alexnet_dist.doctor) exit "${DOCTOR_CODE:-0}" ;;
     --run.output_dir=*) root=${word#*=} ;;
     --run.name=*) run=$root/${word#*=} ;;
     esac

@@ -12,7 +12,8 @@ import pytest
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 PROGRAMS = {
-    "srun": 'while [[ $1 == --* ]]; do shift; done; echo started >>starts; exec "$@"',
+    "srun": "while [[ $1 == --* ]]; do shift; done\n"
+    'grep -oE "alexnet_dist.(doctor|train)" <<<"$*" >>starts; exec "$@"',
     "squeue": "echo 2030-01-01T00:00:00",
     "scontrol": "echo $* >>requests",
 }
@@ -76,9 +77,19 @@ def test_slurm_job_follows_the_runs_status(
     assert result[2] == requeued
 
 
+def test_slurm_job_ends_where_the_doctor_finds_what_fails(place: Path) -> None:
+    sick = {"DOCTOR_CODE": "1", "SLURM_RESTART_COUNT": "1"}
+    code, message, requeued = job(place, ends="ended", **sick)
+    assert (code, requeued) == (1, False)
+    assert "job 7 ends before it trains: fix what fails above" in message
+    assert not (place / "runs/job-7/status.json").exists()
+    assert "is finished" in job(place, ends="ended", DOCTOR="no", **sick)[1]
+
+
 def test_slurm_job_restarts_at_once_what_was_lost_after_new_checkpoints(place: Path) -> None:
     assert job(place, steps=1, ends="running")[2]  # the second start brought none
-    assert (place / "starts").read_text() == "started\n" * 2
+    starts = (place / "starts").read_text().replace("alexnet_dist.", "").split()
+    assert starts == ["doctor", "train", "train"]
 
 
 def test_slurm_job_gives_up_after_three_starts_without_a_checkpoint(place: Path) -> None:

@@ -40,6 +40,7 @@ class Cluster:
         self.place = place
         self.folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # a socket's path must be short
         self.env = environment(SLURM_CONF=str(self.folder / "slurm.conf"), PYTHONPATH=str(ROOT))
+        self.env["DOCTOR"] = "no"  # which takes as long as these runs; a test of its own has it
 
     def control(self, action: str, *words: str) -> None:
         subprocess.run([HERE / "cluster.sh", action, self.folder, *words], check=True, timeout=60)
@@ -52,9 +53,9 @@ class Cluster:
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    def submit(self, *words: str) -> list[str]:
+    def submit(self, *words: str, **env: str) -> list[str]:
         """Submit; the ids of the jobs."""
-        output = self.run(sys.executable, "-m", "alexnet_dist.submit", *words)
+        output = self.run(sys.executable, "-m", "alexnet_dist.submit", *words, **env)
         return list(dict.fromkeys(re.findall(r"^job (\d+)", output, re.MULTILINE)))
 
     def state(self, job: str) -> tuple[str, int]:
@@ -187,3 +188,20 @@ def test_slurm_job_submitted_by_hand_finds_its_scripts_and_fails_for_good(cluste
     assert "there is no option --optim.lrr; did you mean --optim.lr?" in cluster.output(wrong)
     assert cluster.end_of(lost) == ("FAILED", 2)
     assert "started 3 times without a new checkpoint" in cluster.output(lost)
+
+
+def test_slurm_doctor_looks_at_the_nodes_and_ends_a_job_that_would_fail(cluster: Cluster) -> None:
+    flags = ["--nodes=2", "--gpus-per-node=0", "--cpus-per-task=2"]
+    options = [*TINY, "--data.root=images"]
+    (well,) = cluster.submit("doctor", *flags, "--", *options)
+    assert cluster.end_of(well) == ("COMPLETED", 0), cluster.output(well)
+    assert re.search(r"^ok +processes +2 on ", cluster.output(well), re.MULTILINE)
+    assert f"job {well} ends in" in cluster.output(well)
+    wrong = [*flags, "--job-name=wrong", "--", *options, "--data.root=nowhere"]
+    (sick,) = cluster.submit(*wrong, DOCTOR="yes")
+    assert cluster.end_of(sick) == ("FAILED", 0)
+    assert re.search(
+        "^fails +images +there is no folder .*nowhere: give", cluster.output(sick), re.M
+    )
+    assert f"job {sick} ends before it trains: fix what fails above" in cluster.output(sick)
+    assert not (cluster.place / "runs" / f"wrong-{sick}").exists()

@@ -1,0 +1,241 @@
+"""The doctor: a page where all is well, and for each line that can fail something that makes it."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import ImageOps
+
+from alexnet_dist import checks, doctor
+from alexnet_dist.checks import Check, Context, Finding
+from alexnet_dist.config import Config
+from alexnet_dist.data import torch_loader
+from tests.conftest import TINY, Result, command, environment, write_images
+from tests.processes import run_group, run_main
+
+AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="mounts are made by root")
+Page = dict[str, dict[str, Any]]
+
+
+def impatient(*options: str) -> None:
+    """Be the doctor, and wait no longer than seconds."""
+    doctor.ALONE, doctor.MEET, doctor.TOGETHER, doctor.END = 6, 8, 18, 20
+    doctor.CHECKS = tuple(check._replace(seconds=3) for check in doctor.CHECKS)
+    run_main("alexnet_dist.doctor", *options)
+
+
+def page(result: Result, code: int) -> Page:
+    """The lines of --json by check; of several the last."""
+    assert result.code == code, result.err[-3000:]
+    assert not result.ours_in_traceback, result.err[-3000:]
+    return {line["check"]: line for line in json.loads(result.out)["lines"]}
+
+
+def failed(page: Page) -> set[str]:
+    return {name for name, line in page.items() if line["status"] == "fails"}
+
+
+def words(images: Path, runs: Path, *options: str) -> list[str]:
+    return [*TINY, f"--data.root={images}", f"--run.output_dir={runs}", "--json", *options]
+
+
+@pytest.mark.slow
+def test_what_fails_on_a_host(tmp_path: Path) -> None:
+    """A val class that train lacks, a job that ends, and W&B that does not answer."""
+    root = write_images(tmp_path / "i")
+    env = {"WANDB_API_KEY": "k", "WANDB_BASE_URL": "http://127.0.0.1:1", "SLURM_JOB_ID": "7"}
+    env |= {"SLURM_JOB_END_TIME": str(int(time.time())), "WANDB_MODE": "online"}
+    (tmp_path / "runs/old/wandb/offline-run-1").mkdir(parents=True)
+    (tmp_path / "runs/old/wandb/offline-run-1/run-1.wandb").touch()
+    quick = words(root, tmp_path / "runs", "--wandb.mode=auto", "--quick")
+    found = page(Result(*run_group(0, environment(**env), 60, impatient, *quick)), 1)
+    assert failed(found) == {"SLURM"}
+    assert "give the job more --time" in found["SLURM"]["fix"]
+    assert (
+        "online, a key, 1 offline runs not synced; http://127.0.0.1:1 does not"
+        in (found["W&B"]["seen"])
+    )
+    assert found["W&B"]["status"] == "warning"
+    assert not list((tmp_path / "runs").glob(".doctor*"))
+
+    (root / "val/red").rename(root / "val/rouge")
+    found = page(Result(*run_group(0, environment(), 60, impatient, *quick)), 1)
+    assert failed(found) == {"images"}
+    assert "differ (red, rouge)" in found["images"]["seen"]
+
+
+@AS_ROOT
+def test_what_fails_in_a_small_container(tmp_path: Path) -> None:
+    root, runs = write_images(tmp_path / "i"), tmp_path / "runs"
+    for file in (root / "train/red").glob("*.jpg"):
+        file.write_bytes(file.read_bytes()[:-2])
+    runs.mkdir()
+    (tmp_path / "meminfo").write_text("MemAvailable: 1000 kB\n")
+    smi = tmp_path / "bin/nvidia-smi"
+    smi.parent.mkdir()
+    smi.write_text("#!/bin/sh\necho 0, 400.10, 10, 80000, 0, 0x0\n")
+    smi.chmod(0o755)
+    script = (
+        f"mount -t tmpfs -o size=1m tmpfs /dev/shm; mount -t tmpfs -o size=20m tmpfs {runs};"
+        f"mount --bind {tmp_path}/meminfo /proc/meminfo; ulimit -n 200;"
+        'exec taskset -c 0 "$@"'
+    )
+    options = words(root, runs, "--runtime.device=cuda", "--wandb.mode=online")
+    env = environment(LOCAL_WORLD_SIZE="2", PATH=f"{smi.parent}:{os.environ['PATH']}")
+    env["NETRC"] = "/dev/null"
+    doctor = command(0, "alexnet_dist.doctor", *options)
+    done = subprocess.run(
+        ["unshare", "-m", "sh", "-c", script, "sh", *doctor],
+        capture_output=True,
+        text=True,
+        env=env,
+        timeout=120,
+    )
+    found = page(Result(done.returncode, done.stdout, done.stderr), 1)
+    for name, seen in {
+        "GPUs": "torch sees 0, nvidia-smi 1",
+        "images": "train/red/",
+        "processors": "1 of 2 may be used; processes: 2",
+        "memory": "0.0 GB free",
+        "open files": "may have 200",
+        "run folder": "0.0 GB in",
+        "W&B": "online, no key",
+        "processes": "runtime.device is cuda, but torch sees no GPU here",
+    }.items():
+        assert found[name]["status"] == "fails", found[name]
+        assert seen in found[name]["seen"]
+        assert found[name]["fix"]
+    assert found["/dev/shm"]["status"] == "warning"
+    assert found["/dev/shm"]["seen"] == "1 MiB free"
+    assert "a JPEG without its end marker" in found["images"]["seen"]
+
+
+@pytest.mark.slow
+def test_storage_that_hangs_and_a_process_that_does_not_come(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "prepared.json")  # nobody writes to it
+    alone = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    alone["MASTER_PORT"] = str(20000 + os.getpid() % 9000)
+    options = words(tmp_path, tmp_path / "runs", "--quick")
+    found = page(Result(*run_group(0, environment(**alone), 60, impatient, *options)), 1)
+    assert failed(found) == {"images", "processes"}
+    assert found["images"]["seen"] == "no answer within 3 s"
+    assert "process 1, host unknown did not come; process 0, host " in found["processes"]["seen"]
+    result = Result(*run_group(0, environment(**alone | {"RANK": "1"}), 60, impatient, *options))
+    assert result.code == 1
+    assert "process 1 (host " in result.said[0]
+    assert f"cannot use 127.0.0.1:{alone['MASTER_PORT']}" in result.said[0]
+
+
+def context(tmp_path: Path) -> Context:
+    return Context(Config(), tmp_path / "run", tmp_path / ".doctor", True, 1, 1)
+
+
+def test_a_check_that_hangs_crashes_or_raises_does_not_keep_others(tmp_path: Path) -> None:
+    def crash(here: Context) -> Finding:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return Finding("ok", "")
+
+    runs: dict[str, Callable[[Context], Finding | None]] = {
+        "hangs": lambda here: time.sleep(60),
+        "crashes": crash,
+        "raises": lambda here: Finding("ok", str({}["key"])),
+        "knows": lambda here: Finding("ok", ", ".join(sorted(here.failed))),
+        "is silent": lambda here: None,
+    }
+    table = [Check(name, run, "all", "fix it", 1) for name, run in runs.items()]
+    found = doctor.run_checks(table, context(tmp_path), time.monotonic() + 30)
+    assert found == {
+        "hangs": Finding("fails", "no answer within 1 s", "fix it"),
+        "crashes": Finding("fails", "its process has crashed (exit code -9)", "fix it"),
+        "raises": Finding("fails", "KeyError: 'key'", "fix it"),
+        "knows": Finding("ok", "crashes, hangs, raises"),
+    }
+
+
+def test_lines_name_processes_where_these_differ() -> None:
+    hosts = {0: "a", 1: "a", 2: "b", 3: "b"}
+    check = Check("versions", checks.versions, "all", "give all the same", same=True)
+    old, new = Finding("ok", "torch 2.11"), Finding("ok", "torch 2.14")
+    (line,) = doctor.merge(check, dict.fromkeys(hosts, new), hosts)
+    assert (line["status"], line["seen"]) == ("ok", "torch 2.14")
+    lines = doctor.merge(check, dict.fromkeys(hosts, new) | {3: old}, hosts)
+    assert [line["status"] for line in lines] == ["fails", "fails"]
+    assert lines[1]["seen"] == "torch 2.11 [process 3, host b]"
+    assert lines[1]["fix"] == "give all the same"
+    full = Finding("fails", "0 GB", "make room")
+    (line,) = doctor.merge(check._replace(same=False), {0: new, 2: full, 3: full}, hosts)
+    assert line["seen"] == "0 GB [processes 2, 3, host b]"
+
+
+def test_what_nvidia_smi_tells() -> None:
+    assert checks._troubles("400", "80000", "0", "0x0000000000000004") == []
+    assert checks._troubles("9000", "80000", "12", "0x0000000000000008") == [
+        "has 9000 of 80000 MiB in use",
+        "has 12 memory errors that ECC could not correct",
+        "is throttled (0x0000000000000008)",
+    ]
+    assert checks._troubles("[N/A]", "[N/A]", "[N/A]", "[N/A]") == []
+
+
+def inverted(*options: str) -> None:
+    """Be the doctor where Pillow shows negatives."""
+    decode = torch_loader.decode
+    torch_loader.decode = lambda data: ImageOps.invert(decode(data))
+    run_main("alexnet_dist.doctor", *options)
+
+
+@pytest.mark.slow
+def test_a_full_page(images: Path, tmp_path: Path) -> None:
+    """On two processes all is well, but for a decoder."""
+    options = words(images, tmp_path / "runs")
+    found = page(Result(*run_group(2, environment(), 120, inverted, *options)), 1)
+    assert failed(found) == {"decoder"}
+    assert set(found) == {check.name for check in doctor.CHECKS} - {"SLURM"}
+    assert " a second, the network takes " in found["loading"]["seen"]
+    assert "gloo, lo" in found["processes"]["seen"]
+    assert not (tmp_path / "runs").exists()
+
+
+@AS_ROOT
+@pytest.mark.slow
+def test_hosts_that_differ(images: Path, tmp_path: Path) -> None:
+    """Two processes that see another folder, and other versions; and no network is fast enough."""
+    fake = tmp_path / "fake"
+    (fake / "torchvision-0.1.dist-info").mkdir(parents=True)
+    (fake / "torchvision-0.1.dist-info/METADATA").write_text("Name: torchvision\nVersion: 0.1\n")
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    options = words(images, runs, "--quick", "--runtime.hang_timeout=1e-6")
+    group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    group["MASTER_PORT"] = str(20000 + os.getpid() % 9000)
+    prefix = ["unshare", "-m", "sh", "-c", f'mount -t tmpfs tmpfs {runs}; exec "$@"', "sh"]
+    started = []
+    for rank, before, path in ((0, [], ""), (1, prefix, f"{fake}:")):
+        env = environment(**group, RANK=str(rank))
+        env["PYTHONPATH"] = path + str(Path(__file__).parents[1])
+        words_ = [*before, *command(0, "alexnet_dist.doctor", *options)]
+        out = subprocess.PIPE
+        started.append(subprocess.Popen(words_, stdout=out, stderr=out, text=True, env=env))
+    outputs = [one.communicate(timeout=150) for one in started]
+    assert [one.returncode for one in started] == [1, 1], outputs
+    found = page(Result(1, *outputs[0]), 1)
+    assert failed(found) == {"versions", "same folder", "network"}
+    assert "torchvision 0.1, " in found["versions"]["seen"]
+    assert found["same folder"]["processes"] == [1]
+    assert "no step ends before runtime.hang_timeout" in found["network"]["fix"]
+
+
+def test_the_page_is_for_people(images: Path, tmp_path: Path) -> None:
+    options = words(images, tmp_path / "runs", "--quick")
+    options.remove("--json")
+    code, out, err = run_group(0, environment(), 60, run_main, "alexnet_dist.doctor", *options)
+    assert code == 0, err
+    assert out.splitlines()[1].startswith("ok       versions     Python ")
+    assert "0 fail, 0 warnings" in out.splitlines()[-1]
+    assert "\x1b" not in out
