@@ -1,5 +1,6 @@
 """alexnet-dist COMMAND [OPTION ...]: the same as python -m alexnet_dist.COMMAND [OPTION ...]"""
 
+import gc
 import importlib.util
 import runpy
 import sys
@@ -26,6 +27,7 @@ def main() -> None:
     commands = [name for name in COMMANDS if importlib.util.find_spec(f"alexnet_dist.{name}")]
     name, *words = sys.argv[1:] or ["--help"]
     if name in commands:
+        gc.disable()  # as for python -m; see __init__.py
         sys.argv[1:] = words
         runpy.run_module(f"alexnet_dist.{name}", run_name="__main__", alter_sys=True)
     elif name == "--version":

@@ -113,7 +113,9 @@ def test_folders_that_are_refused_name_what_to_do(tmp_path: Path) -> None:
         assert f"images in {root}/val are not in folders of their classes" in message(call, root)
         assert "LOC_val_solution.csv or Tiny" in message(call, root)
     write(tiny / "val/val_annotations.txt", b"0.jpg\tant\t0\t0\t9\t9\n1.jpg\tant\t0\t0\t9\t9\n")
-    assert [entry.label for entry in discover(tiny).entries if entry.split == "val"] == ["ant"] * 2
+    listing = discover(tiny)
+    assert [entry.label for entry in listing.entries if entry.split == "val"] == ["ant"] * 2
+    assert not listing.left_out
     only_train = make(tmp_path / "only", *PLAIN[:4])
     assert "no validation images: add a folder val/" in message(scan, only_train)
     assert "no validation images: add them in val/" in message(discover, only_train)

@@ -102,7 +102,10 @@ def _read_table(folder: Path, table: Path, listing: DatasetListing) -> None:
     with table.open(newline="") as file:
         rows = [row for row in csv.reader(file, delimiter="," if kaggle else "\t") if len(row) > 1]
     labels = {Path(name).stem: label.partition(" ")[0] for name, label, *_ in rows}
-    for name, *_ in list_images(folder, listing.left_out):
+    images = list_images(folder, listing.left_out)
+    if not kaggle:
+        listing.left_out.pop(".txt files")  # the table
+    for name, *_ in images:
         if Path(name).stem not in labels:
             raise UserError(f"{table} has no line for {name}: download it again")
         listing.entries.append(ImageEntry("val", labels[Path(name).stem], name, f"{folder}/{name}"))
