@@ -28,11 +28,11 @@ BUDGETS = {  # lines of Python, docstrings included: the most allowed, and what 
     "parallel": (1545, 1250),
     "training": (1519, 1000),
     "tracking": (849, 700),
-    "prepare": (1028, 1000),
+    "prepare": (1031, 1000),
     "__init__.py": (9, 5),
-    "__main__.py": (41, 45),
+    "__main__.py": (43, 45),
 }
-IN_ALL = {"alexnet_dist": (12024, 8700), "benchmarks": (2300, 2300), "tests": (8965, 6500)}
+IN_ALL = {"alexnet_dist": (12029, 8700), "benchmarks": (2300, 2300), "tests": (8967, 6500)}
 FILES_OF_A_STEP, LINES_OF_A_STEP = (16, 16), (2940, 2800)
 
 TRACER = """
