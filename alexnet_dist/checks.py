@@ -24,6 +24,7 @@ from functools import cached_property, partial
 from importlib import metadata
 from pathlib import Path
 from typing import Literal, NamedTuple
+from urllib.parse import urlsplit
 
 import numpy as np
 import torch
@@ -92,7 +93,7 @@ class Context:
     @cached_property
     def sample(self) -> DatasetInfo:
         """Images of each split, by chance."""
-        data, count = self.config.data, 16 if self.quick else 512
+        data, count = self.config.data, 16 if self.quick else 256
         return scan_dataset(data.root, data.cache_dir, lambda *_: None, sample=count)
 
     @cached_property
@@ -127,16 +128,17 @@ class Context:
 def versions(here: Context) -> Finding:
     """Of what training runs on, and a digest of its options."""
     found = {"Python": platform.python_version()}
-    names = [f"nvidia-dali-cuda{cuda}" for cuda in (130, 120, 110)]
-    for name in ("alexnet-dist", "torch", "torchvision", *names):
+    dalis = [f"nvidia-dali-cuda{cuda}" for cuda in (130, 120, 110)]
+    for name in ("alexnet-dist", *dalis, "torchvision", "torch"):
         with suppress(metadata.PackageNotFoundError):
             found[name.replace("nvidia-dali-cuda", "DALI for CUDA ")] = metadata.version(name)
     digest = hashlib.sha256(json.dumps(to_dict(here.config)).encode()).hexdigest()[:6]
     seen = ", ".join(f"{name} {version}" for name, version in found.items())
-    cuda = (torch.version.cuda or "").replace(".", "")
-    other = bool(cuda) and any("DALI" in name and cuda[:2] not in name for name in found)
-    fix = f"DALI and torch are built for other CUDAs: pip install nvidia-dali-cuda{cuda[:2]}0"
-    return judge(f"{seen}; CUDA {cuda or 'none'}; options {digest}", ("warning", other, fix))
+    cuda = (torch.version.cuda or "").partition(".")[0]
+    other = any(name.startswith("DALI") and f"CUDA {cuda}" not in name for name in found)
+    seen = f"{seen}, built for CUDA {torch.version.cuda}; options {digest}"
+    fix = f"torch and DALI are for other versions of CUDA: pip install nvidia-dali-cuda{cuda}0"
+    return judge(seen, ("warning", other and bool(cuda), fix))
 
 
 def gpus(here: Context) -> Finding:
@@ -205,9 +207,7 @@ def memory(here: Context) -> Finding:
     copies = 2 if torch.cuda.device_count() else 6
     need = copies * here.model_bytes * here.local_world_size
     fix = "give the job more memory (sbatch --mem, docker --memory), or take fewer processes"
-    seen = (
-        f"{free / GB:,.1f} GB free, {here.local_world_size} processes take {need / GB:,.1f} or more"
-    )
+    seen = f"{free / GB:,.1f} GB free, at least {need / GB:,.1f} needed"
     return judge(seen, ("fails", free < need, fix))
 
 
@@ -216,9 +216,8 @@ def shared_memory(here: Context) -> Finding:
     free, local = shutil.disk_usage("/dev/shm").free, here.local_world_size
     small, used = free < SHM_PER_PROCESS * local, local > 1 and torch.cuda.device_count() > 1
     fix = f"NCCL wants {SHM_PER_PROCESS // MIB} MiB for each GPU: docker run --shm-size=1g"
-    return judge(
-        f"{free / MIB:,.0f} MiB free", ("fails", small and used, fix), ("warning", small, fix)
-    )
+    seen = f"{free / MIB:,.0f} MiB free"
+    return judge(seen, ("fails", small and used, fix), ("warning", small, fix))
 
 
 def open_files(here: Context) -> Finding:
@@ -226,9 +225,8 @@ def open_files(here: Context) -> Finding:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     need = 256 + 4 * here.world_size
     fix = f"ulimit -n {hard}" if hard != soft else "raise nofile in /etc/security/limits.conf"
-    return judge(
-        f"a process may have {soft:,}, and takes up to {need:,}", ("fails", soft < need, fix)
-    )
+    seen = f"a process may have {soft:,}, and takes up to {need:,}"
+    return judge(seen, ("fails", soft < need, fix))
 
 
 def run_folder(here: Context) -> Finding:
@@ -258,29 +256,42 @@ def same_folder(here: Context) -> Finding | None:
     return judge(what, ("fails", not seen, fix))
 
 
+def remove_probe(here: Context) -> None:
+    """Leave nothing behind."""
+    shutil.rmtree(here.probe, ignore_errors=True)
+    with suppress(OSError):  # where there is something else
+        here.probe.parent.rmdir()
+
+
 def images(here: Context) -> Finding:
     """Their layout; whether a sample of them can be read, and how fast."""
     info = here.sample
     seen = f"{info.kind}, {len(info.train.classes):,} classes, the same in train and val"
     if here.quick:
         return Finding("ok", seen)
-    sets, bad = open_datasets(info), dict[str, str]()
-    files = [(dataset, row) for dataset in sets for row in range(len(dataset.index))]
-    cold = info.kind == "folders" and all(_forget(dataset.path(row)) for dataset, row in files)
-    pool, begun, sizes = ThreadPoolExecutor(16), time.perf_counter(), list[int]()
-    for size in pool.map(partial(_size, bad), files):
-        sizes.append(size)
-        if (seconds := time.perf_counter() - begun) > 5:
-            break
-    pool.shutdown(cancel_futures=True)
-    rate = f"{len(sizes) / seconds:,.0f} a second, {sum(sizes) / seconds / 1e6:,.0f} MB/s"
-    seen += f"; {len(sizes)} by chance at {rate}, {'' if cold else 'maybe '}not cached"
+    files = [(data, row) for data in open_datasets(info) for row in range(len(data.index))]
+    cold = info.kind == "folders" and all(_forget(data.path(row)) for data, row in files)
+    bad: dict[str, str] = {}
+
+    def read(file: tuple[ImageDataset, int]) -> int:
+        data, row = file
+        try:
+            return data.read(row).nbytes
+        except OSError as error:
+            bad[data.path(row)] = error.strerror or str(error)
+            return 0
+
+    begun = time.perf_counter()
+    with ThreadPoolExecutor(16) as pool:
+        size, count = sum(pool.map(read, files)), len(files)
+    seconds = time.perf_counter() - begun
+    rate = f"{count / seconds:,.0f} a second, {size / seconds / 1e6:,.0f} MB/s"
     if not bad:
-        return Finding("ok", seen)
+        return Finding("ok", f"{seen}; {count} read at {rate}{', not cached' if cold else ''}")
     path, reason = next(iter(bad.items()))
-    fix = "fix or remove it, or go on without it by --data.on_corrupt_image skip"
+    seen = f"of {count} {len(bad)} cannot be read, as {path} ({reason})"
     skip = here.config.data.on_corrupt_image == "skip"
-    seen = f"of {len(sizes)} {len(bad)} cannot be read, as {path} ({reason})"
+    fix = "fix or remove it, or go on without it by --data.on_corrupt_image skip"
     return Finding("warning" if skip else "fails", seen, fix)
 
 
@@ -294,31 +305,19 @@ def _forget(path: str) -> bool:
     return False
 
 
-def _size(bad: dict[str, str], file: tuple[ImageDataset, int]) -> int:
-    """Bytes of an image; where it cannot be read, why goes into ``bad``."""
-    dataset, row = file
-    try:
-        return dataset.read(row).nbytes
-    except OSError as error:
-        bad[dataset.path(row)] = error.strerror or str(error)
-        return 0
-
-
 def wandb(here: Context) -> Finding:
     """The mode that a run would take, and whether it can."""
     mode, has_key = resolve_mode(here.config.wandb.mode), resolve_mode("auto") == "online"
     files = here.path.parent.glob("*/wandb/offline-run-*/*.wandb")
     left = sum(not file.with_name(f"{file.name}.synced").exists() for file in files)
     seen, error = f"{mode}, {'a' if has_key else 'no'} key, {left} offline runs not synced", ""
-    url = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    url = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
     if mode == "online":
-        found = re.match(r"(https?)://([^/:]+):?(\d*)", url)
-        scheme, host, port = found.groups() if found else ("https", url, "")
         try:
-            number = int(port or {"http": 80}.get(scheme, 443))
-            socket.create_connection((host, number), 4).close()
+            address = url.hostname or "", url.port or {"http": 80}.get(url.scheme, 443)
+            socket.create_connection(address, 4).close()
         except OSError as refused:
-            error = f"; {url} does not answer ({refused})"
+            error = f"; {url.geturl()} does not answer ({refused})"
     return judge(
         seen + error,
         ("fails", mode == "online" and not has_key, "wandb login, or --wandb.mode offline"),
@@ -382,9 +381,7 @@ def computing(here: Context) -> Finding:
     here.flops, slowest = sum(speeds), int(np.argmin(speeds))
     share, host = speeds[slowest] / statistics.median(speeds), _hosts(mesh)[slowest]
     seen = f"{here.flops / 1e9:,.0f} GFLOP/s in products of {precision} matrices"
-    fix = (
-        f"process {slowest} (host {host}) has {share:.2f} of the median: look what else runs there"
-    )
+    fix = f"process {slowest} (host {host}) has {share:.2f} of the median: see what runs there"
     return judge(seen, ("warning", share < SLOW, fix))
 
 
@@ -460,7 +457,9 @@ def checkpoint(here: Context) -> Finding | None:
 
 def decoder(here: Context) -> Finding | None:
     """DALI's pixels of eight images against those of Pillow and torch."""
-    if here.quick or here.data.loader.dataset.is_decoded or not dali.available():
+    if here.quick or "images" in here.failed or not dali.available():
+        return None
+    if here.data.loader.dataset.is_decoded:
         return None
     dataset, data, pixels = here.data.loader.dataset, here.config.data, []
     plan = EvalPlan(dataset.index.sizes, 8, data.image_size / data.resize_size)
@@ -478,7 +477,7 @@ def decoder(here: Context) -> Finding | None:
 
 def loading(here: Context) -> Finding | None:
     """How fast images arrive, against what the network would take at matrix products' speed."""
-    if here.quick:
+    if here.quick or "images" in here.failed:
         return None
     plan, threads = here.data.plan, here.mesh.threads
     epochs = (plan.epoch(epoch, 0, slice(None)) for epoch in itertools.count())
@@ -492,12 +491,9 @@ def loading(here: Context) -> Finding | None:
             count += len(next(batches).indices)
     arrive = sum(here.mesh.all_gather_object(count / seconds))
     takes, how = here.flops / here.flops_per_image, here.data.loader.description
-    seen = (
-        f"images arrive at {arrive:,.0f} a second, the network takes {takes:,.0f} or fewer ({how})"
-    )
+    seen = f"{how}: images arrive at {arrive:,.0f} a second, the network takes {takes:,.0f}"
     fix = "prepare smaller images (python -m alexnet_dist.prepare), or give more CPUs"
-    slow = arrive < 0.9 * takes
-    return judge(seen if slow else f"{seen}: fine", ("warning", slow, fix))
+    return judge(f"{seen} at most", ("warning", arrive < 0.9 * takes, fix))
 
 
 def _time(work: Callable[[], object], device: torch.device) -> float:
@@ -564,7 +560,7 @@ _RUNS = "look at the storage of --run.output_dir, or give another one"
 
 CHECKS = (
     Check("versions", versions, "all", "give all the same packages and options", same=True),
-    Check("GPUs", gpus, "hosts", "look at nvidia-smi: a driver or a GPU hangs", 30),
+    Check("GPUs", gpus, "hosts", "look at nvidia-smi: a driver or a GPU hangs", 15),
     Check("images", images, "hosts", _STORAGE, 15),
     Check("processors", processors, "hosts", ""),
     Check("memory", memory, "hosts", ""),

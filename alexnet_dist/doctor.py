@@ -8,12 +8,14 @@ It takes the options of the run, and at most a minute; --quick about ten seconds
 images. Each line of its page is ok, a warning, or fails; if any fails, the exit code is 1.
 """
 
+import ctypes
 import json
 import multiprocessing
 import os
-import shutil
+import signal
 import socket
 import sys
+import textwrap
 import time
 import uuid
 from collections.abc import Iterable, Sequence
@@ -24,9 +26,8 @@ from typing import Any
 
 import torch.distributed as dist
 from rich.console import Console
-from rich.table import Table
 
-from alexnet_dist.checks import CHECKS, Check, Context, Finding
+from alexnet_dist.checks import CHECKS, Check, Context, Finding, remove_probe
 from alexnet_dist.config import CommandParser
 from alexnet_dist.errors import UserError, run_command
 from alexnet_dist.parallel.rendezvous import is_launched
@@ -35,7 +36,7 @@ ALONE, MEET, TOGETHER, END = 25.0, 35.0, 55.0, 60.0
 """Seconds from the start: the checks of a process alone end, all processes have met, what they
 check together ends, and so does the command."""
 
-COLORS = {"ok": "green", "warning": "yellow", "fails": "bold red"}
+COLORS = {"ok": "", "warning": "yellow", "fails": "red"}
 
 _FORK: Any = multiprocessing.get_context("fork")  # with torch imported; it has not computed yet
 
@@ -99,7 +100,7 @@ def run_checks(checks: Sequence[Check], here: Context, until: float) -> dict[str
     """What the checks find, one after another, by name; ``until`` then.
 
     They run in a process of their own. One that hangs or crashes is ended there, and another
-    process goes on; those that all processes run together cannot go on.
+    process goes on; but not with those that all processes run together.
     """
     left, found = list(checks), dict[str, Finding]()
     while left:
@@ -117,7 +118,7 @@ def run_checks(checks: Sequence[Check], here: Context, until: float) -> dict[str
                 break
             if finding is not None:
                 found[check.name] = Finding(*finding)
-        if left and left[0].scope == "together":
+        if left and (left[0].scope == "together" or time.monotonic() > until):
             seen = f"not looked at, since {check.name} fails"
             return found | {check.name: Finding("warning", seen) for check in left}
     return found
@@ -136,6 +137,8 @@ def _receive(receiver: Any, child: Any, seconds: float) -> Any:
 
 def _work(checks: Sequence[Check], here: Context, sender: Any) -> None:
     """Run checks, and send what each has found."""
+    with suppress(AttributeError):  # PR_SET_PDEATHSIG: not to outlive a command that is killed
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     if "--debug" not in sys.argv:  # libraries' own words would be on the page
         for number in (1, 2):
             os.dup2(os.open(os.devnull, os.O_WRONLY), number)
@@ -165,7 +168,7 @@ def merge(check: Check, found: dict[int, Finding], hosts: dict[int, str]) -> lis
     bad = [finding for finding in groups if finding.status != "ok"]
     lines = []
     for finding in bad or list(groups)[:1]:
-        where = f" [{who(groups[finding], hosts)}]" if len(groups) > 1 else ""
+        where = f" ({who(groups[finding], hosts)})" if len(groups) > 1 else ""
         line = {"check": check.name, "status": finding.status, "seen": finding.seen + where}
         lines.append(line | {"fix": finding.fix, "processes": groups[finding]})
     return lines
@@ -205,21 +208,15 @@ def look(here: Context, group: Group, begun: float) -> list[dict[str, Any]]:
     return lines
 
 
-def show(lines: Sequence[dict[str, Any]], title: str, end: str) -> None:
-    """Print the page: a table for a terminal, elsewhere a line for each check."""
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        print(title)
-        for line in lines:
-            fix = f": {line['fix']}" if line["fix"] else ""
-            print(f"{line['status']:<8} {line['check']:<12} {line['seen']}{fix}")
-        print(end)
-        return
-    table = Table.grid(padding=(0, 2))
+def show(lines: Sequence[dict[str, Any]]) -> None:
+    """Print the page, as wide as the terminal; elsewhere a line for each finding."""
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    width = console.width if console.is_terminal else sys.maxsize
     for line in lines:
-        text = f"{line['seen']}\n[bold]{line['fix']}[/bold]" if line["fix"] else line["seen"]
-        table.add_row(f"[{COLORS[line['status']]}]{line['status']}", line["check"], text)
-    console.print(title, table, end, sep="\n")
+        text = f"{line['status']:<8} {line['check']:<12} {line['seen']}"
+        text += f": {line['fix']}" if line["fix"] else ""
+        text = textwrap.fill(text, width, subsequent_indent=" " * 22, break_on_hyphens=False)
+        console.print(text, style=COLORS[line["status"]])
 
 
 def main(arguments: list[str]) -> None:
@@ -230,28 +227,31 @@ def main(arguments: list[str]) -> None:
     parsed, begun, group = parser.parse(arguments), time.monotonic(), Group()
     run, args = parsed.config.run, parsed.args
     path = Path(run.output_dir, run.name or parsed.config_name)
+    if run.resume not in ("auto", "never"):
+        path = Path(run.resume)
     probe = path.parent / f".doctor-{uuid.uuid4().hex[:8]}"
     here = Context(parsed.config, path, probe, args.quick, group.size, group.local_size)
-    lines = look(here, group, begun)
+    if group.rank == 0 and not args.json:
+        print(f"run {path}, processes: {group.size}, host {socket.gethostname()}", flush=True)
+    try:
+        lines = look(here, group, begun)
+    finally:
+        if group.rank == 0:
+            clean = Check("clean", remove_probe, "one", "")
+            run_checks([clean], here, time.monotonic() + 2)
     fails, warnings = (sum(line["status"] == s for line in lines) for s in ("fails", "warning"))
     if group.rank == 0:
-        if "run folder" not in here.failed:
-            shutil.rmtree(here.probe, ignore_errors=True)
-            with suppress(OSError):  # unless something is in it
-                path.parent.rmdir()
-        seconds = time.monotonic() - begun
         if args.json:
             print(json.dumps({"fails": fails, "warnings": warnings, "lines": lines}, indent=1))
         else:
-            title = f"run {path}, processes: {group.size}, page by host {socket.gethostname()}"
-            counts = f"{len(lines)} lines: {fails} fail, {warnings} warnings; {seconds:.0f} s"
-            show(lines, title, counts)
+            show(lines)
+            print(f"fails: {fails}, warnings: {warnings}; {time.monotonic() - begun:.0f} s")
         sys.stdout.flush()
     fails = group.exchange("fails", fails, begun + END + 5, [0]).get(0, 1)
     # process 0 keeps the store until they know
     group.exchange("end", 0, time.monotonic() + 2, None if group.rank == 0 else [])
     if fails:
-        raise UserError(f"{fails} of {len(lines)} lines fail: each says its fix", on_all_ranks=True)
+        raise UserError("something fails: the page says what, and its fix", on_all_ranks=True)
 
 
 if __name__ == "__main__":

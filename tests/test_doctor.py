@@ -6,10 +6,13 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from PIL import ImageOps
 
 from alexnet_dist import checks, doctor
@@ -166,11 +169,11 @@ def test_lines_name_processes_where_these_differ() -> None:
     assert (line["status"], line["seen"]) == ("ok", "torch 2.14")
     lines = doctor.merge(check, dict.fromkeys(hosts, new) | {3: old}, hosts)
     assert [line["status"] for line in lines] == ["fails", "fails"]
-    assert lines[1]["seen"] == "torch 2.11 [process 3, host b]"
+    assert lines[1]["seen"] == "torch 2.11 (process 3, host b)"
     assert lines[1]["fix"] == "give all the same"
     full = Finding("fails", "0 GB", "make room")
     (line,) = doctor.merge(check._replace(same=False), {0: new, 2: full, 3: full}, hosts)
-    assert line["seen"] == "0 GB [processes 2, 3, host b]"
+    assert line["seen"] == "0 GB (processes 2, 3, host b)"
 
 
 def test_what_nvidia_smi_tells() -> None:
@@ -181,6 +184,27 @@ def test_what_nvidia_smi_tells() -> None:
         "is throttled (0x0000000000000008)",
     ]
     assert checks._troubles("[N/A]", "[N/A]", "[N/A]", "[N/A]") == []
+
+
+def test_too_few_gpus_and_too_little_shared_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, answer in {
+        "device_count": 4,
+        "synchronize": None,
+        "get_device_name": "H100",
+        "get_device_capability": (9, 0),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
+    ones = torch.ones
+    monkeypatch.setattr(torch, "ones", lambda *shape, device: ones(*shape))
+    here = replace(context(tmp_path), local_world_size=8)
+    assert checks.gpus(here).status == "fails"
+    assert checks.gpus(here).seen == "torch sees 4, nvidia-smi 0: H100, capability 9.0"
+    assert "take --nproc_per_node=4" in checks.gpus(here).fix
+    monkeypatch.setattr(checks.shutil, "disk_usage", lambda _: SimpleNamespace(free=64 * 2**20))
+    assert checks.shared_memory(here).status == "fails"
+    assert "--shm-size=1g" in checks.shared_memory(here).fix
 
 
 def inverted(*options: str) -> None:
@@ -237,5 +261,5 @@ def test_the_page_is_for_people(images: Path, tmp_path: Path) -> None:
     code, out, err = run_group(0, environment(), 60, run_main, "alexnet_dist.doctor", *options)
     assert code == 0, err
     assert out.splitlines()[1].startswith("ok       versions     Python ")
-    assert "0 fail, 0 warnings" in out.splitlines()[-1]
+    assert "fails: 0, warnings: 0" in out.splitlines()[-1]
     assert "\x1b" not in out
