@@ -22,6 +22,7 @@
 #                       (--runtime.threads)
 #   NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME   INTERFACE, if it is given; else each library takes the
 #                       first that it finds, which other machines may not reach
+#   TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1   so that a machine that comes back can join (torch 2.14)
 #   RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT   by torchrun
 set -eu
 if [ $# -lt 2 ] || [ "${1#--}" != "$1" ] || [ "${2#--}" != "$2" ]; then
@@ -39,6 +40,8 @@ export OMP_NUM_THREADS=1
 if [ -n "${INTERFACE:-}" ]; then
     export NCCL_SOCKET_IFNAME=$INTERFACE GLOO_SOCKET_IFNAME=$INTERFACE
 fi
+# else a machine that comes later waits in vain for an address that only a run's first machines tell
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 # with SIGUSR2: a torchrun that does not handle it dies of it, and leaves its processes
 exec "${PYTHON:-python}" -m torch.distributed.run --nnodes="$nodes" \
     --rdzv-backend=c10d --rdzv-endpoint="$head:${PORT:-29400}" --rdzv-id=alexnet_dist \

@@ -12,6 +12,7 @@ import signal
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NoReturn
 
 from torch.distributed.distributed_c10d import _get_default_store
@@ -20,6 +21,7 @@ from alexnet_dist.errors import print_error
 from alexnet_dist.parallel.mesh import Mesh
 
 _Status = dict[str, Any]  # of a process, as it is published
+_STORE_TIMEOUT = 10.0  # seconds; torch's client waits for ever for a host that is cut off
 
 
 class HangDetector:
@@ -34,6 +36,7 @@ class HangDetector:
         store: Any = _get_default_store()
         # a client of its own: one is busy while the main thread waits for something in the store
         self._store = store.clone() if hasattr(store, "clone") else store
+        self._reader = ThreadPoolExecutor(1)
         self._period = min(timeout / 10, 5.0)
         self._published = self._beats = 0
         self._doing, self._last_beat = "starting", time.monotonic()
@@ -67,7 +70,10 @@ class HangDetector:
             self._store.set(f"watch/{self._rank}", json.dumps(status))
 
     def _read(self) -> dict[int, _Status]:
-        return {r: json.loads(self._store.get(f"watch/{r}")) for r in range(self._world_size)}
+        def read() -> dict[int, _Status]:
+            return {r: json.loads(self._store.get(f"watch/{r}")) for r in range(self._world_size)}
+
+        return self._reader.submit(read).result(_STORE_TIMEOUT)
 
     def _find_stragglers(self) -> None:
         """Name whom the run waits for, and end it; return where it makes progress after all."""
@@ -77,8 +83,10 @@ class HangDetector:
                 time.sleep(self._period)
                 self._publish()
             now = self._read()
-        except RuntimeError:
-            self._end(f"no progress for {self._timeout:g} s, and the store is gone", {}, {})
+        except (RuntimeError, TimeoutError):
+            message = f"no progress for {self._timeout:g} s, and host {os.environ['MASTER_ADDR']}, "
+            message += f"which keeps the processes' store, does not answer process {self._rank}"
+            self._end(message, {}, {})
         if time.monotonic() - self._last_beat <= self._timeout:
             return
         silent = {r: s for r, s in now.items() if s["published"] == before[r]["published"]}
@@ -96,7 +104,7 @@ class HangDetector:
 
     def _end(self, message: str, behind: dict[int, _Status], kill: dict[int, _Status]) -> NoReturn:
         others = [rank for rank in range(self._world_size) if rank not in behind]
-        if self._rank == (others[0] if others else 0):
+        if not behind or self._rank == (others[0] if others else 0):
             print_error(
                 f"{message}: the run ends, and the same command resumes from its last checkpoint "
                 "(slow storage wants a higher --runtime.hang_timeout)"

@@ -75,7 +75,7 @@ class PreemptionHandler:
         self._timers: list[threading.Timer] = []
         self._boundaries = 0
         self._patience: float | None = None
-        self._last_poll = 0.0
+        self._last_poll = float("-inf")
         self._result: tuple[dist.Work, torch.Tensor] | None = None
         self._deadline = deadline(time_limit)
         if self._rank == 0 and self._file.exists() and self._file.stat().st_mtime < _PROCESS_START:
@@ -117,12 +117,12 @@ class PreemptionHandler:
         """What this process knows."""
         if self._rank > 0:
             return self._received
-        stop, now = self._received, time.time()
+        stop, now = self._received, time.monotonic()  # a clock that is set back would stop the poll
         if now - self._last_poll > _POLL_SECONDS:
             self._last_poll = now
             if self._file.exists():
                 stop = max(stop, StopReason.FILE)
-        if self._deadline is not None and now + need + _RESERVE_SECONDS > self._deadline:
+        if self._deadline is not None and time.time() + need + _RESERVE_SECONDS > self._deadline:
             stop = max(stop, StopReason.TIME)
         return stop
 

@@ -56,6 +56,16 @@ def test_preempt_file_stops_once(handler: PreemptionHandler, tmp_path: Path) -> 
     assert not (tmp_path / "PREEMPT").exists()
 
 
+def test_preempt_file_is_seen_though_the_clock_is_set_back(
+    handler: PreemptionHandler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handler.check_stop()
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() - 3600)
+    (tmp_path / "PREEMPT").touch()
+    assert reason(handler) == "a file PREEMPT"
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR2", "SIGINT"])
 def test_preemption_by_a_signal(name: str, handler: PreemptionHandler) -> None:
     os.kill(os.getpid(), signal.Signals[name])

@@ -1,0 +1,45 @@
+"""Who is named where nobody can be asked; with real processes it is in tests/distributed."""
+
+import threading
+from types import SimpleNamespace
+from typing import Any, NoReturn
+
+import pytest
+
+from alexnet_dist.parallel import hang_detector
+from alexnet_dist.parallel.hang_detector import HangDetector
+
+
+class SilentStore:
+    """A store on a host that is cut off, as torch's client shows it: nothing ever comes."""
+
+    def __init__(self) -> None:
+        self.back = threading.Event()
+
+    def set(self, key: str, value: str) -> None:
+        pass
+
+    def get(self, key: str) -> str:
+        self.back.wait()
+        return "{}"
+
+
+def test_a_store_that_never_answers_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def end(code: int) -> NoReturn:
+        raise SystemExit(code)
+
+    store = SilentStore()
+    monkeypatch.setattr(hang_detector, "_get_default_store", lambda: store)
+    monkeypatch.setattr(hang_detector, "_STORE_TIMEOUT", 0.1)
+    monkeypatch.setattr(hang_detector.os, "_exit", end)
+    monkeypatch.setenv("MASTER_ADDR", "10.91.0.1")
+    mesh: Any = SimpleNamespace(rank=1, world_size=2)
+    detector = HangDetector(mesh, 600)
+    with pytest.raises(SystemExit):
+        detector._find_stragglers()
+    detector.close()
+    store.back.set()
+    said = "host 10.91.0.1, which keeps the processes' store, does not answer process 1"
+    assert said in capsys.readouterr().err
