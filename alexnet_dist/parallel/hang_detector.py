@@ -70,19 +70,16 @@ class HangDetector:
             self._store.set(f"watch/{self._rank}", json.dumps(status))
 
     def _read(self) -> dict[int, _Status]:
-        def read() -> dict[int, _Status]:
-            return {r: json.loads(self._store.get(f"watch/{r}")) for r in range(self._world_size)}
-
-        return self._reader.submit(read).result(_STORE_TIMEOUT)
+        return {r: json.loads(self._store.get(f"watch/{r}")) for r in range(self._world_size)}
 
     def _find_stragglers(self) -> None:
         """Name whom the run waits for, and end it; return where it makes progress after all."""
         try:
-            before = self._read()
+            before = self._reader.submit(self._read).result(_STORE_TIMEOUT)
             for _ in range(3):
                 time.sleep(self._period)
                 self._publish()
-            now = self._read()
+            now = self._reader.submit(self._read).result(_STORE_TIMEOUT)
         except (RuntimeError, TimeoutError):
             message = f"no progress for {self._timeout:g} s, and host {os.environ['MASTER_ADDR']}, "
             message += f"which keeps the processes' store, does not answer process {self._rank}"
