@@ -30,7 +30,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from alexnet_dist import setup
+from alexnet_dist import __version__, setup
 from alexnet_dist.config import Config, to_dict
 from alexnet_dist.data import dali
 from alexnet_dist.data.datasets import ImageDataset
@@ -127,9 +127,9 @@ class Context:
 
 def versions(here: Context) -> Finding:
     """Of what training runs on, and a digest of its options."""
-    found = {"Python": platform.python_version()}
+    found = {"alexnet-dist": __version__, "Python": platform.python_version()}
     dalis = [f"nvidia-dali-cuda{cuda}" for cuda in (130, 120, 110)]
-    for name in ("alexnet-dist", *dalis, "torchvision", "torch"):
+    for name in (*dalis, "torchvision", "torch"):
         with suppress(metadata.PackageNotFoundError):
             found[name.replace("nvidia-dali-cuda", "DALI for CUDA ")] = metadata.version(name)
     digest = hashlib.sha256(json.dumps(to_dict(here.config)).encode()).hexdigest()[:6]
@@ -436,7 +436,7 @@ def _slow_host(mesh: Mesh, size: int) -> str:
 
 def checkpoint(here: Context) -> Finding | None:
     """Write one of this model, as training would."""
-    if {"run folder", "same folder", "images"} & here.failed:
+    if here.quick or {"run folder", "same folder", "images"} & here.failed:
         return None
     state, said = setup.build_training(here.config, here.mesh, here.data), list[str]()
     manager = CheckpointManager(
@@ -517,10 +517,11 @@ def slurm(here: Context) -> Finding | None:
         script = _output("scontrol", "write", "batch_script", job, "-")
     signal = re.search(r"^#SBATCH .*--signal=\S*@(\d+)", script, re.MULTILINE)
     ahead, grace = float(signal[1]) if signal else left, here.config.run.sigterm_grace
+    told = f", with a signal {signal[1]} s before" if signal else ""
     tool = "" if shown else "; no scontrol in here: slurm/lib.sh requeues from outside"
     return judge(
-        f"job {job} ends in {left:,.0f} s, is told {ahead:,.0f} s before{tool}",
-        ("fails", left < 3 * save, f"a checkpoint takes {save:.0f} s: give the job more --time"),
+        f"job {job} ends in {left:,.0f} s{told}{tool}",
+        ("fails", left < 10 + 3 * save, "it has to save before: give the job more --time"),
         ("warning", left != left, "the end of the job is not known: export SLURM_JOB_END_TIME"),
         ("warning", "Requeue=0" in shown, "it is not requeued: sbatch --requeue"),
         ("warning", ahead < 2 * save, f"a checkpoint takes {save:.0f} s: raise --signal's @"),

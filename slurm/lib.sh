@@ -89,6 +89,17 @@ launch() { # MODULE WORDS...: run torchrun on each node and wait for all; srun's
     wait "$srun"
 }
 
+doctor() { # WORDS...: print the doctor's page of these nodes; not 0 where something fails
+    local noise code
+    noise=$(mktemp)
+    launch alexnet_dist.doctor "$@" 2>"$noise"
+    code=$?
+    # torchrun prints a hundred lines about a process that has failed: one of ours says it
+    grep '^alexnet_dist: ' "$noise" || cat "$noise"
+    rm -f "$noise"
+    return "$code"
+}
+
 # Training over as many requeues of the job as it takes
 
 train() { # WORDS...: train until the run is finished; requeue the job if it is stopped before
@@ -113,7 +124,7 @@ train() { # WORDS...: train until the run is finished; requeue the job if it is 
     count_starts
     export_end_time
     if [ "${DOCTOR:-yes}" != no ]; then
-        launch alexnet_dist.doctor --quick "$@" --run.output_dir="$output_dir" --run.name="$name"
+        doctor --quick "$@" --run.output_dir="$output_dir" --run.name="$name"
         code=$?
         [ -z "$saving$terminated" ] || finish_job
         [ "$code" -eq 0 ] || refuse

@@ -260,6 +260,6 @@ def test_the_page_is_for_people(images: Path, tmp_path: Path) -> None:
     options.remove("--json")
     code, out, err = run_group(0, environment(), 60, run_main, "alexnet_dist.doctor", *options)
     assert code == 0, err
-    assert out.splitlines()[1].startswith("ok       versions     Python ")
+    assert out.splitlines()[1].startswith("ok       versions     alexnet-dist ")
     assert "fails: 0, warnings: 0" in out.splitlines()[-1]
     assert "\x1b" not in out
