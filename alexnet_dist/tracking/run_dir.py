@@ -34,8 +34,15 @@ def lock(path: Path) -> None:
     """Create a run's folder, and keep other runs out of it until this process ends; it is running.
 
     Raises:
-        UserError: another run is at work in it, or it cannot be written.
+        UserError: another run is at work in it, or it cannot be written; or torchrun restarts a run
+            that a person has to fix, as on each host whose processes have merely lost another.
     """
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    if restarted and read_status(path).get("status") == "failed":
+        raise UserError(
+            f"the run in {path} is not restarted after an error that one of its processes has "
+            "named: fix that, and give the same command again"
+        )
     try:
         (path / "checkpoints").mkdir(parents=True, exist_ok=True)
         file = os.open(path / ".lock", os.O_WRONLY | os.O_CREAT, 0o666)

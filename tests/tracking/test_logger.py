@@ -157,6 +157,20 @@ def make_run(path: Path, **status: Any) -> Path:
     return path
 
 
+def test_a_run_that_a_person_has_to_fix_is_not_restarted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the torchruns of other hosts, whose processes have lost the one that named the error."""
+    run = make_run(tmp_path / "a")
+    set_status(run, "failed")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    with pytest.raises(UserError, match="not restarted after an error"):
+        lock(run)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    lock(run)
+    assert read_status(run)["status"] == "running"
+
+
 def test_names_of_runs(tmp_path: Path) -> None:
     def next_name(resume: str = "auto") -> tuple[str, bool]:
         path, kept = resolve_run_dir(str(tmp_path), None, "a", resume)
