@@ -29,7 +29,11 @@ def main() -> None:
     if name in commands:
         gc.disable()  # as for python -m; see __init__.py
         sys.argv[1:] = words
-        runpy.run_module(f"alexnet_dist.{name}", run_name="__main__", alter_sys=True)
+        gc.disable()  # as in __init__.py
+        try:
+            runpy.run_module(f"alexnet_dist.{name}", run_name="__main__", alter_sys=True)
+        except KeyboardInterrupt:  # of what it imports
+            sys.exit(130)
     elif name == "--version":
         print(__version__)
     elif name in ("-h", "--help"):

@@ -228,7 +228,7 @@ def _read_sizes(
         found = pool.map(read_size, [split / names[row] for row in missing])
         for done, (row, size) in enumerate(zip(missing, found, strict=True)):
             sizes[row] = size
-            progress(f"indexing {split}", done + 1, len(missing))
+            progress(f"indexing {split.name}", done + 1, len(missing))
     if missing or before != names:
         arrays = {"names": pack_names(names), "stamps": files.stamps, "sizes": sizes}
         notes += _save_arrays(path, arrays)
