@@ -373,10 +373,10 @@ def computing(here: Context) -> Finding:
     mesh = here.mesh
     precision = use_precision(here.config.runtime.precision, mesh.device, False)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    size = 8192 if mesh.device.type == "cuda" else 2048
+    size = 8192 if mesh.device.type == "cuda" else 1024
     a = torch.randn(size, size, device=mesh.device, dtype=dtype)
     dist.barrier(mesh.long_timeout_group)
-    times = [_time(lambda: a @ a, mesh.device) for _ in range(6)]
+    times = [_time(lambda: a @ a, mesh.device) for _ in range(10)]
     speeds = mesh.all_gather_object(2 * size**3 / min(times))
     here.flops, slowest = sum(speeds), int(np.argmin(speeds))
     share, host = speeds[slowest] / statistics.median(speeds), _hosts(mesh)[slowest]
@@ -571,7 +571,7 @@ CHECKS = (
     Check("W&B", wandb, "one", "take --wandb.mode offline"),
     Check("same folder", same_folder, "together", _RUNS),
     Check("processes", processes, "together", _NETWORK, 20),
-    Check("computing", computing, "together", "look what else runs there"),
+    Check("computing", computing, "together", "look what else runs there", 15),
     Check("checkpoint", checkpoint, "together", _RUNS, 25),
     Check("SLURM", slurm, "together", "look at scontrol: it hangs"),
     Check("network", network, "together", _NETWORK, 25),

@@ -119,8 +119,8 @@ def run_checks(checks: Sequence[Check], here: Context, until: float) -> dict[str
             if finding is not None:
                 found[check.name] = Finding(*finding)
         if left and (left[0].scope == "together" or time.monotonic() > until):
-            seen = f"not looked at, since {check.name} fails"
-            return found | {check.name: Finding("warning", seen) for check in left}
+            seen = f"{finding}; what comes after it is not looked at"
+            return found | {check.name: Finding("fails", seen, check.if_stuck)}
     return found
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import time
@@ -23,6 +24,7 @@ from tests.conftest import TINY, Result, command, environment, write_images
 from tests.processes import run_group, run_main
 
 AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="mounts are made by root")
+DOCTOR = (run_main, "alexnet_dist.doctor")
 Page = dict[str, dict[str, Any]]
 
 
@@ -57,7 +59,7 @@ def test_what_fails_on_a_host(tmp_path: Path) -> None:
     (tmp_path / "runs/old/wandb/offline-run-1").mkdir(parents=True)
     (tmp_path / "runs/old/wandb/offline-run-1/run-1.wandb").touch()
     quick = words(root, tmp_path / "runs", "--wandb.mode=auto", "--quick")
-    found = page(Result(*run_group(0, environment(**env), 60, impatient, *quick)), 1)
+    found = page(Result(*run_group(0, environment(**env), 60, *DOCTOR, *quick)), 1)
     assert failed(found) == {"SLURM"}
     assert "give the job more --time" in found["SLURM"]["fix"]
     assert (
@@ -68,7 +70,7 @@ def test_what_fails_on_a_host(tmp_path: Path) -> None:
     assert not list((tmp_path / "runs").glob(".doctor*"))
 
     (root / "val/red").rename(root / "val/rouge")
-    found = page(Result(*run_group(0, environment(), 60, impatient, *quick)), 1)
+    found = page(Result(*run_group(0, environment(), 60, *DOCTOR, *quick)), 1)
     assert failed(found) == {"images"}
     assert "differ (red, rouge)" in found["images"]["seen"]
 
@@ -207,19 +209,20 @@ def test_too_few_gpus_and_too_little_shared_memory(
     assert "--shm-size=1g" in checks.shared_memory(here).fix
 
 
-def inverted(*options: str) -> None:
-    """Be the doctor where Pillow shows negatives."""
+def sick(*options: str) -> None:
+    """Be the doctor where Pillow shows negatives, and no file may be larger than a megabyte."""
     decode = torch_loader.decode
     torch_loader.decode = lambda data: ImageOps.invert(decode(data))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
     run_main("alexnet_dist.doctor", *options)
 
 
 @pytest.mark.slow
 def test_a_full_page(images: Path, tmp_path: Path) -> None:
-    """On two processes all is well, but for a decoder."""
     options = words(images, tmp_path / "runs")
-    found = page(Result(*run_group(2, environment(), 120, inverted, *options)), 1)
-    assert failed(found) == {"decoder"}
+    found = page(Result(*run_group(2, environment(), 120, sick, *options)), 1)
+    assert failed(found) == {"checkpoint", "decoder"}
+    assert "could not be written (File too large" in found["checkpoint"]["fix"]
     assert set(found) == {check.name for check in doctor.CHECKS} - {"SLURM"}
     assert " a second, the network takes " in found["loading"]["seen"]
     assert "gloo, lo" in found["processes"]["seen"]
@@ -258,7 +261,7 @@ def test_hosts_that_differ(images: Path, tmp_path: Path) -> None:
 def test_the_page_is_for_people(images: Path, tmp_path: Path) -> None:
     options = words(images, tmp_path / "runs", "--quick")
     options.remove("--json")
-    code, out, err = run_group(0, environment(), 60, run_main, "alexnet_dist.doctor", *options)
+    code, out, err = run_group(0, environment(), 60, *DOCTOR, *options)
     assert code == 0, err
     assert out.splitlines()[1].startswith("ok       versions     alexnet-dist ")
     assert "fails: 0, warnings: 0" in out.splitlines()[-1]
