@@ -1,7 +1,6 @@
 """alexnet-dist COMMAND [OPTION ...]: the same as python -m alexnet_dist.COMMAND [OPTION ...]"""
 
 import gc
-import importlib.util
 import runpy
 import sys
 
@@ -24,12 +23,10 @@ COMMANDS = {
 
 def main() -> None:
     """Run the command that the first word names, with the other words."""
-    commands = [name for name in COMMANDS if importlib.util.find_spec(f"alexnet_dist.{name}")]
     name, *words = sys.argv[1:] or ["--help"]
-    if name in commands:
+    if name in COMMANDS:
         gc.disable()  # as for python -m; see __init__.py
         sys.argv[1:] = words
-        gc.disable()  # as in __init__.py
         try:
             runpy.run_module(f"alexnet_dist.{name}", run_name="__main__", alter_sys=True)
         except KeyboardInterrupt:  # of what it imports
@@ -37,10 +34,10 @@ def main() -> None:
     elif name == "--version":
         print(__version__)
     elif name in ("-h", "--help"):
-        print(__doc__, "", *(f"  {name:<10}{COMMANDS[name]}" for name in commands), sep="\n")
+        print(__doc__, "", *(f"  {name:<10}{about}" for name, about in COMMANDS.items()), sep="\n")
         print("\nalexnet-dist COMMAND --help lists the options of a command.")
     else:
-        sys.exit(f"alexnet_dist: there is no command {name}; there are {', '.join(commands)}")
+        sys.exit(f"alexnet_dist: there is no command {name}; there are {', '.join(COMMANDS)}")
 
 
 if __name__ == "__main__":

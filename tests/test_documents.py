@@ -30,7 +30,9 @@ DOCUMENTS += sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")
 ONLY_PARSED = {
     "make": "sets up a venv: the targets exist",
     "python3": "makes a venv",
+    "source": "activates it",
     "pip": "downloads packages",
+    "doctor": "looks at this machine for half a minute; tests/test_doctor.py runs it",
     "pytest": "would run tests in a test: the files exist",
     "launch": "tests/distributed/test_launch.py runs these scripts",
     "sbatch": "needs a SLURM; tests/slurm runs these scripts on one",
