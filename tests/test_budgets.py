@@ -30,9 +30,9 @@ BUDGETS = {  # lines of Python, docstrings included: the most allowed, and what 
     "tracking": (856, 700),
     "prepare": (1031, 1000),
     "__init__.py": (9, 5),
-    "__main__.py": (47, 45),
+    "__main__.py": (44, 45),
 }
-IN_ALL = {"alexnet_dist": (12042, 8700), "benchmarks": (2300, 2300), "tests": (9064, 6500)}
+IN_ALL = {"alexnet_dist": (12039, 8700), "benchmarks": (2300, 2300), "tests": (9066, 6500)}
 FILES_OF_A_STEP, LINES_OF_A_STEP = (16, 16), (2940, 2800)
 
 TRACER = """
