@@ -24,7 +24,6 @@ from functools import cached_property, partial
 from importlib import metadata
 from pathlib import Path
 from typing import Literal, NamedTuple
-from urllib.parse import urlsplit
 
 import numpy as np
 import torch
@@ -40,14 +39,14 @@ from alexnet_dist.model.layer_stats import training_flops
 from alexnet_dist.parallel.mesh import Mesh, available_cpus, init_distributed
 from alexnet_dist.parallel.precision import use_precision
 from alexnet_dist.tracking.run_dir import resolve_run_dir
-from alexnet_dist.tracking.wandb import resolve_mode
+from alexnet_dist.tracking.wandb import has_api_key, resolve_mode, server_url
 from alexnet_dist.training.checkpoint import CheckpointManager
 from alexnet_dist.training.preemption import deadline
 
 Status = Literal["ok", "warning", "fails"]
 MIB, GB = 2**20, 1e9
-SHM_PER_PROCESS = 128 * MIB
-"""Of /dev/shm, for NCCL: NVIDIA advises 1 GB in a container, which may have eight GPUs."""
+SHM_LEAST, SHM_ADVISED = 32 * MIB, 128 * MIB
+"""Of /dev/shm for each GPU: a buffer of NCCL; and NVIDIA's 1 GB for a container, of eight GPUs."""
 SLOW = 0.7
 """A process that reaches less than this part of the median's speed is named."""
 
@@ -127,7 +126,7 @@ class Context:
 
 def versions(here: Context) -> Finding:
     """Of what training runs on, and a digest of its options."""
-    found = {"alexnet-dist": __version__, "Python": platform.python_version()}
+    found = {"alexnet-dist": __version__, "Python": ".".join(platform.python_version_tuple()[:2])}
     dalis = [f"nvidia-dali-cuda{cuda}" for cuda in (130, 120, 110)]
     for name in (*dalis, "torchvision", "torch"):
         with suppress(metadata.PackageNotFoundError):
@@ -148,7 +147,7 @@ def gpus(here: Context) -> Finding:
     if wanted == "cpu" or (count == 0 and not known and wanted == "auto"):
         return Finding("ok", f"{count or 'no'} GPU here: trains on CPUs")
     try:
-        for number in range(max(count, 1)):  # this torch may have no kernels for it
+        for number in range(max(min(count, local), 1)):  # this torch may have no kernels for it
             torch.ones(8, 8, device=f"cuda:{number}").mm(torch.ones(8, 8, device=f"cuda:{number}"))
             torch.cuda.synchronize(number)
     except (RuntimeError, AssertionError) as error:
@@ -200,9 +199,8 @@ def processors(here: Context) -> Finding:
 def memory(here: Context) -> Finding:
     """What is free of main memory, or of what a container may have, against copies of the model."""
     free = int(re.findall(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())[0]) * 1024
-    with suppress(OSError, ValueError):  # "max" where there is no limit
-        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
-        free = min(free, int(limit.read_text()) - int(used.read_text()))
+    with suppress(OSError, ValueError):  # "max" where there is no limit; files' cache counts, too
+        free = min(free, int(Path("/sys/fs/cgroup/memory.max").read_text()))
     # of weights and momentum, in a checkpoint that is written; on CPUs in training, too
     copies = 2 if torch.cuda.device_count() else 6
     need = copies * here.model_bytes * here.local_world_size
@@ -214,10 +212,13 @@ def memory(here: Context) -> Finding:
 def shared_memory(here: Context) -> Finding:
     """Through /dev/shm NCCL sends between the GPUs of a host."""
     free, local = shutil.disk_usage("/dev/shm").free, here.local_world_size
-    small, used = free < SHM_PER_PROCESS * local, local > 1 and torch.cuda.device_count() > 1
-    fix = f"NCCL wants {SHM_PER_PROCESS // MIB} MiB for each GPU: docker run --shm-size=1g"
-    seen = f"{free / MIB:,.0f} MiB free"
-    return judge(seen, ("fails", small and used, fix), ("warning", small, fix))
+    used = local > 1 and torch.cuda.device_count() > 1
+    fix = f"NCCL wants {SHM_ADVISED // MIB} MiB for each GPU: docker run --shm-size=1g"
+    return judge(
+        f"{free / MIB:,.0f} MiB free",
+        ("fails", used and free < SHM_LEAST * local, fix),
+        ("warning", free < SHM_ADVISED * local, fix),
+    )
 
 
 def open_files(here: Context) -> Finding:
@@ -307,11 +308,11 @@ def _forget(path: str) -> bool:
 
 def wandb(here: Context) -> Finding:
     """The mode that a run would take, and whether it can."""
-    mode, has_key = resolve_mode(here.config.wandb.mode), resolve_mode("auto") == "online"
+    mode, has_key = resolve_mode(here.config.wandb.mode), has_api_key()
     files = here.path.parent.glob("*/wandb/offline-run-*/*.wandb")
     left = sum(not file.with_name(f"{file.name}.synced").exists() for file in files)
     seen, error = f"{mode}, {'a' if has_key else 'no'} key, {left} offline runs not synced", ""
-    url = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
+    url = server_url()
     if mode == "online":
         try:
             address = url.hostname or "", url.port or {"http": 80}.get(url.scheme, 443)
@@ -570,7 +571,7 @@ CHECKS = (
     Check("run folder", run_folder, "one", _RUNS),
     Check("W&B", wandb, "one", "take --wandb.mode offline"),
     Check("same folder", same_folder, "together", _RUNS),
-    Check("processes", processes, "together", _NETWORK, 20),
+    Check("processes", processes, "together", _NETWORK, 30),
     Check("computing", computing, "together", "look what else runs there", 15),
     Check("checkpoint", checkpoint, "together", _RUNS, 25),
     Check("SLURM", slurm, "together", "look at scontrol: it hangs"),

@@ -4,8 +4,9 @@ python -m alexnet_dist.doctor [--quick] [--json] [--config FILE] [--data.root DI
 torchrun --nproc_per_node=2 -m alexnet_dist.doctor --config FILE ...
 sbatch --nodes=2 slurm/doctor.sbatch --config FILE ...
 
-It takes the options of the run, and at most a minute; --quick about ten seconds: it reads few
-images. Each line of its page is ok, a warning, or fails; if any fails, the exit code is 1.
+It takes the options of the run, and at most a minute once all processes have begun; --quick about
+ten seconds: it reads few images, and writes no checkpoint. Each line of its page is ok, a warning,
+or fails; where any fails, the exit code is 1 on every process.
 """
 
 import ctypes
@@ -32,9 +33,9 @@ from alexnet_dist.config import CommandParser
 from alexnet_dist.errors import UserError, run_command
 from alexnet_dist.parallel.rendezvous import is_launched
 
-ALONE, MEET, TOGETHER, END = 25.0, 35.0, 55.0, 60.0
-"""Seconds from the start: the checks of a process alone end, all processes have met, what they
-check together ends, and so does the command."""
+ALONE, TOGETHER, MEET, END = 25.0, 35.0, 60.0, 5.0
+"""Seconds for the checks of a process alone, and for those of all together; how long after its own
+start a process waits for others; and how much later than its own another's end may come."""
 
 COLORS = {"ok": "", "warning": "yellow", "fails": "red"}
 
@@ -198,8 +199,9 @@ def look(here: Context, group: Group, begun: float) -> list[dict[str, Any]]:
         together = {0: {"processes": Finding("fails", seen, fix)}}
     else:
         here.failed |= {name for _, f in reports.values() for name in f if f[name][0] == "fails"}
-        mine = run_checks([c for c in CHECKS if c.scope == "together"], here, begun + TOGETHER)
-        together = group.exchange("together", mine, begun + END)
+        until = time.monotonic() + TOGETHER
+        mine = run_checks([c for c in CHECKS if c.scope == "together"], here, until)
+        together = group.exchange("together", mine, until + END)
     every = [*((rank, report[1]) for rank, report in reports.items()), *together.items()]
     lines = []
     for check in CHECKS:
@@ -247,9 +249,9 @@ def main(arguments: list[str]) -> None:
             show(lines)
             print(f"fails: {fails}, warnings: {warnings}; {time.monotonic() - begun:.0f} s")
         sys.stdout.flush()
-    fails = group.exchange("fails", fails, begun + END + 5, [0]).get(0, 1)
+    fails = group.exchange("fails", fails, time.monotonic() + 2 * END, [0]).get(0, 1)
     # process 0 keeps the store until they know
-    group.exchange("end", 0, time.monotonic() + 2, None if group.rank == 0 else [])
+    group.exchange("end", 0, time.monotonic() + END, None if group.rank == 0 else [])
     if fails:
         raise UserError("something fails: the page says what, and its fix", on_all_ranks=True)
 

@@ -30,7 +30,7 @@ Page = dict[str, dict[str, Any]]
 
 def impatient(*options: str) -> None:
     """Be the doctor, and wait no longer than seconds."""
-    doctor.ALONE, doctor.MEET, doctor.TOGETHER, doctor.END = 6, 8, 18, 20
+    doctor.ALONE, doctor.MEET = 6, 8
     doctor.CHECKS = tuple(check._replace(seconds=3) for check in doctor.CHECKS)
     run_main("alexnet_dist.doctor", *options)
 

@@ -58,9 +58,6 @@ class LeftOut(dict[str, list[Any]]):
         )
 
 
-SAMPLED_CLASSES = 16
-"""Folders that are listed for a sample of images: where storage is slow, each takes its time."""
-
 ImageFile = tuple[str, int, int]
 """An image's path below a folder, its bytes, and when it changed last, in ns; -1, -1 for a broken
 link, or a folder in its place."""
@@ -136,7 +133,7 @@ def list_images(folder: Path, left_out: LeftOut) -> list[ImageFile]:
 
 
 def list_split(split: Path, sample: int | None = None) -> SplitFiles:
-    """The images of a split's class folders; or ``sample`` of them, drawn from a few classes.
+    """The images of a split's class folders; or up to ``sample`` of them, drawn by chance.
 
     Raises:
         UserError: it has none, or one of them is empty.
@@ -151,8 +148,8 @@ def list_split(split: Path, sample: int | None = None) -> SplitFiles:
         elif not entry.is_dir():
             left_out.add_file(f"{split}/{entry.name}")
     drawn = list(range(len(classes)))
-    if sample is not None:
-        drawn = sample_rows(len(classes), SAMPLED_CLASSES)
+    if sample is not None:  # a class for 16 images: slow storage takes its time to list each
+        drawn = sample_rows(len(classes), -(-sample // 16))
     listed = [classes[label] for label in drawn]
     counted = [LeftOut() for _ in listed]
     with ThreadPoolExecutor(16) as pool:  # network storage answers slowly, but many at once

@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 from queue import Queue
 from typing import Any
+from urllib.parse import SplitResult, urlsplit
 
 from alexnet_dist.errors import print_error
 from alexnet_dist.tracking import Event
@@ -28,11 +29,22 @@ def resolve_mode(mode: str) -> str:
     """auto: WANDB_MODE if set; else online where there is an API key, and offline where not."""
     if mode != "auto":
         return mode
-    has_key = bool(os.environ.get("WANDB_API_KEY"))
+    return os.environ.get("WANDB_MODE") or ("online" if has_api_key() else "offline")
+
+
+def has_api_key() -> bool:
+    """Whether there is one, in WANDB_API_KEY or, from `wandb login`, in the netrc file."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
     with contextlib.suppress(OSError):
-        netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
-        has_key = has_key or "wandb" in netrc.read_text()
-    return os.environ.get("WANDB_MODE") or ("online" if has_key else "offline")
+        netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser().read_text()
+        return "wandb" in netrc or f"{server_url().hostname}" in netrc
+    return False
+
+
+def server_url() -> SplitResult:
+    """Where runs are sent."""
+    return urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
 
 
 def init_run(folder: Path, run_id: str, **options: Any) -> Any:
