@@ -18,21 +18,21 @@ BUDGETS = {  # lines of Python, docstrings included: the most allowed, and what 
     "bench.py": (261, 260),
     "submit.py": (88, 80),
     "replay.py": (81, 80),
-    "doctor.py": (258, 100),
-    "checks.py": (580, 120),  # what the doctor looks at
+    "doctor.py": (260, 100),
+    "checks.py": (581, 120),  # what the doctor looks at
     "setup.py": (411, 220),
     "config.py": (517, 320),
     "errors.py": (92, 60),
     "model": (1272, 1000),
-    "data": (2306, 1500),
+    "data": (2303, 1500),
     "parallel": (1550, 1250),
     "training": (1519, 1000),
-    "tracking": (856, 700),
+    "tracking": (868, 700),
     "prepare": (1031, 1000),
     "__init__.py": (9, 5),
     "__main__.py": (44, 45),
 }
-IN_ALL = {"alexnet_dist": (12039, 8700), "benchmarks": (2300, 2300), "tests": (9066, 6500)}
+IN_ALL = {"alexnet_dist": (12051, 8700), "benchmarks": (2300, 2300), "tests": (9066, 6500)}
 FILES_OF_A_STEP, LINES_OF_A_STEP = (16, 16), (2940, 2800)
 
 TRACER = """
