@@ -11,7 +11,7 @@ PYTEST := $(PY) -m pytest -q --numprocesses=2 --dist=loadfile
 # torchrun would set OMP_NUM_THREADS, with a warning; the trainer sets its threads itself.
 TORCHRUN := OMP_NUM_THREADS=1 .venv/bin/torchrun --nproc_per_node=$(PROCESSES)
 
-.PHONY: train test test-slow test-oldest lint bench bench-layouts bench-scaling bench-gpu clean
+.PHONY: train test test-slow test-oldest lint bench bench-layouts bench-scaling bench-gpu chaos clean
 
 train: $(ENV)
 	$(TORCHRUN) -m alexnet_dist.train $(ARGS)
@@ -39,6 +39,13 @@ bench: $(ENV)
 # What layouts send, on network namespaces as hosts; as root.
 bench-layouts: $(ENV)
 	$(PY) -m benchmarks.communication --bytes --speed
+
+# Training on four hosts (network namespaces) under FAULTS faults drawn from SEED; as root. A fault
+# takes half a minute.
+FAULTS ?= 40
+SEED ?= 2012
+chaos: $(ENV)
+	$(PY) -m benchmarks.chaos --faults $(FAULTS) --seed $(SEED) $(ARGS)
 
 # Steps on 1 to 1,024 GPUs by a model, and the model against steps on namespaces; as root.
 bench-scaling: $(ENV)

@@ -1,323 +1,440 @@
-"""A run under faults ends with the bits of the same run undisturbed, or this fails.
+"""Training on several hosts under faults loses nothing, or this fails.
 
-python -m benchmarks.chaos [--faults 50] [--seed 2012] [--steps 392] [--out FILE.json]
+python -m benchmarks.chaos [--faults 40] [--seed 2012] [--hosts 4] [--processes 1] [--out FILE.json]
 
-Two processes train the paper's network on small images of noise, three of which are corrupt (in the
-undisturbed run, too). Faults are sampled from the seed and injected one after another; whatever
-ends the run is followed by the same command again, as a batch script would do it. As root the run
-folder is a small file system in memory, which can be filled; otherwise that fault is skipped.
+Hosts are network namespaces (benchmarks/hosts.py, as root). On each, launch/multinode.sh is started
+again whenever it has ended, as a batch system does. Faults come one after another in an order drawn
+from the seed, each kind once before any comes twice. In the end the steps that counted are taken
+again without faults on one host, each on as many processes as it was taken on: losses, order of
+samples and weights have to be the same, to the bit.
 """
 
 import argparse
 import contextlib
-import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from itertools import takewhile
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 from PIL import Image
-from safetensors import safe_open
+from safetensors.numpy import load_file
 
-from alexnet_dist.errors import UserError
 from alexnet_dist.tracking import Event
 from alexnet_dist.tracking.logger import read_events
+from alexnet_dist.tracking.run_dir import read_status
 from benchmarks.common import save_record
+from benchmarks.hosts import Hosts, call
 
-SIZE, BATCH_SIZE, TRAIN_IMAGES, CORRUPT = 76, 7, 199, (17, 91, 154)
+SIZE, BATCH_SIZE, TRAIN_IMAGES, EPOCH = 36, 16, 199, 199 // 16
+RATE = "20mbit"  # links on which a step takes a quarter of a second: runs need not be so long
 OPTIONS = f"""
-    --data.image_size=67 --data.resize_size={SIZE} --data.batch_size={BATCH_SIZE}
-    --data.eval_batch_size=8 --data.on_corrupt_image=skip
-    --runtime.precision=fp32 --runtime.threads=1 --runtime.hang_timeout=8
-    --train.log_interval=1 --optim.lr=0.001 --optim.schedule.name=constant
+    --model.arch=figure1_relu --data.image_size=32 --data.resize_size={SIZE}
+    --data.batch_size={BATCH_SIZE} --data.eval_batch_size={BATCH_SIZE}
+    --runtime.precision=fp32 --runtime.threads=1 --runtime.hang_timeout=10
+    --train.log_interval=1 --optim.lr=0.001 --optim.schedule.name=constant --train.epochs=10000
     --checkpoint.interval_steps=5 --wandb.mode=offline --run.name=run""".split()
-FAULTS = [
-    *("kill_rank", "kill_launcher", "kill_all", "terminate", "preempt", "stop_rank"),
-    *("fill_disk", "flip_bit", "truncate_file", "kill_wandb"),
-]
-SURVIVED = ("fill_disk", "kill_wandb")  # without a restart
-MARK = "ALEXNET_DIST_CHAOS"  # in the environment of every process of a run
-STEP_TIMEOUT = 180  # seconds without a step, after which the run counts as hung
+# an agent is lost after 3 times 2 s; those that are there wait 15 s for others to come
+RENDEZVOUS = "last_call_timeout=15,keep_alive_interval=2,keep_alive_max_attempt=3"
+TRAINER = b"-u\0-m\0alexnet_dist.train"  # in the command line of what torchrun starts
+STEP, RESTART = ("train",), ("start", "resume")  # events
+STEP_TIMEOUT = 240  # seconds without a record, after which the run counts as hung
+
+KINDS = {  # how many seconds a fault lasts, and whether training has to restart
+    "process killed": (0, True),
+    "process stopped": (0, True),
+    "agent killed": (0, True),
+    "SIGTERM to one agent": (0, True),
+    "PREEMPT": (0, True),
+    "host gone for 20 s": (20, True),
+    "host gone for good": (0, True),
+    "store's host gone for 20 s": (20, True),
+    "link down for 5 s": (5, False),
+    "link down for 60 s": (60, True),
+    "one direction dead for 40 s": (40, True),
+    "link at 1 Mbit/s for 20 s": (20, False),
+    "2 % of packets lost for 20 s": (20, False),
+    "run folder read-only for 10 s": (10, False),
+    "disk full for 10 s": (10, False),
+    "disk hung for 30 s": (30, False),
+    "checkpoint with a flipped bit": (0, True),
+    "checkpoint cut short": (0, True),
+    "image corrupted": (0, True),
+    "W&B's process killed": (0, False),
+}
+BY_IPTABLES = ("one direction dead for 40 s", "2 % of packets lost for 20 s")
 
 
 class Run:
-    """A training run under torchrun, and the faults that can be injected into it."""
+    """A training run on hosts, and the faults that can be injected into it."""
 
-    def __init__(self, images: Path, root: Path, epochs: int) -> None:
-        self.root, self.path, self.log = root, root / "run", root.with_name(f"{root.name}.log")
-        self.command = [
-            sys.executable,
-            *("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
-            *("--max-restarts=3", "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR2"),
-            *("-m", "alexnet_dist.train", *OPTIONS, f"--train.epochs={epochs}"),
-            *(f"--data.root={images}", f"--run.output_dir={root}"),
-        ]
-        self.launcher: subprocess.Popen[bytes] | None = None
-        self.starts = 0
+    def __init__(self, hosts: Hosts, folder: Path, processes: int) -> None:
+        self.hosts, self.folder, self.processes = hosts, folder, processes
+        self.images, self.disk, self.path = folder / "images", folder / "disk", folder / "disk/run"
+        self.logs = [folder / f"host{n}.log" for n in range(hosts.count)]
+        self.agents: dict[int, subprocess.Popen[Any]] = {}
+        self.gone: set[int] = set()
+        self.starts, self._bytes_read = 0, 0
+        self.events: list[Event] = []
 
-    def start(self) -> None:
-        """Start the run, or resume it: it is the same command."""
-        launched = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "WANDB_API_KEY")
-        env = {name: value for name, value in os.environ.items() if name not in launched}
-        with self.log.open("ab") as log:
-            self.launcher = subprocess.Popen(
-                self.command,
-                stdout=log,
-                stderr=log,
-                env=env | {MARK: str(self.root)},
-                start_new_session=True,
-            )
+    def start(self, n: int, *more: str) -> None:
+        """Start the agent of host ``n``, or start it again: it is the same command."""
+        count, address = self.hosts.count, self.hosts.address
+        env = os.environ | {"INTERFACE": "eth0", "PYTHON": sys.executable, "RESTARTS": "100"}
+        env |= {"PROCESSES": str(self.processes), "PET_LOCAL_ADDR": address(n)}
+        env |= {"PET_RDZV_CONF": f"is_host={int(n == 0)},{RENDEZVOUS}", "TMPDIR": str(self.folder)}
+        command = ["launch/multinode.sh", f"{(count + 1) // 2}:{count}", address(0), *OPTIONS]
+        command += [f"--data.root={self.images}", f"--run.output_dir={self.disk}", *more]
+        with self.logs[n].open("ab") as log:
+            self.agents[n] = self.hosts.start(n, command, env, stdout=log, stderr=log)
         self.starts += 1
 
-    def run_until(self, done: Callable[[], bool]) -> None:
-        """Keep the run going until ``done``, or its end; start it again whenever it has ended."""
-        last, since = self.step(), time.monotonic()
-        while not done():
-            if not self.is_running():
-                if self.has_finished():
-                    return
-                self.start()
-            if self.step() != last:
-                last, since = self.step(), time.monotonic()
-            if time.monotonic() - since > STEP_TIMEOUT:
-                raise SystemExit(f"no step for {STEP_TIMEOUT} s after step {last}: see {self.log}")
-            time.sleep(0.1)
+    def run_until(self, done: Callable[[], Any], least: float = 0, *, restart: bool = True) -> None:
+        """Let the run go on until ``done``, for ``least`` seconds at least; start agents again that
+        have ended, on hosts that are not gone."""
+        begun = last = time.monotonic()
+        while not done() or time.monotonic() < begun + least:
+            for n in set(range(self.hosts.count)) - self.gone if restart else ():
+                if n not in self.agents or self.agents[n].poll() is not None:
+                    self.start(n)
+            if self.read():
+                last = time.monotonic()
+            if time.monotonic() > last + least + STEP_TIMEOUT:
+                raise SystemExit(
+                    f"nothing happens after step {self.last(STEP, 'step')}: see {self.folder}"
+                )
+            time.sleep(0.2)
+        self.read()
 
-    def is_running(self) -> bool:
-        return self.launcher is not None and self.launcher.poll() is None
+    def read(self) -> int:
+        """Read what has come to the records; how many events."""
+        before = len(self.events)
+        with contextlib.suppress(OSError):
+            text = (self.path / "metrics.jsonl").read_bytes()[self._bytes_read :]
+            lines = text[: text.rfind(b"\n") + 1]
+            self._bytes_read += len(lines)
+            for line in lines.splitlines():
+                with contextlib.suppress(ValueError):
+                    self.events.append(json.loads(line))
+        return len(self.events) - before
 
-    def has_finished(self) -> bool:
-        with contextlib.suppress(OSError, ValueError):
-            return bool(json.loads((self.path / "status.json").read_text())["status"] == "ended")
-        return False
+    def last(self, kinds: tuple[str, ...], field: str) -> int:
+        """``field`` of the last event of these ``kinds``, whatever came of it."""
+        return next((e[field] for e in reversed(self.events) if e["event"] in kinds), 0)
 
-    def events(self) -> list[Event]:
-        with contextlib.suppress(UserError):
-            return read_events(self.path, superseded=True)
-        return []
+    def has_ended(self, status: str) -> bool:
+        """Whether no process is left on any host, and the run's status is this."""
+        return not self.hosts.processes() and read_status(self.path).get("status") == status
 
-    def step(self) -> int:
-        """The last step recorded, whatever came of it."""
-        return next((e["step"] for e in reversed(self.events()) if e["event"] == "train"), 0)
-
-    def checkpoint_digest(self) -> str:
-        """Of every tensor of the last checkpoint, to the bit."""
-        digest = hashlib.sha256()
-        for file in sorted((self.path / "checkpoints/last").resolve().glob("*.safetensors")):
-            with safe_open(file, "np") as tensors:
-                for name in sorted(tensors.keys()):
-                    digest.update(name.encode() + tensors.get_tensor(name).tobytes())
-        return digest.hexdigest()
-
-    def sample_order(self) -> list[str]:
-        """The hash of each epoch's order of samples."""
-        events = read_events(self.path)
-        return [event["sample_order_hash"] for event in events if event["event"] == "epoch"]
-
-    def processes(self) -> list[int]:
-        """Everything that this run has started and that is alive."""
-        mark, pids = f"{MARK}={self.root}".encode(), [p for p in os.listdir("/proc") if p.isdigit()]
-        return [int(pid) for pid in pids if mark in _read(f"/proc/{pid}/environ")]
-
-    def inject(self, fault: str, rng: random.Random) -> bool:
-        """Returns whether the fault could be injected."""
-        assert self.launcher is not None
-        pid = self.launcher.pid
-        ranks = [int(child) for child in _read(f"/proc/{pid}/task/{pid}/children").split()]
-        rng.shuffle(ranks)
-        match fault:
-            case "kill_rank":
-                return _signal(ranks[:1], signal.SIGKILL)
-            case "stop_rank":
-                return _signal(ranks[:1], signal.SIGSTOP)
-            case "kill_launcher":
-                return _signal([pid], signal.SIGKILL)
-            case "kill_all":
-                return _signal([*ranks, pid], signal.SIGKILL)
-            case "terminate":
-                return _signal([pid], signal.SIGTERM)
-            case "kill_wandb":
-                alive = self.processes()
-                wandb = [p for p in alive if b"wandb-core" in _read(f"/proc/{p}/cmdline")]
-                return _signal(wandb[:1], signal.SIGKILL)
-            case "preempt":
+    def inject(self, kind: str, rng: random.Random) -> Callable[[], object] | None:
+        """Begin a fault; what ends it, or None where it was not possible."""
+        hosts, n = self.hosts, rng.randrange(self.hosts.count)
+        match kind:
+            case "process killed" | "process stopped":
+                which = signal.SIGKILL if "killed" in kind else signal.SIGSTOP
+                return _signal(hosts.processes(n, TRAINER)[:1], which)
+            case "agent killed" | "SIGTERM to one agent":
+                which = signal.SIGKILL if "killed" in kind else signal.SIGTERM
+                return _signal([self.agents[n].pid], which)
+            case "W&B's process killed":
+                return _signal(hosts.processes(None, b"wandb-core")[:1], signal.SIGKILL)
+            case "PREEMPT":
                 (self.path / "PREEMPT").touch()
-                return True
-            case "fill_disk":
-                return self._fill_disk()
+            case "host gone for 20 s" | "host gone for good" | "store's host gone for 20 s":
+                n = 0 if "store" in kind else rng.randrange(1, hosts.count)
+                self.gone.add(n)
+                hosts.set_link(n, "down")
+                hosts.kill(n)
+                return lambda: hosts.set_link(n, "up")
+            case "link down for 5 s" | "link down for 60 s":
+                hosts.set_link(n, "down")
+                return lambda: hosts.set_link(n, "up")
+            case kind if kind in BY_IPTABLES:
+                hosts.drop(n, 0.02 if "2 %" in kind else 1)
+                return lambda: hosts.drop(n, 0)
+            case "link at 1 Mbit/s for 20 s":
+                hosts.limit(n, "1mbit")
+                return lambda: hosts.limit(n, RATE)
+            case "run folder read-only for 10 s":  # what is open stays writable
+                call(f"mount --bind {self.disk} {self.disk}")
+                call(f"mount -o remount,ro,bind {self.disk}")
+                return lambda: call(f"umount --lazy {self.disk}")
+            case "disk hung for 30 s":  # for all who write
+                call(f"fsfreeze --freeze {self.disk}")
+                return lambda: call(f"fsfreeze --unfreeze {self.disk}")
+            case "disk full for 10 s":
+                for _ in range(10):  # also what a checkpoint leaves that replaces another
+                    fill = f"cat /dev/zero >> {self.disk}/filler; sleep 0.3"
+                    subprocess.run(fill, shell=True, stderr=subprocess.DEVNULL)
+                return (self.disk / "filler").unlink
+            case "image corrupted":  # which a person repairs, once the run has ended
+                file = rng.choice(sorted((self.images / "train").rglob("*.jpg")))
+                content = file.read_bytes()
+                file.write_bytes(content[: len(content) // 2])
+                self.run_until(lambda: self.has_ended("failed"), restart=False)
+                file.write_bytes(content)
             case _:  # of the newest checkpoint, where there is one before it
-                _signal([*ranks, pid], signal.SIGKILL)
-                _wait(lambda: not self.processes(), 30)
-                return self._corrupt_checkpoint(fault, rng)
-
-    def _fill_disk(self) -> bool:
-        """Until a checkpoint could not be written."""
-
-        def failures() -> int:
-            return self.log.read_bytes().count(b"could not be written")
-
-        before, filler = failures(), self.root / "filler"
-        with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
-            while True:
-                file.write(bytes(1 << 20))
-        _wait(lambda: failures() > before or not self.is_running(), 60)
-        filler.unlink()
-        return failures() > before
-
-    def _corrupt_checkpoint(self, fault: str, rng: random.Random) -> bool:
-        checkpoints = sorted((self.path / "checkpoints").glob("step-*"))
-        if len(checkpoints) < 2:
-            return False
-        file = rng.choice([f for f in sorted(checkpoints[-1].iterdir()) if f.stat().st_size])
-        content = bytearray(file.read_bytes())
-        at = rng.randrange(len(content))
-        content[at] ^= 1
-        file.write_bytes(content[:at] if fault == "truncate_file" else content)
-        return True
+                hosts.kill()
+                checkpoints = sorted((self.path / "checkpoints").glob("step-*"))
+                if len(checkpoints) < 2:
+                    return None
+                file = rng.choice([f for f in checkpoints[-1].iterdir() if f.stat().st_size])
+                changed = bytearray(file.read_bytes())
+                at = rng.randrange(len(changed))
+                changed[at] ^= 1
+                file.write_bytes(changed[:at] if "cut" in kind else changed)
+        return lambda: None
 
 
-def _signal(pids: list[int], which: signal.Signals) -> bool:
-    """Returns whether all of them got it, one at least."""
-    with contextlib.suppress(ProcessLookupError):
-        for pid in pids:
-            os.kill(pid, which)
-        return bool(pids)
-    return False
+def count_steps(events: list[Event]) -> int:
+    return sum(event["event"] == "train" for event in events)
 
 
-def _read(path: str) -> bytes:
-    """A file of /proc; nothing where the process is gone."""
-    with contextlib.suppress(OSError):
-        return Path(path).read_bytes()
-    return b""
+def _signal(pids: list[int], which: signal.Signals) -> Callable[[], object] | None:
+    for pid in pids:
+        os.kill(pid, which)
+    return (lambda: None) if pids else None
 
 
-def _wait(done: Callable[[], bool], seconds: float) -> None:
-    until = time.monotonic() + seconds
-    while not done() and time.monotonic() < until:
-        time.sleep(0.1)
-
-
-def inject(run: Run, fault: str, rng: random.Random) -> dict[str, Any] | None:
+def inject(run: Run, kind: str, rng: random.Random) -> dict[str, Any] | None:
     """Inject a fault, and run until training is beyond it; None where it was not possible."""
-    step, starts, seen, began = run.step(), run.starts, len(run.events()), time.monotonic()
-    if not run.inject(fault, rng):
+    (seconds, has_to_restart), seen, starts = KINDS[kind], len(run.events), run.starts
+    old, begun = set(run.hosts.processes(None, TRAINER)), time.time()
+    log_sizes = [log.stat().st_size for log in run.logs]
+    undo = run.inject(kind, rng)
+    if undo is None:
         return None
+    phases: dict[str, float] = {}  # seconds from the fault until each of them was over
 
-    def is_restart(event: Event) -> bool:
-        return event["event"] in ("start", "resume")
+    def has_restarted() -> bool:
+        """Whether a step was taken after a restart."""
+        restarts = [n for n in range(seen, len(run.events)) if run.events[n]["event"] in RESTART]
+        has_stepped = bool(restarts) and count_steps(run.events[restarts[0] :]) > 0
+        if has_to_restart and "first step" not in phases:
+            trainers, now = run.hosts.processes(None, TRAINER), time.time() - begun
+            locked = (run.path / "status.json").stat().st_mtime - begun
+            is_over = {
+                "detecting": not old.intersection(trainers),
+                "rendezvous": "detecting" in phases and bool(trainers),
+                "imports": locked > phases.get("rendezvous", now),
+                "loading": bool(restarts),
+                "first step": has_stepped,
+            }
+            phases.update({k: round(now, 1) for k in is_over if is_over[k] and k not in phases})
+        return has_stepped
+
+    def has_lasted() -> bool:
+        goes_on = has_restarted() and count_steps(run.events[seen:]) > 20
+        return goes_on or kind != "host gone for good"
+
+    run.run_until(has_lasted, seconds)
+    undo()
+    run.gone.clear()
+    ended, reached = len(run.events), run.last(STEP, "step")
 
     def is_beyond() -> bool:
-        events = run.events()[seen:]
-        if fault not in SURVIVED:
-            restarts = [i for i, event in enumerate(events) if is_restart(event)]
-            events = events[restarts[-1] :] if restarts else []
-        return any(event["event"] == "train" and event["step"] > step for event in events)
+        as_needed = has_restarted() or not has_to_restart
+        complete = run.last(RESTART, "world_size") == run.hosts.count * run.processes
+        return as_needed and complete and count_steps(run.events[ended:]) > 2
 
     run.run_until(is_beyond)
-    events = run.events()[seen:]
-    before = takewhile(lambda event: not is_restart(event), events)
-    reached = max([step, *(event["step"] for event in before if event["event"] == "train")])
-    resumed = [event["step"] for event in events if is_restart(event)]
     for quarantined in (run.path / "checkpoints").glob("corrupt-*"):
         shutil.rmtree(quarantined)  # the log names it, and the small disk needs its room
+    now = run.events[seen:]
+    steps = [begun, *(event["time"] for event in now if event["event"] == "train")]
+    logs = [log.read_bytes()[size:] for log, size in zip(run.logs, log_sizes, strict=True)]
+    said = re.findall(r"(?:alexnet_dist|warning): (.*)", b"".join(logs).decode(errors="replace"))
     return {
-        "fault": fault,
+        "fault": kind,
+        "time": begun,
         "step": reached,
-        "steps_repeated": reached - resumed[-1] if resumed else 0,
-        "restarted_by": "us" if run.starts > starts else "torchrun" if resumed else "nobody",
-        "seconds": round(time.monotonic() - began, 1),
+        "seconds": round(time.time() - begun, 1),
+        "longest_pause": round(max(b - a for a, b in pairwise(steps)), 1),
+        "agents_started": run.starts - starts,
+        "world_sizes": [event["world_size"] for event in now if event["event"] in RESTART],
+        "phases": phases,
+        "said": sorted(set(said)),
     }
 
 
+def finish(run: Run) -> None:
+    """Let the run end with its epoch, and all processes by themselves."""
+    (run.path / "PREEMPT").touch()
+    run.run_until(lambda: run.has_ended("preempted"), restart=False)
+    for n in range(run.hosts.count):
+        run.start(n, f"--train.max_steps={(run.last(STEP, 'step') // EPOCH + 1) * EPOCH}")
+    run.run_until(lambda: run.has_ended("stopped"), restart=False)
+
+
+def repeat_without_faults(run: Run) -> Path:
+    """The steps that counted, on one host, each on as many processes as it was taken on."""
+    world_sizes, world_size = [], 0
+    for event in read_events(run.path):
+        world_size = event["world_size"] if event["event"] in RESTART else world_size
+        world_sizes += [world_size] * (event["event"] == "train")
+    step, root = 0, run.folder / "undisturbed"
+    for world_size, steps in groupby(world_sizes):
+        step += len(list(steps))
+        torchrun = ["torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}"]
+        options = [*OPTIONS, f"--data.root={run.images}", f"--run.output_dir={root}"]
+        options += [f"--train.max_steps={step}", "--wandb.mode=off"]
+        with (run.folder / "undisturbed.log").open("ab") as log:
+            command = [sys.executable, "-m", *torchrun, "-m", "alexnet_dist.train", *options]
+            subprocess.run(command, stdout=log, stderr=log, check=True)
+    return root / "run"
+
+
+def compare(run: Path, undisturbed: Path) -> dict[str, bool]:
+    """What two runs have to have in common."""
+
+    def tensors(path: Path) -> dict[str, bytes]:
+        files = (path / "checkpoints/last").resolve().glob("*.safetensors")
+        return {name: t.tobytes() for file in files for name, t in load_file(file).items()}
+
+    def records(path: Path, kind: str, field: str, every: int = 1) -> list[tuple[int, Any]]:
+        kept = [event for event in read_events(path) if event["event"] == kind]
+        return [(event["step"], event[field]) for event in kept if event["step"] % every == 0]
+
+    losses = records(run, "train", "loss")
+    order, theirs = (records(p, "epoch", "sample_order_hash", EPOCH) for p in (run, undisturbed))
+    return {
+        "each_step_once": [step for step, _ in losses] == list(range(1, len(losses) + 1)),
+        "same_losses": losses == records(undisturbed, "train", "loss"),
+        "same_order": order == theirs and len(order) == len(losses) // EPOCH,
+        "same_weights": tensors(run) == tensors(undisturbed),
+    }
+
+
+def attempts(events: list[Event], begun: float) -> list[dict[str, Any]]:
+    """From one restart to the next: on how many processes, and the steps taken when."""
+    found: list[dict[str, Any]] = []
+    for event in events:
+        now = round(event["time"] - begun, 1)
+        if event["event"] in RESTART:
+            world_size, step = event["world_size"], event["step"]
+            found.append({"world_size": world_size, "from": step, "to": step, "start": now})
+        elif event["event"] == "train":
+            found[-1] = {"first": now} | found[-1] | {"to": event["step"], "end": now}
+    return found
+
+
+def summarize(faults: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Seconds from a fault until training went on, by what they went into (medians)."""
+    found = {}
+    for kind in KINDS:
+        each = [f["phases"] for f in faults if f["fault"] == kind and len(f["phases"]) == 5]
+        if each:
+            medians = {name: statistics.median(p[name] for p in each) for name in each[0]}
+            parts = pairwise([("", 0.0), *medians.items()])
+            found[kind] = {name: round(now - before, 1) for (_, before), (name, now) in parts}
+            worst = max(phases["first step"] for phases in each)
+            found[kind] |= {"all": medians["first step"], "worst": worst, "times": len(each)}
+    return found
+
+
 def make_images(root: Path) -> None:
-    """Three classes of noise; the ``CORRUPT`` images are cut off in the middle."""
+    """Three classes of noise."""
     generator = np.random.default_rng(7)
-    for split, count in (("train", TRAIN_IMAGES), ("val", 13)):
-        for index in range(count):
-            folder = root / split / "abc"[index % 3]
-            folder.mkdir(parents=True, exist_ok=True)
-            noise = generator.normal(60 + 60 * (index % 3), 40, (SIZE, SIZE, 3))
-            file = folder / f"{index:03d}.jpg"
-            Image.fromarray(noise.clip(0, 255).astype(np.uint8)).save(file, quality=95)
-            if split == "train" and index in CORRUPT:
-                os.truncate(file, file.stat().st_size // 2)
+    for index in range(TRAIN_IMAGES + 13):
+        folder = root / ("train" if index < TRAIN_IMAGES else "val") / "abc"[index % 3]
+        folder.mkdir(parents=True, exist_ok=True)
+        noise = generator.integers(0, 256, (SIZE, SIZE, 3), np.uint8)
+        Image.fromarray(noise).save(folder / f"{index:03d}.jpg", quality=95)
 
 
 @contextlib.contextmanager
-def small_disk(folder: Path) -> Iterator[bool]:
-    """A file system of 900 MiB, room for four checkpoints; False if we may not mount one."""
+def small_disk(folder: Path) -> Iterator[None]:
+    """An ext4 of 96 MiB in a file, which can be full, or hang, while others are not."""
     folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=900m", "tmpfs", str(folder)]
-    mounted = subprocess.run(command, capture_output=True).returncode == 0
+    file = folder.with_suffix(".ext4")
+    call(f"truncate --size=96M {file}")
+    call(f"mkfs.ext4 -q {file}")
+    call(f"mount -o loop {file} {folder}")
     try:
-        yield mounted
+        yield
     finally:
-        if mounted:
-            subprocess.run(["umount", "-l", str(folder)], check=True)
+        subprocess.run(["fsfreeze", "--unfreeze", folder], stderr=subprocess.DEVNULL)
+        call(f"umount --lazy {folder}")
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    """The time line of a run: its steps, and the faults."""
+    figure = Figure(figsize=(15, 9), layout="constrained")
+    axes = figure.subplots()
+    for one in results["attempts"]:
+        start, first, end = (one.get(k, one["start"]) / 60 for k in ("start", "first", "end"))
+        axes.plot([start, first], [one["from"]] * 2, color="0.6", linewidth=1)
+        color = "tab:blue" if one["world_size"] == results["world_size"] else "tab:red"
+        axes.plot([first, end], [one["from"], one["to"]], color=color, linewidth=2)
+    numbers = {kind: str(n + 1) for n, kind in enumerate(KINDS)}
+    for fault in results["faults"]:
+        x, number = fault["time"] / 60, numbers[fault["fault"]]
+        axes.text(x, fault["step"], number, fontsize=8, ha="right", va="bottom")
+    legend = "\n".join(f"{number} {kind}" for kind, number in numbers.items())
+    axes.text(0.01, 0.99, legend, fontsize=9, va="top", transform=axes.transAxes)
+    axes.set_xlabel("minutes (blue: steps on all processes, red: on fewer)")
+    axes.set_ylabel("step")
+    figure.savefig(path, dpi=100)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--faults", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=2012)
-    parser.add_argument("--steps", type=int, default=392, help="of the whole run")
-    parser.add_argument("--out", type=Path, help="where the JSON goes")
+    for name, default in {"faults": 40, "seed": 2012, "hosts": 4, "processes": 1}.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS, metavar="KIND")
+    parser.add_argument("--out", type=Path, help="the JSON; beside it a time line, FILE.png")
     words = parser.parse_args()
-    epochs, rng = max(words.steps // (TRAIN_IMAGES // BATCH_SIZE), 1), random.Random(words.seed)
-    with tempfile.TemporaryDirectory(prefix="chaos-") as name, contextlib.ExitStack() as stack:
-        folder = Path(name)
-        make_images(folder / "images")
-        reference = Run(folder / "images", folder / "reference", epochs)
-        reference.run_until(reference.has_finished)
-        _wait(lambda: not reference.processes(), 20)
-        print(f"undisturbed: {reference.step()} steps", flush=True)
-        mounted = stack.enter_context(small_disk(folder / "faulty"))
-        possible = [fault for fault in FAULTS if mounted or fault != "fill_disk"]
-        run, began = Run(folder / "images", folder / "faulty", epochs), time.monotonic()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # not without thawing the disk
+    rng, begun = random.Random(words.seed), time.time()
+    folder = Path(tempfile.mkdtemp(prefix="chaos-"))  # stays where this fails
+    make_images(folder / "images")
+    skipped = [] if shutil.which("iptables") else [k for k in words.kinds if k in BY_IPTABLES]
+    kinds = [kind for kind in words.kinds if kind not in skipped]
+    with Hosts(words.hosts, RATE) as hosts, small_disk(folder / "disk"):
+        run, waiting = Run(hosts, folder, words.processes), list[str]()
         faults: list[dict[str, Any]] = []
-        waiting: list[str] = []
         while len(faults) < words.faults:
-            waiting = waiting or rng.sample(possible, len(possible))
-            target = run.step() + rng.randint(1, 6)
-            run.run_until(lambda target=target: run.step() >= target)  # type: ignore[misc]
-            if run.has_finished():
-                raise SystemExit(f"the run ended after {len(faults)} faults: give more --steps")
-            result = inject(run, waiting.pop(), rng)
-            if result is not None:
-                faults.append(result)
-                print(len(faults), result, flush=True)
-        run.run_until(run.has_finished)
-        _wait(lambda: not run.processes(), 20)
+            waiting = waiting or rng.sample(kinds, len(kinds))
+            target = run.last(STEP, "step") + rng.randint(1, 6)
+            run.run_until(lambda target=target: run.last(STEP, "step") >= target)  # type: ignore[misc]
+            if (result := inject(run, waiting.pop(), rng)) is not None:
+                faults.append(result | {"time": round(result["time"] - begun, 1)})
+                print(len(faults), json.dumps(faults[-1]), flush=True)
+        finish(run)
+        same = compare(run.path, repeat_without_faults(run))
         left = [p for p in run.path.rglob("*") if ".partial" in p.name or p.name == "PREEMPT"]
-        corrupt = {Path(e["path"]).name for e in run.events() if e["event"] == "corrupt_image"}
         results = {
             "seed": words.seed,
-            "steps": reference.step(),
-            "seconds": round(time.monotonic() - began),
-            "starts": run.starts,
-            "steps_repeated": sum(fault["steps_repeated"] for fault in faults),
-            "corrupt_images": sorted(corrupt),
-            "same_bits": run.checkpoint_digest() == reference.checkpoint_digest(),
-            "same_order": run.sample_order() == reference.sample_order(),
-            "processes_left": len(run.processes()),
+            "world_size": words.hosts * words.processes,
+            "steps": run.last(STEP, "step"),
+            "steps_repeated": count_steps(run.events) - run.last(STEP, "step"),
+            "seconds": round(time.time() - begun),
+            "agents_started": run.starts,
+            **same,
+            "skipped": skipped,
             "files_left": [str(path.relative_to(run.path)) for path in left],
+            "seconds_to_resume": summarize(faults),
             "faults": faults,
+            "attempts": attempts(run.events, begun),
         }
     save_record("chaos.py", results, words.out)
-    same = results["same_bits"] and results["same_order"]
-    if not same or results["processes_left"] or results["files_left"]:
-        raise SystemExit("the run under faults does not end as the undisturbed one")
+    if words.out:
+        plot(results, words.out.with_suffix(".png"))
+    if not all(same.values()) or left:
+        raise SystemExit(f"the run under faults does not end as the undisturbed one: see {folder}")
+    shutil.rmtree(folder)
 
 
 if __name__ == "__main__":

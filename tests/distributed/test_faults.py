@@ -79,23 +79,26 @@ def test_a_preempted_run_saves_and_resumes(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(os.geteuid() != 0, reason="hosts are network namespaces, made by root")
 def test_chaos(tmp_path: Path) -> None:
-    """Eight faults of different kinds; fifty in benchmarks/results/."""
-    script = [sys.executable, "-m", "benchmarks.chaos", "--faults=8", "--steps=112"]
+    """Faults on two hosts; many more, on four, in benchmarks/results/."""
+    kinds = ["process killed", "host gone for good", "disk full for 10 s", "checkpoint cut short"]
+    script = [sys.executable, "-m", "benchmarks.chaos", "--hosts=2", f"--faults={len(kinds)}"]
     done = subprocess.run(
-        [*script, f"--out={tmp_path / 'result.json'}"],
+        [*script, "--kinds", *kinds, f"--out={tmp_path / 'result.json'}"],
         capture_output=True,
         text=True,
         env=environment(),
-        timeout=900,
+        timeout=600,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     result = json.loads((tmp_path / "result.json").read_text())
-    assert len({fault["fault"] for fault in result["faults"]}) == len(result["faults"]) == 8
-    assert result["same_bits"]
-    assert result["same_order"]
-    assert len(result["corrupt_images"]) == 3
+    faults = {fault["fault"]: fault for fault in result["faults"]}
+    assert set(faults) == set(kinds)
+    assert faults["host gone for good"]["world_sizes"] == [1, 2]
+    assert any("could not be written" in line for line in faults["disk full for 10 s"]["said"])
+    assert any("is corrupt" in line for line in faults["checkpoint cut short"]["said"])
 
 
 @pytest.mark.slow
