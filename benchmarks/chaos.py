@@ -255,7 +255,7 @@ def inject(run: Run, kind: str, rng: random.Random) -> dict[str, Any] | None:
     now = run.events[seen:]
     steps = [begun, *(event["time"] for event in now if event["event"] == "train")]
     logs = [log.read_bytes()[size:] for log, size in zip(run.logs, log_sizes, strict=True)]
-    said = re.findall(r"(?:alexnet_dist|warning): (.*)", b"".join(logs).decode(errors="replace"))
+    text = re.sub(r"of step \d+", "of a step", b"".join(logs).decode(errors="replace"))
     return {
         "fault": kind,
         "time": begun,
@@ -265,7 +265,7 @@ def inject(run: Run, kind: str, rng: random.Random) -> dict[str, Any] | None:
         "agents_started": run.starts - starts,
         "world_sizes": [event["world_size"] for event in now if event["event"] in RESTART],
         "phases": phases,
-        "said": sorted(set(said)),
+        "said": sorted(set(re.findall(r"(?:alexnet_dist|warning): (.*)", text))),
     }
 
 
@@ -407,7 +407,7 @@ def main() -> None:
         faults: list[dict[str, Any]] = []
         while len(faults) < words.faults:
             waiting = waiting or rng.sample(kinds, len(kinds))
-            target = run.last(STEP, "step") + rng.randint(1, 6)
+            target = max(run.last(STEP, "step") + rng.randint(1, 6), EPOCH)
             run.run_until(lambda target=target: run.last(STEP, "step") >= target)  # type: ignore[misc]
             if (result := inject(run, waiting.pop(), rng)) is not None:
                 faults.append(result | {"time": round(result["time"] - begun, 1)})

@@ -8,8 +8,9 @@
 #
 # All of them need this package, the images, and one folder for runs (--run.output_dir on a disk that
 # they share). If a process dies, all restart from the last checkpoint, up to RESTARTS times (3); if a
-# machine other than HEAD is lost, the others do, where NODES allows fewer (1:4). A signal to any of
-# them and `touch RUN/PREEMPT` save the run and end it everywhere; the same commands resume it.
+# machine other than HEAD is lost, the others do, where NODES allows fewer (1:4), and the same command
+# has it join them again. If HEAD is lost, the command ends on all. A signal to any of them and
+# `touch RUN/PREEMPT` save the run and end it everywhere; the same commands resume it.
 #
 # Read from the environment:
 #   PROCESSES   processes on this machine (as many as it has GPUs, or 1)
