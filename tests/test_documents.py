@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from torch.distributed.run import get_args_parser
 
 from alexnet_dist.__main__ import COMMANDS
 from alexnet_dist.config import OPTIONS, SECTIONS, CommandParser
@@ -69,10 +70,9 @@ def parse_line(line: str, env: dict[str, str]) -> Command:
         env[name] = value
     first, processes = Path(words[0]).name, 0
     if first == "torchrun":
-        at = words.index("-m")
-        counts = re.findall(r"--(?:nproc_per_node|nnodes)=(\d+)", line)
-        processes, words = min(max(map(int, counts)), 2), ["python", *words[at:]]
-        first = "python"
+        args = get_args_parser().parse_args(words[1:])
+        processes = min(max(int(args.nproc_per_node), int(args.nnodes.split(":")[-1])), 2)
+        first, words = "python", ["python", "-m", args.training_script, *args.training_script_args]
     if first == "alexnet-dist":
         first, words = "python", ["python", "-m", f"alexnet_dist.{words[1]}", *words[2:]]
     if first == "python" and words[1] == "-m":
