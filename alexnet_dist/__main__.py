@@ -1,6 +1,7 @@
 """alexnet-dist COMMAND [OPTION ...]: the same as python -m alexnet_dist.COMMAND [OPTION ...]"""
 
 import gc
+import os
 import runpy
 import sys
 
@@ -29,8 +30,8 @@ def main() -> None:
         sys.argv[1:] = words
         try:
             runpy.run_module(f"alexnet_dist.{name}", run_name="__main__", alter_sys=True)
-        except KeyboardInterrupt:  # of what it imports
-            sys.exit(130)
+        except KeyboardInterrupt:  # while it imports
+            os._exit(130)
     elif name == "--version":
         print(__version__)
     elif name in ("-h", "--help"):

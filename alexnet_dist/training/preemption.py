@@ -167,7 +167,7 @@ class PreemptionHandler:
             os._exit(130)
         reason = StopReason.INTERRUPT if number == signal.SIGINT else StopReason.SIGNAL
         if reason == StopReason.INTERRUPT and self._rank == 0:
-            print_error("Ctrl-C: the run is saved and ends; a second Ctrl-C ends it unsaved")
+            print_error("Ctrl-C: the run is saved and ends; a second one ends it unsaved")
         self._received = max(self._received, reason)
         if number == signal.SIGTERM and not self._timers:
             waits: list[tuple[float, int | None]] = [(self._grace, None)]
