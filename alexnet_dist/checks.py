@@ -419,18 +419,22 @@ def _all_reduce_seconds(mesh: Mesh, size: int) -> float:
 
 
 def _slow_host(mesh: Mesh, size: int) -> str:
-    """Have each host send to the next: one is slow if it is so in both directions."""
-    hosts = _hosts(mesh)
+    """Have each host send to the next, one after another: a slow one is so in both directions."""
+    hosts, times = _hosts(mesh), list[float]()
     first = [hosts.index(host) for host in dict.fromkeys(hosts)]
-    place, seconds = first.index(mesh.rank) if mesh.rank in first else None, 0.0
-    if place is not None and len(first) > 2:
-        sent, got = torch.ones(2, size // 4, device=mesh.device)
-        to, source = first[(place + 1) % len(first)], first[place - 1]
-        both = [dist.P2POp(dist.isend, sent, to), dist.P2POp(dist.irecv, got, source)]
-        seconds = _time(lambda: [w.wait() for w in dist.batch_isend_irecv(both)], mesh.device)
-    times = [mesh.all_gather_object(seconds)[rank] for rank in first]
-    links = np.minimum(times, np.roll(times, -1))
-    slow, factor = int(links.argmax()), links.max() / max(np.median(links), 1e-9)
+    if len(first) < 3:
+        return ""
+    for source, to in zip(first, first[1:] + first[:1], strict=True):
+        seconds = 0.0
+        for count in (1, size // 4):  # the first one connects
+            tensor = torch.ones(count, device=mesh.device)
+            if mesh.rank == source:
+                dist.send(tensor, to)
+            elif mesh.rank == to:
+                seconds = _time(partial(dist.recv, tensor, source), mesh.device)
+        times.append(mesh.all_gather_object(seconds)[to])
+    links = np.minimum(times, np.roll(times, 1))
+    slow, factor = int(links.argmax()), links.max() / np.median(links)
     name = f"host {hosts[first[slow]]} (process {first[slow]})"
     return f"; {name} has the slowest link, {factor:.0f} times the median" if factor > 2 else ""
 
