@@ -14,12 +14,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import ImageOps
 
 from alexnet_dist import checks, doctor
 from alexnet_dist.checks import Check, Context, Finding
 from alexnet_dist.config import Config
 from alexnet_dist.data import torch_loader
+from alexnet_dist.parallel.mesh import init_distributed
 from tests.conftest import TINY, Result, command, environment, write_images
 from tests.processes import run_group, run_main
 
@@ -227,6 +229,26 @@ def test_a_full_page(images: Path, tmp_path: Path) -> None:
     assert " a second, the network takes " in found["loading"]["seen"]
     assert "gloo, lo" in found["processes"]["seen"]
     assert not (tmp_path / "runs").exists()
+
+
+def three_hosts() -> None:
+    """Be one of three hosts, where whatever comes to the second or from it takes its time."""
+    mesh, receive = init_distributed("cpu", 1), dist.recv
+
+    def slowly(tensor: torch.Tensor, source: int) -> None:
+        time.sleep(0.5 * (1 in (mesh.rank, source)))
+        receive(tensor, source)
+
+    checks.dist.recv = slowly
+    checks.socket.gethostname = lambda: f"host{mesh.rank}"
+    print(checks._slow_host(mesh, 4096))
+
+
+@pytest.mark.slow
+def test_a_slow_link_is_named() -> None:
+    code, out, err = run_group(3, environment(), 60, three_hosts)
+    assert code == 0, err
+    assert out.count("host host1 (process 1) has the slowest link, ") == 3
 
 
 @AS_ROOT
