@@ -19,7 +19,7 @@ BUDGETS = {  # lines of Python, docstrings included: the most allowed, and what 
     "submit.py": (88, 80),
     "replay.py": (81, 80),
     "doctor.py": (260, 100),
-    "checks.py": (581, 120),  # what the doctor looks at
+    "checks.py": (585, 120),  # what the doctor looks at
     "setup.py": (411, 220),
     "config.py": (517, 320),
     "errors.py": (92, 60),
@@ -32,7 +32,7 @@ BUDGETS = {  # lines of Python, docstrings included: the most allowed, and what 
     "__init__.py": (9, 5),
     "__main__.py": (45, 45),
 }
-IN_ALL = {"alexnet_dist": (12052, 8700), "benchmarks": (2300, 2300), "tests": (9069, 6500)}
+IN_ALL = {"alexnet_dist": (12056, 8700), "benchmarks": (2300, 2300), "tests": (9091, 6500)}
 FILES_OF_A_STEP, LINES_OF_A_STEP = (16, 16), (2940, 2800)
 
 TRACER = """
