@@ -101,7 +101,8 @@ class HangDetector:
 
     def _end(self, message: str, behind: dict[int, _Status], kill: dict[int, _Status]) -> NoReturn:
         others = [rank for rank in range(self._world_size) if rank not in behind]
-        if not behind or self._rank == (others[0] if others else 0):
+        alone = not behind and os.environ.get("LOCAL_RANK") == "0"  # each host for itself
+        if alone or self._rank == (others[0] if others else 0):
             print_error(
                 f"{message}: the run ends, and the same command resumes from its last checkpoint "
                 "(slow storage wants a higher --runtime.hang_timeout)"

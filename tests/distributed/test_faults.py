@@ -97,6 +97,7 @@ def test_chaos(tmp_path: Path) -> None:
     faults = {fault["fault"]: fault for fault in result["faults"]}
     assert set(faults) == set(kinds)
     assert faults["host gone for good"]["world_sizes"] == [1, 2]
+    assert faults["host gone for good"]["agents_started"] == 1  # the others let it join
     assert any("could not be written" in line for line in faults["disk full for 10 s"]["said"])
     assert any("is corrupt" in line for line in faults["checkpoint cut short"]["said"])
 

@@ -35,6 +35,7 @@ def test_a_store_that_never_answers_is_named(
     monkeypatch.setattr(hang_detector, "_STORE_TIMEOUT", 0.1)
     monkeypatch.setattr(hang_detector.os, "_exit", end)
     monkeypatch.setenv("MASTER_ADDR", "10.91.0.1")
+    monkeypatch.setenv("LOCAL_RANK", "0")
     mesh: Any = SimpleNamespace(rank=1, world_size=2)
     detector = HangDetector(mesh, 600)
     with pytest.raises(SystemExit):
