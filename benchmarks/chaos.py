@@ -192,8 +192,7 @@ class Run:
                     return None
                 file = rng.choice([f for f in checkpoints[-1].iterdir() if f.stat().st_size])
                 changed = bytearray(file.read_bytes())
-                at = rng.randrange(len(changed))
-                changed[at] ^= 1
+                changed[at := rng.randrange(len(changed))] ^= 1
                 file.write_bytes(changed[:at] if "cut" in kind else changed)
         return lambda: None
 
@@ -236,18 +235,20 @@ def inject(run: Run, kind: str, rng: random.Random) -> dict[str, Any] | None:
         return has_stepped
 
     def has_lasted() -> bool:
-        goes_on = has_restarted() and count_steps(run.events[seen:]) > 20
-        return goes_on or kind != "host gone for good"
+        return (has_restarted() and count_steps(run.events[seen:]) > 20) or "good" not in kind
 
     run.run_until(has_lasted, seconds)
     undo()
     run.gone.clear()
-    ended, reached = len(run.events), run.last(STEP, "step")
+    ended, reached, undone = len(run.events), run.last(STEP, "step"), time.time()
 
     def is_beyond() -> bool:
         as_needed = has_restarted() or not has_to_restart
         complete = run.last(RESTART, "world_size") == run.hosts.count * run.processes
-        return as_needed and complete and count_steps(run.events[ended:]) > 2
+        steps = count_steps(run.events[ended:])
+        if steps and not complete and time.time() > undone + 90:
+            (run.path / "PREEMPT").touch()  # torchrun lets nobody join any more: all start again
+        return as_needed and complete and steps > 2
 
     run.run_until(is_beyond)
     for quarantined in (run.path / "checkpoints").glob("corrupt-*"):
@@ -421,7 +422,6 @@ def main() -> None:
             "steps": run.last(STEP, "step"),
             "steps_repeated": count_steps(run.events) - run.last(STEP, "step"),
             "seconds": round(time.time() - begun),
-            "agents_started": run.starts,
             **same,
             "skipped": skipped,
             "files_left": [str(path.relative_to(run.path)) for path in left],
