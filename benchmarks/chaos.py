@@ -50,7 +50,7 @@ OPTIONS = f"""
 RENDEZVOUS = "last_call_timeout=15,keep_alive_interval=2,keep_alive_max_attempt=3"
 TRAINER = b"-u\0-m\0alexnet_dist.train"  # in the command line of what torchrun starts
 STEP, RESTART = ("train",), ("start", "resume")  # events
-STEP_TIMEOUT = 240  # seconds without a record, after which the run counts as hung
+STEP_TIMEOUT = 400  # seconds without a record, after which the run counts as hung
 
 KINDS = {  # how many seconds a fault lasts, and whether training has to restart
     "process killed": (0, True),
