@@ -83,6 +83,14 @@ def _wait_for_rank0() -> None:
     time.sleep(30 if os.environ.get("GROUP_RANK", "0") == "0" else 2)
 
 
+def end_launcher() -> None:
+    """Have torchrun end, where a signal to end may have come to another machine only: torchrun
+    waits 300 s for the one there, or starts the run again without it."""
+    several = int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1
+    if several and os.environ.get("LOCAL_RANK") == "0":
+        os.kill(os.getppid(), signal.SIGTERM)
+
+
 def _stop_elastic_restarts() -> None:
     """Have torchrun exit instead of restarting (--max-restarts) what a person has to fix."""
     names = ("TORCHELASTIC_MAX_RESTARTS", "TORCHELASTIC_RESTART_COUNT")

@@ -20,7 +20,7 @@ from alexnet_dist.config import (
     to_dict,
 )
 from alexnet_dist.data.loader import Batch, Loader
-from alexnet_dist.errors import UserError, refuse, run_command
+from alexnet_dist.errors import UserError, end_launcher, refuse, run_command
 from alexnet_dist.model import MODEL_REGISTRY
 from alexnet_dist.parallel.hang_detector import HangDetector
 from alexnet_dist.parallel.mesh import Mesh, init_distributed
@@ -381,6 +381,8 @@ class Trainer:
         self.logger.emit("preempted", self.step, cause=str(cause), saved=saved)
         self.logger.close("stopped" if by_hand else "preempted", self.step, wandb_timeout=5)
         self.data.close()
+        if cause >= StopReason.SIGNAL:
+            end_launcher()
         if by_hand:
             raise SystemExit(130)
 

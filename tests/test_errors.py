@@ -1,5 +1,6 @@
 """How commands end on errors of the machine."""
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,16 @@ def test_a_file_that_cannot_be_written_is_one_sentence(work: str, line: str) -> 
         assert done.returncode == 1
         assert ("Traceback" in done.stderr) == traceback
         assert done.stderr.startswith(f"alexnet_dist: {line}") == (not traceback)
+
+
+@pytest.mark.parametrize(("machines", "local_rank"), [("2", "0"), ("2", "1"), ("1", "0")])
+def test_torchrun_is_ended_where_there_are_several(machines: str, local_rank: str) -> None:
+    """As it would wait for a torchrun on another machine that a signal has ended."""
+    code = "from alexnet_dist.errors import end_launcher; end_launcher()"
+    launcher = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {code!r}])"
+    env = environment() | {"GROUP_WORLD_SIZE": machines, "LOCAL_RANK": local_rank}
+    done = subprocess.run([sys.executable, "-c", launcher], env=env)
+    assert (done.returncode == -signal.SIGTERM) == (machines == "2" and local_rank == "0")
 
 
 def test_a_path_that_a_terminal_cannot_show_is_printed_with_escapes() -> None:
