@@ -81,9 +81,8 @@ class HangDetector:
                 self._publish()
             now = self._reader.submit(self._read).result(_STORE_TIMEOUT)
         except (RuntimeError, TimeoutError):
-            message = f"no progress for {self._timeout:g} s, and host {os.environ['MASTER_ADDR']}, "
-            message += f"which keeps the processes' store, does not answer process {self._rank}"
-            self._end(message, {}, {})
+            host = f"host {os.environ['MASTER_ADDR']}, which keeps the processes' store"
+            self._end(f"no progress for {self._timeout:g} s: {host}, does not answer", {}, {})
         if time.monotonic() - self._last_beat <= self._timeout:
             return
         silent = {r: s for r, s in now.items() if s["published"] == before[r]["published"]}
@@ -101,8 +100,7 @@ class HangDetector:
 
     def _end(self, message: str, behind: dict[int, _Status], kill: dict[int, _Status]) -> NoReturn:
         others = [rank for rank in range(self._world_size) if rank not in behind]
-        alone = not behind and os.environ.get("LOCAL_RANK") == "0"  # each host for itself
-        if alone or self._rank == (others[0] if others else 0):
+        if self._rank == (others or [0])[0] or (not behind and os.environ["LOCAL_RANK"] == "0"):
             print_error(
                 f"{message}: the run ends, and the same command resumes from its last checkpoint "
                 "(slow storage wants a higher --runtime.hang_timeout)"

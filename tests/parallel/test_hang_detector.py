@@ -42,5 +42,5 @@ def test_a_store_that_never_answers_is_named(
         detector._find_stragglers()
     detector.close()
     store.back.set()
-    said = "host 10.91.0.1, which keeps the processes' store, does not answer process 1"
+    said = "host 10.91.0.1, which keeps the processes' store, does not answer"
     assert said in capsys.readouterr().err
