@@ -25,14 +25,14 @@ BUDGETS = {  # lines of Python, docstrings included: the most allowed, and what 
     "errors.py": (100, 60),
     "model": (1272, 1000),
     "data": (2303, 1500),
-    "parallel": (1551, 1250),
+    "parallel": (1549, 1250),
     "training": (1519, 1000),
     "tracking": (868, 700),
     "prepare": (1031, 1000),
     "__init__.py": (9, 5),
     "__main__.py": (45, 45),
 }
-IN_ALL = {"alexnet_dist": (12067, 8700), "benchmarks": (2300, 2300), "tests": (9104, 6500)}
+IN_ALL = {"alexnet_dist": (12065, 8700), "benchmarks": (2300, 2300), "tests": (9104, 6500)}
 FILES_OF_A_STEP, LINES_OF_A_STEP = (16, 16), (2940, 2800)
 
 TRACER = """
