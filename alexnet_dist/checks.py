@@ -196,9 +196,12 @@ def processors(here: Context) -> Finding:
     )
 
 
-def memory(here: Context) -> Finding:
+def memory(here: Context) -> Finding | None:
     """What is free of main memory, or of what a container may have, against copies of the model."""
-    free = int(re.findall(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())[0]) * 1024
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        return None
+    free = int(re.findall(r"MemAvailable: +(\d+)", meminfo.read_text())[0]) * 1024
     with suppress(OSError, ValueError):  # "max" where there is no limit; files' cache counts, too
         free = min(free, int(Path("/sys/fs/cgroup/memory.max").read_text()))
     # of weights and momentum, in a checkpoint that is written; on CPUs in training, too
@@ -209,8 +212,10 @@ def memory(here: Context) -> Finding:
     return judge(seen, ("fails", free < need, fix))
 
 
-def shared_memory(here: Context) -> Finding:
+def shared_memory(here: Context) -> Finding | None:
     """Through /dev/shm NCCL sends between the GPUs of a host."""
+    if not Path("/dev/shm").is_dir():
+        return None
     free, local = shutil.disk_usage("/dev/shm").free, here.local_world_size
     used = local > 1 and torch.cuda.device_count() > 1
     fix = f"NCCL wants {SHM_ADVISED // MIB} MiB for each GPU: docker run --shm-size=1g"

@@ -193,15 +193,17 @@ def look(here: Context, group: Group, begun: float) -> list[dict[str, Any]]:
         raise UserError(f"process 0 ({who([0], hosts)}) does not answer: look at that host")
     here.probe = Path(reports[0][0])
     together: dict[int, Any] = {}
-    if late:
-        seen = f"{who(late, hosts)} did not come; {who([*reports], hosts)} did, at {group.address}"
-        fix = "start all of the run together; look at that host, or at the one that is not named"
-        together = {0: {"processes": Finding("fails", seen, fix)}}
-    else:
+    if not late:
         here.failed |= {name for _, f in reports.values() for name in f if f[name][0] == "fails"}
         until = time.monotonic() + TOGETHER
         mine = run_checks([c for c in CHECKS if c.scope == "together"], here, until)
         together = group.exchange("together", mine, until + END)
+        late = sorted(set(range(group.size)) - together.keys())
+    if late:
+        came = who([rank for rank in range(group.size) if rank not in late], hosts)
+        seen = f"{who(late, hosts)} did not come, or has gone; {came} did, at {group.address}"
+        fix = "start all of the run together; look at that host, or at the one that is not named"
+        together[0] = {**together.get(0, {}), "processes": Finding("fails", seen, fix)}
     every = [*((rank, report[1]) for rank, report in reports.items()), *together.items()]
     lines = []
     for check in CHECKS:
