@@ -18,8 +18,8 @@ BUDGETS = {  # lines of Python, docstrings included: the most allowed, and what 
     "bench.py": (261, 260),
     "submit.py": (88, 80),
     "replay.py": (81, 80),
-    "doctor.py": (260, 100),
-    "checks.py": (585, 120),  # what the doctor looks at
+    "doctor.py": (262, 100),
+    "checks.py": (590, 120),  # what the doctor looks at
     "setup.py": (411, 220),
     "config.py": (517, 320),
     "errors.py": (100, 60),
@@ -32,7 +32,7 @@ BUDGETS = {  # lines of Python, docstrings included: the most allowed, and what 
     "__init__.py": (9, 5),
     "__main__.py": (45, 45),
 }
-IN_ALL = {"alexnet_dist": (12065, 8700), "benchmarks": (2300, 2300), "tests": (9104, 6500)}
+IN_ALL = {"alexnet_dist": (12072, 8700), "benchmarks": (2300, 2300), "tests": (9109, 6500)}
 FILES_OF_A_STEP, LINES_OF_A_STEP = (16, 16), (2940, 2800)
 
 TRACER = """
