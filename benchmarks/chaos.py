@@ -256,7 +256,7 @@ def inject(run: Run, kind: str, rng: random.Random) -> dict[str, Any] | None:
     now = run.events[seen:]
     steps = [begun, *(event["time"] for event in now if event["event"] == "train")]
     logs = [log.read_bytes()[size:] for log, size in zip(run.logs, log_sizes, strict=True)]
-    text = re.sub(r"of step \d+", "of a step", b"".join(logs).decode(errors="replace"))
+    text = re.sub(rf"{run.folder}/|(?<=of step) \d+", "", b"".join(logs).decode("utf-8", "replace"))
     return {
         "fault": kind,
         "time": begun,
@@ -345,8 +345,7 @@ def summarize(faults: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     return found
 
 
-def make_images(root: Path) -> None:
-    """Three classes of noise."""
+def make_images(root: Path) -> None:  # three classes of noise
     generator = np.random.default_rng(7)
     for index in range(TRAIN_IMAGES + 13):
         folder = root / ("train" if index < TRAIN_IMAGES else "val") / "abc"[index % 3]
@@ -374,19 +373,20 @@ def plot(results: dict[str, Any], path: Path) -> None:
     """The time line of a run: its steps, and the faults."""
     figure = Figure(figsize=(15, 9), layout="constrained")
     axes = figure.subplots()
+    points = []
     for one in results["attempts"]:
-        start, first, end = (one.get(k, one["start"]) / 60 for k in ("start", "first", "end"))
-        axes.plot([start, first], [one["from"]] * 2, color="0.6", linewidth=1)
+        first, end = (one.get(k, one["start"]) / 60 for k in ("first", "end"))
+        points += [(first, one["from"]), (end, one["to"])]
         color = "tab:blue" if one["world_size"] == results["world_size"] else "tab:red"
         axes.plot([first, end], [one["from"], one["to"]], color=color, linewidth=2)
-    numbers = {kind: str(n + 1) for n, kind in enumerate(KINDS)}
-    for fault in results["faults"]:
-        x, number = fault["time"] / 60, numbers[fault["fault"]]
-        axes.text(x, fault["step"], number, fontsize=8, ha="right", va="bottom")
-    legend = "\n".join(f"{number} {kind}" for kind, number in numbers.items())
+    axes.plot(*zip(*points, strict=True), color="0.7", linewidth=1, zorder=0)
+    kinds = list(KINDS)
+    for n, fault in enumerate(results["faults"]):
+        x, y = fault["time"] / 60, fault["step"] + n % 3 * results["steps"] / 50
+        axes.text(x, y, str(kinds.index(fault["fault"]) + 1), fontsize=9, ha="right", va="bottom")
+    legend = "\n".join(f"{n + 1} {kind}" for n, kind in enumerate(kinds))
     axes.text(0.01, 0.99, legend, fontsize=9, va="top", transform=axes.transAxes)
-    axes.set_xlabel("minutes (blue: steps on all processes, red: on fewer)")
-    axes.set_ylabel("step")
+    axes.set(xlabel="minutes (red: on fewer processes; gray: to the next restart)", ylabel="step")
     figure.savefig(path, dpi=100)
 
 
