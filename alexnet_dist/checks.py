@@ -85,7 +85,7 @@ class Context:
     world_size: int
     local_world_size: int
     failed: set[str] = field(default_factory=set)
-    mesh: Mesh = None  # type: ignore[assignment]
+    mesh: Mesh = field(init=False, repr=False)
     flops: float = 0.0
     save_seconds: float = 0.0
 

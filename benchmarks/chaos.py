@@ -208,7 +208,9 @@ def _signal(pids: list[int], which: signal.Signals) -> Callable[[], object] | No
 
 
 def inject(run: Run, kind: str, rng: random.Random) -> dict[str, Any] | None:
-    """Inject a fault, and run until training is beyond it; None where it was not possible."""
+    """Inject a fault after a few steps, and run until training is beyond it; None if it cannot."""
+    target = max(run.last(STEP, "step") + rng.randint(1, 6), EPOCH)
+    run.run_until(lambda: run.last(STEP, "step") >= target)
     (seconds, has_to_restart), seen, starts = KINDS[kind], len(run.events), run.starts
     old, begun = set(run.hosts.processes(None, TRAINER)), time.time()
     log_sizes = [log.stat().st_size for log in run.logs]
@@ -408,8 +410,6 @@ def main() -> None:
         faults: list[dict[str, Any]] = []
         while len(faults) < words.faults:
             waiting = waiting or rng.sample(kinds, len(kinds))
-            target = max(run.last(STEP, "step") + rng.randint(1, 6), EPOCH)
-            run.run_until(lambda target=target: run.last(STEP, "step") >= target)  # type: ignore[misc]
             if (result := inject(run, waiting.pop(), rng)) is not None:
                 faults.append(result | {"time": round(result["time"] - begun, 1)})
                 print(len(faults), json.dumps(faults[-1]), flush=True)

@@ -91,7 +91,7 @@ def _run_in_terminal(screen: str, env: dict[str, str], words: tuple[str, ...]) -
     terminal = os.open(screen, os.O_RDWR)  # which becomes the controlling one
     for number in (0, 1, 2):
         os.dup2(terminal, number)
-    sys.stdout, sys.stderr = (open(fd, "w", buffering=1) for fd in (1, 2))  # noqa: SIM115
+    sys.stdout, sys.stderr = (os.fdopen(fd, "w", buffering=1) for fd in (1, 2))
     run_main(*words)
 
 
