@@ -44,8 +44,6 @@ from tests.prepare.packed_folder import write_prepared
 
 pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda", 0)
-
-
 ALL = slice(None)
 
 
@@ -376,6 +374,12 @@ def test_the_fast_recipe_compiles_and_captures(tmp_path: Path) -> None:
     assert start["compiled"]
     assert start["cuda_graph"]
     assert len(losses(tmp_path / "run")) == 14
+
+
+def test_the_doctor_sees_this_gpu() -> None:
+    result = launch(1, "--quick", module="alexnet_dist.doctor")
+    assert "capability" in result.out, result.err
+    assert result.code == 0, result.out
 
 
 def test_bench_measures_every_part(tmp_path: Path) -> None:
