@@ -29,7 +29,7 @@ from alexnet_dist.errors import UserError, run_command
 from alexnet_dist.model import MODEL_REGISTRY
 from alexnet_dist.parallel.mesh import init_distributed
 from alexnet_dist.setup import LoadedModel, load_model
-from alexnet_dist.training.checkpoint import write_safetensors
+from alexnet_dist.training.weight_files import write_safetensors
 
 FILES = {"safetensors": "model.safetensors", "onnx": "model.onnx", "torchvision": "torchvision.pth"}
 CPU = torch.device("cpu")

@@ -23,17 +23,17 @@ BUDGETS = {  # lines of Python, docstrings included: the most allowed, and what 
     "setup.py": (411, 220),
     "config.py": (517, 320),
     "errors.py": (100, 60),
-    "model": (1272, 1000),
-    "data": (2303, 1500),
-    "parallel": (1549, 1250),
-    "training": (1519, 1000),
+    "model": (1276, 1000),
+    "data": (2343, 1500),
+    "parallel": (1550, 1250),
+    "training": (1532, 1000),
     "tracking": (868, 700),
-    "prepare": (1031, 1000),
+    "prepare": (1030, 1000),
     "__init__.py": (9, 5),
     "__main__.py": (45, 45),
 }
-IN_ALL = {"alexnet_dist": (12072, 8700), "benchmarks": (2300, 2300), "tests": (9108, 6500)}
-FILES_OF_A_STEP, LINES_OF_A_STEP = (16, 16), (2940, 2800)
+IN_ALL = {"alexnet_dist": (12129, 8700), "benchmarks": (2300, 2300), "tests": (9111, 6500)}
+FILES_OF_A_STEP, LINES_OF_A_STEP = (16, 16), (2798, 2800)
 
 TRACER = """
 import sys, threading

@@ -5,10 +5,11 @@ from typing import Any, Literal
 import torch
 
 from alexnet_dist.data import dali, dali_probe
-from alexnet_dist.data.datasets import ImageDataset, RawDataset
+from alexnet_dist.data.datasets import ImageDataset
 from alexnet_dist.data.eval_plan import EvalPlan, needs_resize
 from alexnet_dist.data.gpu_cache import GpuCacheLoader
 from alexnet_dist.data.loader import Loader, OnCorruptImage
+from alexnet_dist.data.packed import RawDataset
 from alexnet_dist.data.plan import SamplePlan
 from alexnet_dist.data.torch_loader import TorchLoader
 from alexnet_dist.data.transforms import Normalization

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from alexnet_dist.data.datasets import RawDataset
 from alexnet_dist.data.loader import Batch, Loader, to_device
+from alexnet_dist.data.packed import RawDataset
 from alexnet_dist.data.plan import Ints, SampleParams
 from alexnet_dist.data.transforms import Normalization, normalize
 

@@ -2,19 +2,9 @@
 alexnet_dist.prepare`` writes them, CIFAR-10's own files, and the digits inside scikit-learn.
 
 Each split gets an index of names, labels and sizes, made once and cached.
-
-A packed folder is
-
-    DIR/prepared.json             what is there, and the training images' statistics; written last
-    DIR/SPLIT.index.npz           names, labels and sizes of the images, and where each is
-    DIR/SPLIT-00000.tar, ...      kind "shards": encoded images, which webdataset reads, too
-    DIR/SPLIT.pixels              kind "pixels": uint8 [N, size, size, 3]
-
-Its index is in the order of class folders, so that the plan gives the same images from any form.
 """
 
 import hashlib
-import json
 import os
 import tempfile
 from collections import Counter
@@ -29,18 +19,11 @@ from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
-from alexnet_dist.data.datasets import (
-    DATASETS,
-    FIX,
-    PREPARED,
-    ImageDataset,
-    SplitIndex,
-    check_files,
-    read_cifar10,
-)
+from alexnet_dist.data.cifar10 import Cifar10Dataset, index_cifar10
+from alexnet_dist.data.datasets import FolderDataset, ImageDataset, SplitIndex
 from alexnet_dist.data.decode import read_size
+from alexnet_dist.data.digits import DIGITS, write_digits
 from alexnet_dist.data.folders import (
     SPLITS,
     LeftOut,
@@ -51,16 +34,29 @@ from alexnet_dist.data.folders import (
     list_split,
     sample_rows,
 )
+from alexnet_dist.data.packed import (
+    PREPARED,
+    RawDataset,
+    TarDataset,
+    load_packed,
+    pack_names,
+    unpack_names,
+)
 from alexnet_dist.data.statistics import NO_STATS, ChannelStats, compute_stats
 from alexnet_dist.errors import UserError
 
-DIGITS = "digits"
-PACKED_FORMAT = 2  # of packed folders; raise it when their meaning changes
 _BEGUN = (".partial", "train.index.npz")  # what there is of a packed folder before PREPARED
 _CACHE_FORMAT = 5  # of cached indexes and statistics; raise it when their meaning changes
 
 Progress = Callable[[str, int, int], None]
 """Is called with what is being done, images done, images in all."""
+
+DATASETS: dict[str, type[ImageDataset]] = {
+    "folders": FolderDataset,
+    "cifar10": Cifar10Dataset,
+    "shards": TarDataset,
+    "pixels": RawDataset,
+}
 
 
 @dataclass(frozen=True)
@@ -138,19 +134,22 @@ def scan_dataset(
             ended.
     """
     cache = Path(cache_dir).expanduser()
-    folder = _write_digits(cache / DIGITS) if root in (None, DIGITS) else Path(str(root)).absolute()
+    folder = write_digits(cache / DIGITS) if root in (None, DIGITS) else Path(str(root)).absolute()
     if not folder.is_dir():
         raise UserError(
             f"there is no folder {folder}: give --data.root the folder that holds train/ and val/"
         )
     if (folder / PREPARED).exists():
-        info = _load_packed(folder)
+        facts, stats, (train, val) = load_packed(folder)
+        info = DatasetInfo(facts["kind"], train, val, stats, facts["class_names"])
+        left_out = LeftOut(facts.get("left_out", {}))
+        info = replace(info, class_numbers=facts.get("class_numbers", {}), left_out=left_out)
         if sample is None:
             return info
         return replace(info, train=_sample(info.train, sample), val=_sample(info.val, sample))
     cache = cache / "indexes" / hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]
     if (folder / "cifar-10-batches-py").is_dir():
-        train, val = (_index_cifar10(folder, split) for split in ("train", "test"))
+        train, val = (index_cifar10(folder, split) for split in ("train", "test"))
         numbers = {name: number for number, name in enumerate(train.classes)}
         info, key = DatasetInfo("cifar10", train, val, NO_STATS, class_numbers=numbers), b""
     else:
@@ -287,89 +286,3 @@ def _save_arrays(path: Path, arrays: dict[str, Any]) -> list[str]:
             f"({error.strerror}): give another --data.cache_dir"
         ]
     return []
-
-
-def _load_packed(folder: Path) -> DatasetInfo:
-    path, indexes = folder / PREPARED, []
-    try:
-        facts = json.loads(path.read_text())
-        if facts["format"] != PACKED_FORMAT:
-            raise UserError(
-                f"{path} is of format {facts['format']}, this version reads {PACKED_FORMAT}: take "
-                "the version of alexnet_dist that wrote it, or prepare the images from scratch"
-            )
-        stats = ChannelStats.from_json(facts["statistics"])
-        for split in SPLITS:
-            path, about = folder / f"{split}.index.npz", facts["splits"][split]
-            files = {file["name"]: file["bytes"] for file in about["files"]}
-            with np.load(path) as saved:
-                names = unpack_names(saved["names"])
-                labels, sizes, offsets = saved["labels"], saved["sizes"], saved["offsets"]
-            if not about["images"] == len(names) == len(labels) == len(sizes) == len(offsets):
-                raise ValueError(f"it is not of the {about['images']} images of {PREPARED}")
-            rest = facts["classes"], files, offsets
-            indexes.append(SplitIndex(str(folder / split), names, labels, sizes, *rest))
-            check_files(indexes[-1])
-    except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile) as error:
-        reason = error.strerror if isinstance(error, OSError) else f"{error}"
-        raise UserError(f"{path} is corrupt ({reason or type(error).__name__}): {FIX}") from None
-    train, val = indexes
-    numbers, left_out = facts.get("class_numbers", {}), LeftOut(facts.get("left_out", {}))
-    return DatasetInfo(facts["kind"], train, val, stats, facts["class_names"], numbers, left_out)
-
-
-def pack_names(names: list[str]) -> NDArray[np.uint8]:
-    """Names as bytes for an .npz: JSON, as a file's name may have any character in it."""
-    return np.frombuffer(json.dumps(names).encode(), np.uint8)
-
-
-def unpack_names(packed: NDArray[np.uint8]) -> list[str]:
-    """What ``pack_names`` was given."""
-    names: list[str] = json.loads(packed.tobytes())
-    return names
-
-
-def _index_cifar10(folder: Path, split: str) -> SplitIndex:
-    data = read_cifar10(str(folder), split)
-    labels, sizes = np.asarray(data.targets, np.int64), np.full((len(data), 2), 32, np.int64)
-    names = [str(index) for index in range(len(data))]
-    return SplitIndex(f"{folder}:{split}", names, labels, sizes, data.classes)
-
-
-def _write_digits(folder: Path) -> Path:
-    """Write the digits inside scikit-learn below ``folder`` as train/ and val/, once.
-
-    They are 1,797 scans in ten classes (UCI's test set of optical digits), enlarged to 256 x 256,
-    so that the paper's crop of 224 needs no resize.
-    """
-    if folder.is_dir():
-        return folder
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError:
-        raise UserError(
-            "the embedded digits come with scikit-learn, which is not installed: "
-            "pip install 'alexnet-dist[quickstart]', or give --data.root a folder of images"
-        ) from None
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".digits-", dir=folder.parent) as unfinished:
-            _draw_digits(load_digits(), Path(unfinished, DIGITS))
-            with suppress(OSError):  # where another run was faster
-                Path(unfinished, DIGITS).rename(folder)
-    except OSError as error:
-        raise UserError(
-            f"the digits cannot be written to {folder} ({error.strerror}): give --data.cache_dir a "
-            "folder that can be written"
-        ) from None
-    return folder
-
-
-def _draw_digits(digits: Any, folder: Path) -> None:
-    order = np.random.Generator(np.random.Philox(2012)).permutation(len(digits.images))
-    for position, index in enumerate(order):
-        target = folder / ("val" if position < 500 else "train") / str(digits.target[index])
-        target.mkdir(parents=True, exist_ok=True)
-        pixels = (digits.images[index] * (255 / 16)).astype(np.uint8)
-        image = Image.fromarray(pixels).resize((256, 256), Image.Resampling.BICUBIC)
-        image.convert("RGB").save(target / f"{index:04d}.jpg", quality=90)

@@ -1,4 +1,4 @@
-"""AlexNet and its relatives as modules: the layers that torch lacks, and what passes through them.
+"""AlexNet and its relatives as modules: the first convolution, and what passes through the layers.
 
 Which layers a network has is said by networks.py, which builds them.
 """
@@ -17,15 +17,6 @@ try:
     from alexnet_dist.model import fused_block
 except ImportError:  # Triton does not exist for every platform
     fused_block = None  # type: ignore[assignment]
-
-
-class AdaptiveAvgPool(nn.AdaptiveAvgPool2d):
-    """Adaptive average pooling of [B, C, H, W] to [B, C, size, size], which returns maps of that
-    size unchanged: the general case has no deterministic backward on GPUs."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        size = self.output_size
-        return input if input.shape[-2:] == (size, size) else super().forward(input)
 
 
 class StemConv2d(nn.Conv2d):
@@ -95,27 +86,6 @@ def _space_to_depth(x: Tensor, block: int) -> Tensor:
     x = x[..., : rows * block, : columns * block].permute(0, 2, 3, 1)
     x = x.reshape(batch, rows, block, columns, block, channels).transpose(2, 3)
     return x.reshape(batch, rows, columns, block * block * channels).permute(0, 3, 1, 2)
-
-
-class GroupedLinear(nn.Module):
-    """A fully connected layer in groups, each of which reads its own slice of the inputs only
-    (net 150); grouped as torch.nn.Conv2d.
-
-    Weight [out, in / groups], bias [out]; input [B, in], output [B, out].
-    """
-
-    def __init__(self, in_features: int, out_features: int, groups: int) -> None:
-        super().__init__()
-        self.groups = groups
-        self.weight = nn.Parameter(torch.empty(out_features, in_features // groups))
-        self.bias = nn.Parameter(torch.empty(out_features))
-        self.reset_parameters()
-
-    reset_parameters: Callable[..., None] = nn.Linear.reset_parameters
-
-    def forward(self, x: Tensor) -> Tensor:
-        weights, biases = self.weight.chunk(self.groups), self.bias.chunk(self.groups)
-        return torch.cat(list(map(F.linear, x.chunk(self.groups, 1), weights, biases)), 1)
 
 
 def forward_layers(layers: Iterable[nn.Module], x: Tensor, masks: Iterable[Tensor]) -> Tensor:

@@ -15,14 +15,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from alexnet_dist.model.alexnet import (
-    AdaptiveAvgPool,
-    AlexNet,
-    GroupedLinear,
-    StemConv2d,
-)
+from alexnet_dist.model.alexnet import AlexNet, StemConv2d
 from alexnet_dist.model.batch_norm import BatchNorm
 from alexnet_dist.model.dropout import Dropout, DropoutScaling
+from alexnet_dist.model.layers import AdaptiveAvgPool, GroupedLinear
 from alexnet_dist.model.lrn import LocalResponseNorm, WithinChannelLRN
 from alexnet_dist.model.torchvision_alexnet import TorchvisionAlexNet
 

@@ -6,8 +6,9 @@ from collections.abc import Iterable
 import torchvision
 from torch import Tensor, nn
 
-from alexnet_dist.model.alexnet import AdaptiveAvgPool, AlexNet, StemConv2d, forward_layers
+from alexnet_dist.model.alexnet import AlexNet, StemConv2d, forward_layers
 from alexnet_dist.model.dropout import Dropout, DropoutScaling
+from alexnet_dist.model.layers import AdaptiveAvgPool
 
 
 class TorchvisionAlexNet(torchvision.models.AlexNet):

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from alexnet_dist.model import Network
-from alexnet_dist.model.alexnet import GroupedLinear, forward_layers
+from alexnet_dist.model.alexnet import forward_layers
 from alexnet_dist.model.batch_norm import BatchNorm
 from alexnet_dist.model.dropout import Dropout
+from alexnet_dist.model.layers import GroupedLinear
 from alexnet_dist.parallel.collectives import (
     CommTimer,
     TimedGroup,

@@ -36,8 +36,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from alexnet_dist.model import Network
-from alexnet_dist.model.alexnet import GroupedLinear
 from alexnet_dist.model.dropout import Dropout
+from alexnet_dist.model.layers import GroupedLinear
 from alexnet_dist.model.lrn import LocalResponseNorm
 from alexnet_dist.parallel.collectives import AsyncAllGather, TimedGroup, with_backward
 from alexnet_dist.parallel.sharding import ShardSpec, shard_parameters

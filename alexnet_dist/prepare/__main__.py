@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from alexnet_dist.config import CommandParser
-from alexnet_dist.data.datasets import PREPARED
 from alexnet_dist.data.folders import LeftOut
+from alexnet_dist.data.packed import PREPARED
 from alexnet_dist.errors import UserError, run_command
 from alexnet_dist.prepare import shards
 from alexnet_dist.prepare.archives import UNPAIRED

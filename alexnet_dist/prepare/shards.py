@@ -18,8 +18,7 @@ from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
-from alexnet_dist.data.datasets import PREPARED
-from alexnet_dist.data.index import PACKED_FORMAT, pack_names
+from alexnet_dist.data.packed import PACKED_FORMAT, PREPARED, pack_names
 from alexnet_dist.data.statistics import ChannelStats, compute_moments, stats_from_moments
 from alexnet_dist.errors import UserError
 from alexnet_dist.prepare.images import OutputFormat, resize_image

@@ -12,15 +12,13 @@ of that name is complete; the checksums tell what has happened to it since.
 Training waits only while the tensors are copied. A thread does the rest; its collectives have a
 process group of their own.
 
-Weights alone are also read from one file: what export writes (safetensors, with the checkpoint's
-state as JSON in its header), or the state_dict() of torchvision's AlexNet.
+Weights alone are also read from one file: see weight_files.py.
 """
 
 import hashlib
 import json
 import logging
 import os
-import pickle
 import re
 import shutil
 import time
@@ -34,8 +32,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
@@ -45,19 +41,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from alexnet_dist.errors import UserError
 from alexnet_dist.training.optim import momentum_buffers
 from alexnet_dist.training.step import TrainableLayout
-
-FORMAT = 4
-"""Of checkpoints and exported files. Those of alexnet_dist 0.1.0 have up to 2, or none; 3 was
-written before 0.2.0 was released."""
+from alexnet_dist.training.weight_files import FORMAT, READABLE, read_file
 
 _MANIFEST, _STATE = "manifest.json", "state.json"
 _PARTIAL, _REPLACED, _CORRUPT = ".partial-", ".replaced-", "corrupt-"
-_READABLE = (
-    "give a run's folder, one of its checkpoints, an exported .safetensors, or the state_dict() of "
-    "torchvision.models.alexnet"
-)
-"""What error messages about weights propose."""
-
 warnings.filterwarnings("ignore", module=r"torch\.distributed\.checkpoint")  # of its own internals
 for _name in ("torch.distributed.checkpoint", "torch.distributed._dist_checkpoint", "dcp_logger"):
     logging.getLogger(_name).setLevel(logging.CRITICAL)
@@ -350,7 +337,7 @@ def find_checkpoint(path: str) -> Path:
     for name in ("best", "last"):
         if (given / "checkpoints" / name / _MANIFEST).is_file():
             return (given / "checkpoints" / name).resolve()
-    raise UserError(f"there is no checkpoint at {path}: {_READABLE}", on_all_ranks=True)
+    raise UserError(f"there is no checkpoint at {path}: {READABLE}", on_all_ranks=True)
 
 
 def read_state(found: Path) -> dict[str, Any]:
@@ -362,7 +349,7 @@ def read_state(found: Path) -> dict[str, Any]:
     """
     with _reading(found):
         if found.is_file():
-            _, state = _read_file(found)
+            _, state = read_file(found)
         else:
             state = json.loads((found / _STATE).read_text())
     format_ = state.get("format", 0)
@@ -406,7 +393,7 @@ def _copy_tensors(found: Path, state: dict[str, Any], tensors: Mapping[str, Tens
         if found.is_dir():
             dcp.load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(found)))
             return
-        full, _ = _read_file(found)
+        full, _ = read_file(found)
         for name, tensor in tensors.items():
             value = full[name]
             if isinstance(tensor, DTensor):
@@ -425,73 +412,6 @@ def _find_corruption(checkpoint: Path) -> str:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{name}: {_reason(error)}"
     return ""
-
-
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-    """Write ``tensors`` under their names into one file, and ``state`` into its header."""
-    header = {name: json.dumps(value) for name, value in state.items()}
-    header |= {"format": "pt", "alexnet_dist": str(FORMAT)}
-    save_file({name: t.contiguous() for name, t in tensors.items()}, path, header)
-
-
-def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors in a file of weights, under a checkpoint's names, and its state; nothing in it
-    is executed."""
-    header: dict[str, str] = {}
-    if path.suffix == ".safetensors":
-        found = load_file(path)
-        with safe_open(path, "pt") as file:
-            header = file.metadata() or {}
-    else:
-        found = _load_pth(path)
-    if not isinstance(found, dict) or not all(isinstance(t, Tensor) for t in found.values()):
-        raise ValueError("it holds something else than tensors by name")
-    tensors = {f"model.{name}": tensor for name, tensor in found.items()}
-    shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
-    if "alexnet_dist" in header:
-        state = {name: json.loads(header[name]) for name in header if name != "format"}
-        state["format"] = state.pop("alexnet_dist")
-    else:
-        state = _torchvision_state(path, shapes)
-    return tensors, {**state, "tensors": shapes}
-
-
-def _load_pth(path: Path) -> Any:
-    """A state_dict, also inside what PyTorch's ImageNet example saves, and of a network that was
-    wrapped by DataParallel or DistributedDataParallel."""
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if forbidden := re.search(r"GLOBAL ([\w.]+)", str(error)):
-            raise UserError(
-                f"{path} holds {forbidden[1]} and not tensors alone, as torch.save(model) writes "
-                "it, and it might execute anything: write model.state_dict() instead",
-                on_all_ranks=True,
-            ) from None
-        raise
-    if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
-        found = found["state_dict"]
-    if isinstance(found, dict):
-        found = {re.sub(r"\bmodule\.", "", str(name)): value for name, value in found.items()}
-    return found
-
-
-def _torchvision_state(path: Path, shapes: dict[str, list[int]]) -> dict[str, Any]:
-    """All that is known of bare tensors, if they are those of torchvision's AlexNet: its classes
-    have no names, but indices."""
-    last = shapes.get("model.classifier.6.weight")
-    if last is None or shapes.get("model.features.0.weight") != [64, 3, 11, 11]:
-        message = f"{path} is neither an export of this package nor torchvision's AlexNet"
-        raise UserError(f"{message}: {_READABLE}", on_all_ranks=True)
-    # unused by a network that normalizes with ImageNet's own statistics
-    statistics = {"mean": [0.0] * 3, "eigenvalues": [0.0] * 3, "eigenvectors": [[0.0] * 3] * 3}
-    return {
-        "format": FORMAT,
-        "config": {"model": {"arch": "torchvision"}},
-        "classes": [str(index) for index in range(last[0])],
-        "unnamed": True,
-        "statistics": statistics,
-    }
 
 
 def _balance_replicated(
@@ -548,7 +468,7 @@ def _reading(found: Path) -> Iterator[None]:
         if isinstance(cause, KeyboardInterrupt):
             raise cause from None
         message = f"{found} is corrupt, or cannot be read ({_reason(error)})"
-        raise UserError(f"{message}: {_READABLE}", on_all_ranks=True) from None
+        raise UserError(f"{message}: {READABLE}", on_all_ranks=True) from None
 
 
 def _cause(error: BaseException) -> BaseException:

@@ -14,12 +14,13 @@ import torch
 from PIL import Image
 
 from alexnet_dist.data import gpu_cache
-from alexnet_dist.data.datasets import ImageDataset, RawDataset
+from alexnet_dist.data.datasets import ImageDataset
 from alexnet_dist.data.decode import decode
 from alexnet_dist.data.eval_plan import EvalPlan, needs_resize
 from alexnet_dist.data.gpu_cache import GpuCacheLoader, fits_in_gpu_memory, resize_crops
 from alexnet_dist.data.index import open_datasets
 from alexnet_dist.data.loader import Batch, load_ahead
+from alexnet_dist.data.packed import RawDataset
 from alexnet_dist.data.plan import SampleParams, SamplePlan, TrainCrop, random_resized_crop_boxes
 from alexnet_dist.data.torch_loader import crop_resize_flip
 from alexnet_dist.data.transforms import Normalization, build_normalization

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from alexnet_dist.data import datasets
+from alexnet_dist.data import packed
 from alexnet_dist.data.decode import decode
 from alexnet_dist.data.index import open_datasets
 from alexnet_dist.errors import UserError
@@ -77,7 +77,7 @@ def test_a_shard_stays_open_while_it_is_read(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Though other threads, which come in between, open more of them than are kept open."""
-    monkeypatch.setattr(datasets, "MAX_OPEN_FILES", 1)
+    monkeypatch.setattr(packed, "MAX_OPEN_FILES", 1)
     dataset, _ = open_datasets(scan(folders["shards"]))
     expected, pread = dataset.read(0), os.pread
 

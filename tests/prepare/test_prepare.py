@@ -19,7 +19,8 @@ from PIL import Image
 
 from alexnet_dist.data.decode import decode
 from alexnet_dist.data.formats import validate_bytes
-from alexnet_dist.data.index import open_datasets, unpack_names
+from alexnet_dist.data.index import open_datasets
+from alexnet_dist.data.packed import unpack_names
 from alexnet_dist.errors import UserError
 from alexnet_dist.prepare.__main__ import exclusive_lock, main
 from alexnet_dist.prepare.images import OutputFormat, resize_image
