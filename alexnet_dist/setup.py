@@ -19,9 +19,9 @@ from alexnet_dist.data.datasets import ImageDataset
 from alexnet_dist.data.eval_plan import EvalPlan, NumCrops
 from alexnet_dist.data.index import DatasetInfo, open_datasets, scan_dataset
 from alexnet_dist.data.loader import Loader, OnCorruptImage
+from alexnet_dist.data.normalization import Normalization, PcaNoise, build_normalization
 from alexnet_dist.data.plan import SamplePlan
 from alexnet_dist.data.statistics import ChannelStats
-from alexnet_dist.data.transforms import Normalization, PcaNoise, build_normalization
 from alexnet_dist.errors import UserError, print_error, refuse
 from alexnet_dist.model import MODEL_REGISTRY, Network, build_on_meta, iter_initial_weights
 from alexnet_dist.parallel import Layout, LayoutConfig, parallelize, validate_parallel_config

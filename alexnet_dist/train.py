@@ -48,8 +48,8 @@ class Trainer:
     def __init__(self, config: Config, mesh: Mesh, path: Path) -> None:
         self.config, self.mesh, self.path = config, mesh, path
         self.data = setup.build_data(config, mesh)
-        self.state = setup.build_training(config, mesh, self.data)
-        self.layout = self.state.layout
+        self.training = setup.build_training(config, mesh, self.data)
+        self.layout = self.training.layout
         self.step, self.last_eval_step = 0, -1
         self.steps_per_epoch = self.data.plan.steps_per_epoch
         epochs = config.train.epochs * config.train.epochs_scale
@@ -61,7 +61,7 @@ class Trainer:
             path / "checkpoints",
             mesh.checkpoint_group,
             self.layout,
-            self.state.optimizer,
+            self.training.optimizer,
             emit=lambda event, **values: self.logger.emit(event, **values),
             keep_last=config.checkpoint.keep_last,
             keep_every=config.checkpoint.keep_every,
@@ -102,7 +102,7 @@ class Trainer:
         )
         try:
             self.layout.warm_up(self.config.data.image_size)
-            while self.last_eval_step < max(self.step, self.last_step):
+            while self.last_eval_step < max(self.step, self.last_step):  # which is evaluated, too
                 self._train_epoch()
                 result = self._evaluate_and_save()
             self.checkpoints.wait()
@@ -117,8 +117,8 @@ class Trainer:
 
     def _train_epoch(self) -> None:
         """Steps to this epoch's end or the last step; none if only an evaluation is missing."""
-        config, plan, state = self.config, self.data.plan, self.state
-        # not of self.step: at an epoch's end its evaluation may be missing still
+        config, plan, training = self.config, self.data.plan, self.training
+        # of the last evaluation: a run may have stopped between an epoch's last step and its own
         epoch = max(self.last_eval_step, 0) // self.steps_per_epoch
         first, end = epoch * self.steps_per_epoch, (epoch + 1) * self.steps_per_epoch
         end = min(end, self.last_step)
@@ -133,9 +133,9 @@ class Trainer:
                     self._plot_first_batch(batch)
 
                 self.hang_detector.heartbeat(f"computing step {self.step + 1}")
-                set_lr(state.optimizer, state.schedule, self.step / self.steps_per_epoch)
+                set_lr(training.optimizer, training.schedule, self.step / self.steps_per_epoch)
                 masks = self.layout.dropout_masks(config.train.seed, self.step)
-                result = state.train_step(batch.images, batch.labels, masks)
+                result = training.train_step(batch.images, batch.labels, masks)
                 self.throttle.step_launched(batch)
                 self.step += 1
                 self.metrics.add(self.step, result, batch.indices)
@@ -174,7 +174,7 @@ class Trainer:
         )
         self.last_eval_step, is_best = self.step, False
         if self.step % self.steps_per_epoch == 0 or self.step == self.total_steps:
-            self.state.schedule.step_metric(result["top1_error"])
+            self.training.schedule.step_metric(result["top1_error"])
             self.metrics.next_epoch()
             self.checkpoints.wait()  # if the best one is lost, the one before it counts
             best = self.checkpoints.best
@@ -198,7 +198,7 @@ class Trainer:
             "run": self.path.name,
             "step": self.step,
             "last_eval_step": self.last_eval_step,
-            "schedule": self.state.schedule.state_dict(),
+            "schedule": self.training.schedule.state_dict(),
             "metrics": self.metrics.state_dict(),
             "scaler": self.layout.scaler.state_dict() if self.layout.scaler else {},
             "config": to_dict(self.config),
@@ -217,30 +217,30 @@ class Trainer:
         Returns:
             The config of the attempt before, None at the beginning; and warnings to be logged.
         """
-        state, warnings = self.checkpoints.restore(self._check_resumable)
-        if state is not None:
-            self.step, self.last_eval_step = state["step"], state["last_eval_step"]
-            self.state.schedule.load_state_dict(state["schedule"])
-            self.metrics.load_state_dict(state["metrics"])
-            if state["scaler"] and self.layout.scaler:  # as far as fp16 is used, and was
-                self.layout.scaler.load_state_dict(state["scaler"])
-            return state["config"], warnings
+        saved, warnings = self.checkpoints.restore(self._check_resumable)
+        if saved is not None:
+            self.step, self.last_eval_step = saved["step"], saved["last_eval_step"]
+            self.training.schedule.load_state_dict(saved["schedule"])
+            self.metrics.load_state_dict(saved["metrics"])
+            if saved["scaler"] and self.layout.scaler:  # as far as fp16 is used, and was
+                self.layout.scaler.load_state_dict(saved["scaler"])
+            return saved["config"], warnings
         setup.init_weights(self.config, self.layout, len(self.data.info.train.classes))
         path, same = self.config.model.pretrained, partial(setup.same_classes, self.data.info)
         if path and (missing := ", ".join(self.checkpoints.load_pretrained(path, same))):
             warnings.append(f"{path} has no {missing} for these classes: initialized from scratch")
         return None, warnings
 
-    def _check_resumable(self, state: dict[str, Any]) -> None:
+    def _check_resumable(self, saved: dict[str, Any]) -> None:
         """Refuse a checkpoint of a run with other images or a config that means another run."""
         alternative = (
-            f"the run in {self.path} has trained for {state['step']} steps with it; start another "
+            f"the run in {self.path} has trained for {saved['step']} steps with it; start another "
             "run by --run.name NAME or --run.resume never"
         )
-        check_resume_compatible(state["config"], to_dict(self.config), alternative)
+        check_resume_compatible(saved["config"], to_dict(self.config), alternative)
         info = self.data.info
         problem = f"the images below {info.train.folder} are not those of before: {alternative}"
-        refuse({problem: state["dataset_hash"] != info.dataset_hash})
+        refuse({problem: saved["dataset_hash"] != info.dataset_hash})
 
     def _check_finite(self, *, weights: bool = False) -> None:
         """Read the metrics, and log steps that were not finite; before they reach a checkpoint.
@@ -312,7 +312,7 @@ class Trainer:
             "train",
             self.step,
             **interval.averages(self.config.data.batch_size),
-            lrs=lrs_at(self.state.optimizer, self.state.schedule, epochs),
+            lrs=lrs_at(self.training.optimizer, self.training.schedule, epochs),
             pca_noise_std=self.data.plan.pca_noise_std(epochs),
             steps=interval.steps,
             images_per_second=timed_steps * self.config.data.batch_size / seconds,
@@ -392,12 +392,12 @@ def main(arguments: list[str]) -> None:
     parser = CommandParser("train", __doc__)
     parsed = parser.parse(arguments)
     run = parsed.config.run
-    path, kept = run_dir.resolve_run_dir(run.output_dir, run.name, parsed.config_name, run.resume)
-    config = parser.parse(arguments, kept).config if kept else parsed.config
+    path, saved = run_dir.resolve_run_dir(run.output_dir, run.name, parsed.config_name, run.resume)
+    config = parser.parse(arguments, saved).config if saved else parsed.config
     runtime = config.runtime
     mesh = init_distributed(runtime.device, runtime.threads, runtime.hang_timeout)
     setup.validate(config, mesh)
-    mine = (path, kept, to_dict(config))
+    mine = (path, saved, to_dict(config))
     problem = (
         "the processes of this run were started with different options, or do not all reach the "
         "same run folder: give every machine the same command line"

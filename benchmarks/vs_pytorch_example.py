@@ -26,7 +26,7 @@ from torchvision.datasets import ImageFolder
 from alexnet_dist.bench import BenchCase, TrainBenchmark, summarize, time_interleaved
 from alexnet_dist.config import CommandParser
 from alexnet_dist.data import dali
-from alexnet_dist.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from alexnet_dist.data.normalization import IMAGENET_MEAN, IMAGENET_STD
 from alexnet_dist.parallel.mesh import available_cpus, init_distributed
 from benchmarks.common import save_record
 

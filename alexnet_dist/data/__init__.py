@@ -9,10 +9,10 @@ from alexnet_dist.data.datasets import ImageDataset
 from alexnet_dist.data.eval_plan import EvalPlan, needs_resize
 from alexnet_dist.data.gpu_cache import GpuCacheLoader
 from alexnet_dist.data.loader import Loader, OnCorruptImage
+from alexnet_dist.data.normalization import Normalization
 from alexnet_dist.data.packed import RawDataset
 from alexnet_dist.data.plan import SamplePlan
 from alexnet_dist.data.torch_loader import TorchLoader
-from alexnet_dist.data.transforms import Normalization
 from alexnet_dist.errors import UserError
 
 

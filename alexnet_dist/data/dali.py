@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from alexnet_dist.data.datasets import ImageDataset
 from alexnet_dist.data.decode import DECODE_ERROR, SIZE_MISMATCH, decode
 from alexnet_dist.data.loader import Batch, CorruptImagesError, Loader, to_device
+from alexnet_dist.data.normalization import Normalization
 from alexnet_dist.data.plan import Ints, SampleParams
-from alexnet_dist.data.transforms import Normalization
 from alexnet_dist.errors import UserError
 
 Decoder = Literal["roi", "full", "cpu", "none"]

@@ -20,7 +20,7 @@ from PIL import Image
 
 from alexnet_dist.data.dali import Decoder, build_pipeline, feed_batch
 from alexnet_dist.data.eval_plan import EvalPlan
-from alexnet_dist.data.transforms import Normalization
+from alexnet_dist.data.normalization import Normalization
 
 PROBES = 5
 

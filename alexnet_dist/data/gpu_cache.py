@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from alexnet_dist.data.loader import Batch, Loader, to_device
+from alexnet_dist.data.normalization import Normalization, normalize
 from alexnet_dist.data.packed import RawDataset
 from alexnet_dist.data.plan import Ints, SampleParams
-from alexnet_dist.data.transforms import Normalization, normalize
 
 RESIZE_CHUNK = 64
 """Images that are resized at a time: as float32 they take 50 MB."""

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from alexnet_dist.data.datasets import ImageDataset
 from alexnet_dist.data.decode import SIZE_MISMATCH, open_image
+from alexnet_dist.data.normalization import Normalization
 from alexnet_dist.data.plan import Ints, SampleParams
-from alexnet_dist.data.transforms import Normalization
 from alexnet_dist.errors import UserError
 
 OnCorruptImage = Literal["stop", "substitute", "skip"]
@@ -49,10 +49,10 @@ class CorruptImagePolicy:
     """Which images cannot be decoded, and what is done about it.
 
     Attributes:
-        policy: "stop" raises. Where data.on_corrupt_image is skip, training has "substitute", the
-            next image that can be decoded, whatever its class, so that it is the same one in every
-            epoch and on any number of processes; and an evaluation "skip", a smaller batch, since
-            it must not count another image twice.
+        policy: "stop" raises. "substitute" takes the next image that can be decoded, whatever its
+            class: the same one in every epoch and on any number of processes. "skip" makes the
+            batch smaller. Where data.on_corrupt_image is skip, training substitutes; an evaluation
+            skips, since it must count no image twice.
         errors: why, by index.
         events: what ``pop_events`` returns next.
     """
@@ -88,8 +88,8 @@ class CorruptImagePolicy:
         except OSError as error:
             return error.strerror or str(error)
 
-    def substitute(self, samples: SampleParams) -> SampleParams:
-        """The samples with the images that are known to be corrupt replaced or skipped."""
+    def replace_or_drop(self, samples: SampleParams) -> SampleParams:
+        """The samples with the images that are known to be corrupt substituted or skipped."""
         mask = np.isin(samples.indices, list(self.errors))
         if not mask.any():
             return samples
@@ -99,8 +99,8 @@ class CorruptImagePolicy:
         indices[mask] = [self._next_good(index) for index in indices[mask].tolist()]
         return samples.with_indices(indices)
 
-    def log_substitutions(self, planned: SampleParams) -> None:
-        """Record what ``substitute`` made of a batch, once the batch has been loaded."""
+    def note_events(self, planned: SampleParams) -> None:
+        """Note what ``replace_or_drop`` made of a batch, once the batch has been loaded."""
         for index in (index for index in planned.indices.tolist() if index in self.errors):
             path, reason = self.dataset.path(index), self.errors[index]
             event: dict[str, object] = {"index": index, "path": path, "reason": reason}
@@ -171,7 +171,7 @@ class Loader(ABC):
         count, self._pending = self.batches_at_once, deque()
         loaded = load_ahead(self._load_good, samples, self.device, count, self._pending)
         for planned, batch in loaded:
-            self.corrupt.log_substitutions(planned)
+            self.corrupt.note_events(planned)
             yield batch
 
     def wait_until_idle(self) -> None:
@@ -190,7 +190,7 @@ class Loader(ABC):
         """``planned``, and the batch of its samples or their substitutes."""
         while True:
             try:
-                return planned, self._load(self.corrupt.substitute(planned))
+                return planned, self._load(self.corrupt.replace_or_drop(planned))
             except CorruptImagesError as error:
                 self.corrupt.mark_corrupt(error.reasons)
 

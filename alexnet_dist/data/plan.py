@@ -2,9 +2,9 @@
 
 Everything random about the data is a function of (seed, epoch, position): the order of the images,
 the crop box, the flip, the coefficients of the PCA noise. Loaders only carry it out. A global batch
-of B images is the positions step * B ... of the epoch's permutation, and data-parallel rank r of R
-takes every R-th of them from the r-th on. So the order does not depend on the number of processes,
-and a run resumes in mid-epoch from two integers.
+of B images is the positions step * B to (step + 1) * B - 1 of the epoch's permutation, of which
+data-parallel rank r of R takes every R-th from the r-th on. So the order does not depend on the
+number of processes, and a run resumes in mid-epoch from two integers.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,7 +24,7 @@ CROP_CHUNK = 32
 RANDOMS_PER_SAMPLE = 32
 """Uniform numbers for each position: 0 the flip, 1 to 4 the PCA coefficients, 5 and 6 the box's
 top-left corner, 8 to 27 ten attempts at a random resized crop; the others are spare. Philox makes
-four at each count."""
+four for each value of its counter."""
 
 
 @dataclass(frozen=True)
@@ -154,8 +154,8 @@ class SamplePlan:
         """The ``batch_slice`` of global batch ``step`` of ``epoch``."""
         first = step * self.batch_size
         indices = self.permutation(epoch)[first : first + self.batch_size][batch_slice]
-        # a position's numbers start at a count of their own, so that any batch can be made alone
-        generator = self._generator(epoch, 1, count=first * (RANDOMS_PER_SAMPLE // 4))
+        # a position's numbers start at a counter of their own, so that any batch can be made alone
+        generator = self._generator(epoch, 1, counter=first * (RANDOMS_PER_SAMPLE // 4))
         randoms = generator.random((self.batch_size, RANDOMS_PER_SAMPLE))
         if self.crop == "chunked":
             first_in_chunk = np.arange(self.batch_size) // CROP_CHUNK * CROP_CHUNK
@@ -186,6 +186,6 @@ class SamplePlan:
         for step in range(first_step, self.steps_per_epoch):
             yield self.sample(epoch, step, batch_slice)
 
-    def _generator(self, epoch: int, stream: int, count: int = 0) -> np.random.Generator:
+    def _generator(self, epoch: int, stream: int, counter: int = 0) -> np.random.Generator:
         key = np.random.SeedSequence((self.seed, epoch, stream)).generate_state(2, np.uint64)
-        return np.random.Generator(np.random.Philox(key=key, counter=count))
+        return np.random.Generator(np.random.Philox(key=key, counter=counter))

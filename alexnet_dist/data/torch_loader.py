@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from alexnet_dist.data.datasets import ImageDataset
 from alexnet_dist.data.decode import SIZE_MISMATCH, decode
 from alexnet_dist.data.loader import Batch, Loader, to_device
+from alexnet_dist.data.normalization import Normalization, normalize
 from alexnet_dist.data.plan import Ints, SampleParams
-from alexnet_dist.data.transforms import Normalization, normalize
 
 
 class TorchLoader(Loader):

@@ -28,7 +28,7 @@ class StemConv2d(nn.Conv2d):
     are added on the right and at the bottom until the stride divides: three for 224, none for 227.
 
     In bf16 on CPUs blocks of stride x stride pixels become channels first, the kernel's too: 11 x
-    11 at stride 4 on 3 channels is 3 x 3 at stride 1 on 48. The gradient of that same sum takes a
+    11 at stride 4 on 3 channels is 3 x 3 at stride 1 on 48. The weight's gradient then takes a
     third of the time, because matrix units want more than 3 channels.
 
     Args:

@@ -61,7 +61,7 @@ def has_triton(device: torch.device) -> bool:
 
 
 def dropout_layers(model: nn.Module) -> list[Dropout]:
-    """The layers of ``model`` that take a mask, in the order of the masks."""
+    """The dropout layers of ``model``, in the order of their masks."""
     return [layer for layer in model.modules() if isinstance(layer, Dropout)]
 
 

@@ -106,15 +106,14 @@ class DDPLayout:
                 skip=config.skip_nonfinite,
             )
         self._autocast = autocast(config.precision, mesh.device)
-        # what all processes of a group have counted, one of them reports
-        self._reports = sharding.group is None or sharding.group.rank == 0
+        # each process of a group has counted the same images: one of them, so that sums are right
+        self._counts = sharding.group is None or sharding.group.rank == 0
         self._microbatches = microbatch_slices(
             config.batch_size, mesh.dp_size, config.grad_accum_steps
         )
         self._dropout_rows = mesh.batch_slice
-        # the loss is divided by the global batch, so that gradients are to be summed over the
-        # replicas; DDP divides the sum by their number, which this undoes
-        self._loss_scale = mesh.dp_size
+        # DDP averages; the loss is divided by the global batch, so that gradients have to be summed
+        self._undo_mean = mesh.dp_size
         part = "a tower" if config.towers > 1 else "the full network"
         if config.fc == "sharded":
             part = "a shard of the fully connected layers"
@@ -159,7 +158,7 @@ class DDPLayout:
                 with self._autocast:
                     logits, targets = self._forward(images[rows], labels[rows], masks, rows)
                 loss, best = self._loss(logits, targets)
-                scaled = loss * (self._loss_scale / self.batch_size)
+                scaled = loss * (self._undo_mean / self.batch_size)
                 if self.scaler:
                     scaled = self.scaler.scale(scaled)
                 scaled.backward()
@@ -167,7 +166,7 @@ class DDPLayout:
                 self.comm_timer.stop()  # which the last gradient has started
             correct = (best == targets).sum()
             result += torch.stack([loss.detach().double(), correct.double()])
-        return result * self._reports
+        return result * self._counts
 
     def _forward(
         self, images: Tensor, labels: Tensor, masks: tuple[Tensor, ...], rows: slice
@@ -208,7 +207,7 @@ class DDPLayout:
             logits, targets, _ = self._forward_eval(images, labels)
         if len(logits) == 0:
             return torch.zeros(4, dtype=torch.float64, device=labels.device)
-        return eval_counts(logits.float(), targets, self._classes) * self._reports
+        return eval_counts(logits.float(), targets, self._classes) * self._counts
 
     def warm_up(self, image_size: int) -> None:
         """DDP_WARMUP_PASSES on images of zeros, where there are several processes; parameters do
@@ -231,7 +230,7 @@ class DDPLayout:
             parameter.grad = None
 
     def _replicated_part(self) -> nn.Module:
-        """What images pass first, and replicas have alike: its gradients are averaged."""
+        """The part inside DDP; a layout may leave layers out that replicas do not have alike."""
         return self._model
 
 

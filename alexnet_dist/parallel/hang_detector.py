@@ -91,7 +91,7 @@ class HangDetector:
         names = ", ".join(f"{r} (host {s['host']}, {s['doing']})" for r, s in behind.items())
         names = f"{'process' if len(behind) == 1 else 'processes'} {names}"
         if silent:
-            message = f"{names} gave no sign of life for {self._timeout:g} s"
+            message = f"no sign of life of {names} after {self._timeout:g} s without progress"
         elif len(behind) == self._world_size > 1:
             message = f"all have waited {self._timeout:g} s for each other: {names}"
         else:
@@ -99,8 +99,9 @@ class HangDetector:
         self._end(message, behind, silent)
 
     def _end(self, message: str, behind: dict[int, _Status], kill: dict[int, _Status]) -> NoReturn:
-        others = [rank for rank in range(self._world_size) if rank not in behind]
-        if self._rank == (others or [0])[0] or (not behind and os.environ["LOCAL_RANK"] == "0"):
+        others = [rank for rank in range(self._world_size) if rank not in behind] or [0]
+        # the first of those that wait says it; where no store tells who waits, each host's first
+        if self._rank == others[0] or (not behind and os.environ["LOCAL_RANK"] == "0"):
             print_error(
                 f"{message}: the run ends, and the same command resumes from its last checkpoint "
                 "(slow storage wants a higher --runtime.hang_timeout)"

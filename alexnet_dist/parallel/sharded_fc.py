@@ -48,7 +48,7 @@ class ShardedFCLayout(DDPLayout):
         super().__init__(model, mesh, config, sharding, timer)
         assert sharding.group is not None
         self._group = sharding.group
-        self._loss_scale = 1  # ``_forward`` sums the gradients of all images
+        self._undo_mean = 1  # ``_forward`` sums the gradients of all images
         self._dropout_rows = slice(None)  # all images pass the layers that have dropout
 
     def _replicated_part(self) -> nn.Module:

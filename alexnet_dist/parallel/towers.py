@@ -83,8 +83,8 @@ class _ExchangeLayer(nn.Module):
 class _PeerExchange:
     """The exchange of one tensor between two towers: ``start``, then ``finish``.
 
-    Backward autograd goes the other way, and exchanges the gradient alike: behind ``finish`` it is
-    started, behind ``start`` it has arrived.
+    The backward pass comes in reverse: that of ``finish`` sends the gradient, and that of ``start``
+    waits for the other tower's.
     """
 
     def __init__(self, group: TimedGroup) -> None:

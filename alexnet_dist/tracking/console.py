@@ -71,15 +71,15 @@ _START = (
 _LINES = {
     "start": _START,
     "resume": _START + "\nresuming from step {step}",
-    "eval": "epoch {epoch:.4g}  validation top-1 {accuracy:.2f} %  (error {top1_error:.2f} %, "
-    "top-5 {top5_error:.2f} %)  loss {loss:.4f}",
+    "eval": "epoch {epoch:.4g}  validation top-1 {accuracy:.2f} %  (errors: top-1 "
+    "{top1_error:.2f} %, top-5 {top5_error:.2f} %)  loss {loss:.4f}",
     "corrupt_image": "corrupt image {path} ({reason}): {action}",
     "nonfinite": "warning: {what} at step {step}{skipped}",
     "warning": "warning: {message}",
     "checkpoint_failed": "warning: {message}",
     "preempted": "stopped by {cause} at step {step} of {total}, {saved}; the same command resumes",
-    "finished": "top-1 accuracy {accuracy:.2f} %  (error {top1_error:.2f} %, top-5 "
-    "{top5_error:.2f} %) on {images} validation images\n"
+    "finished": "top-1 accuracy {accuracy:.2f} %  (errors: top-1 {top1_error:.2f} %, "
+    "top-5 {top5_error:.2f} %) on {images} validation images\n"
     "records, curves and kernels: {run}{stopped}",
 }
 """How events are shown; those of other kinds are not, but for "train"."""

@@ -3,7 +3,8 @@
 A checkpoint is a folder: tensors as safetensors files, written by all processes through
 torch.distributed.checkpoint (DCP), all else in state.json, and the SHA-256 of these files in
 manifest.json. It is written under another name, synced to disk and then renamed, so that a folder
-of that name is complete; the checksums tell what has happened to it since.
+of that name is complete; the checksums tell what has happened to it since. Where the same step is
+saved again, the older one is moved away before, and back by a resume if the new one has not come.
 
     RUN/checkpoints/step-00001234/          manifest.json, state.json, *.safetensors
     RUN/checkpoints/last, best              links to two of them
@@ -184,7 +185,7 @@ class CheckpointManager:
         """
         found: list[Any] = [None, []]
         if dist.get_rank() == 0:
-            found = [*self._find_intact()]
+            found = [*self._recover_newest()]
         dist.broadcast_object_list(found)
         checkpoint, warnings = found
         state = None
@@ -224,9 +225,10 @@ class CheckpointManager:
         load_tensors(found, {n: t for n, t in mine.items() if n not in missing})
         return [name.removeprefix("model.") for name in missing]
 
-    def _find_intact(self) -> tuple[Path | None, list[str]]:
+    def _recover_newest(self) -> tuple[Path | None, list[str]]:
         """The newest checkpoint that is intact, and a warning for each corrupt one; these are
-        quarantined. What a killed process has left goes, a replacement it had begun is undone."""
+        quarantined. Partial folders of a killed process are removed, and a replaced checkpoint is
+        restored if its successor is missing."""
         for replaced in self.folder.glob(f"{_REPLACED}*"):
             with suppress(OSError):  # where the new one is there
                 replaced.rename(self.folder / replaced.name.removeprefix(_REPLACED))

@@ -25,8 +25,8 @@ _POLL_SECONDS = 1.0
 _RESERVE_SECONDS = 10.0
 """Kept free before the deadline, besides what steps and saves have taken so far."""
 _STUCK_SECONDS = 8.0
-"""Without a step boundary for so much longer than one was to take, SIGTERM came because another
-process has died: NCCL's collectives wait for it for ever."""
+"""If after SIGTERM no step boundary comes in the time that one takes and so much more, a collective
+waits for a process that has died (NCCL's do so for ever): this process exits."""
 
 
 class StopReason(IntEnum):

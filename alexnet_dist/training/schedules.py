@@ -13,7 +13,8 @@ Milestones = list[tuple[float, float]]
 class Schedule:
     """The learning rate of each parameter group at an epoch.
 
-    Attributes: those of config.ScheduleConfig, and
+    Attributes:
+        name, warmup_epochs, patience, pct_start, milestones: see ScheduleConfig in config.py.
         lr: the base learning rate; the peak of one_cycle.
         epochs: of the whole run, before ``epochs_scale``.
         epochs_scale: stretches the schedule by this factor.

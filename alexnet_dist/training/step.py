@@ -122,7 +122,7 @@ class TrainMetrics:
     _added: list[tuple[int, Tensor, NDArray[np.int64]]] = field(default_factory=list)
 
     def add(self, step: int, result: Tensor, indices: NDArray[np.int64]) -> None:
-        """Add a step: what ``train_step`` returned, and this process's samples [B]."""
+        """Add a step: what ``train_step`` returned, and this process's samples [b]."""
         self._added.append((step, result, indices))
 
     @property

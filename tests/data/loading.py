@@ -11,8 +11,8 @@ from alexnet_dist.data.datasets import ImageDataset
 from alexnet_dist.data.eval_plan import EvalPlan
 from alexnet_dist.data.index import DatasetInfo, open_datasets, scan_dataset
 from alexnet_dist.data.loader import Batch, Loader
+from alexnet_dist.data.normalization import Normalization
 from alexnet_dist.data.plan import SampleParams, SamplePlan
-from alexnet_dist.data.transforms import Normalization
 
 SIZE = 64
 BYTES = Normalization(np.zeros(3), np.ones(3), np.zeros((3, 3)), SIZE)

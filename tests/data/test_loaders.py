@@ -20,10 +20,10 @@ from alexnet_dist.data.eval_plan import EvalPlan, needs_resize
 from alexnet_dist.data.gpu_cache import GpuCacheLoader, fits_in_gpu_memory, resize_crops
 from alexnet_dist.data.index import open_datasets
 from alexnet_dist.data.loader import Batch, load_ahead
+from alexnet_dist.data.normalization import Normalization, build_normalization
 from alexnet_dist.data.packed import RawDataset
 from alexnet_dist.data.plan import SampleParams, SamplePlan, TrainCrop, random_resized_crop_boxes
 from alexnet_dist.data.torch_loader import crop_resize_flip
-from alexnet_dist.data.transforms import Normalization, build_normalization
 from alexnet_dist.errors import UserError
 from tests.conftest import write_images
 from tests.data.loading import SIZE, build, load, open_train, scan

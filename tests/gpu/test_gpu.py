@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from alexnet_dist.data import dali_probe, gpu_cache
 from alexnet_dist.data.datasets import ImageDataset
 from alexnet_dist.data.loader import Batch
+from alexnet_dist.data.normalization import Normalization, build_normalization
 from alexnet_dist.data.plan import SamplePlan, TrainCrop
-from alexnet_dist.data.transforms import Normalization, build_normalization
 from alexnet_dist.model import build_model, make_dropout_masks
 from alexnet_dist.model.alexnet import fused_block
 from alexnet_dist.model.dropout import Dropout

@@ -101,7 +101,7 @@ def test_a_file_gets_a_line_for_an_interval_and_no_control_characters(
     sink.log({"event": "checkpoint", "step": 4})  # is not shown
     sink.stop()
     assert capsys.readouterr().out.splitlines() == [
-        "epoch 1  validation top-1 1.79 %  (error 98.21 %, top-5 9.00 %)  loss 6.9077",
+        "epoch 1  validation top-1 1.79 %  (errors: top-1 98.21 %, top-5 9.00 %)  loss 6.9077",
         "epoch 2/2 step 4/6 loss nan top-1 nan% lr 0.01 9 img/s data 25% "
         "left 10s of the epoch, 14s of the run",
         "warning: [a] {b}" + 99 * " c",
