@@ -84,36 +84,21 @@ _LINES = {
 }
 """How events are shown; those of other kinds are not, but for "train"."""
 
-_FIELDS = {
-    "epoch": ["epoch {epoch}/{epochs}", "ep {epoch}/{epochs}"],
-    "step": ["step {step}/{total}", "step {step}"],
-    "loss": ["loss {loss:.4f}", "loss {loss:.2f}"],
-    "top1": ["top-1 {accuracy:.1f}%", "top-1 {accuracy:.0f}%"],
-    "lr": ["lr {lrs[weights]:.2g}", ""],
-    "speed": ["{images_per_second:.0f} img/s", "{images_per_second:.0f}/s"],
-    "data": ["data {data_time_fraction:.0%}{comm}"],
-    "left": [
-        "left {epoch_left} of the epoch, {run_left} of the run",
-        "left {epoch_left}, {run_left}",
-        "{epoch_left}, {run_left}",
-    ],
-}
-"""The progress line: each field, and what it becomes where the line is too long."""
-_TO_SHORTEN = ("left", "lr", "speed", "top1", "step", "loss", "epoch", "left")
-"""The fields that are shortened, one after the other, until the line fits."""
+_LONG = (
+    "epoch {epoch}/{epochs} step {step}/{total} loss {loss:.4f} top-1 {accuracy:.1f}% lr "
+    "{lrs[weights]:.2g} {images_per_second:.0f} img/s data {data_time_fraction:.0%}{comm} left "
+    "{epoch_left} of the epoch, {run_left} of the run"
+)
+_SHORT = (
+    "ep {epoch}/{epochs} step {step} loss {loss:.2f} top-1 {accuracy:.0f}% "
+    "{images_per_second:.0f}/s data {data_time_fraction:.0%}{comm} {epoch_left}, {run_left}"
+)
 
 
 def progress_line(values: dict[str, Any], width: int) -> str:
-    """A "train" event as one line, which fits into ``width`` columns from about 80 on."""
-    forms = {name: [form.format(**values) for form in _FIELDS[name]] for name in _FIELDS}
-
-    def line() -> str:
-        return " ".join(texts[0] for texts in forms.values() if texts[0])
-
-    for name in _TO_SHORTEN:
-        if len(line()) > width:
-            forms[name].pop(0)
-    return line()
+    """A "train" event as one line of ``width`` columns, from about 80 on."""
+    line = _LONG.format(**values)
+    return line if len(line) <= width else _SHORT.format(**values)
 
 
 def format_seconds(seconds: float) -> str:
