@@ -84,21 +84,23 @@ _LINES = {
 }
 """How events are shown; those of other kinds are not, but for "train"."""
 
-_LONG = (
+_PROGRESS = (
     "epoch {epoch}/{epochs} step {step}/{total} loss {loss:.4f} top-1 {accuracy:.1f}% lr "
     "{lrs[weights]:.2g} {images_per_second:.0f} img/s data {data_time_fraction:.0%}{comm} left "
-    "{epoch_left} of the epoch, {run_left} of the run"
-)
-_SHORT = (
+    "{epoch_left} of the epoch, {run_left} of the run",
+    "epoch {epoch}/{epochs} step {step}/{total} loss {loss:.4f} top-1 {accuracy:.1f}% "
+    "{images_per_second:.0f} img/s data {data_time_fraction:.0%}{comm} left {epoch_left}, "
+    "{run_left}",
     "ep {epoch}/{epochs} step {step} loss {loss:.2f} top-1 {accuracy:.0f}% "
-    "{images_per_second:.0f}/s data {data_time_fraction:.0%}{comm} {epoch_left}, {run_left}"
+    "{images_per_second:.0f}/s data {data_time_fraction:.0%}{comm} {epoch_left}, {run_left}",
 )
+"""The progress line, from the longest to the shortest, which fits into about 80 columns."""
 
 
 def progress_line(values: dict[str, Any], width: int) -> str:
-    """A "train" event as one line of ``width`` columns, from about 80 on."""
-    line = _LONG.format(**values)
-    return line if len(line) <= width else _SHORT.format(**values)
+    """A "train" event as the longest line that fits into ``width`` columns."""
+    lines = [form.format(**values) for form in _PROGRESS]
+    return next((line for line in lines if len(line) <= width), lines[-1])
 
 
 def format_seconds(seconds: float) -> str:

@@ -136,7 +136,7 @@ def test_ctrl_c_in_a_terminal_is_answered_at_once(images: Path, tmp_path: Path) 
     options = [*TINY, f"--data.root={images}", f"--run.output_dir={tmp_path}"]
     words = ["alexnet_dist.train", *options, "--run.name=a", "--train.epochs=1000"]
     with terminal(80, *words) as (read_until, write):
-        shown = read_until("data ", 60)
+        shown = read_until("left ", 60)
         write(b"\x03")
         begin = time.monotonic()
         shown += read_until("ends it unsaved", 10)
