@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
+from alexnet_dist.errors import UserError
+from alexnet_dist.model import Network
+from alexnet_dist.parallel.mesh import Mesh, destroy_distributed, init_distributed
 from tests.processes import run_group, run_main
 
 SIDE = 76
@@ -50,6 +54,43 @@ def write_images(root: Path, *, train: int = 31, val: int = 13, side: int = SIDE
 @pytest.fixture(scope="session")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_images(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="session")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The same images of 128 to a side as JPEGs, in tars, and as raw pixels."""
+    from tests.prepare.packed_folder import write_prepared
+
+    root = tmp_path_factory.mktemp("packed")
+    plain = write_images(root / "jpegs", side=128)
+    kinds = ("shards", "pixels")
+    return {"jpegs": plain} | {kind: write_prepared(plain, root / kind, kind) for kind in kinds}
+
+
+@pytest.fixture(scope="session")
+def paper(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Network]:
+    """A run with a checkpoint of the paper's network, and the network."""
+    from tests.networks import save_network
+
+    return save_network(tmp_path_factory.mktemp("runs") / "paper", "paper")
+
+
+@pytest.fixture
+def mesh() -> Iterator[Mesh]:
+    """Of this process alone."""
+    yield init_distributed("cpu", 1)
+    destroy_distributed()
+
+
+def error_of(call: Callable[..., object], *args: object) -> str:
+    """The message of the UserError that a call ends with."""
+    with pytest.raises(UserError) as failure:
+        call(*args)
+    return str(failure.value)
+
+
+def full_disk(*_: object) -> int:
+    raise OSError(28, "No space left on device")
 
 
 @dataclass
@@ -109,12 +150,23 @@ def launch(
     return Result(done.returncode, done.stdout, done.stderr)
 
 
-def train(processes: int, root: Path, runs: Path, *options: str, **env: str) -> Result:
-    """Train the tiny network without torchrun; fails the test where that fails."""
-    words = ["alexnet_dist.train", *TINY, f"--data.root={root}", f"--run.output_dir={runs}"]
-    result = Result(*run_group(processes, environment(**env), 240, run_main, *words, *options))
+def succeed(processes: int, command: str, *options: str, **env: str) -> Result:
+    """Run a command of the package without torchrun; fails the test where that fails."""
+    words = (f"alexnet_dist.{command}", *options)
+    result = Result(*run_group(processes, environment(**env), 240, run_main, *words))
     assert result.code == 0, result.err[-3000:]
     return result
+
+
+def train(processes: int, root: Path, runs: Path, *options: str, **env: str) -> Result:
+    """Train the tiny network without torchrun."""
+    where = (f"--data.root={root}", f"--run.output_dir={runs}")
+    return succeed(processes, "train", *TINY, *where, *options, **env)
+
+
+def evaluate(processes: int, *options: str) -> dict[str, Any]:
+    """What the command evaluate prints at its end."""
+    return json.loads(succeed(processes, "evaluate", *options).out.splitlines()[-1])
 
 
 def events(run: Path, *kinds: str) -> list[dict[str, Any]]:

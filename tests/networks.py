@@ -36,16 +36,16 @@ def command(main: Callable[[list[str]], None], *words: object) -> None:
         mesh.destroy_distributed()
 
 
-def save_network(folder: Path, variant: str) -> tuple[Path, Network]:
+def save_network(folder: Path, variant: str, size: int = 67) -> tuple[Path, Network]:
     """A run with a checkpoint of random weights, as training would leave it, and the network."""
     config = Config()
     config.model.arch = variant
-    config.data.image_size, config.data.resize_size = 67, SIDE
+    config.data.image_size, config.data.resize_size = size, SIDE
     config.data.root = config.run.output_dir = str(folder)
     config.runtime.precision = "fp32"
     torch.manual_seed(5)
-    model = build_model(variant, num_classes=len(CLASSES), image_size=67).eval()
-    _sharpen(model)
+    model = build_model(variant, num_classes=len(CLASSES), image_size=size).eval()
+    _sharpen(model, size)
     state = {
         "run": folder.name,
         "step": 12,
@@ -109,10 +109,10 @@ def ten_crops(image: Image.Image, fraction: float, size: int, mean: Sequence[flo
 
 
 @torch.no_grad()
-def _sharpen(model: Network) -> None:
+def _sharpen(model: Network, size: int) -> None:
     """Have images make a difference to the scores, as they do to trained ones."""
     blotches = torch.rand(32, 3, 5, 5)
-    images = torch.nn.functional.interpolate(blotches, size=67, mode="bicubic") * 255 - 110
+    images = torch.nn.functional.interpolate(blotches, size=size, mode="bicubic") * 255 - 110
     images = images / 57 if MODEL_REGISTRY[model.arch].input_norm == "imagenet" else images
     if any(not parameter.requires_grad for parameter in model.parameters()):
         model.train()(images)  # averages of something

@@ -1,7 +1,6 @@
 """The averaged probabilities of several networks and of ten crops, and what may be averaged."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,28 +8,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from alexnet_dist import evaluate, setup
+from alexnet_dist import evaluate
 from alexnet_dist.config import Config, from_dict, to_dict
 from alexnet_dist.data.datasets import FolderDataset, ImageDataset, SplitIndex
 from alexnet_dist.data.eval_plan import EvalPlan
-from alexnet_dist.data.index import open_datasets, scan_dataset
 from alexnet_dist.errors import UserError
-from alexnet_dist.model import build_model
-from alexnet_dist.parallel.mesh import Mesh, destroy_distributed, init_distributed
+from alexnet_dist.parallel.mesh import Mesh
 from alexnet_dist.setup import LoadedModel
 from alexnet_dist.training import checkpoint
-from tests.conftest import write_images
-from tests.networks import ten_crops
 
 IMAGES, CLASSES = 23, 7
-
-
-@pytest.fixture
-def mesh() -> Iterator[Mesh]:
-    yield init_distributed("cpu", 1)
-    destroy_distributed()
 
 
 def evaluate_logits(
@@ -91,63 +79,6 @@ def test_probabilities_are_averaged_and_counted_exactly(
     sure[:, 0] = 200.0  # probabilities of the others are too small for float32
     result = evaluate_logits(mesh, monkeypatch, [sure, sure], [set()] * 2)
     assert result["loss"] == pytest.approx(200 * (labels != 0).mean(), rel=1e-12)
-
-
-SIDES = {"figure1_relu": 32, "figure1_tanh": 27}
-"""Two networks, and how much each cuts from images of 40 pixels on the shorter side."""
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("loader", ["dali", "torch"])
-def test_ten_crops_are_a_loop_over_crops(
-    loader: str, mesh: Mesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    root = write_images(tmp_path / "images", side=40)
-    files = sorted((root / "val").rglob("*.jpg"))
-    noise = np.random.default_rng(3).integers(0, 255, (2, 47, 40, 3), np.uint8)
-    Image.fromarray(noise[0]).save(files[2])
-    Image.fromarray(noise[1].transpose(1, 0, 2)).save(files[7])
-    info = scan_dataset(str(root), str(tmp_path), lambda *_: None)
-    files.pop(4).write_bytes(b"")  # after the index was made, which knows it as good
-    right = np.delete(info.val.labels, 4)
-
-    networks, models, probs = {}, [], []
-    for arch, side in SIDES.items():
-        network = networks[arch] = build_model(arch, num_classes=CLASSES, image_size=side)
-        generator = torch.Generator().manual_seed(len(models))
-        for name, weight in network.named_parameters():  # so that logits are spread, crops differ
-            if weight.dim() > 1:
-                std = (2 / weight[0].numel()) ** 0.5 / (30 if name == "conv1.weight" else 1)
-                weight.normal_(0, std, generator=generator)
-        config = Config()
-        config.data.loader = loader  # type: ignore[assignment]
-        config.data.image_size, config.data.resize_size = side, 40
-        config.data.eval_batch_size = 25
-        config.data.on_corrupt_image = "skip"
-        config.model.arch = arch
-        config.runtime.precision = "fp32"
-        classes = [str(n) for n in range(CLASSES)]
-        state = {"classes": classes, "statistics": info.stats.to_json()}
-        models.append(LoadedModel(Path(arch), state, config))
-        crops = [ten_crops(Image.open(file), side / 40, side, info.stats.mean) for file in files]
-        probs.append([network.double()(one.double()).softmax(1).numpy() for one in crops])
-
-    def load(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-        for name, value in networks[path.name].named_parameters():
-            tensors[f"model.{name}"].copy_(value)
-
-    monkeypatch.setattr(setup, "load_tensors", load)
-    dataset, expected = open_datasets(info)[1], np.array(probs)
-    for some, averaged in ((models[:1], expected[0].mean(1)), (models, expected.mean((0, 2)))):
-        result = evaluate.evaluate_average(some, 10, mesh, dataset)
-        correct = np.argsort(-averaged, 1) == right[:, None]
-        assert result["top1_error"] == 100 * (12 - correct[:, :1].sum()) / 12
-        assert result["top5_error"] == 100 * (12 - correct[:, :5].sum()) / 12
-        loss = -np.log(averaged[np.arange(12), right]).mean()
-        assert result["loss"] == pytest.approx(loss, rel=1e-5)
-        assert (result["images"], result["num_skipped"]) == (12, 1)
-    unflipped, flipped = expected[0][:, ::2].mean(1), expected[0][:, 1::2].mean(1)
-    assert np.abs(unflipped - flipped).max() > 0.01
 
 
 def test_models_of_other_classes_have_no_average_and_each_keeps_its_size(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from alexnet_dist.model import Network, build_model
 from alexnet_dist.tracking import plots
 from alexnet_dist.tracking.logger import JsonlSink
 from tests.conftest import write_images
-from tests.networks import CLASSES, MEAN, command, save_network
+from tests.networks import CLASSES, MEAN, command
 
 SIZE = 67
 
@@ -116,15 +116,10 @@ def test_classes_have_short_names_that_tell_them_apart() -> None:
     assert info.short_names == ["tench", "crane (n2)", "crane (n3)", "n4"]
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Network]:
-    return save_network(tmp_path_factory.mktemp("runs") / "run", "paper")
-
-
 def test_figures_3_and_4_show_a_checkpoint(
-    trained: tuple[Path, Network], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    paper: tuple[Path, Network], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, model = trained
+    run, model = paper
     root = write_images(tmp_path / "images")
     for file in (root / "val").glob("*/*.jpg"):  # each is its own nearest
         shutil.copy(file, root / "train" / file.parent.name / f"copy-{file.name}")
@@ -165,13 +160,13 @@ def test_figures_3_and_4_show_a_checkpoint(
 
 
 def test_what_cannot_be_plotted_is_an_error_message(
-    trained: tuple[Path, Network], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    paper: tuple[Path, Network], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write_records(Path("good"), [60, 40])
     write_records(Path("empty"), [])
     Path("bare").mkdir()
-    run, root = str(trained[0]), f"--data.root={write_images(tmp_path / 'images', train=6, val=3)}"
+    run, root = str(paper[0]), f"--data.root={write_images(tmp_path / 'images', train=6, val=3)}"
     messages = {
         (): "there is nothing to plot",
         ("nowhere",): "there is no run at nowhere: give a run's folder",

@@ -7,7 +7,7 @@ import random
 import resource
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,7 @@ from alexnet_dist.data.folders import LeftOut, is_hidden, is_image_name
 from alexnet_dist.data.index import DatasetInfo, open_datasets, scan_dataset
 from alexnet_dist.data.loader import CorruptImagePolicy
 from alexnet_dist.errors import UserError
-from alexnet_dist.parallel.mesh import Mesh, destroy_distributed, init_distributed
+from alexnet_dist.parallel.mesh import Mesh
 from alexnet_dist.predict import find_images
 from alexnet_dist.prepare.__main__ import main as prepare
 from alexnet_dist.prepare.listing import DatasetListing, sanitize_name
@@ -140,6 +140,8 @@ def test_unreadable_images_say_the_true_reason(tmp_path: Path) -> None:
     assert info.left_out == {"devices, pipes and sockets": [1, [f"{root}/train/ant/pipe.jpg"]]}
     dataset = open_datasets(info)[0]
     reasons = CorruptImagePolicy(dataset, "skip").errors
+    stopped = message(lambda _: CorruptImagePolicy(dataset, "stop"), root)
+    assert stopped.startswith(f"{root}/train/ant/folder.jpg cannot be decoded (Is a directory)")
     assert {dataset.index.names[n]: reason for n, reason in reasons.items()} == {
         "ant/folder.jpg": "Is a directory",
         "ant/large.png": "it has more than the 178,956,970 pixels that Pillow takes",
@@ -222,12 +224,6 @@ def test_a_run_tells_at_its_start_what_is_left_out(tmp_path: Path) -> None:
     assert "4 images in " + f"{root}/train have changed since they were indexed" in said
     (start,) = events(tmp_path / "run", "start")
     assert start["left_out"][".tif files"] == [1, [f"{root}/train/ant/a.tif"]]
-
-
-@pytest.fixture
-def mesh() -> Iterator[Mesh]:
-    yield init_distributed("cpu", 1)
-    destroy_distributed()
 
 
 def test_labels_are_matched_to_outputs_by_name_or_number(mesh: Mesh, tmp_path: Path) -> None:

@@ -14,14 +14,9 @@ from alexnet_dist.errors import UserError
 from alexnet_dist.model import Network
 from alexnet_dist.predict import main
 from tests.conftest import SIDE
-from tests.networks import CLASSES, MEAN, command, save_network, ten_crops
+from tests.networks import CLASSES, MEAN, command, ten_crops
 
 SIZES = [(SIDE, SIDE), (90, 130), (200, 77), (50, 60), (SIDE, 99)]
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Network]:
-    return save_network(tmp_path_factory.mktemp("runs") / "run", "paper")
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +47,9 @@ def by_class(records: list[dict]) -> np.ndarray:
 
 @torch.no_grad()
 def test_one_crop_and_ten_are_those_of_a_plain_loop(
-    trained: tuple[Path, Network], photographs: Path, capsys: pytest.CaptureFixture[str]
+    paper: tuple[Path, Network], photographs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run, model = trained
+    run, model = paper
     files = sorted(path for path in photographs.rglob("*.*"))
     crops = [ten_crops(Image.open(file), 67 / SIDE, 67, MEAN) for file in files]
     expected = [model(one).softmax(1) for one in crops]
@@ -72,7 +67,7 @@ def test_one_crop_and_ten_are_those_of_a_plain_loop(
 
 
 def test_photographs_are_turned_upright(
-    trained: tuple[Path, Network], photographs: Path, tmp_path: Path,
+    paper: tuple[Path, Network], photographs: Path, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     upright = Image.open(photographs / "a" / "01.png")
@@ -84,13 +79,13 @@ def test_photographs_are_turned_upright(
         turned = ImageOps.exif_transpose(image)
         assert (turned.size == upright.size) == (orientation < 5)
         turned.save(tmp_path / f"{orientation}.png", exif=exif)
-    probs = by_class(predicted(capsys, tmp_path, "--checkpoint", trained[0], "--top", 6))
+    probs = by_class(predicted(capsys, tmp_path, "--checkpoint", paper[0], "--top", 6))
     assert len(probs) == 8
     assert (probs == probs[0]).all()
 
 
 def test_what_cannot_be_read_is_named_and_the_rest_is_done(
-    trained: tuple[Path, Network], photographs: Path, tmp_path: Path,
+    paper: tuple[Path, Network], photographs: Path, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     good = sorted(photographs.rglob("*.jpg"))
@@ -107,7 +102,7 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_done(
     }
     for options in ([], ["--ten_crop"]):
         with pytest.raises(SystemExit) as ended:
-            command(main, good[0], *reasons, good[2], "--checkpoint", trained[0], *options)
+            command(main, good[0], *reasons, good[2], "--checkpoint", paper[0], *options)
         assert ended.value.code == 1
         printed = capsys.readouterr()
         paths = [line for line in printed.out.splitlines() if line[0] != " "]
@@ -119,7 +114,7 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_done(
 
 
 def test_a_name_in_another_encoding_and_files_of_other_kinds(
-    trained: tuple[Path, Network], photographs: Path, tmp_path: Path,
+    paper: tuple[Path, Network], photographs: Path, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     odd = tmp_path / "in" / os.fsdecode(b"caf\xe9.jpg")
@@ -127,7 +122,7 @@ def test_a_name_in_another_encoding_and_files_of_other_kinds(
     shutil.copy(photographs / "a" / "00.jpg", odd)
     for name in ("._a.jpg", "a.gif"):
         (odd.parent / name).touch()
-    words = [odd.parent, "--checkpoint", trained[0], "--save_image", tmp_path / "a.png"]
+    words = [odd.parent, "--checkpoint", paper[0], "--save_image", tmp_path / "a.png"]
     command(main, *words, "--json", "-")
     said = capsys.readouterr()
     assert json.loads(said.out)["path"] == str(odd)
@@ -136,11 +131,11 @@ def test_a_name_in_another_encoding_and_files_of_other_kinds(
 
 
 def test_text_json_and_image(
-    trained: tuple[Path, Network], photographs: Path, tmp_path: Path,
+    paper: tuple[Path, Network], photographs: Path, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     file, image = tmp_path / "predictions.jsonl", tmp_path / "image.png"
-    words = [photographs / "b", "--checkpoint", trained[0], "--json", file, "--save_image", image]
+    words = [photographs / "b", "--checkpoint", paper[0], "--json", file, "--save_image", image]
     command(main, *words, "--runtime.device", "cpu", "--runtime.threads=1")
     records = [json.loads(line) for line in file.read_text().splitlines()]
     assert len(records) == 7
@@ -154,8 +149,8 @@ def test_text_json_and_image(
     assert 900 < height < 1300  # two rows
 
 
-def test_wrong_options_are_named(trained: tuple[Path, Network], tmp_path: Path) -> None:
-    run = ["--checkpoint", str(trained[0])]
+def test_wrong_options_are_named(paper: tuple[Path, Network], tmp_path: Path) -> None:
+    run = ["--checkpoint", str(paper[0])]
     (tmp_path / "weights.txt").touch()
     for words, message in (
         ([*run], "required: IMAGE"),

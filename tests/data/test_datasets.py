@@ -11,25 +11,12 @@ from PIL import Image
 from torchvision.datasets import CIFAR10
 
 from alexnet_dist.data import index as datasets
-from alexnet_dist.data.datasets import FolderDataset
 from alexnet_dist.data.index import open_datasets
-from alexnet_dist.data.loader import CorruptImagePolicy
 from alexnet_dist.data.statistics import ChannelStats
 from alexnet_dist.errors import UserError
 from tests.conftest import write_images
 from tests.data.corrupt_images import corrupt_files, encode, photograph, write_folder
 from tests.data.loading import scan
-
-
-def test_index_of_class_folders(images: Path, tmp_path: Path) -> None:
-    info = scan(images, tmp_path)
-    assert (len(info.train), len(info.val)) == (31, 13)
-    assert info.train.classes == ["blue", "green", "red"]
-    assert info.train.labels.tolist() == [0] * 11 + [1] * 10 + [2] * 10
-    assert (info.train.sizes == 76).all()
-    train, val = open_datasets(info)
-    assert train.path(0).endswith("train/blue/000.jpg")
-    assert bytes(val.read(12)[:2]) == b"\xff\xd8"
 
 
 def test_index_is_cached_until_an_image_changes(
@@ -104,15 +91,6 @@ def test_folders_that_are_laid_out_otherwise_are_refused(tmp_path: Path) -> None
     shutil.rmtree(root / "val")
     assert "has no validation images: add a folder val/" in message(root)
     assert f"give --data.root {root}" in message(tmp_path)
-
-
-def test_an_unreadable_header_is_named_at_the_start(tmp_path: Path) -> None:
-    root = write_images(tmp_path / "i")
-    (root / "train/red/002.jpg").write_bytes(b"no image")
-    source = FolderDataset(scan(root, tmp_path).train)
-    with pytest.raises(UserError, match=r"train/red/002\.jpg cannot be decoded"):
-        CorruptImagePolicy(source, "stop")
-    assert list(CorruptImagePolicy(source, "substitute").errors) == [21]
 
 
 def test_statistics_are_numpys(images: Path, tmp_path: Path) -> None:

@@ -27,7 +27,6 @@ from alexnet_dist.data.torch_loader import crop_resize_flip
 from alexnet_dist.errors import UserError
 from tests.conftest import write_images
 from tests.data.loading import SIZE, build, load, open_train, scan
-from tests.prepare.packed_folder import write_prepared
 
 ALL = slice(None)
 SIDE = 128
@@ -36,20 +35,10 @@ IMAGE = SIDE * SIDE * 3
 NAMES = ["dali", "torch", "gpu_cache"]
 
 
-@pytest.fixture(scope="session")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The same images as JPEGs, in tars, and as raw pixels."""
-    root = tmp_path_factory.mktemp("loaders")
-    plain = write_images(root / "jpegs", side=SIDE)
-    return {"jpegs": plain} | {
-        kind: write_prepared(plain, root / kind, kind) for kind in ("shards", "pixels")
-    }
-
-
-def opened(folders: dict[str, Path], name: str) -> tuple[ImageDataset, ImageDataset, Normalization]:
+def opened(packed: dict[str, Path], name: str) -> tuple[ImageDataset, ImageDataset, Normalization]:
     """Training and validation images for a loader, and a normalization in which nothing is a whole
     number."""
-    info = scan(folders["pixels" if name == "gpu_cache" else "jpegs"])
+    info = scan(packed["pixels" if name == "gpu_cache" else "jpegs"])
     pixels = "imagenet" if name == "gpu_cache" else "centered"
     normalization = build_normalization(pixels, info.stats, size=SIZE, pca_noise="source")
     return *open_datasets(info), normalization
@@ -78,7 +67,7 @@ def test_loader_gives_the_torch_loaders_batches(
     resized: float,
     in_memory: bool,
     crop: TrainCrop,
-    folders: dict[str, Path],
+    packed: dict[str, Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """To the bit without a resize: flipped, with PCA noise that ends in mid-epoch, from the middle
@@ -86,7 +75,7 @@ def test_loader_gives_the_torch_loaders_batches(
     bilinearly with antialiasing, but with other weights and roundings: 0.2 to 0.3 of 255 on average
     on these images, which are noise (0.17 on 64 photographs of ImageNet, 12 at most)."""
     monkeypatch.setattr(gpu_cache, "fits_in_gpu_memory", lambda *_: in_memory)
-    dataset, _, normalization = opened(folders, name)
+    dataset, _, normalization = opened(packed, name)
     fraction, crop = (0.5, "paper") if crop == "no resize" else (0.8, crop)
     plan = SamplePlan(
         dataset.index.sizes, 10, 3, crop, fraction, pca_noise_std=lambda e: 0.1 * (e < 0.5)
@@ -99,8 +88,8 @@ def test_loader_gives_the_torch_loaders_batches(
 
 
 @pytest.mark.parametrize("name", ["dali", "gpu_cache"])
-def test_loader_evaluates_ten_crops_of_every_image(name: str, folders: dict[str, Path]) -> None:
-    _, dataset, normalization = opened(folders, name)
+def test_loader_evaluates_ten_crops_of_every_image(name: str, packed: dict[str, Path]) -> None:
+    _, dataset, normalization = opened(packed, name)
     plan = EvalPlan(dataset.index.sizes, 6, SIZE / SIDE, num_crops=10)
     for rows in (ALL, slice(1, None, 2)):  # the second has no image of the last batch
         both = [
@@ -111,8 +100,8 @@ def test_loader_evaluates_ten_crops_of_every_image(name: str, folders: dict[str,
     assert both[0][0][-1].images.shape == (0, 3, SIZE, SIZE)
 
 
-def test_the_torch_loader_gives_the_pixels_of_the_file(folders: dict[str, Path]) -> None:
-    dataset = open_train(folders["jpegs"])
+def test_the_torch_loader_gives_the_pixels_of_the_file(packed: dict[str, Path]) -> None:
+    dataset = open_train(packed["jpegs"])
     plan = SamplePlan(dataset.index.sizes, 4, 5, crop_fraction=0.5)
     normalization = Normalization(np.array([1.0, 2.0, 3.0]), np.ones(3), np.zeros((3, 3)), SIZE)
     samples = plan.sample(0, 0)
@@ -125,8 +114,8 @@ def test_the_torch_loader_gives_the_pixels_of_the_file(folders: dict[str, Path])
         assert np.array_equal(batch.images[row].numpy().transpose(1, 2, 0), image)
 
 
-def test_a_thread_that_decodes_starts_no_threads_of_its_own(folders: dict[str, Path]) -> None:
-    dataset, _, normalization = opened(folders, "torch")
+def test_a_thread_that_decodes_starts_no_threads_of_its_own(packed: dict[str, Path]) -> None:
+    dataset, _, normalization = opened(packed, "torch")
     mine = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
@@ -138,8 +127,8 @@ def test_a_thread_that_decodes_starts_no_threads_of_its_own(folders: dict[str, P
         torch.set_num_threads(mine)
 
 
-def test_pca_noise_shifts_the_full_image(folders: dict[str, Path]) -> None:
-    dataset, _, normalization = opened(folders, "torch")
+def test_pca_noise_shifts_the_full_image(packed: dict[str, Path]) -> None:
+    dataset, _, normalization = opened(packed, "torch")
     plan = SamplePlan(dataset.index.sizes, 4, 5, crop_fraction=0.5, pca_noise_std=lambda _: 0.1)
     samples = plan.sample(0, 0)
     without = replace(normalization, pca_basis=np.zeros((3, 3)))
@@ -153,8 +142,8 @@ def test_pca_noise_shifts_the_full_image(folders: dict[str, Path]) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_batches_may_be_left_early(name: str, folders: dict[str, Path]) -> None:
-    dataset, _, normalization = opened(folders, name)
+def test_batches_may_be_left_early(name: str, packed: dict[str, Path]) -> None:
+    dataset, _, normalization = opened(packed, name)
     plan = SamplePlan(dataset.index.sizes, 4, 5, crop_fraction=0.5)
     loader = build(name, dataset, plan, normalization)
     for _ in range(3):
@@ -185,9 +174,9 @@ def test_batches_keep_their_order_though_one_overtakes_another() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_loader_becomes_idle(name: str, folders: dict[str, Path]) -> None:
+def test_a_loader_becomes_idle(name: str, packed: dict[str, Path]) -> None:
     """While nobody takes a batch, no thread of it works: a CUDA graph can be captured then."""
-    dataset, _, normalization = opened(folders, name)
+    dataset, _, normalization = opened(packed, name)
     plan = SamplePlan(dataset.index.sizes, 4, 5)
     loader: Any = build(name, dataset, plan, normalization)
     load_batch, running, loaded = loader._load, Lock(), 0
@@ -231,21 +220,21 @@ def test_resize_by_matrix_products_is_torchs(tmp_path: Path) -> None:
     assert torch.equal(ours[1], as_it_was.flip(1) if flips[1] else as_it_was)
 
 
-def test_gpu_cache_refuses_what_are_no_raw_pixels(folders: dict[str, Path]) -> None:
+def test_gpu_cache_refuses_what_are_no_raw_pixels(packed: dict[str, Path]) -> None:
     for kind in ("jpegs", "shards"):
-        dataset = open_train(folders[kind])
+        dataset = open_train(packed[kind])
         plan = EvalPlan(dataset.index.sizes, 4)
-        message = f"wants raw pixels, and {folders[kind]}/train holds none: prepare them by python"
+        message = f"wants raw pixels, and {packed[kind]}/train holds none: prepare them by python"
         with pytest.raises(UserError, match=message):
             build("gpu_cache", dataset, plan)
-    dataset = open_train(folders["pixels"])
+    dataset = open_train(packed["pixels"])
     assert not isinstance(build("auto", dataset, plan), GpuCacheLoader)  # on CPUs
 
 
 def test_gpu_cache_leaves_half_of_the_gpu_to_training(
-    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    packed: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    dataset = open_train(folders["pixels"])
+    dataset = open_train(packed["pixels"])
     assert isinstance(dataset, RawDataset)
     size, total = 31 * IMAGE, 10_000_000
     for free, wanted in ((total // 2 + size, True), (total // 2 + size - 1, False)):

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alexnet_dist.data.eval_plan import EvalPlan, center_crop_boxes, five_crop_boxes
+from alexnet_dist.data.eval_plan import EvalPlan
 from alexnet_dist.data.plan import SamplePlan
 
 sizes = st.lists(st.tuples(st.integers(1, 900), st.integers(1, 900)), min_size=5, max_size=60)
@@ -37,7 +37,8 @@ def test_ranks_partition_each_batch_of_one_permutation(
 @given(sizes, st.sampled_from(["paper", "random_resized"]), st.floats(0.3, 1.0))
 def test_boxes_lie_inside(sizes: list[tuple[int, int]], crop: str, fraction: float) -> None:
     full = plan(sizes, crop=crop, crop_fraction=fraction)
-    for samples in full.epoch(0, 0, slice(None)):
+    ten = EvalPlan(full.sizes, 4, fraction, num_crops=10)
+    for samples in (*full.epoch(0, 0, slice(None)), *ten.batches(slice(None))):
         top, left, height, width = samples.crop_boxes.T
         limits = full.sizes[samples.indices]
         assert (samples.crop_boxes[:, :2] >= 0).all()
@@ -125,22 +126,6 @@ def test_the_papers_ten_crops_of_a_stored_256_image() -> None:
     assert len(found) == 20
     assert set(found) == wanted
     assert not samples.pca_coeffs.any()
-
-
-@given(sizes, st.floats(0.3, 1.0))
-def test_five_boxes_reach_the_edges_of_the_central_square(
-    sizes: list[tuple[int, int]], fraction: float
-) -> None:
-    for (height, width), boxes in zip(
-        sizes, five_crop_boxes(np.array(sizes), fraction), strict=True
-    ):
-        short = min(height, width)
-        top, left = (height - short) // 2, (width - short) // 2
-        side = center_crop_boxes(np.array([(height, width)]), fraction)[0, 2]
-        low, right = top + short - side, left + short - side
-        assert boxes[:4, :2].tolist() == [[top, left], [top, right], [low, left], [low, right]]
-        assert (boxes[:, 2:] == side).all()
-        assert boxes[4].tolist() == [(height - side) // 2, (width - side) // 2, side, side]
 
 
 def test_the_authors_crops_are_alike_for_32_images_in_a_row() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from tests.conftest import TINY, command, environment, losses
+from tests.conftest import TINY, command, environment, events, losses
 
 
 def running(
@@ -34,6 +34,12 @@ def running(
 def steps(run: Path) -> int:
     """How many steps the run has recorded."""
     return len(losses(run)) if (run / "metrics.jsonl").exists() else 0
+
+
+def sample_order(run: Path) -> dict[int, tuple[str, int]]:
+    """Hash and number of the samples of each epoch, by its last step; of epochs that were resumed
+    the last."""
+    return {e["step"]: (e["sample_order_hash"], e["images"]) for e in events(run, "epoch")}
 
 
 def workers(launcher: int) -> list[int]:

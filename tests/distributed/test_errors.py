@@ -3,7 +3,6 @@ an exit code that is not 0, and no hang."""
 
 import shutil
 import signal
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -112,28 +111,6 @@ def test_a_run_folder_in_use(images: Path, tmp_path: Path, runs: str) -> None:
     assert "--run.name" in message
 
 
-def test_a_full_disk_costs_a_checkpoint_and_not_the_run(images: Path, tmp_path: Path) -> None:
-    small = tmp_path / "small"
-    small.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=190m", "tmpfs", str(small)], capture_output=True
-    )
-    if mounted.returncode != 0:
-        pytest.skip("this user may not mount a small file system to fill")
-    try:
-        # one checkpoint (140 MB) fits, a second beside it does not
-        result = train(2, images, small, "--run.name=run")
-        failed = events(small / "run", "checkpoint_failed")
-        assert len(failed) == 1
-        assert "No space left on device" in failed[0]["message"]
-        assert "training continues" in result.out
-        assert (small / "run/checkpoints/last").resolve().name == "step-00000004"
-        assert not list((small / "run/checkpoints").glob(".partial*"))
-        assert events(small / "run", "finished")
-    finally:
-        subprocess.run(["umount", "-l", str(small)], check=True)
-
-
 @pytest.mark.parametrize(("processes", "interval"), [(2, "1"), (0, "100")])
 def test_a_loss_that_explodes_reaches_no_checkpoint(
     processes: int, interval: str, images: Path, tmp_path: Path
@@ -151,15 +128,10 @@ def test_plots_that_cannot_be_written_cost_nothing(images: Path, tmp_path: Path)
     for name in ("first_batch", "curves", "kernels", "predictions"):
         (tmp_path / "run" / f"{name}.png").mkdir(parents=True)  # no file can be there
     train(0, images, tmp_path, "--run.name=run", "--train.epochs=1")
-    assert len(events(tmp_path / "run", "warning")) == 4
+    warnings = [event["message"] for event in events(tmp_path / "run", "warning")]
+    assert len(warnings) == 4
+    assert all(".png could not be written (Is a directory" in message for message in warnings)
     assert events(tmp_path / "run", "finished")
-
-
-def test_nothing_to_evaluate(tmp_path: Path) -> None:
-    result = launch(0, module="alexnet_dist.evaluate")
-    assert "arguments are required: --checkpoint" in error_message(result)
-    result = launch(2, f"--checkpoint={tmp_path}", module="alexnet_dist.evaluate")
-    assert "there is no checkpoint at" in error_message(result)
 
 
 def test_interrupt_is_no_traceback(images: Path, tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
-"""Errors of two networks' averaged probabilities, on any number of processes."""
+"""Errors of networks' averaged probabilities, on any number of processes."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -9,59 +8,39 @@ import pytest
 import torch
 from PIL import Image
 
-from alexnet_dist.model import Network
-from tests.conftest import SIDE, launch
+from tests.conftest import SIDE, evaluate
 from tests.data.loading import scan
-from tests.networks import CLASSES, MEAN, save_network
+from tests.networks import CLASSES, MEAN, save_network, ten_crops
 
-CORRUPT = 4
-"""The validation image that is."""
-
-
-@pytest.fixture(scope="module")
-def networks(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, Network]:
-    folder = tmp_path_factory.mktemp("networks")
-    return dict(save_network(folder / arch, arch) for arch in ("paper", "half_column"))
+SIZES = {"paper": 67, "half_column": 70}
+"""Networks, and the size of their crops, for which no image is resized."""
 
 
-def evaluate(processes: int, networks: dict[Path, Network], *options: str) -> dict:
-    words = ["--checkpoint", *map(str, networks), *options]
-    result = launch(processes, *words, module="alexnet_dist.evaluate")
-    assert result.code == 0, result.err[-3000:]
-    return json.loads(result.out.splitlines()[-1])
-
-
-def test_two_networks_on_any_number_of_processes(
-    networks: dict[Path, Network], images: Path, tmp_path: Path
-) -> None:
-    root = tmp_path / "images"
-    shutil.copytree(images, root)
-    scan(root)  # of which all images are good
+@torch.no_grad()
+def test_evaluation_is_a_plain_loop(images: Path, tmp_path: Path) -> None:
+    """Over two networks and crops of images of several shapes, of which one is corrupt."""
+    root = shutil.copytree(images, tmp_path / "images")
     files = sorted((root / "val").rglob("*.jpg"))
-    files.pop(CORRUPT).write_bytes(b"")
+    noise = np.random.default_rng(3).integers(0, 255, (2, SIDE + 14, SIDE, 3), np.uint8)
+    Image.fromarray(noise[0]).save(files[2])
+    Image.fromarray(noise[1].transpose(1, 0, 2)).save(files[7])
+    scan(root)  # of which all images are good
+    files.pop(4).write_bytes(b"")
     labels = torch.tensor([CLASSES.index(file.parent.name) for file in files])
-    crop = slice((SIDE - 67) // 2, (SIDE + 67) // 2)
-    pixels = np.stack([np.asarray(Image.open(file), np.float64)[crop, crop] for file in files])
-    inputs = torch.tensor((pixels - MEAN).transpose(0, 3, 1, 2), dtype=torch.float32)
-    with torch.no_grad():
-        each = [model(inputs).double().softmax(1) for model in networks.values()]
-    probabilities = torch.stack(each).mean(0)
-    wanted = {
-        "top1_error": 100 * (probabilities.argmax(1) != labels).double().mean().item(),
-        "loss": -probabilities[range(len(labels)), labels].log().mean().item(),
-    }
-    for processes in (0, 2):
-        skip = [f"--data.root={root}", "--data.on_corrupt_image=skip"]
-        result = evaluate(processes, networks, *skip)
-        assert (result["images"], result["num_skipped"]) == (len(labels), 1) == (12, 1)
-        assert result["top1_error"] == pytest.approx(wanted["top1_error"])
-        assert result["loss"] == pytest.approx(wanted["loss"], rel=1e-4)
-
-
-@pytest.mark.slow
-def test_ten_crops_on_any_number_of_processes(networks: dict[Path, Network], images: Path) -> None:
-    options = [f"--data.root={images}", "--ten_crop"]
-    alone, three = (evaluate(processes, networks, *options) for processes in (0, 3))
-    assert alone["images"] == 13
-    assert (alone["checkpoints"], alone["num_crops"]) == (2, 10)
-    assert three == alone | {"loss": pytest.approx(alone["loss"], rel=1e-9)}
+    runs, probabilities = [], []
+    for arch, size in SIZES.items():
+        run, network = save_network(tmp_path / arch, arch, size)
+        runs.append(str(run))
+        crops = [ten_crops(Image.open(file), size / SIDE, size, MEAN) for file in files]
+        probabilities.append(network(torch.cat(crops)).double().softmax(1))
+    mean = torch.stack(probabilities).mean(0).view(len(files), 10, len(CLASSES))
+    options = ["--checkpoint", *runs, f"--data.root={root}", "--data.on_corrupt_image=skip"]
+    for num_crops, each in ((1, mean[:, 8]), (10, mean.mean(1))):  # the ninth is the center
+        more = ["--ten_crop"] * (num_crops == 10)
+        alone, two = (evaluate(processes, *options, *more) for processes in (0, 2))
+        assert (alone["checkpoints"], alone["num_crops"]) == (2, num_crops)
+        assert (alone["images"], alone["num_skipped"]) == (12, 1)
+        wrong = (each.argmax(1) != labels).double().mean()
+        assert alone["top1_error"] == pytest.approx(100 * float(wrong))
+        assert alone["loss"] == pytest.approx(-float(each[range(12), labels].log().mean()), 1e-6)
+        assert two == alone | {"loss": pytest.approx(alone["loss"], rel=1e-9)}

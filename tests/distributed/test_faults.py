@@ -1,20 +1,26 @@
 """Whatever disturbs a run, it resumes and ends with the bits of an undisturbed one."""
 
+import itertools
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from alexnet_dist import setup
+from alexnet_dist import train as trainer
 from alexnet_dist.tracking.logger import read_events
-from tests.conftest import TINY, Result, command, environment, events, launch, losses, train
-from tests.distributed.groups import alive, running, steps, tensors, wait_for, workers
+from alexnet_dist.tracking.run_dir import read_status
+from tests.conftest import TINY, Result, environment, events, losses, train
+from tests.distributed.groups import alive, running, sample_order, steps, tensors, wait_for, workers
+from tests.processes import run_group, run_main
 
 FEW = "--train.epochs=10"
 """40 steps, of which each test disturbs some."""
@@ -35,19 +41,10 @@ def check_same(run: Path, reference: Path) -> None:
     kept = read_events(run)
     assert [e["step"] for e in kept if e["event"] == "train"] == list(range(1, 41))
     assert [e["step"] for e in kept if e["event"] == "eval"] == list(range(4, 41, 4))
-    assert order(kept) == order(read_events(reference))
-    assert status(run) == "ended"
+    assert sample_order(run) == sample_order(reference)
+    assert read_status(run)["status"] == "ended"
     assert not [p for p in run.rglob("*") if ".partial" in p.name or p.name == "PREEMPT"]
     assert not alive(str(run.parent))
-
-
-def order(records: list[dict[str, Any]]) -> list[tuple[int, str]]:
-    """Which samples each epoch had."""
-    return [(e["step"], e["sample_order_hash"]) for e in records if e["event"] == "epoch"]
-
-
-def status(run: Path) -> str:
-    return json.loads((run / "status.json").read_text())["status"]
 
 
 HANDLED = ("--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR2",)
@@ -67,7 +64,7 @@ def test_a_preempted_run_saves_and_resumes(
             os.kill(workers(launcher.pid)[1], signal.SIGUSR2)
         out, _ = launcher.communicate(timeout=20)
     assert launcher.returncode == int(way == "Ctrl-C")  # torchrun itself ends so, where it was told
-    assert status(run) == ("stopped" if way == "Ctrl-C" else "preempted")
+    assert read_status(run)["status"] == ("stopped" if way == "Ctrl-C" else "preempted")
     (preempted,) = events(run, "preempted")
     assert preempted["step"] == max(losses(run))
     assert f"step-{preempted['step']:08d}" == (run / "checkpoints/last").resolve().name
@@ -112,12 +109,46 @@ def test_a_second_interrupt_ends_at_once(images: Path, tmp_path: Path) -> None:
     wait_for(lambda: not alive(str(tmp_path)), 5)
 
 
+def train_with(fault: Any, what: Any, images: Path, run: Path, *options: str) -> Result:
+    """A run of two processes, each of which is a ``fault`` of ``what``."""
+    words = [*TINY, f"--data.root={images}", f"--run.output_dir={run.parent}", "--run.name=run"]
+    return Result(*run_group(2, environment(), 240, fault, what, *words, FEW, *options))
+
+
+def preempted_in_evaluation(run: Path, *words: str) -> None:
+    """Train; a file PREEMPT appears during the first evaluation."""
+
+    class EvalMetrics(trainer.EvalMetrics):
+        def update(self, counts: torch.Tensor) -> None:
+            super().update(counts)
+            (run / "PREEMPT").touch()
+            time.sleep(1.1)
+
+    trainer.EvalMetrics = EvalMetrics
+    run_main("alexnet_dist.train", *words)
+
+
+SKIP = "--train.on_nonfinite=skip"
+
+
+def not_finite(steps: Container[int], *words: str) -> None:
+    """Train; the images of ``steps`` are not finite."""
+    train_step, count = setup.train_step, itertools.count(1)
+
+    def faulty(layout: Any, optimizer: Any, images: torch.Tensor, *others: Any) -> torch.Tensor:
+        images.mul_(float("nan") if next(count) in steps else 1)
+        return train_step(layout, optimizer, images, *others)
+
+    setup.train_step = faulty
+    run_main("alexnet_dist.train", *words)
+
+
 @pytest.mark.slow
 def test_a_run_preempted_in_an_evaluation_evaluates_when_it_resumes(
     reference: Path, images: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    result = launch_with_fault("evaluation", images, tmp_path, RUN=str(run))
+    result = train_with(preempted_in_evaluation, run, images, run)
     assert result.code == 0, result.err
     assert [e["step"] for e in events(run, "preempted")] == [4]
     assert events(run, "eval") == []
@@ -133,7 +164,7 @@ def test_a_run_ends_before_its_time_limit(images: Path, tmp_path: Path) -> None:
     assert preempted["cause"] == "time that runs out"
     assert preempted["time"] - begun < 35
     assert f"step-{preempted['step']:08d}" == (run / "checkpoints/last").resolve().name
-    assert status(run) == "preempted"
+    assert read_status(run)["status"] == "preempted"
 
 
 @pytest.mark.slow
@@ -156,54 +187,13 @@ def test_torchrun_restarts_a_group_in_which_a_process_hangs(
 
 
 @pytest.mark.slow
-def test_a_lost_host_is_done_without(reference: Path, images: Path, tmp_path: Path) -> None:
-    """Two launchers with a process each; one dies with its process, the other resumes alone."""
-    timing = "last_call_timeout=10,keep_alive_interval=1,keep_alive_max_attempt=2"
-    rendezvous = ["--nnodes=1:2", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:29653"]
-    rendezvous += ["--rdzv-id=7", f"--rdzv-conf={timing}", "--local-addr=127.0.0.1"]
-    wanted = [*TINY, f"--data.root={images}", f"--run.output_dir={tmp_path}", "--run.name=run", FEW]
-    words = command(1, "alexnet_dist.train", *wanted, "--checkpoint.interval_steps=2")
-    at = words.index("--standalone")
-    words[at : at + 1] = [*rendezvous, "--max-restarts=3"]
-    run = tmp_path / "run"
-    options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    options |= {"text": True, "env": environment(), "start_new_session": True}
-    with subprocess.Popen(words, **options) as stays:
-        wait_for(lambda: _listens(29653))  # who comes first has the store, and must not die
-        with subprocess.Popen(words, **options) as lost:
-            wait_for(lambda: steps(run) > 6)
-            for pid in (*workers(lost.pid), lost.pid):
-                os.kill(pid, signal.SIGKILL)
-        out, _ = stays.communicate(timeout=120)
-        assert stays.returncode == 0, out[-3000:]
-    start, *resumes = events(run, "start", "resume")
-    assert (start["world_size"], resumes[-1]["world_size"]) == (2, 1)
-    assert losses(run) == pytest.approx(losses(reference), rel=1e-4)
-    kept = read_events(run)
-    assert order(kept) == order(read_events(reference))
-
-
-def _listens(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-def launch_with_fault(fault: str, images: Path, runs: Path, *options: str, **env: str) -> Result:
-    """A run of two processes with a fault of fault_injection.py."""
-    wanted = [*TINY, f"--data.root={images}", f"--run.output_dir={runs}", "--run.name=run", FEW]
-    module = "tests.distributed.fault_injection"
-    return launch(2, *wanted, *options, module=module, FAULT=fault, **env)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("interval", ["1", "7"])
 def test_an_update_that_is_not_finite_is_skipped(
     interval: str, images: Path, tmp_path: Path
 ) -> None:
-    options = ["--train.on_nonfinite=skip", f"--train.log_interval={interval}"]
-    result = launch_with_fault("images:6,18", images, tmp_path, *options)
+    run, log_interval = tmp_path / "run", f"--train.log_interval={interval}"
+    result = train_with(not_finite, (6, 18), images, run, SKIP, log_interval)
     assert result.code == 0, result.err
-    run = tmp_path / "run"
     bad = events(run, "nonfinite")
     assert [(e["step"], e["skipped"]) for e in bad] == [(6, True), (18, True)]
     assert all("loss is nan" in e["what"] and len(e["paths"]) == 7 for e in bad)
@@ -214,9 +204,8 @@ def test_an_update_that_is_not_finite_is_skipped(
 
 @pytest.mark.slow
 def test_a_run_that_is_never_finite_again_stops(images: Path, tmp_path: Path) -> None:
-    always = "images:" + ",".join(map(str, range(6, 40)))
-    result = launch_with_fault(always, images, tmp_path, "--train.on_nonfinite=skip")
+    result = train_with(not_finite, range(6, 40), images, tmp_path / "run", SKIP)
     assert result.code != 0
     assert "take a smaller --optim.lr" in result.said[0]
     assert events(tmp_path / "run", "nonfinite")[0]["step"] == 6
-    assert status(tmp_path / "run") == "failed"
+    assert read_status(tmp_path / "run")["status"] == "failed"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import TINY, events, launch, losses, train
-from tests.distributed.groups import alive, running, steps, tensors, wait_for, workers
+from tests.distributed.groups import alive, running, sample_order, steps, tensors, wait_for, workers
 
 
 @pytest.fixture(scope="module")
@@ -18,12 +18,6 @@ def reference(images: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[in
     for processes in (0, 2, 3):
         train(processes, images, runs, f"--run.name=on{processes}")
     return {processes: runs / f"on{processes}" for processes in (0, 2, 3)}
-
-
-def sample_order(run: Path) -> dict[int, tuple[str, int]]:
-    """Hash and number of the samples of each epoch, by its last step; of epochs that were resumed
-    the last."""
-    return {e["step"]: (e["sample_order_hash"], e["images"]) for e in events(run, "epoch")}
 
 
 def test_any_number_of_processes_trains_alike(reference: dict[int, Path]) -> None:
@@ -178,16 +172,6 @@ def test_a_run_resumes_in_mid_epoch_on_other_processes(
     assert losses(run) == pytest.approx(losses(reference[0]), rel=1e-4)
     assert sample_order(run).items() >= sample_order(reference[0]).items()
     assert {e["images"] for e in events(run, "eval")} == {13}
-
-
-@pytest.mark.slow
-def test_the_same_command_again_trains_again_once_its_run_has_ended(
-    images: Path, tmp_path: Path
-) -> None:
-    for _ in range(2):
-        train(0, images, tmp_path, "--train.epochs=1")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["run", "run-2"]
-    assert losses(tmp_path / "run") == losses(tmp_path / "run-2")
 
 
 @pytest.mark.slow

@@ -8,27 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from alexnet_dist.data import packed
 from alexnet_dist.data.decode import decode
 from alexnet_dist.data.index import open_datasets
 from alexnet_dist.errors import UserError
-from tests.conftest import write_images
 from tests.data.loading import scan
 from tests.prepare.packed_folder import write_prepared
 
-KINDS = ("shards", "pixels")
 
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("forms")
-    plain = write_images(root / "plain", side=128)
-    return {"plain": plain} | {kind: write_prepared(plain, root / kind, kind) for kind in KINDS}
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_packed_folders_give_the_same_images(kind: str, folders: dict[str, Path]) -> None:
-    info, plain = pickle.loads(pickle.dumps(scan(folders[kind]))), scan(folders["plain"])
+@pytest.mark.parametrize("kind", ["shards", "pixels"])
+def test_packed_folders_give_the_same_images(kind: str, packed: dict[str, Path]) -> None:
+    info, plain = pickle.loads(pickle.dumps(scan(packed[kind]))), scan(packed["jpegs"])
     assert info.dataset_hash == plain.dataset_hash
     assert info.train.classes == ["blue", "green", "red"]
     for dataset, original in zip(open_datasets(info), open_datasets(plain), strict=True):
@@ -39,9 +28,9 @@ def test_packed_folders_give_the_same_images(kind: str, folders: dict[str, Path]
             assert np.array_equal(dataset.read(index), expected)
 
 
-def test_an_incomplete_packed_folder_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_an_incomplete_packed_folder_is_refused(packed: dict[str, Path], tmp_path: Path) -> None:
     def message(kind: str, name: str, content: bytes | None) -> str:
-        folder = write_prepared(folders["plain"], tmp_path / f"{len([*tmp_path.iterdir()])}", kind)
+        folder = write_prepared(packed["jpegs"], tmp_path / f"{len([*tmp_path.iterdir()])}", kind)
         (folder / name).unlink()
         if content is not None:
             (folder / name).write_bytes(content)
@@ -57,12 +46,12 @@ def test_an_incomplete_packed_folder_is_refused(folders: dict[str, Path], tmp_pa
         assert name in message("pixels", name, b"cut")
     other = json.dumps({"format": 1}).encode()
     assert "is of format 1, this version reads 2" in message("shards", "prepared.json", other)
-    other = (folders["pixels"] / "val.index.npz").read_bytes()
+    other = (packed["pixels"] / "val.index.npz").read_bytes()
     assert "31 images" in message("pixels", "train.index.npz", other)
 
 
-def test_a_corrupt_image_in_a_shard_is_named(folders: dict[str, Path], tmp_path: Path) -> None:
-    folder = write_prepared(folders["plain"], tmp_path / "shards", "shards")
+def test_a_corrupt_image_in_a_shard_is_named(packed: dict[str, Path], tmp_path: Path) -> None:
+    folder = write_prepared(packed["jpegs"], tmp_path / "shards", "shards")
     dataset, _ = open_datasets(scan(folder))
     shard, offset, length = dataset.index.offsets[5].tolist()
     with (folder / f"train-{shard:05d}.tar").open("r+b") as file:
@@ -74,11 +63,11 @@ def test_a_corrupt_image_in_a_shard_is_named(folders: dict[str, Path], tmp_path:
 
 
 def test_a_shard_stays_open_while_it_is_read(
-    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    packed: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Though other threads, which come in between, open more of them than are kept open."""
-    monkeypatch.setattr(packed, "MAX_OPEN_FILES", 1)
-    dataset, _ = open_datasets(scan(folders["shards"]))
+    monkeypatch.setattr("alexnet_dist.data.packed.MAX_OPEN_FILES", 1)
+    dataset, _ = open_datasets(scan(packed["shards"]))
     expected, pread = dataset.read(0), os.pread
 
     def late(*read: int) -> bytes:

@@ -7,14 +7,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from rich.console import Console
 
 from alexnet_dist.errors import UserError
-from alexnet_dist.tracking import plots
 from alexnet_dist.tracking.console import ConsoleSink
-from alexnet_dist.tracking.logger import JsonlSink, Logger, read_events
+from alexnet_dist.tracking.logger import JsonlSink, read_events
 from alexnet_dist.tracking.run_dir import (
     lock,
     read_status,
@@ -22,7 +20,7 @@ from alexnet_dist.tracking.run_dir import (
     save_config,
     set_status,
 )
-from tests.conftest import TINY
+from tests.conftest import TINY, full_disk
 from tests.processes import terminal
 
 
@@ -33,10 +31,6 @@ def test_records_survive_a_truncated_line(tmp_path: Path) -> None:
         file.write('{"event": "train", "st')
     JsonlSink(path).log({"event": "train", "step": 2, "loss": 1.0})
     assert [(e["step"], e["loss"]) for e in read_events(tmp_path)] == [(1, 0.1 + 0.2), (2, 1.0)]
-
-
-def full_disk(*_: object) -> int:
-    raise OSError(28, "No space left on device")
 
 
 def test_records_wait_for_a_full_disk(tmp_path: Path) -> None:
@@ -54,19 +48,6 @@ def test_records_wait_for_a_full_disk(tmp_path: Path) -> None:
     sink.log({"event": "train", "step": 3})
     assert room == []
     assert [e["step"] for e in read_events(tmp_path)] == [1, 2, 3]
-
-
-def test_a_full_disk_costs_a_plot_and_not_the_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    logger = Logger(tmp_path, {"wandb": {"mode": "off"}}, total_steps=9, steps_per_epoch=3)
-    monkeypatch.setattr(plots, "save_figure", full_disk)
-    kernels = np.ones((96, 3, 11, 11), np.float32)
-    logger.plot("kernels", 9, plots.plot_kernels, kernels, 2)
-    logger.close("ended", 9)
-    assert "kernels.png could not be written (No space left on device)" in capsys.readouterr().out
-    assert read_status(tmp_path)["status"] == "ended"
-    assert [e["event"] for e in read_events(tmp_path)] == ["warning"]
 
 
 def test_steps_after_the_checkpoint_are_superseded(tmp_path: Path) -> None:

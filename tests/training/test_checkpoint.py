@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from alexnet_dist.errors import UserError
 from alexnet_dist.training import checkpoint
 from alexnet_dist.training.checkpoint import CheckpointManager, load_tensors, read_state
+from tests.conftest import full_disk
 from tests.networks import alone, weights_manager
 
 Tensors = dict[str, torch.Tensor]
@@ -107,11 +108,8 @@ def test_checkpoint_survives_a_full_disk(tmp_path: Path, monkeypatch: pytest.Mon
     manager, events = weights_manager(tmp_path, weights())
     first = save(manager, 1, best={"loss": 2.0})
 
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint._Writer, "write_data", full)
+        patch.setattr(checkpoint._Writer, "write_data", full_disk)
         save(manager, 2, best={"loss": 1.0})
     assert events[-1]["event"] == "checkpoint_failed"
     assert "(No space left on device); training continues" in events[-1]["message"]

@@ -17,21 +17,6 @@ def test_plateau_divides_by_ten_three_times_and_resumes() -> None:
     assert lrs == pytest.approx([1e-2] * 4 + [1e-3] * 3 + [1e-4] * 2 + [1e-5] * 4)
 
 
-def test_milestones_hold_from_the_first_step_of_an_epoch() -> None:
-    milestones = {
-        "weights": [(0.0, 0.01), (24.0, 0.001)],
-        "conv1.weight": [(0.0, 0.01), (2.0, 0.0)],
-    }
-    schedule = Schedule(
-        "piecewise", lr=9.0, epochs=90, milestones=milestones, lr_mults={"biases": 2.0}
-    )
-    steps = 7
-    assert schedule.lr_at("weights", (24 * steps - 1) / steps) == 0.01
-    assert schedule.lr_at("weights", (24 * steps) / steps) == 0.001
-    assert schedule.lr_at("conv1.weight", 2.0) == 0.0
-    assert schedule.lr_at("biases", 0.0) == 0.02
-
-
 def test_one_cycle_rises_to_its_peak_and_falls_to_zero() -> None:
     schedule = Schedule("one_cycle", lr=0.005, epochs=10, pct_start=0.3)
     lrs = [schedule.lr_at("weights", tenth / 10) for tenth in range(101)]

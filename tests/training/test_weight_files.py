@@ -12,16 +12,17 @@ from alexnet_dist.model import Network, build_model
 from alexnet_dist.parallel import mesh
 from alexnet_dist.setup import load_model
 from alexnet_dist.training.checkpoint import read_state
-from tests.networks import alone, command, save_network, weights_manager
+from tests.networks import alone, command, weights_manager
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Network]:
+def saved(
+    paper: tuple[Path, Network], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Network]:
     """A network as safetensors, and itself."""
     folder = tmp_path_factory.mktemp("network")
-    run, network = save_network(folder / "paper", "paper")
-    command(export, "--checkpoint", run, "--out", folder)
-    return folder / "model.safetensors", network
+    command(export, "--checkpoint", paper[0], "--out", folder)
+    return folder / "model.safetensors", paper[1]
 
 
 def test_a_run_starts_from_safetensors(saved: tuple[Path, Network]) -> None:
