@@ -89,6 +89,12 @@ def error_of(call: Callable[..., object], *args: object) -> str:
     return str(failure.value)
 
 
+def write_program(path: Path, script: str) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"#!/bin/bash\n{script}\n")
+    path.chmod(0o755)
+
+
 def full_disk(*_: object) -> int:
     raise OSError(28, "No space left on device")
 

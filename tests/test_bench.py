@@ -14,9 +14,8 @@ from alexnet_dist.bench import (
     summarize,
     time_interleaved,
 )
-from alexnet_dist.errors import UserError
 from alexnet_dist.model.layer_stats import training_flops
-from tests.conftest import TINY, launch
+from tests.conftest import TINY, error_of, launch
 from tests.networks import command
 
 SHORT = ["--rounds=1", "--seconds=0.1"]
@@ -89,5 +88,5 @@ def test_the_bottleneck_is_named_with_its_fix(record: dict[str, Any], line: str)
 
 
 def test_a_record_needs_a_folder(images: Path) -> None:
-    with pytest.raises(UserError, match="there is no folder for --out nowhere"):
-        command(main, *TINY, f"--data.root={images}", "--out=nowhere/bench.json")
+    words = (*TINY, f"--data.root={images}", "--out=nowhere/bench.json")
+    assert "there is no folder for --out nowhere" in error_of(command, main, *words)

@@ -20,11 +20,13 @@ from alexnet_dist.config import (
     to_dict,
 )
 from alexnet_dist.errors import UserError
+from tests.conftest import error_of
 
 parse = CommandParser().parse
 
 
-def error_of(*words: str) -> str:
+def refused(*words: str) -> str:
+    """What is said of a command line, once for all processes."""
     with pytest.raises(UserError) as error:
         parse(list(words))
     assert error.value.on_all_ranks
@@ -80,7 +82,7 @@ def test_config_of_a_resumed_run_is_below_file_and_command_line() -> None:
     ],
 )
 def test_config_errors_name_the_option_and_the_fix(word: str, message: str) -> None:
-    assert message in error_of(word)
+    assert message in refused(word)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +106,7 @@ def test_config_errors_name_the_option_and_the_fix(word: str, message: str) -> N
 def test_config_files_are_held_to_the_same_rules(text: str, message: str, tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text(text)
-    found = error_of("--config", str(file))
+    found = refused("--config", str(file))
     assert message in found
     assert str(file) in found
 
@@ -147,38 +149,32 @@ def test_config_files_say_names_and_numbers_as_people_write_them(tmp_path: Path)
 
 
 def test_config_old_names_are_refused_with_the_new_ones() -> None:
-    renamed = {
-        **{old: new for old, new in OLD_NAMES.items() if "." in old},
-        "data.cache": "data.cache_dir",
-        "data.colour_strength": "data.pca_noise_std",
-        "data.flip": "data.hflip",
-        "data.on_bad_image": "data.on_corrupt_image",
-        "data.resize": "data.resize_size",
-        "data.threads": "runtime.threads",
-        "optim.schedule.warmup": "optim.schedule.warmup_epochs",
-        "train.accumulate": "train.grad_accum_steps",
-        "train.log_every": "train.log_interval",
-        "train.on_nan": "train.on_nonfinite",
-        "checkpoint.every_steps": "checkpoint.interval_steps",
-        "checkpoint.keep": "checkpoint.keep_last",
-        "run.signals": "run.preempt_signals",
-        "parallel.compress": "parallel.grad_compression",
-        "runtime.timeout": "runtime.hang_timeout",
-        "track.project": "wandb.project",
-    }
+    renamed = {old: new for old, new in OLD_NAMES.items() if "." in old}
+    for names in (
+        *("data.cache data.cache_dir", "data.colour_strength data.pca_noise_std"),
+        *("data.flip data.hflip", "data.on_bad_image data.on_corrupt_image"),
+        *("data.resize data.resize_size", "data.threads runtime.threads"),
+        *("optim.schedule.warmup optim.schedule.warmup_epochs", "track.project wandb.project"),
+        *("train.accumulate train.grad_accum_steps", "train.log_every train.log_interval"),
+        *("train.on_nan train.on_nonfinite", "checkpoint.every_steps checkpoint.interval_steps"),
+        *("checkpoint.keep checkpoint.keep_last", "run.signals run.preempt_signals"),
+        *("parallel.compress parallel.grad_compression", "runtime.timeout runtime.hang_timeout"),
+    ):
+        old, new = names.split()
+        renamed[old] = new
     for old, new in renamed.items():
-        assert error_of(f"--{old}=1").endswith((f" is now --{new}", f"; did you mean --{new}?"))
+        assert refused(f"--{old}=1").endswith((f" is now --{new}", f"; did you mean --{new}?"))
     for old in GONE:
-        assert error_of(f"--{old}=1") == f"option --{old} is gone: leave it out"
+        assert refused(f"--{old}=1") == f"option --{old} is gone: leave it out"
     assert set(renamed.values()) <= set(OPTIONS)
     assert not {*renamed, *GONE} & set(OPTIONS)
 
 
 def test_config_kept_by_an_earlier_version_is_refused() -> None:
-    with pytest.raises(UserError, match=r"^RUN was written by alexnet_dist 0\.1\.0"):
-        from_dict({"data": {"engine": "dali"}}, "RUN")
-    with pytest.raises(UserError, match=r"no option data\.loder in RUN; did you mean"):
-        from_dict({"data": {"loder": "dali"}}, "RUN")
+    message = error_of(from_dict, {"data": {"engine": "dali"}}, "RUN")
+    assert message.startswith("RUN was written by alexnet_dist 0.1.0")
+    message = error_of(from_dict, {"data": {"loder": "dali"}}, "RUN")
+    assert "no option data.loder in RUN; did you mean" in message
 
 
 def test_config_lists_dicts_and_durations() -> None:
@@ -191,7 +187,7 @@ def test_config_lists_dicts_and_durations() -> None:
     for text, seconds in {"90": 90, "1:30": 90, "1:00:30.5": 3630.5, "2-01:00:00": 176400}.items():
         assert parse([f"--run.time_limit={text}"]).config.run.time_limit == seconds
     for text in ("1:2:3:4", "2-5:00", "-5"):
-        assert f"D-H:M:S, not {text}" in error_of(f"--run.time_limit={text}")
+        assert f"D-H:M:S, not {text}" in refused(f"--run.time_limit={text}")
 
 
 def test_config_flat_and_nested_are_the_same() -> None:
@@ -205,8 +201,9 @@ def test_config_flat_and_nested_are_the_same() -> None:
 def test_config_that_would_be_another_run_cannot_resume() -> None:
     kept = to_dict(Config())
     other = to_dict(parse(["--data.root=x", "--optim.lr=1", "--model.arch=owt"]).config)
-    with pytest.raises(UserError, match=r"model\.arch cannot change from paper to owt: .*; NEW$"):
-        check_resume_compatible(kept, other, "NEW")
+    message = error_of(check_resume_compatible, kept, other, "NEW")
+    assert message.startswith("model.arch cannot change from paper to owt: ")
+    assert message.endswith("; NEW")
     other = to_dict(parse(["--data.root=x", "--optim.lr=1"]).config)
     check_resume_compatible(kept, other, "NEW")
 
@@ -252,10 +249,7 @@ def test_config_a_commands_own_options_stand_beside_the_trainers() -> None:
         ("--top=x", "argument --top: invalid int value: 'x'; --help lists all options"),
         ("--data.rooot=x", "did you mean --data.root?"),
     ):
-        with pytest.raises(UserError) as error:
-            parser.parse([*words, more])
-        assert message in str(error.value)
-    with pytest.raises(UserError, match="required: images, --checkpoint"):
-        parser.parse([])
-    with pytest.raises(UserError, match=r"there is no option --optim\.lr"):
-        CommandParser("export", None, trainer_options=False).parse(["--optim.lr=1"])
+        assert message in error_of(parser.parse, [*words, more])
+    assert "required: images, --checkpoint" in error_of(parser.parse, [])
+    without = CommandParser("export", None, trainer_options=False).parse
+    assert "there is no option --optim.lr" in error_of(without, ["--optim.lr=1"])

@@ -22,7 +22,7 @@ from alexnet_dist.checks import Check, Context, Finding
 from alexnet_dist.config import Config
 from alexnet_dist.data import torch_loader
 from alexnet_dist.parallel.mesh import init_distributed
-from tests.conftest import TINY, Result, command, environment, write_images
+from tests.conftest import TINY, Result, command, environment, write_images, write_program
 from tests.processes import run_group, run_main
 
 AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="mounts are made by root")
@@ -84,17 +84,14 @@ def test_what_fails_in_a_small_container(tmp_path: Path) -> None:
         file.write_bytes(file.read_bytes()[:-2])
     runs.mkdir()
     (tmp_path / "meminfo").write_text("MemAvailable: 1000 kB\n")
-    smi = tmp_path / "bin/nvidia-smi"
-    smi.parent.mkdir()
-    smi.write_text("#!/bin/sh\necho 0, 400.10, 10, 80000, 0, 0x0\n")
-    smi.chmod(0o755)
+    write_program(tmp_path / "bin/nvidia-smi", "echo 0, 400.10, 10, 80000, 0, 0x0")
     script = (
         f"mount -t tmpfs -o size=1m tmpfs /dev/shm; mount -t tmpfs -o size=20m tmpfs {runs};"
         f"mount --bind {tmp_path}/meminfo /proc/meminfo; ulimit -n 200;"
         'exec taskset -c 0 "$@"'
     )
     options = words(root, runs, "--runtime.device=cuda", "--wandb.mode=online")
-    env = environment(LOCAL_WORLD_SIZE="2", PATH=f"{smi.parent}:{os.environ['PATH']}")
+    env = environment(LOCAL_WORLD_SIZE="2", PATH=f"{tmp_path}/bin:{os.environ['PATH']}")
     env["NETRC"] = "/dev/null"
     doctor = command(0, "alexnet_dist.doctor", *options)
     done = subprocess.run(

@@ -7,7 +7,6 @@ import random
 import resource
 import tempfile
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,7 +24,7 @@ from alexnet_dist.prepare.__main__ import main as prepare
 from alexnet_dist.prepare.listing import DatasetListing, sanitize_name
 from alexnet_dist.prepare.sources import discover_dataset
 from alexnet_dist.setup import LoadedModel, same_classes
-from tests.conftest import events, train, write_images
+from tests.conftest import error_of, events, train, write_images
 from tests.data.corrupt_images import encode, photograph, png
 from tests.data.loading import scan
 from tests.prepare import imagenet
@@ -44,12 +43,6 @@ def make(root: Path, *names: str | bytes, content: bytes = JPEG) -> Path:
 def discover(root: Path) -> DatasetListing:
     with tempfile.TemporaryDirectory(dir=root.parent) as scratch:
         return discover_dataset(root, Path(scratch), lambda *_: None)
-
-
-def message(call: Callable[[Path], object], root: Path) -> str:
-    with pytest.raises(UserError) as failure:
-        call(root)
-    return str(failure.value)
 
 
 TREES: dict[str, tuple[list[str | bytes], list[str | bytes], dict[str, int]]] = {
@@ -105,20 +98,20 @@ def test_training_and_prepare_find_the_same_images(kind: str, tmp_path: Path) ->
 def test_folders_that_are_refused_name_what_to_do(tmp_path: Path) -> None:
     empty = make(tmp_path / "empty", *PLAIN, "train/eel/a.tif", "val/eel/a.tif")
     for call in (scan, discover):
-        assert "in " + f"{empty}/train/eel: add some" in message(call, empty)
-        assert "there are 1 .tif files" in message(call, empty)
+        assert "in " + f"{empty}/train/eel: add some" in error_of(call, empty)
+        assert "there are 1 .tif files" in error_of(call, empty)
     flat = make(tmp_path / "flat", *PLAIN[:4], "val/a.jpg", "val/b.jpg")
     tiny = make(tmp_path / "tiny", "train/ant/images/0.jpg", "val/images/0.jpg", "val/images/1.jpg")
     for call, root in ((scan, flat), (discover, flat), (scan, tiny), (discover, tiny)):
-        assert f"images in {root}/val are not in folders of their classes" in message(call, root)
-        assert "LOC_val_solution.csv or Tiny" in message(call, root)
+        assert f"images in {root}/val are not in folders of their classes" in error_of(call, root)
+        assert "LOC_val_solution.csv or Tiny" in error_of(call, root)
     write(tiny / "val/val_annotations.txt", b"0.jpg\tant\t0\t0\t9\t9\n1.jpg\tant\t0\t0\t9\t9\n")
     listing = discover(tiny)
     assert [entry.label for entry in listing.entries if entry.split == "val"] == ["ant"] * 2
     assert not listing.left_out
     only_train = make(tmp_path / "only", *PLAIN[:4])
-    assert "no validation images: add a folder val/" in message(scan, only_train)
-    assert "no validation images: add them in val/" in message(discover, only_train)
+    assert "no validation images: add a folder val/" in error_of(scan, only_train)
+    assert "no validation images: add them in val/" in error_of(discover, only_train)
     for form, form_name in (
         (imagenet.kaggle, "Kaggle's layout"),
         (imagenet.official_tars, "official tars"),
@@ -127,7 +120,7 @@ def test_folders_that_are_refused_name_what_to_do(tmp_path: Path) -> None:
     ):
         root = form(tmp_path / form.__name__)
         said = f"holds {form_name}: run python -m alexnet_dist.prepare {root} --out DIR"
-        assert said in message(scan, root)
+        assert said in error_of(scan, root)
 
 
 def test_unreadable_images_say_the_true_reason(tmp_path: Path) -> None:
@@ -140,7 +133,7 @@ def test_unreadable_images_say_the_true_reason(tmp_path: Path) -> None:
     assert info.left_out == {"devices, pipes and sockets": [1, [f"{root}/train/ant/pipe.jpg"]]}
     dataset = open_datasets(info)[0]
     reasons = CorruptImagePolicy(dataset, "skip").errors
-    stopped = message(lambda _: CorruptImagePolicy(dataset, "stop"), root)
+    stopped = error_of(lambda _: CorruptImagePolicy(dataset, "stop"), root)
     assert stopped.startswith(f"{root}/train/ant/folder.jpg cannot be decoded (Is a directory)")
     assert {dataset.index.names[n]: reason for n, reason in reasons.items()} == {
         "ant/folder.jpg": "Is a directory",
@@ -150,8 +143,9 @@ def test_unreadable_images_say_the_true_reason(tmp_path: Path) -> None:
 
 
 def test_what_a_machine_does_not_allow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match=r"digits cannot be written to .*give --data.cache_dir"):
-        scan_dataset(None, "/proc/nowhere", lambda *_: None)
+    message = error_of(scan_dataset, None, "/proc/nowhere", lambda *_: None)
+    assert "digits cannot be written to " in message
+    assert "give --data.cache_dir" in message
     root, out = write_images(tmp_path / "in", train=90, val=3, side=20), tmp_path / "out"
     prepare([str(root), f"--out={out}", "--workers=1", "--shard_mb=0.0001"])
     assert len(list(out.glob("train-*.tar"))) == 90
@@ -179,9 +173,9 @@ def test_official_tars_with_companions_and_a_devkit_cut_short(tmp_path: Path) ->
     content = devkit.read_bytes()
     for length in (0, 30, len(content) // 2):
         devkit.write_bytes(content[:length])
-        assert f"{devkit} is corrupt or not ImageNet's devkit" in message(discover, root)
+        assert f"{devkit} is corrupt or not ImageNet's devkit" in error_of(discover, root)
     devkit.write_bytes(content)
-    assert "classes without training images" in message(discover, root)  # of two, not of "._n01"
+    assert "classes without training images" in error_of(discover, root)  # of two, not of "._n01"
 
 
 def test_members_without_a_partner_are_named_and_end_with_an_error(
@@ -194,7 +188,7 @@ def test_members_without_a_partner_are_named_and_end_with_an_error(
     for name in ("x-val-0.tar", "x-test-0.tar"):
         write(root / name, tar(good))
     for _ in range(2):
-        said = message(lambda _: prepare([str(root), f"--out={out}", "--workers=1"]), root)
+        said = error_of(lambda _: prepare([str(root), f"--out={out}", "--workers=1"]), root)
         assert said.startswith(f"3 members of tars were left out, as {root}/x-train-0.tar: 22.05")
     assert f"1 tars of other splits ({root}/x-test-0.tar)" in capsys.readouterr().out
     assert len(scan(out).train) == 2
@@ -208,7 +202,7 @@ def test_rows_of_parquet_without_a_class_are_counted(tmp_path: Path) -> None:
     assert listing.class_numbers == imagenet.LABELS
     for path in (tmp_path / "in").glob("validation-*"):
         path.unlink()
-    assert message(discover, tmp_path / "in").endswith(
+    assert error_of(discover, tmp_path / "in").endswith(
         "have no validation images: add them in val/; left out are 1 images without a class "
         f"({tmp_path}/in/test-0.parquet: test.JPEG)"
     )

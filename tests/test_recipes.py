@@ -6,12 +6,11 @@ import pytest
 import torch
 
 from alexnet_dist.config import CommandParser, Config, check_data_root, packaged_folder
-from alexnet_dist.errors import UserError
 from alexnet_dist.model import build_on_meta
 from alexnet_dist.training.optim import build_optimizer
 from alexnet_dist.training.schedules import Schedule, piecewise_value
 from alexnet_dist.training.step import lrs_at, set_lr
-from tests.conftest import TINY, events, launch
+from tests.conftest import TINY, error_of, events, succeed
 
 FOLDER = packaged_folder("configs")
 CONFIGS = sorted(path.stem for path in FOLDER.glob("*.yaml"))
@@ -24,22 +23,11 @@ def resolve(name: str, *words: str) -> Config:
 def build_schedule(config: Config) -> tuple[Schedule, torch.optim.SGD]:
     """The schedule of a config, and an optimizer with its groups, on the meta device."""
     optim = config.optim
-    schedule = Schedule(
-        lr=optim.lr,
-        epochs=config.train.epochs,
-        **vars(optim.schedule),
-    )
+    schedule = Schedule(lr=optim.lr, epochs=config.train.epochs, **vars(optim.schedule))
     model = build_on_meta(config.model.arch, image_size=config.data.image_size)
-    parameters = dict(model.named_parameters())
-    optimizer = build_optimizer(
-        "sgd",
-        parameters,
-        lr=optim.lr,
-        momentum=0.9,
-        weight_decay=0.0005,
-        separate_groups=optim.schedule.milestones,
-    )
-    return schedule, optimizer
+    parameters, options = dict(model.named_parameters()), {"momentum": 0.9, "weight_decay": 0.0005}
+    own = optim.schedule.milestones
+    return schedule, build_optimizer("sgd", parameters, lr=optim.lr, separate_groups=own, **options)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -48,8 +36,7 @@ def test_a_config_resolves(name: str) -> None:
     schedule, optimizer = build_schedule(config)
     assert lrs_at(optimizer, schedule, 0.5)["weights"] > 0
     if name != "quickstart":  # its digits are embedded
-        with pytest.raises(UserError, match=r"there are no images: give --data\.root"):
-            check_data_root(config)
+        assert "there are no images: give --data.root" in error_of(check_data_root, config)
 
 
 def test_a_config_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,28 +46,30 @@ def test_a_config_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.Monke
         assert (parsed.config, parsed.config_name) == (resolve("fast"), "fast")
     (tmp_path / "fast").write_text("optim: {lr: 7}")  # a file comes first
     assert CommandParser().parse(["--config=fast"]).config.optim.lr == 7
-    with pytest.raises(UserError, match=r"there is no config other/fast\.yaml"):
-        CommandParser().parse(["--config=other/fast.yaml"])
+    message = error_of(CommandParser().parse, ["--config=other/fast.yaml"])
+    assert "there is no config other/fast.yaml" in message
 
 
-PARAMETERS = [
-    ("conv1.weight", "weights"),
-    ("conv1.bias", "biases"),
-    ("conv3.weight", "weights"),
-    ("fc8.weight", "weights"),
-    ("fc8.bias", "biases"),
+PARAMETERS = ["conv1.weight", "conv1.bias", "conv3.weight", "fc8.weight", "fc8.bias"]
+
+# By the authors' notes, whose epochs count from 1: the learning rates of PARAMETERS, and the std of
+# the PCA noise, up to an epoch. Most networks went through these one after another.
+STAGES = [
+    (1e-2, 2e-2, 1e-2, 1e-2, 2e-2, 0.1),
+    (1e-3, 2e-2, 1e-3, 1e-3, 2e-2, 0.1),
+    (1e-4, 2e-2, 1e-4, 1e-4, 2e-2, 0.1),
+    (1e-5, 2e-2, 1e-4, 1e-4, 2e-2, 0.0),
+    (0.0, 0.0, 1e-4, 1e-4, 2e-2, 0.0),
+    (0.0, 0.0, 1e-5, 1e-5, 2e-2, 0.0),
 ]
-
-# By the authors' notes, whose epochs count from 1: up to so many epochs the learning rates of
-# PARAMETERS, and the std of the PCA noise.
+THIRD = 250 ** (-1 / 3)
 SCHEDULES = {
-    "original145": [
-        (24, (1e-2, 2e-2, 1e-2, 1e-2, 2e-2, 0.1)),
-        (50, (1e-3, 2e-2, 1e-3, 1e-3, 2e-2, 0.1)),
-        (66, (1e-4, 2e-2, 1e-4, 1e-4, 2e-2, 0.1)),
-        (71, (1e-5, 2e-2, 1e-4, 1e-4, 2e-2, 0.0)),
-        (78, (0.0, 0.0, 1e-4, 1e-4, 2e-2, 0.0)),
-        (90, (0.0, 0.0, 1e-5, 1e-5, 2e-2, 0.0)),
+    "original145": [*zip((24, 50, 66, 71, 78, 90), STAGES, strict=True)],
+    "original145_continued": [
+        *zip((24, 50, 66, 71, 78, 90), STAGES, strict=True),
+        (106, (0.0, 0.0, 1e-3, 1e-3, 2e-2, 0.1)),
+        (123, (0.0, 0.0, 1e-4, 1e-4, 2e-2, 0.1)),
+        (134, (0.0, 0.0, 1e-5, 1e-5, 2e-2, 0.0)),
     ],
     "original146": [
         (5, (1e-3, 2e-2, 1e-3, 1e-2, 2e-2, 0.1)),
@@ -97,47 +86,19 @@ SCHEDULES = {
         (53, (0.0, 0.0, 1e-5, 1e-5, 2e-2, 0.0)),
     ],
     "original147": [
-        (22, (1e-2, 2e-2, 1e-2, 1e-2, 2e-2, 0.1)),
-        (50, (1e-3, 2e-2, 1e-3, 1e-3, 2e-2, 0.1)),
-        (78, (1e-4, 2e-2, 1e-4, 1e-4, 2e-2, 0.1)),
+        *zip((22, 50, 78), STAGES[:3], strict=True),
         (89, (0.0, 0.0, 1e-5, 1e-5, 2e-2, 0.1)),
     ],
-    "original148": [
-        (21, (1e-2, 2e-2, 1e-2, 1e-2, 2e-2, 0.1)),
-        (43, (1e-3, 2e-2, 1e-3, 1e-3, 2e-2, 0.1)),
-        (68, (1e-4, 2e-2, 1e-4, 1e-4, 2e-2, 0.1)),
-        (72, (1e-5, 2e-2, 1e-4, 1e-4, 2e-2, 0.0)),
-        (85, (0.0, 0.0, 1e-4, 1e-4, 2e-2, 0.0)),
-        (96, (0.0, 0.0, 1e-5, 1e-5, 2e-2, 0.0)),
-    ],
-    "original150": [
-        (24, (1e-2, 2e-2, 1e-2, 1e-2, 2e-2, 0.1)),
-        (48, (1e-3, 2e-2, 1e-3, 1e-3, 2e-2, 0.1)),
-        (65, (1e-4, 2e-2, 1e-4, 1e-4, 2e-2, 0.1)),
-        (71, (1e-5, 2e-2, 1e-4, 1e-4, 2e-2, 0.0)),
-        (78, (0.0, 0.0, 1e-4, 1e-4, 2e-2, 0.0)),
-        (91, (0.0, 0.0, 1e-5, 1e-5, 2e-2, 0.0)),
-    ],
-    "half_column": [
-        (19, (1e-2, 2e-2, 1e-2, 1e-2, 2e-2, 0.1)),
-        (47, (1e-3, 2e-2, 1e-3, 1e-3, 2e-2, 0.1)),
-        (65, (1e-4, 2e-2, 1e-4, 1e-4, 2e-2, 0.1)),
-        (71, (1e-5, 2e-2, 1e-4, 1e-4, 2e-2, 0.0)),
-        (95, (0.0, 0.0, 1e-4, 1e-4, 2e-2, 0.0)),
-    ],
+    "original148": [*zip((21, 43, 68, 72, 85, 96), STAGES, strict=True)],
+    "original150": [*zip((24, 48, 65, 71, 78, 91), STAGES, strict=True)],
+    "half_column": [*zip((19, 47, 65, 71, 95), STAGES[:5], strict=True)],
     "owt2014": [
         (22.5, (1e-2, 2e-2, 1e-2, 1e-2, 2e-2, 0.1)),
-        (45, (1e-2 / 250 ** (1 / 3), 2e-2, *[1e-2 / 250 ** (1 / 3)] * 2, 2e-2, 0.1)),
-        (67.5, (1e-2 / 250 ** (2 / 3), 2e-3, *[1e-2 / 250 ** (2 / 3)] * 2, 2e-3, 0.1)),
+        (45, (1e-2 * THIRD, 2e-2, 1e-2 * THIRD, 1e-2 * THIRD, 2e-2, 0.1)),
+        (67.5, (1e-2 * THIRD**2, 2e-3, 1e-2 * THIRD**2, 1e-2 * THIRD**2, 2e-3, 0.1)),
         (90, (1e-2 / 250, 2e-3, 1e-2 / 250, 1e-2 / 250, 2e-3, 0.1)),
     ],
 }
-SCHEDULES["original145_continued"] = [
-    *SCHEDULES["original145"],
-    (106, (0.0, 0.0, 1e-3, 1e-3, 2e-2, 0.1)),
-    (123, (0.0, 0.0, 1e-4, 1e-4, 2e-2, 0.1)),
-    (134, (0.0, 0.0, 1e-5, 1e-5, 2e-2, 0.0)),
-]
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -150,7 +111,8 @@ def test_a_schedule_changes_in_the_epochs_that_its_authors_noted(name: str) -> N
     for first, (last, expected) in zip([0.0, *ends[:-1]], SCHEDULES[name], strict=True):
         for epoch in (first, last - 1e-4):
             set_lr(optimizer, schedule, epoch)
-            found = [groups.get(name, groups[kind])["lr"] for name, kind in PARAMETERS]
+            kinds = ["weights" if name.endswith("weight") else "biases" for name in PARAMETERS]
+            found = [groups.get(n, groups[k])["lr"] for n, k in zip(PARAMETERS, kinds, strict=True)]
             noise = config.data.pca_noise_std
             if isinstance(noise, list):
                 noise = piecewise_value(noise, epoch)
@@ -160,15 +122,8 @@ def test_a_schedule_changes_in_the_epochs_that_its_authors_noted(name: str) -> N
 @pytest.mark.slow
 def test_a_scaled_schedule_has_all_its_changes(images: Path, tmp_path: Path) -> None:
     options = [o for o in TINY if "schedule" not in o and "epochs" not in o]
-    launched = launch(
-        0,
-        f"--config={FOLDER / 'original145'}.yaml",
-        *options,
-        f"--data.root={images}",
-        f"--run.output_dir={tmp_path}",
-        "--train.epochs_scale=0.05",
-    )
-    assert launched.code == 0, launched.err
+    options += [f"--data.root={images}", f"--run.output_dir={tmp_path}"]
+    succeed(0, "train", "--config=original145", *options, "--train.epochs_scale=0.05")
     records = events(tmp_path / "original145", "train")
     steps = 4  # per epoch
     assert len(records) == 18 == records[-1]["step"] == 90 * 0.05 * steps

@@ -7,64 +7,50 @@ from pathlib import Path
 import pytest
 
 from alexnet_dist.config import packaged_folder
-from alexnet_dist.errors import UserError
 from alexnet_dist.submit import main
+from tests.conftest import error_of, write_program
 
 SLURM = Path(__file__).parents[1] / "slurm"
 RECIPE = f"--config {packaged_folder('configs')}/paper2012.yaml"
 PAPER = f"{RECIPE} --data.root /d"
+ONE = "sbatch --parsable --job-name=paper2012"
+ON_FOUR = f"{ONE} --nodes=4 --partition=gpu"
+OWN = "--run.output_dir=runs --train.seed=2012"
 
 
-def submitted(capsys: pytest.CaptureFixture[str], words: str) -> list[str]:
-    """The sbatch commands of a command line, without where the scripts are."""
-    main(words.split())
-    lines = capsys.readouterr().out.replace(f"{SLURM}/", "").splitlines()
-    prefix = f"ALEXNET_DIST_SLURM={SLURM} "
-    return [line.removeprefix(prefix) for line in lines if line.startswith(prefix)]
-
-
-def test_submit_train_passes_flags_to_sbatch_and_options_to_the_trainer(
-    capsys: pytest.CaptureFixture[str],
+@pytest.mark.parametrize(
+    ("words", "command"),
+    [
+        (f"--nodes=4 --partition=gpu -- {PAPER}", f"{ON_FOUR} train.sbatch {PAPER} {OWN}"),
+        (f"train --nodes=4 --partition=gpu -- {PAPER}", f"{ON_FOUR} train.sbatch {PAPER} {OWN}"),
+        (f"{PAPER} --run.name a", f"{ONE} train.sbatch {PAPER} --run.name a {OWN} --run.name=a"),
+        (f"-J other -- {PAPER}", f"sbatch --parsable --job-name=other train.sbatch {PAPER} {OWN}"),
+        (
+            "evaluate --time=10 -- --checkpoint runs/a runs/b --ten_crop",
+            "sbatch --parsable --time=10 evaluate.sbatch --checkpoint runs/a runs/b --ten_crop",
+        ),
+        (f"doctor --nodes=4 -- {PAPER}", f"sbatch --parsable --nodes=4 doctor.sbatch {PAPER}"),
+    ],
+)
+def test_submit_passes_flags_to_sbatch_and_options_to_the_command(
+    words: str, command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for words in (
-        f"--nodes=4 --partition=gpu --dry_run -- {PAPER} --optim.lr 0.02",
-        f"--dry_run train --nodes=4 --partition=gpu -- {PAPER} --optim.lr 0.02",
-    ):
-        assert submitted(capsys, words) == [
-            "sbatch --parsable --job-name=paper2012 --nodes=4 --partition=gpu train.sbatch "
-            f"{PAPER} --optim.lr 0.02 --run.output_dir=runs --train.seed=2012"
-        ]
-    (command,) = submitted(capsys, f"--dry_run {PAPER} --run.name mine")
-    assert command.endswith(
-        "--run.name mine --run.output_dir=runs --train.seed=2012 --run.name=mine"
-    )
-    (command,) = submitted(capsys, f"-J other --dry_run -- {PAPER}")
-    assert command.startswith("sbatch --parsable --job-name=other train.sbatch")
+    main(["--dry_run", *words.split()])
+    lines = capsys.readouterr().out.replace(f"{SLURM}/", "").splitlines()
+    sbatch = [line for line in lines if "sbatch" in line]
+    assert sbatch == [f"ALEXNET_DIST_SLURM={SLURM} {command}"]
+
+
+def test_submit_quotes_flags(capsys: pytest.CaptureFixture[str]) -> None:
     main(["--comment=two words", "--dry_run", "--"])
     assert " --parsable --job-name=quickstart '--comment=two words' " in capsys.readouterr().out
-
-
-def test_submit_evaluate(capsys: pytest.CaptureFixture[str]) -> None:
-    words = "--dry_run evaluate --time=10 -- --checkpoint runs/a runs/b --ten_crop"
-    assert submitted(capsys, words) == [
-        "sbatch --parsable --time=10 evaluate.sbatch --checkpoint runs/a runs/b --ten_crop"
-    ]
-
-
-def test_submit_doctor(capsys: pytest.CaptureFixture[str]) -> None:
-    assert submitted(capsys, f"--dry_run doctor --nodes=4 -- {PAPER}") == [
-        f"sbatch --parsable --nodes=4 doctor.sbatch {PAPER}"
-    ]
 
 
 def test_submit_array5_evaluates_the_average_after_the_five(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sbatch = tmp_path / "sbatch"
-    sbatch.write_text(
-        f'#!/bin/sh\necho "$PYTHON $ALEXNET_DIST_SLURM $*" >>{tmp_path}/log; echo 17\n'
-    )
-    sbatch.chmod(0o755)
+    said = f'echo "$PYTHON $ALEXNET_DIST_SLURM $*" >>{tmp_path}/log; echo 17'
+    write_program(tmp_path / "sbatch", said)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.defpath}")
     monkeypatch.delenv("PYTHON", raising=False)
     (tmp_path / "mine.yaml").write_text("run: {output_dir: there}\ntrain: {seed: 40}\n")
@@ -97,9 +83,7 @@ def test_submit_array5_evaluates_the_average_after_the_five(
     ],
 )
 def test_submit_refuses_before_anything_waits_in_a_queue(words: str, message: str) -> None:
-    with pytest.raises(UserError) as error:
-        main([*words.split()])
-    assert message in str(error.value)
+    assert message in error_of(main, words.split())
 
 
 @pytest.mark.parametrize(("script", "ended"), [("train", "net"), ("array5", "net-3")])
@@ -108,8 +92,7 @@ def test_submit_refuses_a_named_run_that_has_ended(script: str, ended: str, tmp_
     (tmp_path / ended / "config.yaml").write_text("{}\n")
     (tmp_path / ended / "status.json").write_text('{"format": 2, "status": "ended"}')
     words = [script, "--dry_run", "--", f"--run.output_dir={tmp_path}", "--run.name=net"]
-    with pytest.raises(UserError, match=f"the run {tmp_path}/{ended} has ended: give another"):
-        main(words)
+    assert f"the run {tmp_path}/{ended} has ended: give another" in error_of(main, words)
     main([*words[:-1], "--run.name=other"])
 
 
@@ -117,9 +100,7 @@ def test_submit_without_sbatch_or_against_its_will(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(UserError, match="there is no sbatch here: submit on a machine"):
-        main([])
-    (tmp_path / "sbatch").write_text("#!/bin/sh\necho 'invalid partition: x' >&2; exit 1\n")
-    (tmp_path / "sbatch").chmod(0o755)
-    with pytest.raises(UserError, match="sbatch refuses the job: invalid partition: x"):
-        main(["--partition=x", "--"])
+    assert "there is no sbatch here: submit on a machine" in error_of(main, [])
+    write_program(tmp_path / "sbatch", "echo 'invalid partition: x' >&2; exit 1")
+    refused = error_of(main, ["--partition=x", "--"])
+    assert "sbatch refuses the job: invalid partition: x" in refused

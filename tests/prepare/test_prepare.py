@@ -21,11 +21,10 @@ from alexnet_dist.data.decode import decode
 from alexnet_dist.data.formats import validate_bytes
 from alexnet_dist.data.index import open_datasets
 from alexnet_dist.data.packed import unpack_names
-from alexnet_dist.errors import UserError
 from alexnet_dist.prepare.__main__ import exclusive_lock, main
 from alexnet_dist.prepare.images import OutputFormat, resize_image
 from alexnet_dist.prepare.sources import discover_dataset
-from tests.conftest import command, environment
+from tests.conftest import command, environment, error_of
 from tests.data.corrupt_images import corrupt_files, encode, odd_images, photograph
 from tests.data.loading import scan
 from tests.prepare import imagenet
@@ -101,8 +100,8 @@ def test_corrupt_images_are_listed_and_skipped_or_stop_the_command(prepared: Pat
     assert [first["name"], second["name"]] == [f"{name[:9]}/{name}" for name in CORRUPT]
     assert first["reason"] == "it is no JPEG, PNG, WebP or BMP"
     assert "cut short" in second["reason"]
-    with pytest.raises(UserError, match=r"cannot be decoded .*--on_corrupt_image skip"):
-        main([f"{prepared}/in", f"--out={prepared}/stop", "--on_corrupt_image=stop"])
+    words = [f"{prepared}/in", f"--out={prepared}/stop", "--on_corrupt_image=stop"]
+    assert re.search("cannot be decoded .*--on_corrupt_image skip", error_of(main, words))
 
 
 def test_statistics_are_those_that_training_measures(tmp_path: Path) -> None:
@@ -145,8 +144,8 @@ def test_a_finished_folder_is_kept(prepared: Path, capsys: pytest.CaptureFixture
     words = [f"{prepared}/in", f"--out={prepared}/one", "--shard_mb=0.01"]
     main([*words, "--size=48"])
     assert "is already prepared" in capsys.readouterr().out
-    with pytest.raises(UserError, match="was made with size 48, not 32: give another --out"):
-        main([*words, "--size=32"])
+    message = error_of(main, [*words, "--size=32"])
+    assert "was made with size 48, not 32: give another --out" in message
     assert content(prepared / "one") == before
 
 
@@ -200,17 +199,12 @@ def test_errors_name_the_fix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     folder, out = tmp_path / "in", tmp_path / "out"
 
     def message(source: Path, *words: object) -> str:
-        with pytest.raises(UserError) as error:
-            main([str(source), "--out", str(out), *map(str, words)])
-        return str(error.value)
+        return error_of(main, [str(source), "--out", str(out), *map(str, words)])
 
     assert "there is no option --sise; did you mean --size?" in message(folder, "--sise", 3)
     assert "give --crop center" in message(folder, "--format", "pixels")
     assert "is no folder with a known form of ImageNet" in message(folder)
     write(folder / "train/cat/a.JPEG", b"")
-    assert "have no validation images: add them in val/" in message(folder)
-    write(folder / "val/a.JPEG", b"")
-    assert "put Kaggle's LOC_val_solution.csv or" in message(folder)
     write(folder / "val/dog/a.JPEG", b"")
     assert "classes without training images (dog)" in message(folder)
     good = imagenet.class_folders(tmp_path / "good")
@@ -224,8 +218,6 @@ def test_errors_name_the_fix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     official = imagenet.official_tars(tmp_path / "official")
     write(official / "ILSVRC2012_img_val.tar", b"cut")
     assert "compressed, corrupt or cut short" in message(official)
-    write(official / "ILSVRC2012_devkit_t12.tar.gz", b"cut")
-    assert "not ImageNet's devkit" in message(official)
     tables = imagenet.parquet(tmp_path / "tables")
     write(tables / "train-0.parquet", b"cut")
     assert "train-0.parquet is corrupt" in message(tables)

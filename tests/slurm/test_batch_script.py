@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import write_program
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 PROGRAMS = {
@@ -22,11 +24,8 @@ PROGRAMS = {
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
     """A folder to submit from, with srun, squeue and scontrol."""
-    (tmp_path / "bin").mkdir()
     for name, text in PROGRAMS.items():
-        program = tmp_path / "bin" / name
-        program.write_text(f"#!/usr/bin/env bash\n{text}\n")
-        program.chmod(0o755)
+        write_program(tmp_path / "bin" / name, text)
     return tmp_path
 
 

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from alexnet_dist.errors import UserError
 from alexnet_dist.tracking.console import ConsoleSink
 from alexnet_dist.tracking.logger import JsonlSink, read_events
 from alexnet_dist.tracking.run_dir import (
@@ -20,7 +19,7 @@ from alexnet_dist.tracking.run_dir import (
     save_config,
     set_status,
 )
-from tests.conftest import TINY, full_disk
+from tests.conftest import TINY, error_of, full_disk
 from tests.processes import terminal
 
 
@@ -146,8 +145,7 @@ def test_a_run_that_a_person_has_to_fix_is_not_restarted(
     run = make_run(tmp_path / "a")
     set_status(run, "failed")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    with pytest.raises(UserError, match="not restarted after an error"):
-        lock(run)
+    assert "not restarted after an error" in error_of(lock, run)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
     lock(run)
     assert read_status(run)["status"] == "running"
@@ -167,12 +165,12 @@ def test_names_of_runs(tmp_path: Path) -> None:
     set_status(run, "ended")
     assert read_status(run)["wandb_id"] == run_id
     assert next_name() == ("a-2", False)
-    with pytest.raises(UserError, match=r"a has ended: give another --run\.name"):
-        resolve_run_dir(str(tmp_path), "a", "b", "auto")
+    message = error_of(resolve_run_dir, str(tmp_path), "a", "b", "auto")
+    assert "a has ended: give another --run.name" in message
     assert resolve_run_dir(str(tmp_path), "a", "b", "never") == (tmp_path / "a-2", {})
     assert resolve_run_dir(str(tmp_path), "b", "b", str(run)) == (run, {"x": 1})
-    with pytest.raises(UserError, match="no run at"):
-        resolve_run_dir(str(tmp_path), "b", "b", str(tmp_path / "c"))
+    nowhere = str(tmp_path / "c")
+    assert "no run at" in error_of(resolve_run_dir, str(tmp_path), "b", "b", nowhere)
 
 
 def test_a_restarted_launcher_resumes_its_own_run(
@@ -192,6 +190,5 @@ def test_a_run_of_the_old_names_is_refused(tmp_path: Path) -> None:
     (path / "status.json").write_text(json.dumps(status))
     message = "a was written by alexnet_dist 0.1.0, whose options and records have other names"
     for name, resume in (("a", "auto"), ("b", str(path))):
-        with pytest.raises(UserError, match=message):
-            resolve_run_dir(str(tmp_path), name, "c", resume)
+        assert message in error_of(resolve_run_dir, str(tmp_path), name, "c", resume)
     assert resolve_run_dir(str(tmp_path), "a", "c", "never") == (tmp_path / "a-2", {})

@@ -9,10 +9,9 @@ import pytest
 from PIL import Image
 
 from alexnet_dist import replay
-from alexnet_dist.errors import UserError
 from alexnet_dist.tracking.logger import JsonlSink
 from alexnet_dist.tracking.run_dir import lock, save_config, set_status
-from tests.conftest import launch
+from tests.conftest import error_of, succeed
 from tests.tracking.offline import read_back
 
 
@@ -63,8 +62,7 @@ ATTEMPTS = {1: 2, 2: 2, 3: 2, 4: 2, 5: 3, 6: 3, 7: 4, 8: 4}
 
 
 def test_many_attempts_become_one_curve(run: Path) -> None:
-    result = launch(0, str(run), "--wandb=offline", module="alexnet_dist.replay")
-    assert result.code == 0, result.err
+    result = succeed(0, "replay", str(run), "--wandb=offline")
     assert "8 train events, 2 evaluations and 2 images" in result.out
     (folder,) = run.glob("replay/wandb/offline-run-*")
     assert result.out.splitlines()[-1] == f"wandb sync '{folder}'"
@@ -99,14 +97,12 @@ def test_online_it_prints_the_address_or_what_was_refused(
     assert (options["name"], options["project"], options["resume"]) == ("b", "c", "never")
     sent.finish.assert_called_once()
     init_run.side_effect = RuntimeError("run a\nexists")
-    with pytest.raises(UserError, match=r"run a exists\): give --wandb offline"):
-        replay.main([str(run), "--wandb=online", "--id=a"])
+    message = error_of(replay.main, [str(run), "--wandb=online", "--id=a"])
+    assert "run a exists): give --wandb offline" in message
 
 
 def test_nothing_to_replay(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="there are no records at"):
-        replay.main([str(tmp_path / "nowhere")])
+    assert "there are no records at" in error_of(replay.main, [str(tmp_path / "nowhere")])
     record(tmp_path, 1, ("start", 0))
-    with pytest.raises(UserError, match="no step of training yet"):
-        replay.main([str(tmp_path)])
+    assert "no step of training yet" in error_of(replay.main, [str(tmp_path)])
     assert not (tmp_path / "replay").exists()
