@@ -7,15 +7,9 @@ from typing import Any
 
 import pytest
 
-from alexnet_dist.bench import (
-    BenchCase,
-    bottleneck,
-    main,
-    summarize,
-    time_interleaved,
-)
+from alexnet_dist.bench import BenchCase, bottleneck, main, summarize, time_interleaved
 from alexnet_dist.model.layer_stats import training_flops
-from tests.conftest import TINY, error_of, launch
+from tests.conftest import TINY, error_of, succeed
 from tests.networks import command
 
 SHORT = ["--rounds=1", "--seconds=0.1"]
@@ -30,8 +24,7 @@ TIMED = {
 def test_bench_measures_every_part(processes: int, images: Path, tmp_path: Path) -> None:
     out = tmp_path / "bench.json"
     options = [*TINY, f"--data.root={images}", f"--run.output_dir={tmp_path}", f"--out={out}"]
-    result = launch(processes, *SHORT, *options, module="alexnet_dist.bench")
-    assert result.code == 0, result.err[-3000:]
+    result = succeed(processes, "bench", *SHORT, *options)
     record = json.loads(out.read_text())
     medians = {name: result["median"] for name, result in record["results"].items()}
     assert {name for name, result in record["results"].items() if "low" in result} == TIMED

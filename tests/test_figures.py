@@ -53,13 +53,6 @@ def assert_seen(folder: Path, *stems: str) -> None:
         assert any(re.search(rb"T[jJ]\s", zlib.decompress(one)) for one in streams)
 
 
-def test_epochs_to_an_error_are_interpolated() -> None:
-    assert figures.epochs_to_error({1: 60, 2: 40, 3: 20}, 25) == 2.75
-    assert figures.epochs_to_error({1: 60, 2: 25, 3: 40, 4: 20}, 25) == 2
-    assert figures.epochs_to_error({1: 20, 2: 10}, 25) == 1
-    assert figures.epochs_to_error({1: 60, 2: 26}, 25) is None
-
-
 def test_figure_1_says_after_how_many_epochs_runs_reach_25_percent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -68,16 +61,16 @@ def test_figure_1_says_after_how_many_epochs_runs_reach_25_percent(
     with Path("relu/metrics.jsonl").open("a") as file:  # an epoch that was not completed
         file.write('{"event": "epoch", "step": 18, "epoch": 4.5, "top1_error": 1.0}\n')
     write_records(Path("tanh"), [90 - 4 * n for n in range(18)])  # 26 after 17, 22 after 18
+    write_records(Path("exact"), [60, 25, 40, 20])
+    write_records(Path("at once"), [20, 10])
     write_records(Path("a$b$c"), [90, 80])
-    figures.main(["relu", "tanh", "a$b$c", "--out=out", "--only", "curves", "1"])
+    runs = ["relu", "tanh", "exact", "at once", "a$b$c"]
+    figures.main([*runs, "--out=out", "--only", "curves", "1"])
     assert_seen(Path("out"), "curves", "figure1")
     out = capsys.readouterr().out.splitlines()
-    assert out[2:5] == [
-        "relu: 2.75 epochs to 25 %",
-        "tanh: 17.2 epochs to 25 %",
-        "a$b$c: more than 2 epochs to 25 %",
-    ]
     assert out[:2] == ["out/curves.png", "out/curves.pdf"]
+    epochs = ("2.75", "17.2", "2", "1", "more than 2")
+    assert out[2:7] == [f"{r}: {n} epochs to 25 %" for r, n in zip(runs, epochs, strict=True)]
 
 
 def test_nearest_neighbors_are_those_of_a_plain_loop() -> None:

@@ -1,11 +1,10 @@
 """The embedded default, to its result."""
 
-import json
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import events, launch
+from tests.conftest import evaluate, events, launch
 
 
 @pytest.mark.slow
@@ -20,6 +19,5 @@ def test_the_embedded_default_learns_its_digits(tmp_path: Path) -> None:
     assert end["images"] == 500
     for name in ("first_batch", "curves", "kernels", "predictions"):
         assert (run / f"{name}.png").stat().st_size > 10_000
-    evaluated = launch(0, "--checkpoint", str(run), module="alexnet_dist.evaluate")
-    counted = json.loads(evaluated.out.splitlines()[-1])
+    counted = evaluate(0, "--checkpoint", str(run))
     assert counted["top1_error"] == events(run, "best")[-1]["top1_error"]

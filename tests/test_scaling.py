@@ -59,9 +59,7 @@ def test_gradients_of_the_large_layers_leave_before_those_of_convolutions() -> N
     assert sum(layer.parameters for layer in layers) == 60_965_224
     names = [[layer.name for layer in bucket] for bucket in buckets(layers)]
     assert names == [["fc8", "fc7"], ["fc6"], ["conv5", "conv4", "conv3", "conv2", "conv1"]]
-
-
-def test_powersgd_sends_thin_matrices() -> None:
+    # PowerSGD sends thin matrices
     assert Layer("fc7", 4096, 4096, 0, 0).powersgd_values == 4096 + 4 * (4096 + 4096)
     assert Layer("small", 8, 8, 0, 0).powersgd_values == 8 + 8 * 8
 

@@ -1,5 +1,6 @@
 """Groups of processes that tests look into, and do things to."""
 
+import contextlib
 import signal
 import subprocess
 import time
@@ -47,16 +48,14 @@ def workers(launcher: int) -> list[int]:
     return [int(word) for word in text.split()]
 
 
-def alive(word: str) -> list[str]:
-    """The command lines of running processes that have ``word`` in them."""
-    found = []
+def alive(word: str) -> dict[int, str]:
+    """The command lines of running processes that have ``word`` in them, by their ids."""
+    found = {}
     for process in Path("/proc").glob("[0-9]*"):
-        try:
+        with contextlib.suppress(OSError):  # it has ended
             line = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-        except OSError:
-            continue
-        if word in line:
-            found.append(line)
+            if word in line:
+                found[int(process.name)] = line
     return found
 
 

@@ -2,14 +2,12 @@
 an exit code that is not 0, and no hang."""
 
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
 
 from alexnet_dist.tracking.run_dir import lock
 from tests.conftest import TINY, Result, events, launch, train, write_images
-from tests.distributed.groups import running
 
 
 def refused(processes: int, *options: str) -> str:
@@ -132,13 +130,3 @@ def test_plots_that_cannot_be_written_cost_nothing(images: Path, tmp_path: Path)
     assert len(warnings) == 4
     assert all(".png could not be written (Is a directory" in message for message in warnings)
     assert events(tmp_path / "run", "finished")
-
-
-def test_interrupt_is_no_traceback(images: Path, tmp_path: Path) -> None:
-    with running(0, images, tmp_path) as process:
-        process.send_signal(signal.SIGINT)
-        out, _ = process.communicate(timeout=30)
-    assert process.returncode == 130
-    assert "stopped by Ctrl-C" in out
-    assert "saved; the same command resumes" in out
-    assert "Traceback" not in out

@@ -16,21 +16,13 @@ def masks(*layers: Dropout, **options: Any) -> tuple[torch.Tensor, ...]:
     return make_dropout_masks(layers, **(defaults | options))
 
 
-def test_masks_do_not_depend_on_the_number_of_processes() -> None:
-    layers = [Dropout(50, 0.5), Dropout(30, 0.25)]
-    full = masks(*layers)
-    for world_size in (2, 3, 4):
-        for rank in range(world_size):
-            rows = slice(rank, None, world_size)
-            for ours, mask in zip(masks(*layers, rows=rows), full, strict=True):
-                assert torch.equal(ours, mask[rows])
-
-
-def test_a_shard_of_the_units_has_its_columns_of_the_mask() -> None:
-    (full,) = masks(Dropout(50))
-    for first, last in ((0, 17), (17, 34), (34, 50)):
-        (shard,) = masks(Dropout(last - first, first_unit=first))
-        assert torch.equal(shard, full[:, first:last])
+def test_a_process_has_its_rows_and_columns_of_the_global_masks() -> None:
+    full = masks(Dropout(50), Dropout(30, 0.25))
+    for rank in range(3):
+        rows, columns = slice(rank, None, 3), slice(17 * rank, 50)
+        ours = masks(Dropout(50 - 17 * rank, first_unit=17 * rank), Dropout(30, 0.25), rows=rows)
+        assert torch.equal(ours[0], full[0][rows, columns])
+        assert torch.equal(ours[1], full[1][rows])
 
 
 def test_masks_are_the_same_on_every_machine() -> None:

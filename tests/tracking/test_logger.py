@@ -122,12 +122,14 @@ def test_ctrl_c_in_a_terminal_is_answered_at_once(images: Path, tmp_path: Path) 
         shown += read_until("ends it unsaved", 10)
         assert time.monotonic() - begin < 2
         assert "stopped by" not in shown
-        shown += read_until("the same command resumes", 60)
+        shown += read_until("saved; the same command resumes", 60)
     lines = [text.strip() for text in re.split(rf"{CONTROL}|[\r\n]|\^C", shown)]
     assert any(re.match(r"epoch 1/1000 step \d+/4000 loss .* left ", line) for line in lines)
     assert any(line.startswith("alexnet_dist: Ctrl-C: the run is saved and ends") for line in lines)
     assert max(map(len, set(lines) - {f"the run is in {tmp_path}/a"})) <= 80
+    assert "stopped by Ctrl-C" in shown
     assert "…" not in shown
+    assert "Traceback" not in shown
     assert read_status(tmp_path / "a")["status"] == "stopped"
 
 

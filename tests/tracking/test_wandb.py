@@ -1,6 +1,6 @@
 """An offline W&B run, read back from its own file; and a W&B that fails or hangs."""
 
-import contextlib
+import atexit
 import os
 import signal
 import subprocess
@@ -13,6 +13,8 @@ import pytest
 
 from alexnet_dist.tracking import wandb as tracking
 from tests.conftest import TINY, Result, command, environment, events, losses, train
+from tests.distributed.groups import alive
+from tests.processes import run_group
 from tests.tracking.offline import read_back
 
 
@@ -59,41 +61,39 @@ def test_wandb_that_fails_warns_once(
     assert "metrics.jsonl" in message
 
 
+def hangs(folder: Path) -> None:
+    """Track by a W&B that does not answer, and does not end."""
+
+    def init(**_: object) -> None:
+        atexit.register(time.sleep, 600)
+        time.sleep(600)
+
+    sys.modules["wandb"] = types.SimpleNamespace(init=init, Settings=lambda **_: None)
+    run = sink(folder, "offline")
+    time.sleep(0.5)
+    run.close(0.5)
+    print("written")
+    sys.exit(0)
+
+
 def test_wandb_that_hangs_does_not_hold_the_process(tmp_path: Path) -> None:
-    script = (
-        "import atexit, sys, time, types; from pathlib import Path\n"
-        "from alexnet_dist.tracking import wandb as tracking\n"
-        "def init(**_):\n"
-        "    atexit.register(time.sleep, 600)\n"
-        "    time.sleep(600)\n"
-        "sys.modules['wandb'] = types.SimpleNamespace(init=init, Settings=lambda **_: None)\n"
-        "config = {'wandb': {'mode': 'offline', 'project': 'p'}}\n"
-        "run = tracking.WandbSink(Path(sys.argv[1]), 'x', config)\n"
-        "time.sleep(0.5); run.close(0.5); print('written'); sys.exit(0)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 0
-    assert "does not answer" in done.stderr
-    assert "written" in done.stdout
+    code, out, err = run_group(0, environment(), 60, hangs, tmp_path)
+    assert code == 0
+    assert "does not answer" in err
+    assert "written" in out
+
+
+def no_network(folder: Path) -> None:
+    tracking.INIT_TIMEOUT = 2
+    run = sink(folder, "online")
+    run.log({"event": "train", "step": 3, "epoch": 1, "loss": 2.0})
+    run.close(60)
 
 
 def test_wandb_without_a_network_continues_offline(tmp_path: Path) -> None:
-    script = (
-        "import sys; from pathlib import Path\n"
-        "from alexnet_dist.tracking import wandb as tracking\n"
-        "tracking.INIT_TIMEOUT = 2\n"
-        "config = {'wandb': {'mode': 'online', 'project': 'p'}}\n"
-        "run = tracking.WandbSink(Path(sys.argv[1]), 'x', config)\n"
-        "run.log({'event': 'train', 'step': 3, 'epoch': 1, 'loss': 2.0}); run.close(60)\n"
-    )
     nowhere = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": 40 * "0"}
-    command = [sys.executable, "-c", script, str(tmp_path)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=60, env=environment(**nowhere)
-    )
-    (message,) = Result(done.returncode, "", done.stderr).said
+    result = Result(*run_group(0, environment(**nowhere), 60, no_network, tmp_path))
+    (message,) = result.said
     assert message.endswith("connection refused; tracking continues offline")
     history, _, ids, _ = read_back(tmp_path)
     assert ids == {"x"}
@@ -113,18 +113,16 @@ def test_auto_is_online_only_with_a_key(monkeypatch: pytest.MonkeyPatch, tmp_pat
 def test_wandb_whose_service_is_killed_costs_a_warning(images: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     options = [*TINY, f"--data.root={images}", f"--run.output_dir={tmp_path}", "--run.name=run"]
-    with subprocess.Popen(
-        command(0, "alexnet_dist.train", *options, "--data.batch_size=1", "--wandb.mode=offline"),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment(),
-    ) as process:
+    options += ["--data.batch_size=1", "--wandb.mode=offline"]
+    words, quiet = command(0, "alexnet_dist.train", *options), subprocess.DEVNULL
+    with subprocess.Popen(words, stdout=quiet, stderr=subprocess.PIPE, text=True) as process:
         while not (any(run.glob("wandb/offline-run-*/*.wandb")) and len(losses(run)) > 2):
             assert process.poll() is None, process.communicate()
             time.sleep(0.1)
         killed_at = max(losses(run))
-        os.kill(_service_of(process.pid), signal.SIGKILL)
+        services = alive("wandb-core").items()  # each is told whose it is
+        (service,) = (pid for pid, line in services if str(process.pid) in line.split())
+        os.kill(service, signal.SIGKILL)
         _, err = process.communicate(timeout=120)
     ended = time.time()
     assert process.returncode == 0, err
@@ -137,13 +135,3 @@ def test_wandb_whose_service_is_killed_costs_a_warning(images: Path, tmp_path: P
     (end,) = events(run, "finished")
     assert end["step"] == 62
     assert ended - end["time"] < 15
-
-
-def _service_of(process: int) -> int:
-    """The process of W&B's service for another, which is told for which."""
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            words = (folder / "cmdline").read_text().split("\0")
-            if "wandb-core" in words[0] and str(process) in words:
-                return int(folder.name)
-    raise AssertionError("there is no service")

@@ -2,28 +2,21 @@
 
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import save_file
 
 from alexnet_dist.training import checkpoint
 from alexnet_dist.training.checkpoint import CheckpointManager, load_tensors, read_state
 from tests.conftest import error_of, full_disk
-from tests.networks import alone, weights_manager
+from tests.networks import weights_manager
+
+pytestmark = pytest.mark.usefixtures("mesh")
 
 Tensors = dict[str, torch.Tensor]
-
-
-@pytest.fixture(autouse=True)
-def _process_group() -> Iterator[None]:
-    alone()
-    yield
-    dist.destroy_process_group()
 
 
 def weights() -> Tensors:

@@ -1,21 +1,12 @@
 """Metrics of steps."""
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 
 from alexnet_dist.training.step import TrainMetrics
-from tests.networks import alone
 
-
-@pytest.fixture(autouse=True)
-def _process_group() -> Iterator[None]:
-    alone()
-    yield
-    dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("mesh")
 
 
 def test_metrics_do_not_depend_on_how_often_they_are_reduced() -> None:
