@@ -58,9 +58,9 @@ def run_main(module: str, *options: str) -> None:
 
 
 @contextlib.contextmanager
-def terminal(columns: int, *words: str) -> Iterator[tuple[Callable[..., str], Callable[..., int]]]:
-    """The command ``words`` in a terminal of its own: what reads from there until a text comes, or
-    fails after so many seconds, and what writes there as a keyboard does."""
+def terminal(columns: int, *words: str) -> Iterator[tuple[Any, ...]]:
+    """The command ``words`` in a terminal of its own: its process; what reads from there until a
+    text comes, or fails after so many seconds; and what writes there as a keyboard does."""
     keyboard, screen = os.openpty()
     fcntl.ioctl(screen, termios.TIOCSWINSZ, struct.pack("4H", 30, columns, 0, 0))
     args = (os.ttyname(screen), {**os.environ, "TERM": "xterm", "COLUMNS": ""}, words)
@@ -76,7 +76,7 @@ def terminal(columns: int, *words: str) -> Iterator[tuple[Callable[..., str], Ca
         return found.decode()
 
     try:
-        yield read_until, functools.partial(os.write, keyboard)
+        yield process, read_until, functools.partial(os.write, keyboard)
         process.join(30)
     finally:
         process.kill()

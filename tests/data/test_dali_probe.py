@@ -4,6 +4,7 @@ import importlib.metadata
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,11 +25,7 @@ GPU = torch.device("cuda", 1)
     ],
 )
 def test_the_fastest_decoder_that_works_is_remembered(
-    roi: str | int | None,
-    full: str | int,
-    decoder: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    roi: Any, full: Any, decoder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trials: list[str] = []
 

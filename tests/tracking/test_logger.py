@@ -115,7 +115,7 @@ def test_a_terminal_has_one_line_of_progress(tmp_path: Path, width: int, expecte
 def test_ctrl_c_in_a_terminal_is_answered_at_once(images: Path, tmp_path: Path) -> None:
     options = [*TINY, f"--data.root={images}", f"--run.output_dir={tmp_path}"]
     words = ["alexnet_dist.train", *options, "--run.name=a", "--train.epochs=1000"]
-    with terminal(80, *words) as (read_until, write):
+    with terminal(80, *words) as (process, read_until, write):
         shown = read_until("left ", 60)
         write(b"\x03")
         begin = time.monotonic()
@@ -123,6 +123,7 @@ def test_ctrl_c_in_a_terminal_is_answered_at_once(images: Path, tmp_path: Path) 
         assert time.monotonic() - begin < 2
         assert "stopped by" not in shown
         shown += read_until("saved; the same command resumes", 60)
+    assert process.exitcode == 130
     lines = [text.strip() for text in re.split(rf"{CONTROL}|[\r\n]|\^C", shown)]
     assert any(re.match(r"epoch 1/1000 step \d+/4000 loss .* left ", line) for line in lines)
     assert any(line.startswith("alexnet_dist: Ctrl-C: the run is saved and ends") for line in lines)

@@ -7,30 +7,25 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch.distributed as dist
 
 from alexnet_dist.training import preemption
 from alexnet_dist.training.preemption import Preempted, PreemptionHandler, deadline
+from tests.networks import alone
 
 
 @pytest.fixture
 def handler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[PreemptionHandler]:
     """One with a minute, and a PREEMPT file that was meant for an earlier process."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    assert dist.group.WORLD is not None
+    alone()
     monkeypatch.setattr(preemption, "_PROCESS_START", time.time())
     (tmp_path / "PREEMPT").touch()
     os.utime(tmp_path / "PREEMPT", (1, 1))
-    handler = PreemptionHandler(
-        tmp_path,
-        dist.group.WORLD,
-        signals=("SIGUSR2",),
-        time_limit=60,
-        grace=60,
-        before_exit=lambda: None,
-    )
+    options: dict[str, Any] = {"time_limit": 60, "grace": 60, "before_exit": lambda: None}
+    handler = PreemptionHandler(tmp_path, dist.group.WORLD, signals=("SIGUSR2",), **options)
     yield handler
     handler.close()
     signal.signal(signal.SIGINT, signal.default_int_handler)
