@@ -19,9 +19,8 @@ from PIL import ImageOps
 
 from alexnet_dist import checks, doctor
 from alexnet_dist.checks import Check, Context, Finding
-from alexnet_dist.config import Config
+from alexnet_dist.config import Config, DataConfig
 from alexnet_dist.data import torch_loader
-from alexnet_dist.parallel.mesh import init_distributed
 from tests.conftest import TINY, Result, command, environment, write_images, write_program
 from tests.processes import run_group, run_main
 
@@ -83,12 +82,11 @@ def test_what_fails_in_a_small_container(tmp_path: Path) -> None:
     for file in (root / "train/red").glob("*.jpg"):
         file.write_bytes(file.read_bytes()[:-2])
     runs.mkdir()
-    (tmp_path / "meminfo").write_text("MemAvailable: 1000 kB\n")
     write_program(tmp_path / "bin/nvidia-smi", "echo 0, 400.10, 10, 80000, 0, 0x0")
     script = (
         f"mount -t tmpfs -o size=1m tmpfs /dev/shm; mount -t tmpfs -o size=20m tmpfs {runs};"
-        f"mount --bind {tmp_path}/meminfo /proc/meminfo; ulimit -n 200;"
-        'exec taskset -c 0 "$@"'
+        "mount -t tmpfs tmpfs /sys/fs/cgroup; cd /sys/fs/cgroup; echo 1000000 > memory.max;"
+        'echo 150000 100000 > cpu.max; cd "$OLDPWD"; ulimit -n 200; exec "$@"'
     )
     options = words(root, runs, "--runtime.device=cuda", "--wandb.mode=online")
     env = environment(LOCAL_WORLD_SIZE="2", PATH=f"{tmp_path}/bin:{os.environ['PATH']}")
@@ -234,22 +232,28 @@ def test_a_full_page(images: Path, tmp_path: Path) -> None:
 
 
 def three_hosts() -> None:
-    """Be one of three hosts, where whatever comes to the second or from it takes its time."""
-    mesh, receive = init_distributed("cpu", 1), dist.recv
+    """Be one of three hosts, of which the second is slow, and its clock an hour ahead."""
+    rank, receive, seconds = int(os.environ["RANK"]), dist.recv, checks._time
 
     def slowly(tensor: torch.Tensor, source: int) -> None:
-        time.sleep(0.5 * (1 in (mesh.rank, source)))
+        time.sleep(0.5 * (1 in (rank, source)))
         receive(tensor, source)
 
     checks.dist.recv = slowly
-    checks.socket.gethostname = lambda: f"host{mesh.rank}"
-    print(checks._slow_host(mesh, 4096))
+    checks.socket.gethostname = lambda: f"host{rank}"
+    off, clock = rank == 1, time.time
+    checks.time.time = lambda: clock() + 3600 * off
+    checks._time = lambda work, device: seconds(work, device) * (1 + 9 * off)
+    here = replace(context(Path()), config=Config(DataConfig(root="digits")))
+    print(checks.processes(here), checks.computing(here), checks._slow_host(here.mesh, 4096))
 
 
 @pytest.mark.slow
-def test_a_slow_link_is_named() -> None:
+def test_a_slow_host_is_named() -> None:
     code, out, err = run_group(3, environment(), 60, three_hosts)
     assert code == 0, err
+    assert out.count("set the clock of host host1 by NTP") == 3
+    assert out.count("process 1 (host host1) has 0.") == 3
     assert out.count("host host1 (process 1) has the slowest link, ") == 3
 
 
