@@ -38,7 +38,7 @@ def run_group(
     with tempfile.TemporaryDirectory() as folder:
         group = [
             _FORKSERVER.Process(target=_begin, args=(folder, env | ranks, target, args))
-            for ranks in _ranks(processes)
+            for ranks in torchrun_env(processes)
         ]
         for process in group:
             process.start()
@@ -95,7 +95,7 @@ def _run_in_terminal(screen: str, env: dict[str, str], words: tuple[str, ...]) -
     run_main(*words)
 
 
-def _ranks(processes: int) -> list[dict[str, str]]:
+def torchrun_env(processes: int) -> list[dict[str, str]]:
     """What torchrun tells each process of a group of one machine; for one alone, nothing."""
     if processes == 0:
         return [{}]

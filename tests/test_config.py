@@ -208,9 +208,7 @@ def test_config_that_would_be_another_run_cannot_resume() -> None:
     check_resume_compatible(kept, other, "NEW")
 
 
-def test_config_print_config_can_be_read_again(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_config_printed_can_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse(["--optim.lr=0.25", "--print_config"])
     printed = capsys.readouterr().out

@@ -22,25 +22,29 @@ from alexnet_dist.checks import Check, Context, Finding
 from alexnet_dist.config import Config, DataConfig
 from alexnet_dist.data import torch_loader
 from tests.conftest import TINY, Result, command, environment, write_images, write_program
-from tests.processes import run_group, run_main
+from tests.prepare.imagenet import write
+from tests.processes import run_group, run_main, torchrun_env
 
 AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="mounts are made by root")
-DOCTOR = (run_main, "alexnet_dist.doctor")
 Page = dict[str, dict[str, Any]]
+
+
+def be_doctor(*options: str) -> None:
+    run_main("alexnet_dist.doctor", *options)
 
 
 def impatient(*options: str) -> None:
     """Be the doctor, and wait no longer than seconds."""
     doctor.ALONE, doctor.MEET = 6, 8
     doctor.CHECKS = tuple(check._replace(seconds=3) for check in doctor.CHECKS)
-    run_main("alexnet_dist.doctor", *options)
+    be_doctor(*options)
 
 
-def page(result: Result, code: int) -> Page:
-    """The lines of --json by check; of several the last."""
-    assert result.code == code, result.err[-3000:]
-    assert not result.ours_in_traceback, result.err[-3000:]
-    return {line["check"]: line for line in json.loads(result.out)["lines"]}
+def page(code: int, out: str, err: str) -> Page:
+    """The lines of --json of a doctor who finds what fails, by check; of several the last."""
+    assert code == 1, err[-3000:]
+    assert not Result(code, out, err).ours_in_traceback, err[-3000:]
+    return {line["check"]: line for line in json.loads(out)["lines"]}
 
 
 def failed(page: Page) -> set[str]:
@@ -57,21 +61,18 @@ def test_what_fails_on_a_host(tmp_path: Path) -> None:
     root = write_images(tmp_path / "i")
     env = {"WANDB_API_KEY": "k", "WANDB_BASE_URL": "http://127.0.0.1:1", "SLURM_JOB_ID": "7"}
     env |= {"SLURM_JOB_END_TIME": str(int(time.time())), "WANDB_MODE": "online"}
-    (tmp_path / "runs/old/wandb/offline-run-1").mkdir(parents=True)
-    (tmp_path / "runs/old/wandb/offline-run-1/run-1.wandb").touch()
+    write(tmp_path / "runs/old/wandb/offline-run-1/run-1.wandb", b"")
     quick = words(root, tmp_path / "runs", "--wandb.mode=auto", "--quick")
-    found = page(Result(*run_group(0, environment(**env), 60, *DOCTOR, *quick)), 1)
+    found = page(*run_group(0, environment(**env), 60, be_doctor, *quick))
     assert failed(found) == {"SLURM"}
     assert "give the job more --time" in found["SLURM"]["fix"]
-    assert (
-        "online, a key, 1 offline runs not synced; http://127.0.0.1:1 does not"
-        in (found["W&B"]["seen"])
-    )
+    unsynced = "online, a key, 1 offline runs not synced; http://127.0.0.1:1 does not"
+    assert unsynced in found["W&B"]["seen"]
     assert found["W&B"]["status"] == "warning"
     assert not list((tmp_path / "runs").glob(".doctor*"))
 
     (root / "val/red").rename(root / "val/rouge")
-    found = page(Result(*run_group(0, environment(), 60, *DOCTOR, *quick)), 1)
+    found = page(*run_group(0, environment(), 60, be_doctor, *quick))
     assert failed(found) == {"images"}
     assert "differ (red, rouge)" in found["images"]["seen"]
 
@@ -92,14 +93,9 @@ def test_what_fails_in_a_small_container(tmp_path: Path) -> None:
     env = environment(LOCAL_WORLD_SIZE="2", PATH=f"{tmp_path}/bin:{os.environ['PATH']}")
     env["NETRC"] = "/dev/null"
     doctor = command(0, "alexnet_dist.doctor", *options)
-    done = subprocess.run(
-        ["unshare", "-m", "sh", "-c", script, "sh", *doctor],
-        capture_output=True,
-        text=True,
-        env=env,
-        timeout=120,
-    )
-    found = page(Result(done.returncode, done.stdout, done.stderr), 1)
+    container = ["unshare", "-m", "sh", "-c", script, "sh", *doctor]
+    done = subprocess.run(container, capture_output=True, text=True, env=env, timeout=120)
+    found = page(done.returncode, done.stdout, done.stderr)
     for name, seen in {
         "GPUs": "torch sees 0, nvidia-smi 1",
         "images": "train/red/",
@@ -121,20 +117,17 @@ def test_what_fails_in_a_small_container(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_storage_that_hangs_and_a_process_that_does_not_come(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "prepared.json")  # nobody writes to it
-    alone = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    alone["MASTER_PORT"] = str(20000 + os.getpid() % 9000)
+    first, second = torchrun_env(2)
     options = words(tmp_path, tmp_path / "runs", "--quick")
-    found = page(Result(*run_group(0, environment(**alone), 60, impatient, *options)), 1)
+    found = page(*run_group(0, environment(**first), 60, impatient, *options))
     assert failed(found) == {"images", "processes"}
     assert found["images"]["seen"] == "no answer within 3 s"
-    assert (
-        "process 1, host unknown did not come, or has gone; process 0, host "
-        in found["processes"]["seen"]
-    )
-    result = Result(*run_group(0, environment(**alone | {"RANK": "1"}), 60, impatient, *options))
+    gone = "process 1, host unknown did not come, or has gone; process 0, host "
+    assert gone in found["processes"]["seen"]
+    result = Result(*run_group(0, environment(**second), 60, impatient, *options))
     assert result.code == 1
     assert "process 1 (host " in result.said[0]
-    assert f"cannot use 127.0.0.1:{alone['MASTER_PORT']}" in result.said[0]
+    assert f"cannot use 127.0.0.1:{second['MASTER_PORT']}" in result.said[0]
 
 
 def context(tmp_path: Path) -> Context:
@@ -188,15 +181,9 @@ def test_what_nvidia_smi_tells() -> None:
     assert checks._troubles("[N/A]", "[N/A]", "[N/A]", "[N/A]") == []
 
 
-def test_too_few_gpus_and_too_little_shared_memory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, answer in {
-        "device_count": 4,
-        "synchronize": None,
-        "get_device_name": "H100",
-        "get_device_capability": (9, 0),
-    }.items():
+def test_too_few_gpus_and_too_little_shm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers: dict[str, Any] = {"device_count": 4, "synchronize": None, "get_device_name": "H100"}
+    for name, answer in (answers | {"get_device_capability": (9, 0)}).items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
     ones = torch.ones
     monkeypatch.setattr(torch, "ones", lambda *shape, device: ones(*shape))
@@ -216,13 +203,13 @@ def sick(*options: str) -> None:
     decode = torch_loader.decode
     torch_loader.decode = lambda data: ImageOps.invert(decode(data))
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
-    run_main("alexnet_dist.doctor", *options)
+    be_doctor(*options)
 
 
 @pytest.mark.slow
 def test_a_full_page(images: Path, tmp_path: Path) -> None:
     options = words(images, tmp_path / "runs")
-    found = page(Result(*run_group(2, environment(), 120, sick, *options)), 1)
+    found = page(*run_group(2, environment(), 120, sick, *options))
     assert failed(found) == {"checkpoint", "decoder"}
     assert "could not be written (File too large" in found["checkpoint"]["fix"]
     assert set(found) == {check.name for check in doctor.CHECKS} - {"SLURM"}
@@ -261,25 +248,20 @@ def test_a_slow_host_is_named() -> None:
 @pytest.mark.slow
 def test_hosts_that_differ(images: Path, tmp_path: Path) -> None:
     """Two processes that see another folder, and other versions; and no network is fast enough."""
-    fake = tmp_path / "fake"
-    (fake / "torchvision-0.1.dist-info").mkdir(parents=True)
-    (fake / "torchvision-0.1.dist-info/METADATA").write_text("Name: torchvision\nVersion: 0.1\n")
-    runs = tmp_path / "runs"
+    fake, runs = tmp_path / "fake", tmp_path / "runs"
+    write(fake / "torchvision-0.1.dist-info/METADATA", b"Name: torchvision\nVersion: 0.1\n")
     runs.mkdir()
     options = words(images, runs, "--quick", "--runtime.hang_timeout=1e-6")
-    group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    group["MASTER_PORT"] = str(20000 + os.getpid() % 9000)
     prefix = ["unshare", "-m", "sh", "-c", f'mount -t tmpfs tmpfs {runs}; exec "$@"', "sh"]
     started = []
-    for rank, before, path in ((0, [], ""), (1, prefix, f"{fake}:")):
-        env = environment(**group, RANK=str(rank))
+    for env, before, path in zip(torchrun_env(2), ([], prefix), ("", f"{fake}:"), strict=True):
+        env = environment(**env) | {"LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0"}
         env["PYTHONPATH"] = path + str(Path(__file__).parents[1])
-        words_ = [*before, *command(0, "alexnet_dist.doctor", *options)]
-        out = subprocess.PIPE
-        started.append(subprocess.Popen(words_, stdout=out, stderr=out, text=True, env=env))
+        line, out = [*before, *command(0, "alexnet_dist.doctor", *options)], subprocess.PIPE
+        started.append(subprocess.Popen(line, stdout=out, stderr=out, text=True, env=env))
     outputs = [one.communicate(timeout=150) for one in started]
     assert [one.returncode for one in started] == [1, 1], outputs
-    found = page(Result(1, *outputs[0]), 1)
+    found = page(1, *outputs[0])
     assert failed(found) == {"versions", "same folder", "network"}
     assert "torchvision 0.1, " in found["versions"]["seen"]
     assert found["same folder"]["processes"] == [1]
@@ -289,7 +271,7 @@ def test_hosts_that_differ(images: Path, tmp_path: Path) -> None:
 def test_the_page_is_for_people(images: Path, tmp_path: Path) -> None:
     options = words(images, tmp_path / "runs", "--quick")
     options.remove("--json")
-    code, out, err = run_group(0, environment(), 60, *DOCTOR, *options)
+    code, out, err = run_group(0, environment(), 60, be_doctor, *options)
     assert code == 0, err
     assert out.splitlines()[1].startswith("ok       versions     alexnet-dist ")
     assert "fails: 0, warnings: 0" in out.splitlines()[-1]

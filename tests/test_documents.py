@@ -166,9 +166,7 @@ def sandbox(document: str, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
-def test_commands_are_understood(
-    document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_commands_are_known(document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = sandbox(document, tmp_path)
     for command in [*commands(document), *inline_commands(document)]:
         monkeypatch.chdir(folder)

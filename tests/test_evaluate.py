@@ -51,9 +51,7 @@ def evaluate_logits(
     return evaluate.evaluate_average(models, 1, mesh, FolderDataset(index))
 
 
-def test_probabilities_are_averaged_and_counted_exactly(
-    mesh: Mesh, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_probabilities_are_averaged_exactly(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     # networks of different confidence, so that no mean of logits or of logarithms gives the same
     logits = [torch.randn(IMAGES, CLASSES) * confidence for confidence in (0.5, 3.0, 40.0)]

@@ -178,9 +178,7 @@ def test_official_tars_with_companions_and_a_devkit_cut_short(tmp_path: Path) ->
     assert "classes without training images" in error_of(discover, root)  # of two, not of "._n01"
 
 
-def test_members_without_a_partner_are_named_and_end_with_an_error(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_members_without_a_partner_fail(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root, out = tmp_path / "in", tmp_path / "out"
     good = {"a.jpg": JPEG, "a.cls": b"0", "b.cls": b"1", "b.jpg": JPEG}
     odd = {"22.05.jpg": JPEG, "22.05.cls": b"1", "c.jpg": JPEG, "._d.jpg": JPEG}
@@ -277,9 +275,7 @@ FOLDERS = st.lists(st.one_of(COMPONENT, st.just(b"@eaDir")), max_size=2)
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(COMPONENT, min_size=1, max_size=3, unique=True), st.data())
-def test_any_tree_of_any_names_is_one_set_with_the_same_labels(
-    classes: list[bytes], data: st.DataObject
-) -> None:
+def test_any_tree_of_any_names_is_one_data_set(classes: list[bytes], data: st.DataObject) -> None:
     classes = [name for name in classes if not is_hidden(os.fsdecode(name))] or [b"ant"]
     place = st.tuples(st.sampled_from([b"train", b"val"]), st.sampled_from(classes), FOLDERS, FILE)
     with tempfile.TemporaryDirectory() as folder:

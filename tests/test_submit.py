@@ -32,7 +32,7 @@ OWN = "--run.output_dir=runs --train.seed=2012"
         (f"doctor --nodes=4 -- {PAPER}", f"sbatch --parsable --nodes=4 doctor.sbatch {PAPER}"),
     ],
 )
-def test_submit_passes_flags_to_sbatch_and_options_to_the_command(
+def test_submit_passes_flags_and_options_on(
     words: str, command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     main(["--dry_run", *words.split()])
@@ -96,9 +96,7 @@ def test_submit_refuses_a_named_run_that_has_ended(script: str, ended: str, tmp_
     main([*words[:-1], "--run.name=other"])
 
 
-def test_submit_without_sbatch_or_against_its_will(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_submit_without_sbatch_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert "there is no sbatch here: submit on a machine" in error_of(main, [])
     write_program(tmp_path / "sbatch", "echo 'invalid partition: x' >&2; exit 1")

@@ -44,9 +44,7 @@ def run(installed: Path, cwd: Path, *words: str) -> str:
 
 
 @pytest.mark.slow
-def test_an_installed_wheel_trains_by_its_own_recipe(
-    installed: Path, images: Path, tmp_path: Path
-) -> None:
+def test_an_installed_wheel_trains_by_itself(installed: Path, images: Path, tmp_path: Path) -> None:
     script, tiny = str(installed / "bin" / "alexnet-dist"), [*TINY, f"--data.root={images}"]
     code = "import sys, alexnet_dist as a; print(a.__file__, *sys.path, sep='\\n')"
     file, *path = run(installed, tmp_path, "-c", code).splitlines()
@@ -60,9 +58,7 @@ def test_an_installed_wheel_trains_by_its_own_recipe(
 
 
 @pytest.mark.slow
-def test_a_wheel_has_the_commands_recipes_and_batch_scripts_of_the_checkout(
-    installed: Path, tmp_path: Path
-) -> None:
+def test_a_wheel_has_commands_recipes_and_batch_scripts(installed: Path, tmp_path: Path) -> None:
     script = str(installed / "bin" / "alexnet-dist")
     assert run(installed, tmp_path, script, "--version").strip() == alexnet_dist.__version__
     listed = run(installed, tmp_path, script)

@@ -51,9 +51,7 @@ def test_the_fastest_decoder_that_works_is_remembered(
     dali_probe.probe_decoder.cache_clear()
 
 
-def test_a_temporary_folder_that_cannot_be_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_read_only_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "file"))
     monkeypatch.setattr(dali_probe, "_time", lambda decoder, _: {"roi": 1.0, "full": 2.0}[decoder])

@@ -19,9 +19,7 @@ from tests.data.corrupt_images import corrupt_files, encode, photograph, write_f
 from tests.data.loading import scan
 
 
-def test_index_is_cached_until_an_image_changes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_index_is_kept_until_files_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = write_images(tmp_path / "i")
     (root / "train/red/a\nb.jpg").write_bytes((root / "train/red/002.jpg").read_bytes())
     (root / "val").rename(root / "test")  # as good a name as val

@@ -18,9 +18,7 @@ def plan(sizes: list[tuple[int, int]], batch: int = 4, **options: object) -> Sam
 
 
 @given(sizes, st.integers(0, 5), st.sampled_from([1, 2, 3, 4]))
-def test_ranks_partition_each_batch_of_one_permutation(
-    sizes: list[tuple[int, int]], epoch: int, ranks: int
-) -> None:
+def test_ranks_partition_each_batch(sizes: list[tuple[int, int]], epoch: int, ranks: int) -> None:
     full = plan(sizes)
     order = full.permutation(epoch)
     assert len(set(order.tolist())) == len(order) == full.steps_per_epoch * 4

@@ -1,6 +1,5 @@
 """The scripts that start processes where there is no SLURM."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import TINY, environment, losses
+from tests.processes import torchrun_env
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 
@@ -16,8 +16,7 @@ LAUNCH = Path(__file__).parents[2] / "launch"
 def test_one_machine_and_two_train_alike(images: Path, tmp_path: Path) -> None:
     """The two machines are this one, which joins the run twice."""
     options = [*TINY, f"--data.root={images}", f"--run.output_dir={tmp_path}", "--train.epochs=1"]
-
-    port = str(20000 + os.getpid() % 9000)
+    port = torchrun_env(1)[0]["MASTER_PORT"]
 
     def started(processes: int, *words: str) -> "subprocess.Popen[str]":
         env = environment(PYTHON=sys.executable, PROCESSES=str(processes), PORT=port)

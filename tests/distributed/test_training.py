@@ -64,9 +64,7 @@ def test_evaluate_counts_what_training_counted(reference: dict[int, Path]) -> No
         assert counted["loss"] == pytest.approx(wanted["loss"], rel=1e-5)
 
 
-def test_steps_since_the_last_record_are_recorded_before_an_evaluation(
-    images: Path, tmp_path: Path
-) -> None:
+def test_steps_are_recorded_before_an_evaluation(images: Path, tmp_path: Path) -> None:
     train(0, images, tmp_path, "--run.name=run", "--train.max_steps=6", "--train.log_interval=20")
     recorded = [(e["step"], e["steps"]) for e in events(tmp_path / "run", "train")]
     assert recorded == [(4, 4), (6, 2)]  # at the end of the first epoch, and of training
@@ -93,10 +91,8 @@ LAYOUTS = [(2, "--parallel.towers=2"), (3, "--parallel.fc=sharded")]
         *(pytest.param(*layout, marks=pytest.mark.slow) for layout in LAYOUTS),
     ],
 )
-def test_a_killed_run_resumes_bit_for_bit(
-    processes: int, layout: str, images: Path, tmp_path: Path
-) -> None:
-    """All of its processes die at once after a checkpoint."""
+def test_a_killed_run_resumes(processes: int, layout: str, images: Path, tmp_path: Path) -> None:
+    """Bit for bit, though all of its processes die at once after a checkpoint."""
     run, options = tmp_path / "run", [layout, "--checkpoint.interval_steps=2", "--train.epochs=2"]
     train(processes, images, tmp_path, "--run.name=reference", layout)
     with running(processes, images, tmp_path, *options) as launcher:
@@ -130,9 +126,7 @@ def test_a_stopped_run_resumes_bit_for_bit(images: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_precision_may_change_and_evaluation_may_be_in_small_batches(
-    images: Path, tmp_path: Path
-) -> None:
+def test_precision_may_change_and_evaluation_batches_be_small(images: Path, tmp_path: Path) -> None:
     options = ["--run.name=run", "--data.eval_batch_size=2", "--train.epochs=1"]
     train(3, images, tmp_path, *options, "--train.max_steps=1")
     train(3, images, tmp_path, *options, "--train.max_steps=2", "--runtime.precision=fp16")

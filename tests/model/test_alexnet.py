@@ -97,9 +97,7 @@ def test_initial_weights() -> None:
         ("original150", "conv2", "fc8", (96, 7, 7)),
     ],
 )
-def test_towers_meet_where_the_table_says(
-    arch: str, first: str, meet: str, shape: tuple[int, int, int]
-) -> None:
+def test_where_towers_meet(arch: str, first: str, meet: str, shape: tuple[int, ...]) -> None:
     model = build_model(arch, image_size=67, num_classes=3).eval()
     layers = dict(model.named_children())
     names = list(layers)
@@ -124,10 +122,8 @@ def test_the_stem_reads_three_zeros_beyond_the_edge() -> None:
 
 @pytest.mark.parametrize("size", [224, 227, 67, 70])
 @pytest.mark.parametrize("arch", ["paper", "torchvision"])
-def test_blocks_as_channels_are_the_same_first_convolution(
-    arch: str, size: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As computed under autocast on CPUs, here in float64."""
+def test_blocks_as_channels(arch: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Are the same first convolution: as computed under autocast on CPUs, here in float64."""
     conv = build_model(arch).get_submodule("conv1" if arch == "paper" else "features.0").double()
     x = torch.randn(2, 3, size, size, dtype=torch.float64)
 

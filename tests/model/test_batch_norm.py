@@ -63,9 +63,7 @@ def test_its_arithmetic_is_float32_and_does_not_cancel(all_reduce: AllReduce) ->
 
 @pytest.mark.parametrize("all_reduce", BOTH)
 @pytest.mark.parametrize("wrong", [torch.nan, torch.inf, 3e38])
-def test_what_is_not_finite_leaves_no_trace_in_the_averages(
-    wrong: float, all_reduce: AllReduce
-) -> None:
+def test_what_is_not_finite_leaves_no_trace(wrong: float, all_reduce: AllReduce) -> None:
     layer = BatchNorm(3)
     layer.all_reduce = all_reduce
     x = torch.randn(4, 3, 2, 2, generator=torch.Generator().manual_seed(1))

@@ -84,9 +84,7 @@ def check(answers: dict[str, Any]) -> None:
         (4, ["towers alexnet_bn 10 5", "towers paper 10 6", "sharded paper 10 9"]),
     ],
 )
-def test_loss_gradients_and_updates_are_those_of_one_device(
-    processes: int, jobs: list[str]
-) -> None:
+def test_loss_gradient_and_update_are_those_of_one_device(processes: int, jobs: list[str]) -> None:
     check(group(processes, *(f"gradients {job}" for job in jobs)))
 
 

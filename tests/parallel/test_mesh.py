@@ -45,9 +45,7 @@ def test_what_launchers_say_is_checked_together(
 @pytest.mark.parametrize(
     ("rank", "reason"), [(0, "1/2 clients joined"), (1, "trying to connect to (localhost, ")]
 )
-def test_a_process_that_never_comes(
-    rank: int, reason: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_process_does_not_come(rank: int, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rendezvous, "_RENDEZVOUS_SECONDS", 1)
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     monkeypatch.setenv("MASTER_PORT", str(20000 + os.getpid() % 9000))

@@ -62,9 +62,7 @@ def test_a_corrupt_image_in_a_shard_is_named(packed: dict[str, Path], tmp_path: 
     assert dataset.path(5) == f"{folder}/train-{shard:05d}.tar: {dataset.index.names[5]}"
 
 
-def test_a_shard_stays_open_while_it_is_read(
-    packed: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_shards_in_use_stay_open(packed: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Though other threads, which come in between, open more of them than are kept open."""
     monkeypatch.setattr("alexnet_dist.data.packed.MAX_OPEN_FILES", 1)
     dataset, _ = open_datasets(scan(packed["shards"]))

@@ -269,9 +269,7 @@ def test_a_killed_command_resumes_without_writing_a_shard_twice(many: str, tmp_p
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["shards", "pixels"])
-def test_a_full_disk_is_one_error_message_and_loses_nothing(
-    kind: str, many: str, tmp_path: Path
-) -> None:
+def test_a_full_disk_is_one_message_and_loses_nothing(kind: str, many: str, tmp_path: Path) -> None:
     words, out = [many, f"--format={kind}", "--crop=center", "--size=100"], tmp_path / "out"
     words.append("--shard_mb=0.2")
     run = shlex.join(command(0, "alexnet_dist.prepare", *words, f"--out={out}"))

@@ -141,9 +141,7 @@ def make_run(path: Path, **status: Any) -> Path:
     return path
 
 
-def test_a_run_that_a_person_has_to_fix_is_not_restarted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_run_is_not_restarted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the torchruns of other hosts, whose processes have lost the one that named the error."""
     run = make_run(tmp_path / "a")
     set_status(run, "failed")
@@ -176,9 +174,7 @@ def test_names_of_runs(tmp_path: Path) -> None:
     assert "no run at" in error_of(resolve_run_dir, str(tmp_path), "b", "b", nowhere)
 
 
-def test_a_restarted_launcher_resumes_its_own_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_restarted_job_resumes_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     make_run(tmp_path / "a")
     assert resolve_run_dir(str(tmp_path), "a", "b", "never") == (tmp_path / "a", {"x": 1})

@@ -24,9 +24,7 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     return saved
 
 
-def test_curves_have_all_groups_and_no_step_without_a_loss(
-    tmp_path: Path, figures: list[Figure]
-) -> None:
+def test_curves_of_all_groups_and_steps_with_a_loss(tmp_path: Path, figures: list[Figure]) -> None:
     events: list[dict[str, Any]] = [
         {
             **{"event": "train", "epoch": n / 8, "top1_error": 50.0},
@@ -48,9 +46,7 @@ def test_curves_have_all_groups_and_no_step_without_a_loss(
     assert "best 7.00 %" in figures[0].legends[0].get_texts()[0].get_text()
 
 
-def test_right_labels_are_highlighted_and_wrong_neighbors_red(
-    tmp_path: Path, figures: list[Figure]
-) -> None:
+def test_right_labels_and_wrong_neighbors_stand_out(tmp_path: Path, figures: list[Figure]) -> None:
     images = np.zeros((2, 8, 8, 3), np.uint8)
     predictions = [[("cat", 0.7), ("dog", 0.3)], [("dog", 1.0), ("cat", 0.0)]]
     plots.plot_predictions(tmp_path / "p.png", images, ["cat", "cat"], predictions)

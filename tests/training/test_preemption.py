@@ -87,9 +87,7 @@ def test_preemption_reserves_time_for_a_step_and_a_save(handler: PreemptionHandl
     assert reason(handler, need=55) == "time that runs out"
 
 
-def test_preemption_deadline_is_the_time_limit_or_the_end_of_the_slurm_job(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_preemption_deadline_is_of_the_limit_or_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SLURM_JOB_END_TIME", raising=False)
     assert deadline(None) is None
     assert deadline(60) == preemption._PROCESS_START + 60
