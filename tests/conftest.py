@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,11 +110,8 @@ class Result:
     @property
     def said(self) -> list[str]:
         """The error messages of ours in what it wrote to standard error."""
-        return [
-            line.split("alexnet_dist: ", 1)[1]
-            for line in self.err.splitlines()
-            if line.startswith("alexnet_dist: ")
-        ]
+        ours = (line.partition("alexnet_dist: ") for line in self.err.splitlines())
+        return [message for before, mark, message in ours if mark and not before]
 
     @property
     def ours_in_traceback(self) -> bool:
@@ -135,6 +132,13 @@ def environment(**more: str) -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if k not in names} | more
 
 
+def call(words: Sequence[object], timeout: float = 240, **options: Any) -> Result:
+    """Run a program to its end."""
+    options = {"env": environment(), "timeout": timeout} | options
+    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, **options)
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
 def launch(
     processes: int,
     *options: str,
@@ -144,16 +148,8 @@ def launch(
 ) -> Result:
     """Run a command of the package to its end, by torchrun unless ``processes`` is 0."""
     if processes == 0:
-        return Result(*run_group(0, environment(**env), timeout, run_main, module, *options))
-    done = subprocess.run(
-        command(processes, module, *options),
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        env=environment(**env),
-        check=False,
-    )
-    return Result(done.returncode, done.stdout, done.stderr)
+        return Result(*run_group(0, environment(), timeout, run_main, module, *options))
+    return call(command(processes, module, *options), timeout)
 
 
 def succeed(processes: int, command: str, *options: str, **env: str) -> Result:

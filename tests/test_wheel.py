@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import alexnet_dist
-from tests.conftest import TINY, environment, events
+from tests.conftest import TINY, call, environment, losses
 
 CHECKOUT = Path(__file__).parents[1]
 PARTS = ("alexnet_dist", "configs", "slurm", "pyproject.toml", "README.md", "LICENSE")
@@ -37,10 +37,9 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(installed: Path, cwd: Path, *words: str) -> str:
     """Run the wheel's Python, without the .pth file by which a venv finds the checkout."""
     path = os.pathsep.join([str(installed), sysconfig.get_path("purelib")])
-    command, env = [sys.executable, "-S", *words], environment(PYTHONPATH=path)
-    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    done = call([sys.executable, "-S", *words], cwd=cwd, env=environment(PYTHONPATH=path))
+    assert done.code == 0, done.err[-3000:]
+    return done.out
 
 
 @pytest.mark.slow
@@ -52,9 +51,7 @@ def test_an_installed_wheel_trains_by_itself(installed: Path, images: Path, tmp_
     assert str(CHECKOUT) not in path  # where its .venv may lie in it
     words = ["train", "--config=configs/paper2012.yaml", *tiny, "--train.epochs=9"]
     run(installed, tmp_path, script, *words, "--train.max_steps=8")
-    assert [event["step"] for event in events(tmp_path / "runs/paper2012", "train")] == [
-        *range(1, 9)
-    ]
+    assert list(losses(tmp_path / "runs/paper2012")) == list(range(1, 9))
 
 
 @pytest.mark.slow
@@ -71,6 +68,5 @@ def test_a_wheel_has_commands_recipes_and_batch_scripts(installed: Path, tmp_pat
         files = {path.name for path in (CHECKOUT / name).iterdir()}
         assert {path.name for path in (installed / "alexnet_dist" / name).iterdir()} == files
     words = ["submit", "--dry_run", "--nodes=2", "--", "--config=paper2012", "--data.root=x"]
-    assert f" {installed}/alexnet_dist/slurm/train.sbatch " in run(
-        installed, tmp_path, script, *words
-    )
+    submitted = run(installed, tmp_path, script, *words)
+    assert f" {installed}/alexnet_dist/slurm/train.sbatch " in submitted

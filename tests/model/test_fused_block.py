@@ -3,7 +3,6 @@ there."""
 
 import os
 import re
-import subprocess
 import sys
 
 import pytest
@@ -12,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from alexnet_dist.model import alexnet, build_model
-from tests.conftest import environment
+from tests.conftest import call, environment
 from tests.model.test_lrn import by_definition
 
 kernels = pytest.importorskip("alexnet_dist.model.fused_block", reason="Triton is for Linux")
@@ -26,15 +25,10 @@ K, ALPHA = 2.0, 5e-4
 @compiled
 def test_in_the_interpreter() -> None:
     """In a process of its own, because Triton chooses its interpreter when it is imported."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
-        capture_output=True,
-        text=True,
-        env=environment(TRITON_INTERPRET="1"),
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-5000:]
-    assert "13 passed" in done.stdout
+    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    done = call(words, env=environment(TRITON_INTERPRET="1"))
+    assert done.code == 0, done.out[-5000:]
+    assert "13 passed" in done.out
 
 
 def plain(z: Tensor, bias: Tensor, groups: int, relu_first: bool) -> Tensor:

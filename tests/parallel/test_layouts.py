@@ -44,8 +44,8 @@ def check(answers: dict[str, Any]) -> None:
             case "gradients":
                 assert answer["loss"] < 1e-9, job
                 assert answer["correct"][0] == answer["correct"][1], job
-                assert max(answer["gradients"].values()) < 1e-9, job
-                assert max(answer["updated"].values()) < 1e-9, job
+                assert answer["gradients"] < 1e-9, job
+                assert answer["updated"] < 1e-9, job
             case "evaluation":
                 assert answer["got"][1:] == answer["expected"][1:], job
                 assert answer["got"][0] == pytest.approx(answer["expected"][0], rel=1e-6), job

@@ -42,6 +42,7 @@ from alexnet_dist.training.step import train_step
 
 SIDE = 67
 SEED = 5
+DECAYING = {"momentum": 0.9, "weight_decay": 0.01}
 
 
 class Trainer:
@@ -52,7 +53,6 @@ class Trainer:
         mesh: Mesh,
         layout: str,
         batch: int,
-        *,
         arch: str = "paper",
         classes: int = 10,
         precision: Any = "fp32",
@@ -64,28 +64,16 @@ class Trainer:
         self.batch, self.classes = batch, classes
         self.mesh = mesh.with_layout(2 if kind == "towers" else 1)
         self.full = build_on_meta(arch, image_size=SIDE, num_classes=classes)
-        config = LayoutConfig(
-            batch,
-            int(microbatches or 1),
-            precision,
-            towers=self.mesh.split_size,
-            fc="sharded" if kind == "sharded" else "replicated",
-            grad_compression=compression or "none",  # type: ignore[arg-type]
-            powersgd_rank=2,
-            powersgd_start=2,
-        )
+        options: dict[str, Any] = {"grad_compression": compression or "none"}
+        options |= {"powersgd_rank": 2, "powersgd_start": 2, "towers": self.mesh.split_size}
+        options["fc"] = "sharded" if kind == "sharded" else "replicated"
+        config = LayoutConfig(batch, int(microbatches or 1), precision, **options)
         self.layout = parallelize(self.full, self.mesh, config)
         self.parameters, self.sharding = self.layout.parameters, self.layout.sharding
         torch.manual_seed(SEED)
         self.sharding.load_full_weights(self.parameters, iter_initial_weights(self.full))
-        self.optimizer = build_optimizer(
-            optimizer,
-            self.parameters,
-            lr=lr,
-            momentum=0.9,
-            weight_decay=0.01,
-            all_reduce_norms=self.sharding.all_reduce_partial_sums,
-        )
+        options = {"lr": lr, "all_reduce_norms": self.sharding.all_reduce_partial_sums, **DECAYING}
+        self.optimizer = build_optimizer(optimizer, self.parameters, **options)
 
     def inputs(self, step: int) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         images, labels = batch_of(self.mesh, self.batch, self.classes, step)
@@ -108,10 +96,8 @@ class Trainer:
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
     def checkpoints(self, folder: str) -> CheckpointManager:
-        group = self.mesh.checkpoint_group
-        return CheckpointManager(
-            Path(folder), group, self.layout, self.optimizer, lambda *_, **__: None
-        )
+        parts = self.mesh.checkpoint_group, self.layout, self.optimizer
+        return CheckpointManager(Path(folder), *parts, lambda *_, **__: None)
 
     def fill_state(self, scale: float) -> dict[str, Tensor]:
         """Give parameters and momentum values that follow from their names, times ``scale``; what a
@@ -153,8 +139,8 @@ def gradients(mesh: Mesh, layout: str, arch: str, classes: int, batch: int) -> d
     ours = Trainer(mesh, layout, batch, arch=arch, classes=classes, optimizer="lars", lr=lr)
     model = model_on_one_device(mesh, arch, classes)
     alone = dict(model.named_parameters())
-    optimizer = build_optimizer("lars", alone, lr=lr, momentum=0.9, weight_decay=0.01)
-    answer: dict[str, Any] = {"loss": 0.0, "gradients": {}, "updated": {}}
+    optimizer = build_optimizer("lars", alone, lr=lr, **DECAYING)
+    answer: dict[str, Any] = {"loss": 0.0, "gradients": 0.0, "updated": 0.0}
     for step in (3, 4):
         images, labels = batch_of(mesh, batch, classes, step)
         logits = model(images, masks_of(mesh, model, step, batch))
@@ -171,14 +157,16 @@ def gradients(mesh: Mesh, layout: str, arch: str, classes: int, batch: int) -> d
             error = (ours.full_tensor(name, mine) - theirs).abs().max()
             # the gradient of a bias in front of a batch normalization is nothing but rounding
             error = float(error / theirs.abs().max().clamp_min(1e-5))
-            answer["gradients"][name] = max(error, answer["gradients"].get(name, 0))
+            answer["gradients"] = max(error, answer["gradients"])
         for one in (ours.optimizer, optimizer):
             one.step()
             one.zero_grad()
     torch.set_default_dtype(torch.float32)
     for name, wanted in alone.items():
         error = (ours.full_tensor(name, ours.parameters[name].detach()) - wanted).abs().max()
-        answer["updated"][name] = float(error / wanted.abs().max().clamp_min(1e-5))
+        answer["updated"] = max(
+            answer["updated"], float(error / wanted.abs().max().clamp_min(1e-5))
+        )
     return answer
 
 
@@ -279,17 +267,16 @@ def shrink() -> None:
     """Cut fc6 and fc7 of every network to 1/32, which layouts do not care about, and add a network
     with batch normalization behind these, too."""
     for name, spec in MODEL_REGISTRY.items():
-        layers = tuple(
-            replace(row, out_channels=row.out_channels // 32) if row.name in ("fc6", "fc7") else row
+        layers = [
+            replace(row, out_channels=row.out_channels // (32 if row.name in ("fc6", "fc7") else 1))
             for row in spec.layers
-        )
-        MODEL_REGISTRY[name] = replace(spec, layers=layers)
+        ]
+        MODEL_REGISTRY[name] = replace(spec, layers=tuple(layers))
     bn = MODEL_REGISTRY["alexnet_bn"]
-    layers = tuple(
-        replace(row, post_ops="bn relu dropout") if row.name in ("fc6", "fc7") else row
-        for row in bn.layers
+    hidden = [replace(row, post_ops="bn relu dropout") for row in bn.layers[-3:-1]]  # fc6, fc7
+    MODEL_REGISTRY["fc_bn"] = replace(
+        bn, layers=(*bn.layers[:-3], *hidden, bn.layers[-1]), towers=1
     )
-    MODEL_REGISTRY["fc_bn"] = replace(bn, layers=layers, towers=1)
 
 
 def main(jobs: tuple[str, ...], on: str) -> None:

@@ -24,7 +24,7 @@ from alexnet_dist.data.packed import unpack_names
 from alexnet_dist.prepare.__main__ import exclusive_lock, main
 from alexnet_dist.prepare.images import OutputFormat, resize_image
 from alexnet_dist.prepare.sources import discover_dataset
-from tests.conftest import command, environment, error_of
+from tests.conftest import call, command, environment, error_of
 from tests.data.corrupt_images import corrupt_files, encode, odd_images, photograph
 from tests.data.loading import scan
 from tests.prepare import imagenet
@@ -163,9 +163,8 @@ def test_every_form_gives_the_same_images(form: str, tmp_path: Path) -> None:
 
 
 def test_classes_are_named_by_index_where_file_names_do_not_tell(tmp_path: Path) -> None:
-    listing = discover_dataset(
-        imagenet.parquet(tmp_path / "in", paths=False), tmp_path, lambda *_: None
-    )
+    given = imagenet.parquet(tmp_path / "in", paths=False)
+    listing = discover_dataset(given, tmp_path, lambda *_: None)
     assert listing.class_names == dict(zip("012", CLASSES.values(), strict=True))
 
 
@@ -247,11 +246,8 @@ def resume(words: list[str], out: Path) -> None:
 @pytest.mark.slow
 def test_a_killed_command_resumes_without_writing_a_shard_twice(many: str, tmp_path: Path) -> None:
     words, out = [many, "--size=200", "--shard_mb=0.3", "--workers=2"], tmp_path / "out"
-    running = subprocess.Popen(
-        command(0, "alexnet_dist.prepare", *words, f"--out={out}"),
-        start_new_session=True,
-        env=environment(),
-    )
+    line = command(0, "alexnet_dist.prepare", *words, f"--out={out}")
+    running = subprocess.Popen(line, start_new_session=True, env=environment())
     while len(list(out.glob(".partial/train-*.json"))) < 2:
         time.sleep(0.002)
     running.kill()
@@ -273,10 +269,9 @@ def test_a_full_disk_is_one_message_and_loses_nothing(kind: str, many: str, tmp_
     words, out = [many, f"--format={kind}", "--crop=center", "--size=100"], tmp_path / "out"
     words.append("--shard_mb=0.2")
     run = shlex.join(command(0, "alexnet_dist.prepare", *words, f"--out={out}"))
-    shell = ["bash", "-c", f"ulimit -f 150; {run}"]
-    done = subprocess.run(shell, capture_output=True, text=True, env=environment(), check=False)
-    assert done.returncode == 1
-    assert done.stderr.count("alexnet_dist: ") == 1
-    assert "cannot be written or read (File too large): make room" in done.stderr
-    assert "Traceback" not in done.stderr
+    done = call(["bash", "-c", f"ulimit -f 150; {run}"])
+    assert done.code == 1
+    (message,) = done.said
+    assert "cannot be written or read (File too large): make room" in message
+    assert "Traceback" not in done.err
     resume(words, out)

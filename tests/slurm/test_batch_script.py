@@ -4,12 +4,11 @@ import contextlib
 import os
 import shutil
 import socket
-import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import write_program
+from tests.conftest import call, write_program
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -44,16 +43,11 @@ def job(place: Path, *words: str, steps: int = 0, ends: str, **env: str) -> tupl
     }
     requests = place / "requests"
     requests.unlink(missing_ok=True)
-    done = subprocess.run(
-        ["bash", ROOT / "slurm" / "train.sbatch", *words],
-        cwd=place,
-        env=environment | env,
-        text=True,
-        capture_output=True,
-    )
-    assert not done.stderr
-    message = done.stdout.splitlines()[-1].split(" slurm: ", 1)[1]
-    return done.returncode, message, requests.exists() and requests.read_text() == "requeue 7\n"
+    script = ["bash", ROOT / "slurm/train.sbatch", *words]
+    done = call(script, cwd=place, env=environment | env)
+    assert not done.err
+    message = done.out.splitlines()[-1].split(" slurm: ", 1)[1]
+    return done.code, message, requests.exists() and requests.read_text() == "requeue 7\n"
 
 
 @pytest.mark.parametrize(
@@ -123,7 +117,7 @@ def test_slurm_job_takes_a_port_that_nobody_listens_on() -> None:
 
     def port() -> str:
         script = f"source {ROOT / 'slurm/lib.sh'}; free_port 127.0.0.1 4567 || echo none"
-        return subprocess.run(["bash", "-c", script], text=True, capture_output=True).stdout.strip()
+        return call(["bash", "-c", script]).out.strip()
 
     with contextlib.ExitStack() as taken:
         for _ in range(8):
@@ -136,5 +130,5 @@ def test_slurm_job_takes_a_port_that_nobody_listens_on() -> None:
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="there is no shellcheck here")
 def test_shell_scripts_are_clean() -> None:
     scripts = [p for f in ("slurm", "launch", "tests/slurm") for p in (ROOT / f).glob("*.s[hb]*")]
-    done = subprocess.run(["shellcheck", "-x", *scripts], text=True, capture_output=True)
-    assert done.returncode == 0, done.stdout
+    done = call(["shellcheck", "-x", *scripts])
+    assert done.code == 0, done.out

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.conftest import TINY, environment, events, losses, train, write_images
+from tests.conftest import TINY, call, environment, events, losses, train, write_images
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -25,9 +25,7 @@ PROGRAMS = ("sbatch", "scontrol", "slurmctld", "slurmd", "munged")
 LACKING = [name for name in PROGRAMS if shutil.which(name) is None]
 pytestmark = [
     pytest.mark.slurm,
-    pytest.mark.skipif(
-        bool(LACKING), reason=f"there is no {', '.join(LACKING)}: apt-get install slurm-wlm munge"
-    ),
+    pytest.mark.skipif(bool(LACKING), reason=f"no {LACKING}: apt-get install slurm-wlm munge"),
     pytest.mark.skipif(os.geteuid() != 0, reason="a SLURM cluster is made by root"),
 ]
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
@@ -47,11 +45,9 @@ class Cluster:
 
     def run(self, *words: str, **env: str) -> str:
         """A command's output."""
-        done = subprocess.run(
-            words, env=self.env | env, cwd=self.place, capture_output=True, text=True, timeout=60
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        done = call(words, 60, env=self.env | env, cwd=self.place)
+        assert done.code == 0, done.err
+        return done.out
 
     def submit(self, *words: str, **env: str) -> list[str]:
         """Submit; the ids of the jobs."""
@@ -61,10 +57,8 @@ class Cluster:
     def state(self, job: str) -> tuple[str, int]:
         """A job's state, and how often it was restarted."""
         shown = self.run("scontrol", "show", "job", job)
-        return (
-            re.findall(r"JobState=(\w+)", shown)[0],
-            int(re.findall(r"Restarts=(\d+)", shown)[0]),
-        )
+        state, restarts = (re.findall(rf"{n}=(\w+)", shown)[0] for n in ("JobState", "Restarts"))
+        return state, int(restarts)
 
     def output(self, job: str = "*") -> str:
         return "\n".join(path.read_text() for path in self.place.glob(f"*-{job}.out"))
@@ -97,14 +91,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 @pytest.fixture(scope="module")
 def reference(cluster: Cluster) -> dict[int, float]:
     """The losses of an undisturbed run of 40 steps on two processes."""
-    train(
-        2,
-        cluster.place / "images",
-        cluster.place / "reference",
-        "--run.name=run",
-        "--train.epochs=4",
-    )
-    return losses(cluster.place / "reference" / "run")
+    images, runs = cluster.place / "images", cluster.place / "reference"
+    train(2, images, runs, "--run.name=run", "--train.epochs=4")
+    return losses(runs / "run")
 
 
 def begin(cluster: Cluster, *words: str) -> tuple[str, Path]:
@@ -200,8 +189,7 @@ def test_slurm_doctor_looks_at_the_nodes_and_ends_a_job_that_would_fail(cluster:
     wrong = [*flags, "--job-name=wrong", "--", *options, "--data.root=nowhere"]
     (sick,) = cluster.submit(*wrong, DOCTOR="yes")
     assert cluster.end_of(sick) == ("FAILED", 0)
-    assert re.search(
-        "^fails +images +there is no folder .*nowhere: give", cluster.output(sick), re.M
-    )
-    assert f"job {sick} ends before it trains: fix what fails above" in cluster.output(sick)
+    output = cluster.output(sick)
+    assert re.search("^fails +images +there is no folder .*nowhere: give", output, re.MULTILINE)
+    assert f"job {sick} ends before it trains: fix what fails above" in output
     assert not (cluster.place / "runs" / f"wrong-{sick}").exists()

@@ -1,6 +1,9 @@
 """An offline W&B run, read back from its own file; and a W&B that fails or hangs."""
 
 import atexit
+import os
+import signal
+import subprocess
 import sys
 import time
 import types
@@ -9,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from alexnet_dist.tracking import wandb as tracking
-from tests.conftest import Result, environment, train
+from tests.conftest import TINY, Result, command, environment, events, losses, train
+from tests.distributed.groups import alive
 from tests.processes import run_group
 from tests.tracking.offline import read_back
 
@@ -103,3 +107,31 @@ def test_auto_is_online_only_with_a_key(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert tracking.resolve_mode("auto") == "offline"
     monkeypatch.setenv("WANDB_API_KEY", "x")
     assert tracking.resolve_mode("auto") == "online"
+
+
+@pytest.mark.slow
+def test_wandb_whose_service_is_killed_costs_a_warning(images: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    options = [*TINY, f"--data.root={images}", f"--run.output_dir={tmp_path}", "--run.name=run"]
+    options += ["--data.batch_size=1", "--wandb.mode=offline"]
+    words, quiet = command(0, "alexnet_dist.train", *options), subprocess.DEVNULL
+    with subprocess.Popen(words, stdout=quiet, stderr=subprocess.PIPE, text=True) as process:
+        while not (any(run.glob("wandb/offline-run-*/*.wandb")) and len(losses(run)) > 2):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.1)
+        killed_at = max(losses(run))
+        services = alive("wandb-core").items()  # each is told whose it is
+        (service,) = (pid for pid, line in services if str(process.pid) in line.split())
+        os.kill(service, signal.SIGKILL)
+        _, err = process.communicate(timeout=120)
+    ended = time.time()
+    assert process.returncode == 0, err
+    said = Result(0, "", err).said
+    assert len(said) == 1, err
+    assert "Weights & Biases failed" in said[0]
+    assert "Traceback" not in err
+    assert sorted(losses(run)) == list(range(1, 63))
+    assert killed_at < 50  # or nothing was left to train
+    (end,) = events(run, "finished")
+    assert end["step"] == 62
+    assert ended - end["time"] < 15
