@@ -67,8 +67,11 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {"jpegs": plain} | {kind: write_prepared(plain, root / kind, kind) for kind in kinds}
 
 
+Saved = tuple[Path, Network]
+
+
 @pytest.fixture(scope="session")
-def paper(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Network]:
+def paper(tmp_path_factory: pytest.TempPathFactory) -> Saved:
     """A run with a checkpoint of the paper's network, and the network."""
     from tests.networks import save_network
 
@@ -134,8 +137,8 @@ def environment(**more: str) -> dict[str, str]:
 
 def call(words: Sequence[object], timeout: float = 240, **options: Any) -> Result:
     """Run a program to its end."""
-    options = {"env": environment(), "timeout": timeout} | options
-    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, **options)
+    wanted: dict[str, Any] = {"env": environment(), "timeout": timeout, "text": True} | options
+    done = subprocess.run(list(map(str, words)), capture_output=True, **wanted)
     return Result(done.returncode, done.stdout, done.stderr)
 
 

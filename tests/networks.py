@@ -46,16 +46,13 @@ def save_network(folder: Path, variant: str, size: int = 67) -> tuple[Path, Netw
     torch.manual_seed(5)
     model = build_model(variant, num_classes=len(CLASSES), image_size=size).eval()
     _sharpen(model, size)
+    stats = {"mean": MEAN, "eigenvalues": [3.0, 2.0, 1.0], "eigenvectors": torch.eye(3).tolist()}
     state = {
         "run": folder.name,
         "step": 12,
         "config": to_dict(config),
         "classes": CLASSES,
-        "statistics": {
-            "mean": MEAN,
-            "eigenvalues": [3.0, 2.0, 1.0],
-            "eigenvectors": torch.eye(3).tolist(),
-        },
+        "statistics": stats,
         "dataset_hash": "0123456789abcdef",
         "images": {"train": 31, "val": 13},
         "versions": {"alexnet_dist": "0.1.0", "torch": torch.__version__},
@@ -74,15 +71,14 @@ def weights_manager(
     events: list[dict[str, Any]] = []
     frozen = {name: nn.Parameter(p.detach(), requires_grad=False) for name, p in parameters.items()}
     sharding = SimpleNamespace(to_dtensor=lambda _, tensor: tensor)
-    manager = CheckpointManager(
-        folder,
-        dist.new_group(backend="gloo"),  # type: ignore[arg-type]
-        SimpleNamespace(parameters=frozen, sharding=sharding),
-        None,  # type: ignore[arg-type]
-        lambda event, **values: events.append({"event": event, **values}),
-        **options,
-    )
-    return manager, events
+    layout: Any = SimpleNamespace(parameters=frozen, sharding=sharding)
+    group: Any = dist.new_group(backend="gloo")
+    no_optimizer: Any = None
+
+    def emit(event: str, **values: Any) -> None:
+        events.append({"event": event, **values})
+
+    return CheckpointManager(folder, group, layout, no_optimizer, emit, **options), events
 
 
 def save_weights(folder: Path, state: dict[str, Any], parameters: Mapping[str, Tensor]) -> None:

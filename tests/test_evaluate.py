@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from alexnet_dist import evaluate
 from alexnet_dist.config import Config, from_dict, to_dict
@@ -22,10 +23,7 @@ IMAGES, CLASSES = 23, 7
 
 
 def evaluate_logits(
-    mesh: Mesh,
-    monkeypatch: pytest.MonkeyPatch,
-    logits: list[torch.Tensor],
-    corrupt: list[set[int]],
+    mesh: Mesh, monkeypatch: pytest.MonkeyPatch, logits: list[Tensor], corrupt: list[set[int]]
 ) -> dict[str, float]:
     """What is counted of networks that give ``logits`` [images, classes], where the loader of each
     skips its ``corrupt`` images."""

@@ -14,14 +14,12 @@ from safetensors.torch import load_file
 
 from alexnet_dist import evaluate, export
 from alexnet_dist.export import main
-from alexnet_dist.model import Network
 from alexnet_dist.parallel import mesh
 from alexnet_dist.setup import load_model
-from tests.conftest import error_of, full_disk, train, write_images
+from tests.conftest import Saved, error_of, full_disk, train, write_images
 from tests.networks import CLASSES, alone, command, save_network
 
 CPU = torch.device("cpu")
-Saved = tuple[Path, Network]
 
 
 @pytest.fixture(scope="module")

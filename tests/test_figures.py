@@ -16,10 +16,10 @@ from alexnet_dist import figures
 from alexnet_dist.data.datasets import SplitIndex
 from alexnet_dist.data.index import DatasetInfo
 from alexnet_dist.data.statistics import ChannelStats
-from alexnet_dist.model import Network, build_model
+from alexnet_dist.model import build_model
 from alexnet_dist.tracking import plots
 from alexnet_dist.tracking.logger import JsonlSink
-from tests.conftest import error_of, write_images
+from tests.conftest import Saved, error_of, write_images
 from tests.networks import CLASSES, MEAN, command
 
 SIZE = 67
@@ -102,14 +102,13 @@ def test_nearest_neighbors_are_those_of_a_plain_loop() -> None:
 def test_classes_have_short_names_that_tell_them_apart() -> None:
     split = SplitIndex("", [], np.array([]), np.array([]), ["n1", "n2", "n3", "n4"])
     names = {"n1": "tench, Tinca tinca", "n2": "crane", "n3": "crane, a machine"}
-    info = DatasetInfo(
-        "folders", split, split, ChannelStats(np.zeros(3), np.zeros(3), np.eye(3)), names
-    )
+    stats = ChannelStats(np.zeros(3), np.zeros(3), np.eye(3))
+    info = DatasetInfo("folders", split, split, stats, names)
     assert info.short_names == ["tench", "crane (n2)", "crane (n3)", "n4"]
 
 
 def test_figures_3_and_4_show_a_checkpoint(
-    paper: tuple[Path, Network], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    paper: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, model = paper
     root = write_images(tmp_path / "images")
@@ -152,7 +151,7 @@ def test_figures_3_and_4_show_a_checkpoint(
 
 
 def test_what_cannot_be_plotted_is_an_error_message(
-    paper: tuple[Path, Network], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    paper: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write_records(Path("good"), [60, 40])

@@ -10,9 +10,8 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from alexnet_dist.model import Network
 from alexnet_dist.predict import main
-from tests.conftest import SIDE, error_of
+from tests.conftest import SIDE, Saved, error_of
 from tests.networks import CLASSES, MEAN, command, ten_crops
 
 SIZES = [(SIDE, SIDE), (90, 130), (200, 77), (50, 60), (SIDE, 99)]
@@ -46,7 +45,7 @@ def by_class(records: list[dict]) -> np.ndarray:
 
 @torch.no_grad()
 def test_one_crop_and_ten_are_those_of_a_plain_loop(
-    paper: tuple[Path, Network], photographs: Path, capsys: pytest.CaptureFixture[str]
+    paper: Saved, photographs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, model = paper
     files = sorted(path for path in photographs.rglob("*.*"))
@@ -66,9 +65,8 @@ def test_one_crop_and_ten_are_those_of_a_plain_loop(
 
 
 def test_photographs_are_turned_upright(
-    paper: tuple[Path, Network], photographs: Path, tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    paper: Saved, photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     upright = Image.open(photographs / "a" / "01.png")
     for orientation in range(1, 9):
         exif = Image.Exif()
@@ -84,9 +82,8 @@ def test_photographs_are_turned_upright(
 
 
 def test_what_cannot_be_read_is_named_and_the_rest_is_done(
-    paper: tuple[Path, Network], photographs: Path, tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    paper: Saved, photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     good = sorted(photographs.rglob("*.jpg"))
     cut, text, empty = tmp_path / "cut.jpg", tmp_path / "text.jpg", tmp_path / "empty"
     cut.write_bytes(good[1].read_bytes()[:-20])
@@ -113,9 +110,8 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_done(
 
 
 def test_a_name_in_another_encoding_and_files_of_other_kinds(
-    paper: tuple[Path, Network], photographs: Path, tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    paper: Saved, photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     odd = tmp_path / "in" / os.fsdecode(b"caf\xe9.jpg")
     odd.parent.mkdir()
     shutil.copy(photographs / "a" / "00.jpg", odd)
@@ -130,9 +126,8 @@ def test_a_name_in_another_encoding_and_files_of_other_kinds(
 
 
 def test_text_json_and_image(
-    paper: tuple[Path, Network], photographs: Path, tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    paper: Saved, photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file, image = tmp_path / "predictions.jsonl", tmp_path / "image.png"
     words = [photographs / "b", "--checkpoint", paper[0], "--json", file, "--save_image", image]
     command(main, *words, "--runtime.device", "cpu", "--runtime.threads=1")
@@ -148,7 +143,7 @@ def test_text_json_and_image(
     assert 900 < height < 1300  # two rows
 
 
-def test_wrong_options_are_named(paper: tuple[Path, Network], tmp_path: Path) -> None:
+def test_wrong_options_are_named(paper: Saved, tmp_path: Path) -> None:
     run = ["--checkpoint", str(paper[0])]
     (tmp_path / "weights.txt").touch()
     for words, message in (

@@ -34,11 +34,8 @@ def build(
     normalization: Normalization = BYTES,
     **options: Any,
 ) -> Loader:
-    defaults: dict[str, Any] = {
-        "device": torch.device("cpu"),
-        "max_batch_size": max(plan.batch_size, 60),
-        "threads": 2,
-    }
+    defaults: dict[str, Any] = {"device": torch.device("cpu"), "threads": 2}
+    defaults["max_batch_size"] = max(plan.batch_size, 60)
     return build_loader(name, dataset, normalization, plan, **defaults | options)
 
 

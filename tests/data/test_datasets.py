@@ -87,11 +87,8 @@ def test_folders_that_are_laid_out_otherwise_are_refused(tmp_path: Path) -> None
 
 def test_statistics_are_numpys(images: Path, tmp_path: Path) -> None:
     info = scan(images, tmp_path)
-    pixels = [
-        np.asarray(Image.open(f"{info.train.folder}/{n}"), np.float64).reshape(-1, 3)
-        for n in info.train.names
-    ]
-    together = np.concatenate(pixels)
+    files = (f"{info.train.folder}/{name}" for name in info.train.names)
+    together = np.concatenate([np.asarray(Image.open(f), float).reshape(-1, 3) for f in files])
     ours = info.stats
     assert np.allclose(ours.mean, together.mean(0))
     covariance = np.cov(together.T, bias=True)

@@ -72,9 +72,8 @@ def test_flips_and_pca_coefficients() -> None:
 
 
 def test_random_squares_of_half_the_side_and_more() -> None:
-    full = plan(
-        [(224, 224)] * 5000, 5000, crop="random_resized", scale=(0.25, 1.0), ratio=(1.0, 1.0)
-    )
+    squares = {"crop": "random_resized", "scale": (0.25, 1.0), "ratio": (1.0, 1.0)}
+    full = plan([(224, 224)] * 5000, 5000, **squares)
     boxes = full.sample(0, 0).crop_boxes
     assert (boxes[:, 2] == boxes[:, 3]).all()
     assert (boxes[:, 2].min(), boxes[:, 2].max()) == (112, 224)
@@ -117,9 +116,8 @@ def test_the_papers_ten_crops_of_a_stored_256_image() -> None:
     (samples,) = EvalPlan(np.full((2, 2), 256), 2, num_crops=10).batches(slice(None))
     corners = [(0, 0), (0, 32), (32, 0), (32, 32), (16, 16)]
     wanted = {(n, *at, 224, 224, flip) for n in (0, 1) for at in corners for flip in (False, True)}
-    rows = zip(
-        samples.indices.tolist(), samples.crop_boxes.tolist(), samples.flips.tolist(), strict=True
-    )
+    columns = samples.indices, samples.crop_boxes, samples.flips
+    rows = zip(*(column.tolist() for column in columns), strict=True)
     found = [(index, *box, flip) for index, box, flip in rows]
     assert len(found) == 20
     assert set(found) == wanted

@@ -3,7 +3,6 @@
 import os
 import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -82,15 +81,10 @@ def test_a_resumed_run_keeps_its_options_and_records_a_change(images: Path, tmp_
 
 
 LAYOUTS = [(2, "--parallel.towers=2"), (3, "--parallel.fc=sharded")]
+SLOW = [pytest.param(*layout, marks=pytest.mark.slow) for layout in LAYOUTS]
 
 
-@pytest.mark.parametrize(
-    ("processes", "layout"),
-    [
-        (3, "--parallel.fc=replicated"),
-        *(pytest.param(*layout, marks=pytest.mark.slow) for layout in LAYOUTS),
-    ],
-)
+@pytest.mark.parametrize(("processes", "layout"), [(3, "--parallel.fc=replicated"), *SLOW])
 def test_a_killed_run_resumes(processes: int, layout: str, images: Path, tmp_path: Path) -> None:
     """Bit for bit, though all of its processes die at once after a checkpoint."""
     run, options = tmp_path / "run", [layout, "--checkpoint.interval_steps=2", "--train.epochs=2"]
@@ -135,21 +129,18 @@ def test_precision_may_change_and_evaluation_batches_be_small(images: Path, tmp_
 
 SHARDED = ["--parallel.towers=1", "--parallel.fc=sharded"]
 ONE_DEVICE = ["--parallel.towers=1", "--parallel.fc=replicated"]
+ATTEMPTS: dict[str, list[tuple[int, int, list[str]]]] = {
+    "processes": [(2, 3, []), (3, 6, []), (0, 8, [])],
+    "layouts": [(2, 3, ["--parallel.towers=2"]), (3, 6, SHARDED), (0, 8, ONE_DEVICE)],
+}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "attempts",
-    [
-        [(2, 3, []), (3, 6, []), (0, 8, [])],
-        [(2, 3, ["--parallel.towers=2"]), (3, 6, SHARDED), (0, 8, ONE_DEVICE)],
-    ],
-    ids=["processes", "layouts"],
-)
+@pytest.mark.parametrize("changed", ATTEMPTS)
 def test_a_run_resumes_in_mid_epoch_on_other_processes(
-    attempts: list[Any], reference: dict[int, Path], images: Path, tmp_path: Path
+    changed: str, reference: dict[int, Path], images: Path, tmp_path: Path
 ) -> None:
-    for processes, stop, layout in attempts:
+    for processes, stop, layout in ATTEMPTS[changed]:
         train(processes, images, tmp_path, "--run.name=run", f"--train.max_steps={stop}", *layout)
     run = tmp_path / "run"
     assert losses(run) == pytest.approx(losses(reference[0]), rel=1e-4)

@@ -25,13 +25,10 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
 
 
 def test_curves_of_all_groups_and_steps_with_a_loss(tmp_path: Path, figures: list[Figure]) -> None:
-    events: list[dict[str, Any]] = [
-        {
-            **{"event": "train", "epoch": n / 8, "top1_error": 50.0},
-            **{"loss": None if n == 3 else 1.0, "lrs": {"weights": 0.1 / n, "conv1.bias": 0.2}},
-        }
-        for n in range(1, 41)
-    ]
+    train: dict[str, Any] = {"event": "train", "top1_error": 50.0, "loss": 1.0}
+    lrs = [{"weights": 0.1 / n, "conv1.bias": 0.2} for n in range(1, 41)]
+    events = [train | {"epoch": n / 8, "lrs": lrs[n - 1]} for n in range(1, 41)]
+    events[2]["loss"] = None
     events += [{"event": "eval", "epoch": n, "top1_error": 9 - n, "loss": 1.0} for n in (1, 2)]
     plots.plot_curves(tmp_path / "curves.png", {"a": events})
     loss, error, lr = figures[0].axes

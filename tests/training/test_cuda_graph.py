@@ -52,10 +52,7 @@ def test_cuda_graph_names_what_cannot_be_captured(where: Mesh, option: str, mess
 @pytest.mark.parametrize("here", [True, False])
 @pytest.mark.parametrize("fall_back", [True, False])
 def test_a_step_that_cannot_be_captured(
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    fall_back: bool,
-    here: bool,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fall_back: bool, here: bool
 ) -> None:
     """Whether here or on another process. The loader is idle when it is tried, once; steps then go
     on eagerly on all if that is allowed."""
@@ -75,14 +72,8 @@ def test_a_step_that_cannot_be_captured(
     monkeypatch.setattr(cuda_graph, "train_step", train_step)
     optimizer = KrizhevskySGD([torch.nn.Parameter(torch.ones(1))], lr=0.1, momentum=0.9)
     no_gpu: Any = None
-    step = cuda_graph.CudaGraphStep(
-        no_gpu,
-        optimizer,
-        no_gpu,
-        before_capture=lambda: calls.append("idle"),
-        on_all=lambda captured: False,
-        fall_back=fall_back,
-    )
+    agree: Any = {"before_capture": lambda: calls.append("idle"), "on_all": lambda captured: False}
+    step = cuda_graph.CudaGraphStep(no_gpu, optimizer, no_gpu, fall_back=fall_back, **agree)
     batch = torch.zeros(2, 3), torch.zeros(2)
     for _ in range(cuda_graph.CAPTURE_WARMUP_STEPS):
         step(*batch, ())

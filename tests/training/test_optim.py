@@ -49,14 +49,8 @@ def test_sgd2012_as_on_gpus_is_torchs_fused_kernel(name: Any) -> None:
         parameters = {n: nn.Parameter(torch.randn(shape)) for n, shape in shapes.items()}
         conv = parameters["conv.weight"]
         conv.data = conv.data.to(memory_format=torch.channels_last)
-        optimizer: Any = build_optimizer(
-            name,
-            parameters,
-            lr=0.1,
-            momentum=0.9,
-            weight_decay=0.05,
-            separate_groups=["own.weight"],
-        )
+        options: Any = {"momentum": 0.9, "weight_decay": 0.05, "separate_groups": ["own.weight"]}
+        optimizer: Any = build_optimizer(name, parameters, lr=0.1, **options)
         optimizer.trust_coefficient = 0.5
         optimizer._fused = fused
         optimizer._update = torch.compile(sgd2012_update, fullgraph=True, backend="aot_eager")
@@ -85,10 +79,8 @@ def test_sgd2012_as_on_gpus_is_torchs_fused_kernel(name: Any) -> None:
 def test_parameter_groups_and_their_weight_decay() -> None:
     net = nn.ModuleDict({"conv1": nn.Linear(2, 2), "fc8": nn.Linear(2, 2)})
     options: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.5}
-    parameters = dict(net.named_parameters())
-    optimizer = build_optimizer(
-        "sgd2012", parameters, separate_groups=["weights", "conv1.weight"], **options
-    )
+    parameters, own = dict(net.named_parameters()), ["weights", "conv1.weight"]
+    optimizer = build_optimizer("sgd2012", parameters, separate_groups=own, **options)
     groups = {g["name"]: (len(g["params"]), g["weight_decay"]) for g in optimizer.param_groups}
     assert groups == {"conv1.weight": (1, 0.5), "biases": (2, 0.0), "weights": (1, 0.5)}
     with pytest.raises(UserError, match=r"conv9\.weight, and the network has no such parameter"):
@@ -108,13 +100,8 @@ def test_lars_by_hand() -> None:
     """Two steps; norms are of full tensors, and biases keep the plain learning rate."""
     w = nn.Parameter(torch.tensor([[3.0, 4.0]], dtype=torch.float64))
     bias = nn.Parameter(torch.tensor([1.0], dtype=torch.float64))
-    optimizer: Any = build_optimizer(
-        "lars",
-        {"fc.weight": w, "fc.bias": bias},
-        lr=2.0,
-        momentum=0.5,
-        weight_decay=0.1,
-    )
+    parameters, options = {"fc.weight": w, "fc.bias": bias}, {"momentum": 0.5, "weight_decay": 0.1}
+    optimizer: Any = build_optimizer("lars", parameters, lr=2.0, **options)
     optimizer.trust_coefficient = 0.01
     w.grad = torch.tensor([[0.0, 1.5]], dtype=torch.float64)
     bias.grad = torch.tensor([0.25], dtype=torch.float64)

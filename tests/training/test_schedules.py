@@ -1,5 +1,7 @@
 """Learning rates as functions of the epoch."""
 
+from typing import Any
+
 import pytest
 
 from alexnet_dist.training.schedules import Schedule
@@ -36,14 +38,9 @@ def test_polynomial_falls_as_the_square_of_what_is_left() -> None:
 
 def test_lr_mults_and_warmup_multiply_any_schedule() -> None:
     for name in ("constant", "plateau", "one_cycle", "polynomial", "piecewise"):
-        schedule = Schedule(
-            name,
-            lr=0.02,
-            epochs=4,
-            milestones={"weights": [(0.0, 0.01), (2.0, 0.004)]},
-            warmup_epochs=0.5,
-            lr_mults={"fc8.weight": 0.05, "biases": 2.0},
-        )
+        options: Any = {"milestones": {"weights": [(0.0, 0.01), (2.0, 0.004)]}}
+        options["lr_mults"] = {"fc8.weight": 0.05, "biases": 2.0}
+        schedule = Schedule(name, lr=0.02, epochs=4, warmup_epochs=0.5, **options)
         for epoch in (0.25, 1.0, 2.0, 3.5):
             lr = schedule.lr_at("weights", epoch)
             assert schedule.lr_at("fc8.weight", epoch) == pytest.approx(0.05 * lr)

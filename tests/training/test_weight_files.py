@@ -8,25 +8,23 @@ import torch
 
 from alexnet_dist.errors import UserError
 from alexnet_dist.export import main as export
-from alexnet_dist.model import Network, build_model
+from alexnet_dist.model import build_model
 from alexnet_dist.parallel import mesh
 from alexnet_dist.setup import load_model
 from alexnet_dist.training.checkpoint import read_state
-from tests.conftest import error_of
+from tests.conftest import Saved, error_of
 from tests.networks import alone, command, weights_manager
 
 
 @pytest.fixture(scope="module")
-def saved(
-    paper: tuple[Path, Network], tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, Network]:
+def saved(paper: Saved, tmp_path_factory: pytest.TempPathFactory) -> Saved:
     """A network as safetensors, and itself."""
     folder = tmp_path_factory.mktemp("network")
     command(export, "--checkpoint", paper[0], "--out", folder)
     return folder / "model.safetensors", paper[1]
 
 
-def test_a_run_starts_from_safetensors(saved: tuple[Path, Network]) -> None:
+def test_a_run_starts_from_safetensors(saved: Saved) -> None:
     alone()
     weights, network = saved
     for arch, outputs, same, from_scratch in (
@@ -41,17 +39,16 @@ def test_a_run_starts_from_safetensors(saved: tuple[Path, Network]) -> None:
         manager, _ = weights_manager(Path(), parameters)
         assert manager.load_pretrained(str(weights), lambda _, same=same: same) == from_scratch
         theirs = dict(network.named_parameters())
+        wanted = theirs | {name: initial[name] for name in from_scratch}
         for name, parameter in mine.named_parameters():
-            assert torch.equal(
-                parameter, initial[name] if name in from_scratch else theirs[name]
-            ), name
+            assert torch.equal(parameter, wanted[name]), name
     other = dict(build_model("owt", image_size=67).named_parameters())
     message = error_of(load_model(str(weights)).load_weights, other)
     assert "another network: model.conv1.weight should be [64" in message
     mesh.destroy_distributed()
 
 
-def test_what_cannot_be_read(saved: tuple[Path, Network], tmp_path: Path) -> None:
+def test_what_cannot_be_read(saved: Saved, tmp_path: Path) -> None:
     class Harm:
         def __reduce__(self) -> tuple:
             return os.mkdir, (str(tmp_path / "harm"),)
@@ -63,9 +60,8 @@ def test_what_cannot_be_read(saved: tuple[Path, Network], tmp_path: Path) -> Non
     torch.save(saved[1], tmp_path / "whole.pth")
     torch.save([1, 2], tmp_path / "list.pth")
     torch.save({"features.0.weight": torch.zeros(3)}, tmp_path / "other.pth")
-    (tmp_path / "later.safetensors").write_bytes(
-        content.replace(b'"alexnet_dist":"4"', b'"alexnet_dist":"9"', 1)
-    )
+    later = content.replace(b'"alexnet_dist":"4"', b'"alexnet_dist":"9"', 1)
+    (tmp_path / "later.safetensors").write_bytes(later)
     for name, sentence in {
         "cut.safetensors": "is corrupt, or cannot be read",
         "text.safetensors": "is corrupt, or cannot be read",
