@@ -34,6 +34,7 @@ TINY = [
     "--wandb.mode=off",
 ]
 """Options for a network that is small because its images are: 17 million parameters."""
+Saved = tuple[Path, Network]
 
 
 def write_images(root: Path, *, train: int = 31, val: int = 13, side: int = SIDE) -> Path:
@@ -65,9 +66,6 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     plain = write_images(root / "jpegs", side=128)
     kinds = ("shards", "pixels")
     return {"jpegs": plain} | {kind: write_prepared(plain, root / kind, kind) for kind in kinds}
-
-
-Saved = tuple[Path, Network]
 
 
 @pytest.fixture(scope="session")

@@ -47,7 +47,7 @@ def save_network(folder: Path, variant: str, size: int = 67) -> tuple[Path, Netw
     model = build_model(variant, num_classes=len(CLASSES), image_size=size).eval()
     _sharpen(model, size)
     stats = {"mean": MEAN, "eigenvalues": [3.0, 2.0, 1.0], "eigenvectors": torch.eye(3).tolist()}
-    state = {
+    state: dict[str, Any] = {
         "run": folder.name,
         "step": 12,
         "config": to_dict(config),
@@ -59,7 +59,10 @@ def save_network(folder: Path, variant: str, size: int = 67) -> tuple[Path, Netw
         "best": {"top1_error": 12.5, "top5_error": 0.0, "loss": 0.5, "images": 13, "step": 12},
     }
     alone()
-    save_weights(folder / "checkpoints", state, dict(model.named_parameters()))
+    manager, events = weights_manager(folder / "checkpoints", dict(model.named_parameters()))
+    manager.save({"last_eval_step": -1, **state}, state["best"])
+    manager.wait()
+    assert [event["event"] for event in events] == ["checkpoint", "best"], events
     mesh.destroy_distributed()
     return folder, model
 
@@ -79,15 +82,6 @@ def weights_manager(
         events.append({"event": event, **values})
 
     return CheckpointManager(folder, group, layout, no_optimizer, emit, **options), events
-
-
-def save_weights(folder: Path, state: dict[str, Any], parameters: Mapping[str, Tensor]) -> None:
-    """Write a checkpoint of ``parameters``, the best one."""
-    manager, events = weights_manager(folder, parameters)
-    best = state.get("best", {"top1_error": 12.5})
-    manager.save({"last_eval_step": -1, **state}, best)
-    manager.wait()
-    assert [event["event"] for event in events] == ["checkpoint", "best"], events
 
 
 def ten_crops(image: Image.Image, fraction: float, size: int, mean: Sequence[float]) -> Tensor:

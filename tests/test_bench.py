@@ -12,7 +12,6 @@ from alexnet_dist.model.layer_stats import training_flops
 from tests.conftest import TINY, error_of, succeed
 from tests.networks import command
 
-SHORT = ["--rounds=1", "--seconds=0.1"]
 TIMED = {
     *("limit: matrix product", "limit: memory copy", "computing alone"),
     *("training end to end", "loading alone: dali", "loading alone: torch"),
@@ -24,7 +23,7 @@ TIMED = {
 def test_bench_measures_every_part(processes: int, images: Path, tmp_path: Path) -> None:
     out = tmp_path / "bench.json"
     options = [*TINY, f"--data.root={images}", f"--run.output_dir={tmp_path}", f"--out={out}"]
-    result = succeed(processes, "bench", *SHORT, *options)
+    result = succeed(processes, "bench", "--rounds=1", "--seconds=0.1", *options)
     record = json.loads(out.read_text())
     medians = {name: result["median"] for name, result in record["results"].items()}
     assert {name for name, result in record["results"].items() if "low" in result} == TIMED

@@ -20,8 +20,8 @@ from torch.distributed.run import get_args_parser
 
 from alexnet_dist.__main__ import COMMANDS
 from alexnet_dist.config import OPTIONS, SECTIONS, CommandParser
+from tests.conftest import Result, call, environment, write_images
 from tests.conftest import command as launcher
-from tests.conftest import environment, write_images
 from tests.processes import run_group, run_main
 
 ROOT = Path(__file__).parents[1]
@@ -215,9 +215,7 @@ def test_commands_run(document: str, tmp_path: Path) -> None:
             words.insert(1, "--dry_run")
         env = environment(**command.env)
         if "PYTHONPATH" in command.env:
-            line = launcher(processes, *words)
-            done = subprocess.run(line, cwd=folder, env=env, capture_output=True, text=True)
-            code, err = done.returncode, done.stderr
+            done = call(launcher(processes, *words), cwd=folder, env=env)
         else:
-            code, _, err = run_group(processes, env, 120, run_in, folder, *words)
-        assert code == 0, f"{command.line}\n{err[-3000:]}"
+            done = Result(*run_group(processes, env, 120, run_in, folder, *words))
+        assert done.code == 0, f"{command.line}\n{done.err[-3000:]}"

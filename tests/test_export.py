@@ -12,11 +12,11 @@ import torchvision
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from alexnet_dist import evaluate, export
+from alexnet_dist import export
 from alexnet_dist.export import main
 from alexnet_dist.parallel import mesh
 from alexnet_dist.setup import load_model
-from tests.conftest import Saved, error_of, full_disk, train, write_images
+from tests.conftest import Saved, error_of, evaluate, full_disk, train, write_images
 from tests.networks import CLASSES, alone, command, save_network
 
 CPU = torch.device("cpu")
@@ -116,15 +116,13 @@ def test_torchvisions_weights_are_read_and_exported(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_an_exported_file_is_evaluated_and_trained_on_two_towers(
-    paper: Saved, exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    paper: Saved, exported: Path, tmp_path: Path
 ) -> None:
     """Each tower takes its half; after a step of next to nothing they still are those weights."""
     file, data = exported / "model.safetensors", write_images(tmp_path / "images")
-    results = []
-    for source in (paper[0], file):
-        command(evaluate.main, "--checkpoint", source, "--data.root", data)
-        results.append(json.loads(capsys.readouterr().out))
-    assert results[0] == results[1]
+    sources = (["--checkpoint", str(source), f"--data.root={data}"] for source in (paper[0], file))
+    first, second = (evaluate(0, *source) for source in sources)
+    assert first == second
     options = [f"--model.pretrained={file}", "--run.name=run", "--train.max_steps=1"]
     train(2, data, tmp_path, *options, "--parallel.towers=2", "--optim.lr=1e-12")
     alone()
@@ -134,9 +132,7 @@ def test_an_exported_file_is_evaluated_and_trained_on_two_towers(
         torch.testing.assert_close(model.get_parameter(name), parameter, atol=1e-9, rtol=1e-6)
 
 
-def test_what_cannot_be_exported_is_refused(
-    paper: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_export_refuses(paper: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = ["--checkpoint", paper[0], "--out", tmp_path]
     (tmp_path / "file").touch()
 

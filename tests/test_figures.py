@@ -5,7 +5,7 @@ import shutil
 import zlib
 from functools import partial
 from pathlib import Path
-from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -107,33 +107,24 @@ def test_classes_have_short_names_that_tell_them_apart() -> None:
     assert info.short_names == ["tench", "crane (n2)", "crane (n3)", "n4"]
 
 
-def test_figures_3_and_4_show_a_checkpoint(
-    paper: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_figures_3_and_4(paper: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, model = paper
     root = write_images(tmp_path / "images")
     for file in (root / "val").glob("*/*.jpg"):  # each is its own nearest
         shutil.copy(file, root / "train" / file.parent.name / f"copy-{file.name}")
-    shown: dict[str, Any] = {}
     for name in ("plot_kernels", "plot_predictions", "plot_neighbors"):
-        plot = getattr(plots, name)
-
-        def spy(path: Path, *args: Any, name: str = name, plot: Any = plot) -> None:
-            shown[name] = args
-            plot(path, *args)
-
-        monkeypatch.setattr(plots, name, spy)
+        monkeypatch.setattr(plots, name, MagicMock(wraps=getattr(plots, name)))
     labeled = [str(root / "val" / "red" / "002.jpg"), "blue/003.jpg"]
     options = ["--queries=3", "--neighbors", "4", "--only", "3", "4"]
     options += ["--data.root", root, "--data.on_corrupt_image=skip", "--data.eval_batch_size=8"]
     command(figures.main, run, "--images", *labeled, *options)
 
     assert_seen(run / "figures", "figure3", "figure4-labels", "figure4-neighbors")
-    weights, towers = shown["plot_kernels"]
+    _, weights, towers = plots.plot_kernels.call_args.args
     assert np.array_equal(weights, model.conv1.weight.detach().numpy())  # type: ignore[union-attr]
     assert towers == 2
 
-    pixels, captions, predictions = shown["plot_predictions"]
+    _, pixels, captions, predictions = plots.plot_predictions.call_args.args
     assert captions == ["red", "blue"]
     stored = np.asarray(Image.open(labeled[0]))
     assert np.abs(pixels[0] - stored[4:71, 4:71].astype(int)).mean() < 1  # the central 67 of 76
@@ -143,7 +134,7 @@ def test_figures_3_and_4_show_a_checkpoint(
         assert [name for name, _ in best] == names[row.argsort().flip(0)].tolist()
         assert [p for _, p in best] == pytest.approx(row.sort(descending=True)[0].tolist(), 1e-4)
 
-    rows, row_names = shown["plot_neighbors"]
+    _, rows, row_names = plots.plot_neighbors.call_args.args
     assert rows.shape == (3, 1 + 4, SIZE, SIZE, 3)
     assert np.array_equal(rows[:, 1], rows[:, 0])
     assert not (rows[:, 2] == rows[:, 0]).all((1, 2, 3)).any()

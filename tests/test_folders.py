@@ -257,12 +257,9 @@ def test_labels_are_matched_to_outputs_by_name_or_number(mesh: Mesh, tmp_path: P
 COMPONENT = st.binary(min_size=1, max_size=12).filter(
     lambda name: not {b"/"[0], 0} & set(name) and name.strip(b".")
 )
-FILE = st.builds(
-    lambda start, name, end: start + name + end,
-    st.sampled_from([b"", b"", b".", b"._"]),
-    COMPONENT,
-    st.sampled_from([b".jpg", b".JPEG", b".jfif", b".png", b".tif", b".txt", b""]),
-)
+ENDS = st.sampled_from([b".jpg", b".JPEG", b".jfif", b".png", b".tif", b".txt", b""])
+FILE = st.tuples(st.sampled_from([b"", b"", b".", b"._"]), COMPONENT, ENDS).map(b"".join)
+MEMBER_ENDS = st.sampled_from(["jpg", "PNG", "cls", "json", "05.jpg", "05.cls", "tif"])
 FOLDERS = st.lists(st.one_of(COMPONENT, st.just(b"@eaDir")), max_size=2)
 
 
@@ -274,9 +271,8 @@ def test_any_tree_of_any_names_is_one_data_set(classes: list[bytes], data: st.Da
     with tempfile.TemporaryDirectory() as folder:
         root, made = Path(folder, "in"), {}
         paths = [(split, name, [], b"0.jpg") for name in classes for split in (b"train", b"val")]
-        for number, (split, name, inner, file) in enumerate(
-            [*paths, *data.draw(st.lists(place, max_size=12))]
-        ):
+        paths += data.draw(st.lists(place, max_size=12))
+        for number, (split, name, inner, file) in enumerate(paths):
             path = os.fsdecode(b"/".join([split, name, *inner, file]))
             try:
                 write(root / path, JPEG + str(number).encode())
@@ -308,9 +304,7 @@ def test_any_tree_of_any_names_is_one_data_set(classes: list[bytes], data: st.Da
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(COMPONENT.map(os.fsdecode), max_size=6),
-    st.lists(
-        st.sampled_from(["jpg", "PNG", "cls", "json", "05.jpg", "05.cls", "tif"]), max_size=16
-    ),
+    st.lists(MEMBER_ENDS, max_size=16),
     st.randoms(use_true_random=False),
 )
 def test_any_members_in_any_order_are_used_or_counted(

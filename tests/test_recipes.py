@@ -13,7 +13,6 @@ from alexnet_dist.training.step import lrs_at, set_lr
 from tests.conftest import TINY, error_of, events, succeed
 
 FOLDER = packaged_folder("configs")
-CONFIGS = sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
 def resolve(name: str, *words: str) -> Config:
@@ -30,7 +29,7 @@ def build_schedule(config: Config) -> tuple[Schedule, torch.optim.SGD]:
     return schedule, build_optimizer("sgd", parameters, lr=optim.lr, separate_groups=own, **options)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", sorted(path.stem for path in FOLDER.glob("*.yaml")))
 def test_a_config_resolves(name: str) -> None:
     config = resolve(name)
     schedule, optimizer = build_schedule(config)

@@ -37,7 +37,7 @@ def test_communication_hides_behind_what_is_computed_after_it() -> None:
     assert overlapped([(1, 2), (3, 0)], 1.0) == 6  # communication takes the whole processor
 
 
-def test_what_data_parallel_waits_for() -> None:
+def test_what_layouts_wait_for() -> None:
     layers, backward = [CONV, FC], [1.0, 1.0]
     assert waiting(layers, backward, NETWORK, "ddp", 1, 4) == 0
     # one bucket, 6 values of 4 bytes, half of it there and back at 4 a second, behind all
@@ -45,12 +45,9 @@ def test_what_data_parallel_waits_for() -> None:
     assert waiting(layers, backward, NETWORK, "ddp+bf16", 2, 8) == 3
     # rows and columns of fc6 are no less than the matrix
     assert waiting(layers, backward, NETWORK, "ddp+powersgd", 2, 8) == 6
-
-
-def test_what_sharded_layers_wait_for() -> None:
     # labels, losses and 3 inputs per image there and back, half of each; conv1's two gradients
     gathered = (8 * 8 + 8 * 2 * 16 + 8 * 3 * 2 + 8 * 3 * 2) / 2 / 4
-    waits = waiting([CONV, FC], [1.0, 1.0], NETWORK, "sharded", 2, 8)
+    waits = waiting(layers, backward, NETWORK, "sharded", 2, 8)
     assert waits == pytest.approx(gathered + 2 * 4 / 4)
 
 
@@ -69,10 +66,8 @@ def test_fits_find_what_the_times_were_made_of() -> None:
     assert fit([(1, 1.0), (3, 3.5)])[0] == 0
     assert fit([(1, 2.0), (3, 1.5)])[1] == 0
     network = replace(NETWORK, between={kind: (0.01, 1e3) for kind in LINKS})
-    found = {
-        kind: [(size, network.collective(kind, size, 4)) for size in (100, 1000, 10000)]
-        for kind in LINKS
-    }
+    sizes = (100, 1000, 10000)
+    found = {kind: [(size, network.collective(kind, size, 4)) for size in sizes] for kind in LINKS}
     for link in fit_links(found, 4).values():
         assert link == pytest.approx((0.01, 1e3))
 

@@ -32,9 +32,7 @@ OWN = "--run.output_dir=runs --train.seed=2012"
         (f"doctor --nodes=4 -- {PAPER}", f"sbatch --parsable --nodes=4 doctor.sbatch {PAPER}"),
     ],
 )
-def test_submit_passes_flags_and_options_on(
-    words: str, command: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_submit_passes_all_on(words: str, command: str, capsys: pytest.CaptureFixture[str]) -> None:
     main(["--dry_run", *words.split()])
     lines = capsys.readouterr().out.replace(f"{SLURM}/", "").splitlines()
     sbatch = [line for line in lines if "sbatch" in line]

@@ -19,9 +19,8 @@ PARTS = ("alexnet_dist", "configs", "slurm", "pyproject.toml", "README.md", "LIC
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with nothing but the package, installed from its wheel."""
-    source, wheels, folder = (
-        tmp_path_factory.mktemp(name) for name in ("source", "wheels", "bare")
-    )
+    names = ("source", "wheels", "bare")
+    source, wheels, folder = (tmp_path_factory.mktemp(name) for name in names)
     for name in PARTS:  # a build leaves files in the folder that it builds
         copy = shutil.copytree if (CHECKOUT / name).is_dir() else shutil.copy
         copy(CHECKOUT / name, source / name)

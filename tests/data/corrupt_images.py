@@ -53,11 +53,6 @@ def with_thumbnail(jpeg: bytes) -> bytes:
     return START + b"\xff\xe1" + struct.pack(">H", len(content) + 2) + content + jpeg[2:]
 
 
-def without_adobes_mark(jpeg: bytes) -> bytes:
-    at = jpeg.index(b"\xff\xee")
-    return jpeg[:at] + jpeg[at + 2 + int.from_bytes(jpeg[at + 2 : at + 4]) :]
-
-
 def odd_images() -> dict[str, bytes]:
     """Kinds that are to be decoded, and alike by all decoders."""
     image, alpha, rotated = photograph(), photograph(), Image.Exif()
@@ -65,10 +60,10 @@ def odd_images() -> dict[str, bytes]:
     alpha.putalpha(gray)
     inks = Image.merge("CMYK", (*image.split(), gray.point(lambda value: value // 2)))
     rotated[0x0112] = 6
-    more: dict[str, Any] = {
-        "save_all": True,
-        "append_images": [image.transpose(Image.Transpose.ROTATE_180)],
-    }
+    more: dict[str, Any] = {"save_all": True, "append_images": [image.rotate(180)]}
+    cmyk = encode(inks, "JPEG")
+    at = cmyk.index(b"\xff\xee")  # Adobe's mark
+    unmarked = cmyk[:at] + cmyk[at + 2 + int.from_bytes(cmyk[at + 2 : at + 4]) :]
     jpeg, deep = encode(image, "JPEG", quality=90), np.asarray(alpha).astype(np.uint16) * 257 + 100
     made: dict[str, tuple[Image.Image, dict[str, Any]]] = {
         "JPEG, progressive": (image, {"progressive": True}),
@@ -94,7 +89,7 @@ def odd_images() -> dict[str, bytes]:
     }
     return {kind: encode(i, kind.partition(",")[0], **o) for kind, (i, o) in made.items()} | {
         "JPEG": jpeg,
-        "JPEG, CMYK without Adobe's mark": without_adobes_mark(encode(inks, "JPEG")),
+        "JPEG, CMYK without Adobe's mark": unmarked,
         "JPEG, thumbnail in its EXIF": with_thumbnail(jpeg),
         "JPEG, EXIF damaged": START + b"\xff\xe1\0\x10Exif\0\0II*\0\xff\xff\xff\x7f" + jpeg[2:],
         "JPEG, bytes behind its end": jpeg + b"camera" * 9,

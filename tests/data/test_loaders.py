@@ -30,8 +30,6 @@ from tests.data.loading import SIZE, build, load, open_train, scan
 
 ALL = slice(None)
 SIDE = 128
-IMAGE = SIDE * SIDE * 3
-"""Bytes of raw pixels."""
 NAMES = ["dali", "torch", "gpu_cache"]
 
 
@@ -224,12 +222,12 @@ def test_gpu_cache_refuses_what_are_no_raw_pixels(packed: dict[str, Path]) -> No
     assert not isinstance(build("auto", dataset, plan), GpuCacheLoader)  # on CPUs
 
 
-def test_gpu_cache_leaves_half_of_the_gpu_to_training(
+def test_gpu_cache_takes_half_at_most(
     packed: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset = open_train(packed["pixels"])
     assert isinstance(dataset, RawDataset)
-    size, total = 31 * IMAGE, 10_000_000
+    size, total = 31 * SIDE * SIDE * 3, 10_000_000
     for free, wanted in ((total // 2 + size, True), (total // 2 + size - 1, False)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free, total))
         assert fits_in_gpu_memory(dataset, torch.device("cuda", 0)) is wanted

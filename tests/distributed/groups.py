@@ -59,10 +59,12 @@ def alive(word: str) -> dict[int, str]:
     return found
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
+def wait_for(
+    condition: Callable[[], bool], seconds: float = 120, said: Callable[[], str] = lambda: ""
+) -> None:
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "waited in vain"
+        assert time.monotonic() < end, f"waited in vain {said()}"
         time.sleep(0.2)
 
 

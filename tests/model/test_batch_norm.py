@@ -108,8 +108,7 @@ def test_it_begins_as_its_source_does(init: str | None) -> None:
     has_bias = [layer for layer in LAYERS if f"{layer}.bias" in state]
     assert has_bias == ["conv5", "fc6", "fc7", "fc8"]
     if init is None:
-        assert [float(state[f"{layer}.bias"][0]) for layer in has_bias] == pytest.approx(
-            [0.1, 0.1, 0.1, 0]
-        )
+        biases = [float(state[f"{layer}.bias"][0]) for layer in has_bias]
+        assert biases == pytest.approx([0.1, 0.1, 0.1, 0])
         for layer, std in (("conv3", 0.01), ("fc6", 0.005), ("fc7", 0.005)):
             assert state[f"{layer}.weight"].std().item() == pytest.approx(std, rel=0.02)

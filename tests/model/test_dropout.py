@@ -8,12 +8,10 @@ import torch
 from alexnet_dist.model import dropout
 from alexnet_dist.model.dropout import Dropout, make_dropout_masks
 
-CPU = torch.device("cpu")
-
 
 def masks(*layers: Dropout, **options: Any) -> tuple[torch.Tensor, ...]:
-    defaults = {"seed": 3, "step": 8, "batch": 10, "rows": slice(None), "device": CPU}
-    return make_dropout_masks(layers, **(defaults | options))
+    defaults = {"seed": 3, "step": 8, "batch": 10, "rows": slice(None)}
+    return make_dropout_masks(layers, device=torch.device("cpu"), **(defaults | options))
 
 
 def test_a_process_has_its_rows_and_columns_of_the_global_masks() -> None:

@@ -4,6 +4,8 @@ there."""
 import os
 import re
 import sys
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -109,20 +111,15 @@ def test_networks_take_them(monkeypatch: pytest.MonkeyPatch, arch: str, blocks: 
     model = build_model(arch, num_classes=3, image_size=51)
     images = torch.randn(1, 3, 51, 51).mul_(50)
     images = images.to(memory_format=torch.channels_last)
-    results, calls = [], []
-
-    def counted(*args: object) -> tuple[Tensor, Tensor]:
-        calls.append(args)
-        return kernels.norm_pool(*args)
-
-    monkeypatch.setattr(alexnet, "fused_block", type("Kernels", (), {"norm_pool": counted}))
+    results, norm_pool = [], MagicMock(wraps=kernels.norm_pool)
+    monkeypatch.setattr(alexnet, "fused_block", SimpleNamespace(norm_pool=norm_pool))
     for pretend in (False, True):
         monkeypatch.setattr(alexnet, "has_triton", lambda device, there=pretend: there)
         logits = model.eval()(images)
         parameters = list(model.parameters())
         gradients = torch.autograd.grad(logits.square().sum(), parameters)
         results.append([logits.detach(), *gradients])
-    assert len(calls) == blocks
+    assert norm_pool.call_count == blocks
     for one, other in zip(*results, strict=True):
         assert torch.allclose(one, other, rtol=1e-4, atol=1e-4 * float(other.abs().max()))
 

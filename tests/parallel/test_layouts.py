@@ -181,9 +181,7 @@ def test_layouts_on_gpus(on: str, tmp_path: Path) -> None:
         ("paper", 2, {"grad_compression": "powersgd", "precision": "fp16"}, "another runtime"),
     ],
 )
-def test_what_cannot_be_laid_out_is_refused(
-    arch: str, processes: int, options: dict[str, Any], message: str
-) -> None:
+def test_layouts_refused(arch: str, processes: int, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message) as error:
         validate_parallel_config(MODEL_REGISTRY[arch], processes, LayoutConfig(1, **options))
     assert error.value.on_all_ranks

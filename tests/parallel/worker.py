@@ -122,11 +122,6 @@ def batch_of(mesh: Mesh, count: int, classes: int, seed: int) -> tuple[Tensor, T
     return images.to(mesh.device, memory_format=torch.channels_last), labels.to(mesh.device)
 
 
-def masks_of(mesh: Mesh, model: Network, step: int, batch: int) -> tuple[Tensor, ...]:
-    options = {"seed": 1, "step": step, "batch": batch, "rows": slice(None), "device": mesh.device}
-    return make_dropout_masks(dropout_layers(model), **options)
-
-
 def model_on_one_device(mesh: Mesh, arch: str, classes: int) -> Network:
     torch.manual_seed(SEED)
     model = build_model(arch, num_classes=classes, image_size=SIDE)
@@ -143,7 +138,9 @@ def gradients(mesh: Mesh, layout: str, arch: str, classes: int, batch: int) -> d
     answer: dict[str, Any] = {"loss": 0.0, "gradients": 0.0, "updated": 0.0}
     for step in (3, 4):
         images, labels = batch_of(mesh, batch, classes, step)
-        logits = model(images, masks_of(mesh, model, step, batch))
+        rows = {"batch": batch, "rows": slice(None), "device": mesh.device}
+        masks = make_dropout_masks(dropout_layers(model), seed=1, step=step, **rows)
+        logits = model(images, masks)
         loss = F.cross_entropy(logits, labels)
         loss.backward()
         result = ours.forward_backward(step)

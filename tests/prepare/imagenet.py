@@ -24,10 +24,9 @@ def make_images() -> dict[tuple[str, str, str], bytes]:
         image = photograph(*[(70, 110), (120, 64), (40, 52), (150, 151)][number % 4])
         image = image.rotate(7 * number).convert("L" if number == 5 else "RGB")
         content = encode(image, "PNG" if number == 4 else "JPEG")
-        val = f"ILSVRC2012_val_{number - 11:08d}.JPEG"
-        files[("train", wnid, f"{wnid}_{number}.JPEG") if number < 12 else ("val", wnid, val)] = (
-            content
-        )
+        train = "train", wnid, f"{wnid}_{number}.JPEG"
+        val = "val", wnid, f"ILSVRC2012_val_{number - 11:08d}.JPEG"
+        files[train if number < 12 else val] = content
     return files
 
 

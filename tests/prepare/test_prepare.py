@@ -48,11 +48,6 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def read_index(out: Path, split: str) -> tuple[list[str], dict[str, np.ndarray]]:
-    index = dict(np.load(out / f"{split}.index.npz"))
-    return unpack_names(index["names"]), index
-
-
 def source_of(split: str, name: str) -> np.ndarray:
     label, file = name.split("/")
     return np.frombuffer(IMAGES[split, label, f"{Path(file).stem}.JPEG"], np.uint8)
@@ -74,7 +69,8 @@ def test_shards_are_read_by_tarfile_and_by_the_index(prepared: Path) -> None:
     assert facts["class_names"] == CLASSES
     assert facts["classes"] == list(CLASSES)
     for split, count in (("train", 10), ("val", 6)):
-        names, index = read_index(out, split)
+        index = dict(np.load(out / f"{split}.index.npz"))
+        names = unpack_names(index["names"])
         members = {}
         tars = [out / file["name"] for file in facts["splits"][split]["files"]]
         for path in tars:

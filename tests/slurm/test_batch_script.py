@@ -64,10 +64,9 @@ def job(place: Path, *words: str, steps: int = 0, ends: str, **env: str) -> tupl
 def test_slurm_job_follows_the_runs_status(
     ends: str, code: int, message: str, requeued: bool, place: Path
 ) -> None:
-    result = job(place, ends=ends)
-    assert result[0] == code
-    assert message in result[1]
-    assert result[2] == requeued
+    found, said, again = job(place, ends=ends)
+    assert (found, again) == (code, requeued)
+    assert message in said
 
 
 def test_slurm_job_ends_where_the_doctor_finds_what_fails(place: Path) -> None:

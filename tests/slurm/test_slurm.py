@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import pytest
 import yaml
 
 from tests.conftest import TINY, call, environment, events, losses, train, write_images
+from tests.distributed.groups import wait_for
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -64,10 +64,7 @@ class Cluster:
         return "\n".join(path.read_text() for path in self.place.glob(f"*-{job}.out"))
 
     def wait(self, what: Callable[[], bool], seconds: float) -> None:
-        end = time.monotonic() + seconds
-        while not what():
-            assert time.monotonic() < end, self.output()[-5000:]
-            time.sleep(0.2)
+        wait_for(what, seconds, lambda: self.output()[-5000:])
 
     def end_of(self, job: str, seconds: float = 200) -> tuple[str, int]:
         """Wait for the end of a job; its state, and how often it was restarted."""

@@ -5,6 +5,7 @@ import json
 import re
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -36,11 +37,7 @@ def test_records_wait_for_a_full_disk(tmp_path: Path) -> None:
     sink = JsonlSink(tmp_path / "metrics.jsonl")
     file, room = sink._file, [9, 0, 0]
 
-    class AlmostFull:
-        def write(self, content: bytes) -> int:
-            return file.write(content[: room.pop(0)]) or full_disk()
-
-    sink._file = AlmostFull()  # type: ignore[assignment]
+    sink._file = SimpleNamespace(write=lambda c: file.write(c[: room.pop(0)]) or full_disk())
     for step in (1, 2):
         sink.log({"event": "train", "step": step})
     sink._file = file

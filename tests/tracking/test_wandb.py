@@ -8,6 +8,7 @@ import sys
 import time
 import types
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -34,13 +35,6 @@ def test_an_offline_run_resumes_as_one(images: Path, tmp_path: Path) -> None:
     assert "optim" in config
 
 
-def fake(monkeypatch: pytest.MonkeyPatch, init: object) -> None:
-    module = types.ModuleType("wandb")
-    module.init = init  # type: ignore[attr-defined]
-    module.Settings = lambda **_: None  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "wandb", module)
-
-
 def sink(folder: Path, mode: str) -> tracking.WandbSink:
     return tracking.WandbSink(folder, "x", {"wandb": {"mode": mode, "project": "p"}})
 
@@ -48,10 +42,8 @@ def sink(folder: Path, mode: str) -> tracking.WandbSink:
 def test_wandb_that_fails_warns_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def init(**_: object) -> None:
-        raise RuntimeError("no such server")
-
-    fake(monkeypatch, init)
+    init = MagicMock(side_effect=RuntimeError("no such server"))
+    monkeypatch.setitem(sys.modules, "wandb", MagicMock(init=init))
     run = sink(tmp_path, "offline")
     for _ in range(5):
         run.log({"event": "train"})

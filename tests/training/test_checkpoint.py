@@ -16,10 +16,8 @@ from tests.networks import weights_manager
 
 pytestmark = pytest.mark.usefixtures("mesh")
 
-Tensors = dict[str, torch.Tensor]
 
-
-def weights() -> Tensors:
+def weights() -> dict[str, torch.Tensor]:
     kernel = torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last)
     return {"conv1.weight": kernel, "fc8.bias": torch.randn(5)}
 

@@ -44,21 +44,17 @@ def reason(handler: PreemptionHandler, need: float = 0.0) -> str:
     return ""
 
 
-def test_preempt_file_stops_once(handler: PreemptionHandler, tmp_path: Path) -> None:
+@pytest.mark.parametrize("set_back", [0, 3600])
+def test_preempt_file_stops_once(
+    set_back: int, handler: PreemptionHandler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though the clock is set back meanwhile."""
     handler.check_stop()
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() - set_back)
     (tmp_path / "PREEMPT").touch()
     assert reason(handler) == "a file PREEMPT"
     assert not (tmp_path / "PREEMPT").exists()
-
-
-def test_preempt_file_is_seen_though_the_clock_is_set_back(
-    handler: PreemptionHandler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    handler.check_stop()
-    now = time.time
-    monkeypatch.setattr(time, "time", lambda: now() - 3600)
-    (tmp_path / "PREEMPT").touch()
-    assert reason(handler) == "a file PREEMPT"
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR2", "SIGINT"])
