@@ -6,6 +6,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file
 
@@ -59,9 +60,7 @@ def alive(word: str) -> dict[int, str]:
     return found
 
 
-def wait_for(
-    condition: Callable[[], bool], seconds: float = 120, said: Callable[[], str] = lambda: ""
-) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 120, said: Any = lambda: "") -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, f"waited in vain {said()}"
