@@ -116,7 +116,7 @@ def test_torchvisions_weights_are_read_and_exported(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_an_export_is_evaluated_and_trained(paper: Saved, exported: Path, tmp_path: Path) -> None:
-    """Each of two towers takes its half; after a step of next to nothing they still are those weights."""
+    """Each of two towers takes its half; after a step of next to nothing these are the weights."""
     file, data = exported / "model.safetensors", write_images(tmp_path / "images")
     sources = (["--checkpoint", str(source), f"--data.root={data}"] for source in (paper[0], file))
     first, second = (evaluate(0, *source) for source in sources)

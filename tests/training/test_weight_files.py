@@ -9,11 +9,10 @@ import torch
 from alexnet_dist.errors import UserError
 from alexnet_dist.export import main as export
 from alexnet_dist.model import build_model
-from alexnet_dist.parallel import mesh
 from alexnet_dist.setup import load_model
 from alexnet_dist.training.checkpoint import read_state
 from tests.conftest import Saved, error_of
-from tests.networks import alone, command, weights_manager
+from tests.networks import command, weights_manager
 
 
 @pytest.fixture(scope="module")
@@ -24,8 +23,8 @@ def saved(paper: Saved, tmp_path_factory: pytest.TempPathFactory) -> Saved:
     return folder / "model.safetensors", paper[1]
 
 
+@pytest.mark.usefixtures("mesh")
 def test_a_run_starts_from_safetensors(saved: Saved) -> None:
-    alone()
     weights, network = saved
     for arch, outputs, same, from_scratch in (
         ("paper", 3, True, []),
@@ -45,7 +44,6 @@ def test_a_run_starts_from_safetensors(saved: Saved) -> None:
     other = dict(build_model("owt", image_size=67).named_parameters())
     message = error_of(load_model(str(weights)).load_weights, other)
     assert "another network: model.conv1.weight should be [64" in message
-    mesh.destroy_distributed()
 
 
 def test_what_cannot_be_read(saved: Saved, tmp_path: Path) -> None:
