@@ -32,7 +32,7 @@ BUDGETS = {  # lines of Python, docstrings included: the most allowed, and what 
     "__init__.py": (9, 5),
     "__main__.py": (45, 45),
 }
-IN_ALL = {"alexnet_dist": (12119, 8700), "benchmarks": (2300, 2300), "tests": (8306, 6500)}
+IN_ALL = {"alexnet_dist": (12119, 8700), "benchmarks": (2300, 2300), "tests": (8299, 6500)}
 FILES_OF_A_STEP, LINES_OF_A_STEP = (16, 16), (2800, 2800)
 
 TRACER = """
