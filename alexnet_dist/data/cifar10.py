@@ -41,6 +41,7 @@ def read_cifar10(folder: str, split: str) -> Any:
 
 
 def index_cifar10(folder: Path, split: str) -> SplitIndex:
+    """The images of a split: 32 x 32 pixels, named by their place in the files."""
     data = read_cifar10(str(folder), split)
     labels, sizes = np.asarray(data.targets, np.int64), np.full((len(data), 2), 32, np.int64)
     names = [str(index) for index in range(len(data))]

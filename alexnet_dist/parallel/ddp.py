@@ -106,7 +106,7 @@ class DDPLayout:
                 skip=config.skip_nonfinite,
             )
         self._autocast = autocast(config.precision, mesh.device)
-        # each process of a group has counted the same images: one of them, so that sums are right
+        # processes of a group count the same images: one of them reports, so that sums are right
         self._counts = sharding.group is None or sharding.group.rank == 0
         self._microbatches = microbatch_slices(
             config.batch_size, mesh.dp_size, config.grad_accum_steps

@@ -46,6 +46,7 @@ from alexnet_dist.training.weight_files import FORMAT, READABLE, read_file
 
 _MANIFEST, _STATE = "manifest.json", "state.json"
 _PARTIAL, _REPLACED, _CORRUPT = ".partial-", ".replaced-", "corrupt-"
+
 warnings.filterwarnings("ignore", module=r"torch\.distributed\.checkpoint")  # of its own internals
 for _name in ("torch.distributed.checkpoint", "torch.distributed._dist_checkpoint", "dcp_logger"):
     logging.getLogger(_name).setLevel(logging.CRITICAL)

@@ -163,6 +163,25 @@ def test_a_run_ends_before_its_time_limit(images: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_torchrun_restarts_a_group_in_which_a_process_hangs(
+    reference: Path, images: Path, tmp_path: Path
+) -> None:
+    """Which is found by its silence, named, and killed."""
+    options = [FEW, "--checkpoint.interval_steps=2", "--runtime.hang_timeout=5"]
+    options += ["--run.resume=never"]
+    restarts, run = ("--max-restarts=2",), tmp_path / "run"
+    with running(2, images, tmp_path, *options, torchrun=restarts) as launcher:
+        wait_for(lambda: len(losses(run)) > 4)
+        os.kill(workers(launcher.pid)[1], signal.SIGSTOP)
+        out, _ = launcher.communicate(timeout=120)
+    assert launcher.returncode == 0, out[-3000:]
+    assert "no sign of life of process 1 (host " in out
+    assert "after 5 s without progress" in out
+    assert [e["restarts"]["torchrun_restarts"] for e in events(run, "resume")] == ["1"]
+    check_same(run, reference)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("interval", ["1", "7"])
 def test_a_step_that_is_not_finite_is_skipped(interval: str, images: Path, tmp_path: Path) -> None:
     run, log_interval = tmp_path / "run", f"--train.log_interval={interval}"
