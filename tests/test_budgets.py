@@ -27,12 +27,12 @@ BUDGETS = {  # lines of Python, docstrings included: the most allowed, and what 
     "data": (2344, 1500),
     "parallel": (1550, 1250),
     "training": (1536, 1000),
-    "tracking": (855, 700),
+    "tracking": (857, 700),
     "prepare": (1030, 1000),
     "__init__.py": (9, 5),
     "__main__.py": (45, 45),
 }
-IN_ALL = {"alexnet_dist": (12121, 8700), "benchmarks": (2300, 2300), "tests": (8318, 6500)}
+IN_ALL = {"alexnet_dist": (12123, 8700), "benchmarks": (2300, 2300), "tests": (8318, 6500)}
 FILES_OF_A_STEP, LINES_OF_A_STEP = (16, 16), (2800, 2800)
 
 TRACER = """

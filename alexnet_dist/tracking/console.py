@@ -91,6 +91,8 @@ _PROGRESS = (
     "epoch {epoch}/{epochs} step {step}/{total} loss {loss:.4f} top-1 {accuracy:.1f}% "
     "{images_per_second:.0f} img/s data {data_time_fraction:.0%}{comm} left {epoch_left}, "
     "{run_left}",
+    "ep {epoch}/{epochs} step {step}/{total} loss {loss:.2f} top-1 {accuracy:.0f}% "
+    "{images_per_second:.0f}/s data {data_time_fraction:.0%}{comm} left {epoch_left}, {run_left}",
     "ep {epoch}/{epochs} step {step} loss {loss:.2f} top-1 {accuracy:.0f}% "
     "{images_per_second:.0f}/s data {data_time_fraction:.0%}{comm} {epoch_left}, {run_left}",
 )
